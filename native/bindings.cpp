@@ -1,0 +1,67 @@
+// Python's view of the kernels: checks shapes, releases the GIL, calls. quantkit/kernels.py is its only importer.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+
+#include <stdexcept>
+
+#include "rows.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+template <typename T, int N>
+using In = nb::ndarray<const T, nb::ndim<N>, nb::c_contig, nb::device::cpu>;
+template <typename T, int N>
+using Out = nb::ndarray<T, nb::ndim<N>, nb::c_contig, nb::device::cpu>;
+
+static void require(bool ok, const char* what) {
+    if (!ok) throw nb::value_error(what);
+}
+
+static size_t blocks(size_t n, size_t block) { return (n + block - 1) / block; }
+
+static void e4m3_to_f32(In<uint8_t, 2> src, In<float, 2> scale, size_t row0, size_t block_rows, size_t block_cols,
+                        bool round_bf16, Out<float, 2> out) {
+    const size_t n_rows = src.shape(0), n_cols = src.shape(1);
+    require(block_rows > 0 && block_cols > 0, "e4m3_to_f32: the blocks are empty");
+    require(out.shape(0) == n_rows && out.shape(1) == n_cols, "e4m3_to_f32: out has not the shape of src");
+    require(scale.shape(1) == blocks(n_cols, block_cols), "e4m3_to_f32: scale has not a column for each block");
+    require(row0 <= SIZE_MAX - n_rows && blocks(row0 + n_rows, block_rows) <= scale.shape(0),
+            "e4m3_to_f32: scale has too few rows");
+    nb::gil_scoped_release release;
+    quantkit::e4m3_to_f32(src.data(), n_rows, n_cols, n_cols, scale.data(), scale.shape(1), row0, block_rows,
+                          block_cols, round_bf16, out.data());
+}
+
+static void bf16_to_f32(In<uint16_t, 1> src, Out<float, 1> out) {
+    require(out.shape(0) == src.shape(0), "bf16_to_f32: out has not the length of src");
+    nb::gil_scoped_release release;
+    quantkit::bf16_to_f32(src.data(), src.shape(0), out.data());
+}
+
+static void f16_to_f32(In<uint16_t, 1> src, bool round_bf16, Out<float, 1> out) {
+    require(out.shape(0) == src.shape(0), "f16_to_f32: out has not the length of src");
+    nb::gil_scoped_release release;
+    quantkit::f16_to_f32(src.data(), src.shape(0), round_bf16, out.data());
+}
+
+static void f32_to_f32(In<float, 1> src, bool round_bf16, Out<float, 1> out) {
+    require(out.shape(0) == src.shape(0), "f32_to_f32: out has not the length of src");
+    nb::gil_scoped_release release;
+    quantkit::f32_to_f32(src.data(), src.shape(0), round_bf16, out.data());
+}
+
+static size_t first_nonfinite(In<float, 1> x) {
+    nb::gil_scoped_release release;
+    return quantkit::first_nonfinite(x.data(), x.shape(0));
+}
+
+NB_MODULE(_native, m) {
+    m.doc() = "quantkit's compiled kernels; use quantkit.kernels";
+    m.def("e4m3_to_f32", &e4m3_to_f32, "src"_a, "scale"_a, "row0"_a, "block_rows"_a, "block_cols"_a, "round_bf16"_a,
+          "out"_a);
+    m.def("bf16_to_f32", &bf16_to_f32, "src"_a, "out"_a);
+    m.def("f16_to_f32", &f16_to_f32, "src"_a, "round_bf16"_a, "out"_a);
+    m.def("f32_to_f32", &f32_to_f32, "src"_a, "round_bf16"_a, "out"_a);
+    m.def("first_nonfinite", &first_nonfinite, "x"_a);
+}

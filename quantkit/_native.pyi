@@ -1,0 +1,16 @@
+import numpy as np
+import numpy.typing as npt
+
+def e4m3_to_f32(
+    src: npt.NDArray[np.uint8],
+    scale: npt.NDArray[np.float32],
+    row0: int,
+    block_rows: int,
+    block_cols: int,
+    round_bf16: bool,
+    out: npt.NDArray[np.float32],
+) -> None: ...
+def bf16_to_f32(src: npt.NDArray[np.uint16], out: npt.NDArray[np.float32]) -> None: ...
+def f16_to_f32(src: npt.NDArray[np.uint16], round_bf16: bool, out: npt.NDArray[np.float32]) -> None: ...
+def f32_to_f32(src: npt.NDArray[np.float32], round_bf16: bool, out: npt.NDArray[np.float32]) -> None: ...
+def first_nonfinite(x: npt.NDArray[np.float32]) -> int: ...

@@ -1,0 +1,58 @@
+"""Values out of config.json, each checked for its type and range, with the model's name in every error."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..errors import SourceError
+
+_LARGEST = 1 << 31
+
+
+class Config:
+    """A config.json. `int_`, `float_`, … raise SourceError when a value is missing or senseless."""
+
+    def __init__(self, model: str, values: Mapping[str, Any]) -> None:
+        self.model = model
+        self.values = values
+
+    def _fail(self, key: str, why: str) -> SourceError:
+        return SourceError(f"{self.model}: config.json: {key} {why}")
+
+    def int_(self, key: str, default: int | None = None, least: int = 1) -> int:
+        value = self.values.get(key)
+        if value is None:
+            if default is None:
+                raise self._fail(key, "is missing")
+            return default
+        if type(value) is not int or not least <= value < _LARGEST:
+            raise self._fail(key, f"is {value!r:.60}, not an integer from {least} to {_LARGEST - 1}")
+        return value
+
+    def optional_int(self, key: str) -> int | None:
+        return None if self.values.get(key) is None else self.int_(key)
+
+    def float_(self, key: str, default: float | None = None) -> float:
+        value = self.values.get(key)
+        if value is None:
+            if default is None:
+                raise self._fail(key, "is missing")
+            return default
+        if type(value) not in (int, float):
+            raise self._fail(key, f"is {value!r:.60}, not a number")
+        return float(value)
+
+    def flag(self, key: str) -> bool:
+        value = self.values.get(key)
+        if value not in (None, True, False):
+            raise self._fail(key, f"is {value!r:.60}, not true or false")
+        return bool(value)
+
+    def section(self, key: str) -> Config | None:
+        value = self.values.get(key)
+        if value is None:
+            return None
+        if not isinstance(value, dict):
+            raise self._fail(key, f"is {value!r:.60}, not an object")
+        return Config(self.model, value)

@@ -1,0 +1,311 @@
+"""llama.cpp's arch `deepseek2`: DeepSeek-V2, V2-Lite, V2.5, V3, R1 and their later releases.
+
+What a converter does, and this module describes: routed experts are stacked into one 3-D tensor a
+projection; kv_b_proj [heads*(nope+v), kv_lora] is split per head into attn_k_b (transposed) and
+attn_v_b, or kept whole as attn_kv_b in the layout of early 2025; router, its bias and norms are F32;
+the multi-token-prediction layers behind the last one are left out. Source: llama.cpp's
+conversion/deepseek.py, and conversion/base.py for the order of the keys.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+from ..catalogue import (
+    Catalogue,
+    Part,
+    Source,
+    SourceTensor,
+    Tensor,
+    is_quantizable,
+    layer_of,
+    output_order,
+    role_of,
+)
+from ..errors import SourceError, UnsupportedError
+from ..gguf_format import BOOL, F32, KV, STRING, U32, kv
+from .config import Config
+from .general import general_kvs, tokenizer_kvs
+from .options import LAYOUTS, Options
+
+ARCH = "deepseek2"
+FILE_TYPE_BF16 = 32
+_MAX_LAYERS = 1024
+_MAX_EXPERTS = 4096
+_GATING = {"softmax": 1, "sigmoid": 2}
+
+
+class Shape(NamedTuple):
+    """The numbers of config.json that tensor shapes follow from."""
+
+    n_layers: int
+    first_dense: int
+    moe_freq: int
+    hidden: int
+    ffn: int
+    moe_ffn: int
+    n_experts: int
+    n_shared: int
+    n_heads: int
+    q_lora: int | None
+    kv_lora: int
+    nope: int
+    rope: int
+    v_head: int
+    vocab: int
+    router_bias: bool
+    tied: bool
+    n_mtp: int
+
+    def is_moe(self, layer: int) -> bool:
+        return self.n_experts > 0 and layer >= self.first_dense and layer % self.moe_freq == 0
+
+
+def read_shape(c: Config) -> Shape:
+    """Check and take the shape from config.json."""
+    if c.flag("attention_bias"):
+        raise UnsupportedError(f"{c.model}: config.json: attention_bias is true; no released DeepSeek has biases there")
+    n_layers, n_experts = c.int_("num_hidden_layers"), c.int_("n_routed_experts", 0, least=0)
+    for key, n, most in (("num_hidden_layers", n_layers, _MAX_LAYERS), ("n_routed_experts", n_experts, _MAX_EXPERTS)):
+        if n > most:
+            raise SourceError(f"{c.model}: config.json: {key} is {n:,}; more than {most:,} is no DeepSeek")
+    return Shape(
+        n_layers=n_layers,
+        first_dense=c.int_("first_k_dense_replace", 0, least=0),
+        moe_freq=c.int_("moe_layer_freq", 1),
+        hidden=c.int_("hidden_size"),
+        ffn=c.int_("intermediate_size"),
+        moe_ffn=c.int_("moe_intermediate_size") if n_experts else c.int_("intermediate_size"),
+        n_experts=n_experts,
+        n_shared=c.int_("n_shared_experts", 0, least=0),
+        n_heads=c.int_("num_attention_heads"),
+        q_lora=c.optional_int("q_lora_rank"),
+        kv_lora=c.int_("kv_lora_rank"),
+        nope=c.int_("qk_nope_head_dim"),
+        rope=c.int_("qk_rope_head_dim"),
+        v_head=c.int_("v_head_dim"),
+        vocab=c.int_("vocab_size"),
+        router_bias=c.values.get("topk_method") == "noaux_tc",
+        tied=c.flag("tie_word_embeddings"),
+        n_mtp=c.int_("num_nextn_predict_layers", 0, least=0),
+    )
+
+
+def tensors(s: Shape, layout: str) -> Iterator[Tensor]:
+    """The tensors of the output, in no particular order, with the parts they are made from."""
+
+    def whole(name: str, source: str, *shape: int) -> Tensor:
+        """One source tensor, of row-major `shape`, taken as it is."""
+        ne = tuple(reversed(shape))
+        return _tensor(name, ne, (Part(source, shape, 0, shape[0] if len(shape) > 1 else 1),))
+
+    yield whole("token_embd.weight", "model.embed_tokens.weight", s.vocab, s.hidden)
+    yield whole("output_norm.weight", "model.norm.weight", s.hidden)
+    if not s.tied:
+        yield whole("output.weight", "lm_head.weight", s.vocab, s.hidden)
+    for i in range(s.n_layers):
+        hf, blk = f"model.layers.{i}.", f"blk.{i}."
+        att = hf + "self_attn."
+        yield whole(blk + "attn_norm.weight", hf + "input_layernorm.weight", s.hidden)
+        yield whole(blk + "ffn_norm.weight", hf + "post_attention_layernorm.weight", s.hidden)
+        if s.q_lora is None:
+            yield whole(blk + "attn_q.weight", att + "q_proj.weight", s.n_heads * (s.nope + s.rope), s.hidden)
+        else:
+            q_rows = s.n_heads * (s.nope + s.rope)
+            yield whole(blk + "attn_q_a.weight", att + "q_a_proj.weight", s.q_lora, s.hidden)
+            yield whole(blk + "attn_q_a_norm.weight", att + "q_a_layernorm.weight", s.q_lora)
+            yield whole(blk + "attn_q_b.weight", att + "q_b_proj.weight", q_rows, s.q_lora)
+        yield whole(blk + "attn_kv_a_mqa.weight", att + "kv_a_proj_with_mqa.weight", s.kv_lora + s.rope, s.hidden)
+        yield whole(blk + "attn_kv_a_norm.weight", att + "kv_a_layernorm.weight", s.kv_lora)
+        yield from _kv_b(s, blk, att + "kv_b_proj.weight", layout)
+        yield whole(blk + "attn_output.weight", att + "o_proj.weight", s.hidden, s.n_heads * s.v_head)
+        if not s.is_moe(i):
+            yield whole(blk + "ffn_gate.weight", hf + "mlp.gate_proj.weight", s.ffn, s.hidden)
+            yield whole(blk + "ffn_up.weight", hf + "mlp.up_proj.weight", s.ffn, s.hidden)
+            yield whole(blk + "ffn_down.weight", hf + "mlp.down_proj.weight", s.hidden, s.ffn)
+            continue
+        yield whole(blk + "ffn_gate_inp.weight", hf + "mlp.gate.weight", s.n_experts, s.hidden)
+        if s.router_bias:
+            yield whole(blk + "exp_probs_b.bias", hf + "mlp.gate.e_score_correction_bias", s.n_experts)
+        for kind, rows, cols in (
+            ("gate", s.moe_ffn, s.hidden),
+            ("up", s.moe_ffn, s.hidden),
+            ("down", s.hidden, s.moe_ffn),
+        ):
+            parts = tuple(
+                Part(f"{hf}mlp.experts.{e}.{kind}_proj.weight", (rows, cols), 0, rows) for e in range(s.n_experts)
+            )
+            yield _tensor(f"{blk}ffn_{kind}_exps.weight", (cols, rows, s.n_experts), parts)
+        if s.n_shared:
+            n = s.n_shared * s.moe_ffn
+            yield whole(blk + "ffn_gate_shexp.weight", hf + "mlp.shared_experts.gate_proj.weight", n, s.hidden)
+            yield whole(blk + "ffn_up_shexp.weight", hf + "mlp.shared_experts.up_proj.weight", n, s.hidden)
+            yield whole(blk + "ffn_down_shexp.weight", hf + "mlp.shared_experts.down_proj.weight", s.hidden, n)
+
+
+def _kv_b(s: Shape, blk: str, source: str, layout: str) -> Iterator[Tensor]:
+    per_head = s.nope + s.v_head
+    shape = (s.n_heads * per_head, s.kv_lora)
+    if layout == "kv_b":
+        yield _tensor(blk + "attn_kv_b.weight", (s.kv_lora, shape[0]), (Part(source, shape, 0, shape[0]),))
+        return
+    heads = range(s.n_heads)
+    k_parts = tuple(Part(source, shape, h * per_head, s.nope, transposed=True) for h in heads)
+    v_parts = tuple(Part(source, shape, h * per_head + s.nope, s.v_head) for h in heads)
+    yield _tensor(blk + "attn_k_b.weight", (s.nope, s.kv_lora, s.n_heads), k_parts)
+    yield _tensor(blk + "attn_v_b.weight", (s.kv_lora, s.v_head, s.n_heads), v_parts)
+
+
+def _tensor(name: str, ne: tuple[int, ...], parts: tuple[Part, ...]) -> Tensor:
+    quantizable = is_quantizable(name, ne)
+    return Tensor(name, ne, role_of(name), layer_of(name), quantizable, "BF16" if quantizable else "F32", parts)
+
+
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
+#: buffers of old checkpoints that a converter drops as well
+_DROPPED = (".rotary_emb.inv_freq", ".attention.masked_bias")
+
+
+def check_stored(model: str, s: Shape, wanted: list[Tensor], stored: Mapping[str, SourceTensor]) -> int:
+    """Check that the checkpoint has what the config promises, nothing else, in the promised shapes.
+    Returns how many tensors belong to layers behind the last (MTP)."""
+    needed: dict[str, tuple[int, ...]] = {p.source: p.shape for t in wanted for p in t.parts}
+    for name, shape in needed.items():
+        st = stored.get(name)
+        if st is None:
+            raise SourceError(f"{model}: tensor '{name}' {list(shape)} is in no shard, though config.json calls for it")
+        if st.shape != shape:
+            raise SourceError(
+                f"{st.file}: '{name}' has the shape {list(st.shape)}, but config.json calls for {list(shape)}"
+            )
+        if st.dtype not in ("F8_E4M3", "BF16", "F16", "F32"):
+            raise UnsupportedError(f"{st.file}: '{name}' is {st.dtype}; weights are read as F8_E4M3, BF16, F16 or F32")
+    n_mtp = 0
+    for name in stored.keys() - needed.keys():
+        m = _LAYER.match(name)
+        if m and int(m.group(1)) >= s.n_layers:
+            n_mtp += 1
+        elif not name.endswith(_DROPPED) and not (s.tied and name == "lm_head.weight"):
+            raise SourceError(
+                f"{stored[name].file}: tensor '{name}' {list(stored[name].shape)} has no place in a {ARCH} model "
+                f"of {s.n_layers} layers; is this config.json the one of the checkpoint?"
+            )
+    return n_mtp
+
+
+def arch_kvs(c: Config, s: Shape, layout: str) -> list[KV]:
+    """The deepseek2.* keys, in the order the converter writes them."""
+
+    def u32(key: str, value: int | None) -> None:
+        if value is not None:
+            out.append(kv(key if "." in key and key.startswith("general") else f"{ARCH}.{key}", U32, value))
+
+    def f32(key: str, value: float) -> None:
+        out.append(kv(f"{ARCH}.{key}", F32, value))
+
+    out: list[KV] = []
+    mla = layout != "kv_b"
+    u32("block_count", s.n_layers)
+    u32("context_length", c.optional_int("max_position_embeddings"))
+    u32("embedding_length", s.hidden)
+    u32("feed_forward_length", s.ffn)
+    u32("attention.head_count", s.n_heads)
+    # MLA runs as attention with one key/value head of the compressed width
+    u32("attention.head_count_kv", 1 if mla else c.int_("num_key_value_heads", s.n_heads))
+    scaling = c.section("rope_scaling")
+    if scaling is not None:
+        out += _rope_scaling(scaling)
+    f32("rope.freq_base", c.float_("rope_theta", 10000.0))
+    f32("attention.layer_norm_rms_epsilon", c.float_("rms_norm_eps", 1e-6))
+    if s.n_experts:
+        u32("expert_count", s.n_experts)
+    u32("expert_used_count", c.optional_int("num_experts_per_tok"))
+    u32("expert_group_count", c.optional_int("n_group"))
+    u32("expert_group_used_count", c.optional_int("topk_group"))
+    scoring = c.values.get("scoring_func")
+    if scoring is not None:
+        if scoring not in _GATING:
+            raise UnsupportedError(
+                f"{c.model}: config.json: scoring_func is {scoring!r:.60}, not one of {list(_GATING)}"
+            )
+        u32("expert_gating_func", _GATING[scoring])
+    u32("attention.key_length", s.kv_lora + s.rope if mla else s.nope + s.rope)
+    u32("attention.value_length", s.kv_lora if mla else s.v_head)
+    u32("general.file_type", FILE_TYPE_BF16)
+    u32("leading_dense_block_count", s.first_dense if s.n_experts else s.n_layers)
+    u32("vocab_size", s.vocab)
+    u32("attention.q_lora_rank", s.q_lora)
+    u32("attention.kv_lora_rank", s.kv_lora)
+    if mla:
+        u32("attention.key_length_mla", s.nope + s.rope)
+        u32("attention.value_length_mla", s.v_head)
+    u32("expert_feed_forward_length", s.moe_ffn)
+    u32("expert_shared_count", s.n_shared)
+    if c.values.get("routed_scaling_factor") is not None:
+        f32("expert_weights_scale", c.float_("routed_scaling_factor"))
+    if c.flag("norm_topk_prob"):
+        out.append(kv(f"{ARCH}.expert_weights_norm", BOOL, True))
+    u32("rope.dimension_count", s.rope)
+    if scaling is not None and scaling.values.get("mscale_all_dim") is not None:
+        # for this arch the key is 0.1 * mscale_all_dim (llama.cpp pull request 17945)
+        f32("rope.scaling.yarn_log_multiplier", 0.1 * scaling.float_("mscale_all_dim"))
+    return out
+
+
+def _rope_scaling(c: Config) -> Iterator[KV]:
+    kind = c.values.get("rope_type", c.values.get("type"))
+    if kind != "yarn":
+        raise UnsupportedError(f"{c.model}: config.json: rope_scaling has the type {kind!r:.60}; DeepSeek uses yarn")
+    prefix = f"{ARCH}.rope.scaling."
+    yield kv(prefix + "type", STRING, "yarn")
+    yield kv(prefix + "factor", F32, c.float_("factor"))
+    yield kv(prefix + "original_context_length", U32, c.int_("original_max_position_embeddings"))
+    for key, ours in (
+        ("extrapolation_factor", "yarn_ext_factor"),
+        ("attention_factor", "yarn_attn_factor"),
+        ("beta_fast", "yarn_beta_fast"),
+        ("beta_slow", "yarn_beta_slow"),
+    ):
+        if c.values.get(key) is not None:
+            yield kv(prefix + ours, F32, c.float_(key))
+
+
+def build(
+    model: str,
+    config: Mapping[str, Any],
+    options: Options,
+    source: Source | None,
+    stored: Mapping[str, SourceTensor] | None,
+) -> Catalogue:
+    """See quantkit.arch.build."""
+    if options.layout not in LAYOUTS:
+        raise UnsupportedError(f"layout '{options.layout}' is unknown; deepseek2 has {' and '.join(LAYOUTS)}")
+    c = Config(model, config)
+    s = read_shape(c)
+    if stored is not None and not s.router_bias:
+        # V3's bias is known by topk_method; a checkpoint that has it anyway is believed
+        s = s._replace(router_bias=any(n.endswith(".mlp.gate.e_score_correction_bias") for n in stored))
+    out = sorted(tensors(s, options.layout), key=lambda t: output_order(t.name))
+    notes = []
+    n_mtp = s.n_mtp
+    if stored is not None:
+        dropped = check_stored(model, s, out, stored)
+        if dropped:
+            notes.append(f"left out: {dropped} tensors of the multi-token-prediction layer (MTP), as llama.cpp does")
+    elif n_mtp:
+        notes.append(f"left out: {n_mtp} multi-token-prediction layer (MTP), as llama.cpp does")
+    kvs = general_kvs(ARCH, model, out, source)
+    kvs += arch_kvs(c, s, options.layout)
+    kvs.append(kv("general.quantization_version", U32, 2))
+    if source is not None:
+        tokenizer, more = tokenizer_kvs(source.path, s.vocab, options)
+        kvs += tokenizer
+        notes += more
+    moe = tuple(i for i in range(s.n_layers) if s.is_moe(i))
+    dense = tuple(i for i in range(s.n_layers) if not s.is_moe(i))
+    return Catalogue(
+        model, ARCH, options.layout, s.n_layers, dense, moe, tuple(out), tuple(kvs), source is not None, source,
+        tuple(notes),
+    )  # fmt: skip

@@ -1,0 +1,27 @@
+"""Models by name, for planning with nothing downloaded: their config.json, shipped with quantkit."""
+
+from __future__ import annotations
+
+import json
+from importlib.resources import files
+from typing import Any
+
+#: name -> the config it has; releases of one shape share it
+MODELS = {
+    "deepseek-r1": "deepseek-r1",
+    "deepseek-r1-zero": "deepseek-r1",
+    "deepseek-r1-0528": "deepseek-r1",
+    "deepseek-v3": "deepseek-r1",
+    "deepseek-v3-0324": "deepseek-r1",
+    "deepseek-v3.1": "deepseek-r1",
+    "deepseek-v2": "deepseek-v2",
+    "deepseek-v2.5": "deepseek-v2",
+    "deepseek-v2-lite": "deepseek-v2-lite",
+}
+
+
+def config(name: str) -> dict[str, Any]:
+    """config.json of a known model."""
+    text = files("quantkit.arch").joinpath("configs").joinpath(f"{MODELS[name]}.json").read_text("utf-8")
+    value: dict[str, Any] = json.loads(text)
+    return value

@@ -1,0 +1,18 @@
+"""What a user may choose about the conversion of a checkpoint."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+LAYOUTS = ("k_b+v_b", "kv_b")
+
+
+class Options(NamedTuple):
+    layout: str = LAYOUTS[0]
+    """k_b+v_b: the current MLA layout; kv_b: the one of early 2025"""
+    pre: str | None = None
+    """tokenizer.ggml.pre, for tokenizers that are not recognized"""
+    recognize: bool = False
+    """take `pre` only when the tokenizer is not recognized"""
+    pad_token: str | None = None
+    """the text or id of the padding token, in place of the tokenizer's own"""

@@ -1,0 +1,74 @@
+"""The command line: parse, call, print. The only room that prints or exits.
+
+Nothing heavy is imported here or at the top of a command's file, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from types import FrameType
+from typing import NoReturn
+
+import click
+
+from quantkit import __version__
+from quantkit.errors import QuantkitError
+
+from .build import build
+from .demo import demo
+from .doctor import doctor
+from .inspect import inspect
+from .plan import plan
+from .toolchain import toolchain
+
+INTERRUPTED = 130
+_TERMINATED = 143
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="quantkit")
+def cli() -> None:
+    """Make dynamic mixed-precision GGUFs of DeepSeek-V3/R1 and their relatives.
+
+    \b
+    quantkit demo                                           a whole run on a small model it makes itself
+    quantkit plan deepseek-r1 --recipe UD-IQ1_S             every tensor's type and the exact size
+    quantkit build DIR -o R1.gguf --recipe UD-IQ1_S --imatrix imatrix.gguf
+    """
+
+
+for _command in (plan, build, inspect, demo, toolchain, doctor):
+    cli.add_command(_command)
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, handled as an interrupt so that temporary files go."""
+
+
+def _terminate(_number: int, _frame: FrameType | None) -> NoReturn:
+    raise _Terminated
+
+
+def main() -> None:
+    """Run the command line and exit: with an error's own code, 130 after Ctrl-C, 143 after SIGTERM."""
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        cli.main(standalone_mode=False)
+    except QuantkitError as e:
+        click.echo(f"error: {e}", err=True)
+        sys.exit(e.exit_code)
+    except click.ClickException as e:
+        e.show()
+        sys.exit(e.exit_code)
+    except _Terminated:
+        click.echo("terminated; nothing was left behind", err=True)
+        sys.exit(_TERMINATED)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("interrupted; nothing was left behind", err=True)
+        sys.exit(INTERRUPTED)
+    except BrokenPipeError:
+        # whoever read our output has gone: not an error, and no second complaint when Python flushes
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)

@@ -1,0 +1,118 @@
+"""quantkit build."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from .options import conversion, default_threads, imatrix_of, source_options
+
+if TYPE_CHECKING:
+    from quantkit.build import Build
+    from quantkit.engines import Engine
+
+
+@click.command()
+@source_options
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The GGUF to make.")
+@click.option(
+    "--engine",
+    type=click.Choice(["native", "llama-quantize"]),
+    default="native",
+    show_default=True,
+    help="native: one pass, no intermediate file; llama-quantize: drive the stock binary. The same bytes.",
+)
+@click.option(
+    "--llama-quantize", "binary", metavar="PATH", help="The binary to drive (else PATH, else the toolchain's)."
+)
+@click.option("-t", "--threads", type=click.IntRange(1, 1024), help="Worker threads.  [default: all processors]")
+@click.option("--allow-requantize", is_flag=True, help="Quantize tensors again that the source has quantized.")
+@click.option("--force", is_flag=True, help="Replace the output if it exists.")
+@click.option("-n", "--dry-run", is_flag=True, help="Check everything and print the plan; write nothing.")
+@click.option("-q", "--quiet", is_flag=True, help="Neither plan nor progress; errors only.")
+def build(
+    source: str,
+    recipe: str,
+    layout: str,
+    imatrix: str | None,
+    pre: str | None,
+    pad_token: str | None,
+    split_max_size: int | None,
+    output: Path,
+    engine: str,
+    binary: str | None,
+    threads: int | None,
+    allow_requantize: bool,
+    force: bool,
+    dry_run: bool,
+    quiet: bool,
+) -> None:
+    """Build the GGUF that a recipe describes, in one pass from an FP8 checkpoint or a GGUF.
+
+    \b
+    quantkit build DeepSeek-R1/ -o R1-UD-IQ1_S.gguf --recipe UD-IQ1_S --imatrix imatrix.gguf
+    quantkit build R1-BF16-00001-of-00030.gguf -o R1.gguf --recipe UD-IQ2_XXS --imatrix imatrix.dat \\
+        --split-max-size 50G
+    """
+    from quantkit import report
+    from quantkit.build import prepare
+    from quantkit.models import open_model
+    from quantkit.plan import make_plan
+    from quantkit.recipe import load
+
+    rules = load(recipe)
+    weights = imatrix_of(imatrix)
+    made = make_plan(open_model(source, conversion(layout, pre, pad_token)), rules, weights)
+    chosen = make_engine(engine, binary)
+    ready = prepare(made, output, weights, split_max_size, force, allow_requantize)
+    if not quiet:
+        click.echo(report.plan_text(made, [(path.name, f.nbytes) for path, f in ready.files]))
+        click.echo()
+    if dry_run:
+        click.echo("dry run: everything was checked, nothing was written")
+        return
+    run_with_progress(ready, chosen, threads or default_threads(), quiet)
+
+
+def make_engine(name: str, binary: str | None) -> Engine:
+    """The engine by name, with the tools it needs found."""
+    from quantkit import kernels, toolchain
+    from quantkit.engines.llama_quantize import LlamaQuantizeEngine
+    from quantkit.engines.native import NativeEngine
+
+    kernels.use_pinned_library(toolchain.ggml_library())
+    if name == "native":
+        return NativeEngine()
+    return LlamaQuantizeEngine(toolchain.find("llama-quantize", binary))
+
+
+def run_with_progress(ready: Build, engine: Engine, n_threads: int, quiet: bool) -> None:
+    """Run a build with one progress bar, in weights, and say what was made."""
+    from tqdm import tqdm
+
+    from quantkit import build as builds
+
+    start = time.monotonic()
+    n = ready.plan.n_elements
+    with tqdm(total=n, unit="w", unit_scale=True, disable=quiet, smoothing=0.1, dynamic_ncols=True) as bar:
+        lock = threading.Lock()
+
+        def progress(name: str, done: int) -> None:
+            with lock:
+                bar.set_description_str(name, refresh=False)
+                bar.update(done)
+
+        builds.run(ready, engine, n_threads, progress)
+        bar.set_description_str("done", refresh=True)
+    seconds = time.monotonic() - start
+    if not quiet:
+        for path, layout in ready.files:
+            click.echo(f"{path}  {layout.nbytes:,} bytes")
+        click.echo(
+            f"{ready.file_bytes / 2**30:.3f} GiB in {seconds:.1f} s, {n / seconds / 1e6:.1f} M weights/s, "
+            f"{ready.plan.bpw:.2f} BPW, engine {engine.name}, {n_threads} thread{'s' * (n_threads != 1)}"
+        )

@@ -1,0 +1,66 @@
+"""quantkit demo."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from .build import make_engine, run_with_progress
+from .options import default_threads
+
+
+@click.command()
+@click.option(
+    "--dir",
+    "folder",
+    type=click.Path(path_type=Path),
+    default=Path("quantkit-demo"),
+    show_default=True,
+    help="Where to put checkpoint, imatrix and GGUF.",
+)
+@click.option("-r", "--recipe", default="UD-IQ1_S", show_default=True, help="The recipe to build.")
+@click.option("-t", "--threads", type=click.IntRange(1, 1024), help="Worker threads.  [default: all processors]")
+def demo(folder: Path, recipe: str, threads: int | None) -> None:
+    """Make a small DeepSeek-V3 checkpoint in FP8 and build a dynamic GGUF from it.
+
+    \b
+    quantkit demo
+    quantkit demo --recipe UD-Q2_K_XL --dir /tmp/demo
+    """
+    from quantkit import build as builds
+    from quantkit import demo as demos
+    from quantkit import report
+    from quantkit.arch.options import Options
+    from quantkit.imatrix import open_imatrix
+    from quantkit.models import describe_stored, open_model
+    from quantkit.plan import make_plan
+    from quantkit.recipe import load
+
+    rules = load(recipe)
+    demos.prepare_folder(folder)
+    checkpoint, imatrix, out = folder / "checkpoint", folder / "imatrix.gguf", folder / f"demo-{rules.name}.gguf"
+    click.echo(f"1. a checkpoint as DeepSeek publishes them, with seeded random weights: {checkpoint}")
+    demos.make_checkpoint(checkpoint)
+    model = open_model(str(checkpoint), Options(pre=demos.PRE))
+    for kind, (n, nbytes) in describe_stored(model).items():
+        click.echo(f"   {kind:16} {n:5} tensors {nbytes:12,} bytes")
+    click.echo(f"2. an importance matrix that matches: {imatrix}")
+    shapes = {t.name: t.shape for t in model.tensors if t.quantizable and t.layer is not None}
+    demos.make_imatrix(imatrix, shapes)
+    click.echo(f"3. the plan: {rules.name}, {rules.title}\n")
+    weights = open_imatrix(str(imatrix))
+    made = make_plan(model, rules, weights)
+    ready = builds.prepare(made, out, weights, force=True)
+    click.echo(report.plan_text(made, [(path.name, f.nbytes) for path, f in ready.files]))
+    click.echo("\n4. the build: FP8 -> BF16 -> F32 -> blocks, in one pass\n")
+    run_with_progress(ready, make_engine("native", None), threads or default_threads(), quiet=False)
+    bf16 = sum(2 * t.n_elements if t.quantizable else 4 * t.n_elements for t in model.tensors)
+    stored = sum(nbytes for _, nbytes in describe_stored(model).values())
+    click.echo(
+        f"\nBF16 would be {bf16 / 2**20:.1f} MiB, the checkpoint is {stored / 2**20:.1f} MiB, "
+        f"the GGUF {ready.file_bytes / 2**20:.1f} MiB.\n\n"
+        f"Look inside:       quantkit inspect {out}\n"
+        f"Price the real R1: quantkit plan deepseek-r1 --recipe {rules.name}\n"
+        f"Build the real R1: quantkit build DeepSeek-R1/ -o R1.gguf --recipe {rules.name} --imatrix imatrix.gguf"
+    )

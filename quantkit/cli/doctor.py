@@ -1,0 +1,216 @@
+"""`quantkit doctor`: what this machine has for quantkit, and the one command that mends what it has not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+#: the distributions quantkit cannot build without
+REQUIRED = (
+    "click",
+    "gguf",
+    "huggingface_hub",
+    "libggml-python",
+    "numpy",
+    "pydantic",
+    "PyYAML",
+    "safetensors",
+    "tokenizers",
+    "tqdm",
+)
+#: and what only some commands use
+OPTIONAL = {"torch": "converting the stock way and evaluating on a GPU"}
+CPU_FEATURES = ("avx2", "avx512f", "f16c", "fma", "neon")
+
+_GIB = 2**30
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def doctor(as_json: bool) -> None:
+    """Check what is installed, and say how to mend what is missing.
+
+    The exit status is 0 if `quantkit build` can run with the native engine, 1 if not. What is only
+    missing for other commands is a warning.
+
+    \b
+    Example:
+      quantkit doctor --json
+    """
+    import json
+
+    found = examine()
+    click.echo(json.dumps(found, indent=2) if as_json else "\n".join(_lines(found)))
+    if not found["ok"]:
+        raise click.exceptions.Exit(1)
+
+
+def examine() -> dict[str, Any]:
+    """All that the doctor looks at, as plain data: the keys of `doctor --json`."""
+    import platform
+
+    from quantkit import __version__, toolchain
+
+    from .toolchain import describe
+
+    problems: list[dict[str, str]] = []
+
+    def problem(severity: str, what: str, fix: str) -> None:
+        problems.append({"severity": severity, "what": what, "fix": fix})
+
+    packages = {name: _installed_version(name) for name in (*REQUIRED, *OPTIONAL)}
+    for name, version in packages.items():
+        if version is None and name in OPTIONAL:
+            problem("warning", f"{name} is not installed: no {OPTIONAL[name]}", f"pip install {name}")
+        elif version is None:
+            problem("error", f"{name} is not installed", f"pip install {name}")
+
+    kernels, ggml = _kernels(problem)
+    tools = describe()
+    absent = [tool["name"] for tool in tools["tools"] if tool["path"] is None]
+    if tools["converter"] is None:
+        absent.append("convert_hf_to_gguf.py")
+    if absent:
+        problem("warning", f"not found: {', '.join(absent)}", toolchain.INSTALL_COMMAND)
+
+    flags = toolchain.cpu_flags()
+    return {
+        "ok": all(p["severity"] != "error" for p in problems),
+        "quantkit": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": packages,
+        "ggml": ggml,
+        "toolchain": tools,
+        "cpu": {
+            "model": _cpu_model(),
+            "features": {name: name in flags or (name == "neon" and "asimd" in flags) for name in CPU_FEATURES},
+        },
+        "kernels": kernels,
+        "disk": {"here": _disk(Path.cwd()), "cache": _disk(toolchain.cache_dir())},
+        "memory": _memory(),
+        "problems": problems,
+    }
+
+
+def _installed_version(distribution: str) -> str | None:
+    from importlib import metadata
+
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _kernels(problem: Callable[[str, str, str], None]) -> tuple[dict[str, str], dict[str, str | None]]:
+    """The kernel used for each type, and the ggml of the wheel; tells `problem` of what is not there."""
+    import os
+
+    from quantkit import toolchain
+    from quantkit.errors import KernelError
+
+    ggml: dict[str, str | None] = {"path": None, "version": None}
+    try:
+        from quantkit import kernels
+    except ImportError as e:
+        problem("error", f"quantkit's kernels cannot be loaded: {e}", "pip install --force-reinstall quantkit")
+        return {}, ggml
+    try:
+        library = kernels.wheel_library()
+        ggml = {"path": str(library), "version": _ggml_version(library)}
+    except (KernelError, OSError, AttributeError) as e:
+        problem("error", f"the ggml of libggml-python: {e}", "pip install --force-reinstall libggml-python")
+    kernels.use_pinned_library(toolchain.ggml_library())
+    active = kernels.active()
+    none = [name for name, kernel in active.items() if kernel.startswith("none")]
+    if len(none) == len(active):
+        forced = "QUANTKIT_KERNELS" in os.environ
+        fix = "unset QUANTKIT_KERNELS" if forced else "pip install --force-reinstall libggml-python"
+        problem("error", f"no type has a kernel; {none[0]}: {active[none[0]]}", fix)
+    elif none:
+        problem(
+            "warning",
+            f"no kernel for {', '.join(none)}: not to be used in a recipe",
+            toolchain.INSTALL_COMMAND,
+        )
+    return active, ggml
+
+
+def _ggml_version(library: Path) -> str:
+    import ctypes
+
+    function = ctypes.CDLL(str(library)).ggml_version
+    function.restype = ctypes.c_char_p
+    return bytes(function()).decode()
+
+
+def _cpu_model() -> str:
+    import platform
+
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.machine()
+
+
+def _disk(folder: Path) -> dict[str, Any]:
+    """Free bytes of the file system `folder` is on, or would be on once it is made."""
+    import shutil
+
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    return {"path": str(folder), "free_nbytes": shutil.disk_usage(existing).free}
+
+
+def _memory() -> dict[str, int | None]:
+    """Bytes of memory: all, and what can be had without swapping; None where Linux does not say."""
+    sizes: dict[str, int] = {}
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            name, _, value = line.partition(":")
+            sizes[name] = int(value.split()[0]) * 1024
+    except (OSError, ValueError, IndexError):
+        pass
+    return {"total_nbytes": sizes.get("MemTotal"), "available_nbytes": sizes.get("MemAvailable")}
+
+
+def _lines(found: dict[str, Any]) -> list[str]:
+    import textwrap
+
+    from .toolchain import tool_lines
+
+    def gib(nbytes: int | None) -> str:
+        return "unknown" if nbytes is None else f"{nbytes / _GIB:.1f} GiB"
+
+    lines = [f"quantkit {found['quantkit']}, Python {found['python']}, {found['platform']}", "", "packages"]
+    lines += [f"  {name:18}  {version or 'not installed'}" for name, version in found["packages"].items()]
+    lines += [f"  {'ggml of the wheel':18}  {found['ggml']['version'] or 'not found'}", "", "llama.cpp"]
+    lines += [f"  {line}" for line in tool_lines(found["toolchain"])]
+    lines += ["", "machine", f"  {'CPU':18}  {found['cpu']['model']}"]
+    features = found["cpu"]["features"]
+    lines.append(f"  {'':18}  {', '.join(f'{name} {_yes(has)}' for name, has in features.items())}")
+    memory = found["memory"]
+    lines.append(f"  {'memory':18}  {gib(memory['available_nbytes'])} available of {gib(memory['total_nbytes'])}")
+    for place, disk in found["disk"].items():
+        lines.append(f"  {'free disk, ' + place:18}  {gib(disk['free_nbytes'])} ({disk['path']})")
+    lines += ["", "kernels"]
+    by_kernel: dict[str, list[str]] = {}
+    for name, kernel in found["kernels"].items():
+        by_kernel.setdefault("none" if kernel.startswith("none") else kernel, []).append(name)
+    for kernel, names in by_kernel.items():
+        indent = " " * 22
+        lines += textwrap.wrap(" ".join(names), 100, initial_indent=f"  {kernel:20}", subsequent_indent=indent)
+    lines.append("")
+    for p in found["problems"]:
+        lines.append(f"{p['severity']}: {p['what']}; run: {p['fix']}")
+    lines.append("builds can run" if found["ok"] else "builds cannot run until the errors above are mended")
+    return lines
+
+
+def _yes(has: bool) -> str:
+    return "yes" if has else "no"

@@ -1,0 +1,34 @@
+"""quantkit inspect."""
+
+from __future__ import annotations
+
+import json
+
+import click
+
+
+@click.command()
+@click.argument("source")
+@click.option(
+    "--all", "every_tensor", is_flag=True, help="A line for each tensor, not one for alike ones of many layers."
+)
+@click.option("--json", "as_json", is_flag=True, help="As JSON on standard output.")
+@click.option("--pre", metavar="NAME", help="tokenizer.ggml.pre, for a tokenizer that is not recognized.")
+def inspect(source: str, every_tensor: bool, as_json: bool, pre: str | None) -> None:
+    """Show what is inside a GGUF or a checkpoint: metadata, tensors, types, sizes. Reads headers only.
+
+    \b
+    quantkit inspect R1-UD-IQ1_S-00001-of-00003.gguf
+    quantkit inspect DeepSeek-R1/ --json | jq .stored
+    """
+    from quantkit import report
+    from quantkit.arch.options import Options
+    from quantkit.models import describe_stored, open_model
+
+    # a tokenizer nobody knows is no reason not to look
+    catalogue = open_model(source, Options(pre=pre or "(not recognized)", recognize=pre is None))
+    paths = [str(p) for p in catalogue.source.files] if catalogue.source else ["(config only)"]
+    found = report.inspection(catalogue, describe_stored(catalogue), paths)
+    click.echo(
+        json.dumps(found, indent=1, ensure_ascii=False) if as_json else report.inspection_text(found, every_tensor)
+    )

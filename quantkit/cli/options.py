@@ -1,0 +1,78 @@
+"""Options that several commands share, and how their values are read."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from quantkit.arch.options import Options
+    from quantkit.imatrix import Imatrix
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class Size(click.ParamType[int]):
+    """50G, 500M, 4000K or plain bytes; decimal units, as in llama-gguf-split."""
+
+    name = "size"
+    _units: ClassVar[dict[str, int]] = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        m = re.fullmatch(r"([0-9]{1,15})([KMG]?)", str(value).upper())
+        if m is None or int(m[1]) == 0:
+            self.fail(f"{value!r} is not a size such as 50G, 500M or 4000000 (G = 10^9 bytes)", param, ctx)
+        return int(m[1]) * self._units[m[2]]
+
+
+def source_options(command: F) -> F:
+    """SOURCE, --recipe, --layout, --imatrix, --pre, --pad-token."""
+    for decorate in reversed(
+        [
+            click.argument("source"),
+            click.option("-r", "--recipe", required=True, help="Name of a shipped recipe, or path of a YAML file."),
+            click.option(
+                "--layout",
+                type=click.Choice(["k_b+v_b", "kv_b"]),
+                default="k_b+v_b",
+                show_default=True,
+                help="MLA tensors of a checkpoint: attn_k_b and attn_v_b (now), or attn_kv_b (early 2025).",
+            ),
+            click.option("--imatrix", metavar="FILE", help="Importance matrix of llama-imatrix (GGUF or .dat)."),
+            click.option("--pre", metavar="NAME", help="tokenizer.ggml.pre, for a tokenizer that is not recognized."),
+            click.option(
+                "--pad-token", metavar="TOKEN", help="Padding token (text or id) in place of the tokenizer's."
+            ),
+            click.option(
+                "--split-max-size",
+                type=Size(),
+                metavar="N[K|M|G]",
+                help="Split the output into shards of at most so much tensor data (G = 10^9 bytes).",
+            ),
+        ]
+    ):
+        command = decorate(command)
+    return command
+
+
+def conversion(layout: str, pre: str | None, pad_token: str | None) -> Options:
+    from quantkit.arch.options import Options
+
+    return Options(layout, pre, pad_token=pad_token)
+
+
+def imatrix_of(path: str | None) -> Imatrix | None:
+    from quantkit.imatrix import open_imatrix
+
+    return None if path is None else open_imatrix(path)
+
+
+def default_threads() -> int:
+    """The processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,57 @@
+"""quantkit plan."""
+
+from __future__ import annotations
+
+import json
+
+import click
+
+from .options import conversion, imatrix_of, source_options
+
+
+@click.command()
+@source_options
+@click.option(
+    "--all", "every_tensor", is_flag=True, help="A line for each tensor, not one for alike ones of many layers."
+)
+@click.option("--json", "as_json", is_flag=True, help="The plan as JSON on standard output.")
+def plan(
+    source: str,
+    recipe: str,
+    layout: str,
+    imatrix: str | None,
+    pre: str | None,
+    pad_token: str | None,
+    split_max_size: int | None,
+    every_tensor: bool,
+    as_json: bool,
+) -> None:
+    """Show the type of every tensor, why, and the exact bytes. Reads headers only.
+
+    SOURCE is a checkpoint directory, a GGUF, a config.json, the name of a known model (deepseek-r1), or the
+    id of a repository already downloaded with `hf download`.
+
+    \b
+    quantkit plan deepseek-r1 --recipe UD-IQ1_S
+    quantkit plan deepseek-r1 --recipe UD-IQ1_S --layout kv_b --json | jq .totals
+    """
+    from pathlib import Path
+
+    from quantkit import layout as layouts
+    from quantkit import report
+    from quantkit.models import open_model
+    from quantkit.plan import make_plan
+    from quantkit.recipe import load
+
+    rules = load(recipe)
+    weights = imatrix_of(imatrix)
+    made = make_plan(open_model(source, conversion(layout, pre, pad_token)), rules, weights)
+    files = layouts.lay_out(made, layouts.output_kvs(made, weights), split_max_size)
+    names = layouts.file_names(
+        Path(f"{made.catalogue.model}-{rules.name}.gguf"), len(files), split_max_size is not None
+    )
+    sizes = [(name.name, f.nbytes) for name, f in zip(names, files, strict=True)]
+    if as_json:
+        click.echo(json.dumps(made.to_json(sum(n for _, n in sizes)), indent=1, ensure_ascii=False))
+    else:
+        click.echo(report.plan_text(made, sizes, every_tensor))

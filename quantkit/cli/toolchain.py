@@ -1,0 +1,134 @@
+"""`quantkit toolchain`: build the pinned llama.cpp tools, and show which tools are used."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+
+@click.group()
+def toolchain() -> None:
+    """Build and list the llama.cpp tools.
+
+    quantkit plans and builds without them. They are needed to convert and quantize the stock way, to
+    measure perplexity and importance matrices, and for types whose bytes only their ggml gives (IQ1_M).
+
+    \b
+    Example:
+      quantkit toolchain install
+    """
+
+
+@toolchain.command()
+@click.option("--jobs", type=click.IntRange(min=1), help="Compilers at a time.  [default: one a CPU]")
+@click.option("--force", is_flag=True, help="Build again what is installed already.")
+def install(jobs: int | None, force: bool) -> None:
+    """Download, build and install the tools into the cache.
+
+    Takes minutes (of compiling) and 1 GB of disk meanwhile. Stopped, it goes on from there when run again.
+    The cache is $QUANTKIT_CACHE, else $XDG_CACHE_HOME/quantkit, else ~/.cache/quantkit.
+
+    \b
+    Example:
+      quantkit toolchain install --jobs 4
+    """
+    from tqdm import tqdm
+
+    from quantkit import toolchain as tools
+
+    bar: tqdm[Any] | None = None
+
+    def report(sentence: str) -> None:
+        close()
+        click.echo(sentence, err=True)
+
+    def progress(done: int, total: int) -> None:
+        nonlocal bar
+        if bar is None:
+            bar = tqdm(total=total, initial=done, unit="step", desc="compiling", dynamic_ncols=True)
+        bar.total = total
+        bar.update(done - bar.n)
+
+    def close() -> None:
+        nonlocal bar
+        if bar is not None:
+            bar.close()
+            bar = None
+
+    try:
+        tools.install(report, progress, jobs=jobs, force=force)
+    finally:
+        close()
+    for tool in tools.TOOLS:
+        path = tools.find_in_cache(tool)
+        click.echo(f"{tool:18} {tools.version(path) if path else 'missing'}")
+
+
+@toolchain.command(name="list")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def list_(as_json: bool) -> None:
+    """Show each tool: where it is found (PATH, then cache), and its version.
+
+    \b
+    Example:
+      quantkit toolchain list --json
+    """
+    import json
+
+    found = describe()
+    if as_json:
+        click.echo(json.dumps(found, indent=2))
+        return
+    for line in tool_lines(found):
+        click.echo(line)
+    if not found["installed"]:
+        click.echo(f"not all installed in {found['root']}; run: quantkit toolchain install")
+
+
+def describe() -> dict[str, Any]:
+    """What is where, as plain data: the keys of `toolchain list --json`."""
+    from quantkit import toolchain as tools
+    from quantkit.errors import ToolError
+
+    rows = []
+    for tool in tools.TOOLS:
+        located = tools.locate(tool)
+        rows.append(
+            {
+                "name": tool,
+                "path": str(located.path) if located else None,
+                "origin": located.origin if located else None,
+                "version": tools.version(located.path) if located else None,
+            }
+        )
+    try:
+        converter: str | None = tools.converter_command()[0][-1]
+    except ToolError:
+        converter = None
+    library = tools.ggml_library()
+    return {
+        "root": str(tools.root()),
+        "installed": tools.installed(),
+        "tools": rows,
+        "converter": converter,
+        "ggml_library": str(library) if library else None,
+        "ggml_version": tools.GGML_VERSION if library else None,
+    }
+
+
+def tool_lines(found: dict[str, Any]) -> list[str]:
+    """The text of `describe`: name, origin, version and path, a line each."""
+    rows = [(t["name"], t["origin"], t["version"], t["path"]) for t in found["tools"]]
+    cached = ("cache" if found["converter"] else None, "", found["converter"])
+    rows.append(("convert_hf_to_gguf", *cached))
+    rows.append(
+        (
+            "libggml-base",
+            "cache" if found["ggml_library"] else None,
+            found["ggml_version"],
+            found["ggml_library"],
+        )
+    )
+    width = max(len(str(version or "")) for _, _, version, _ in rows)
+    return [f"{n:18}  {o or '-':5}  {v or '':{width}}  {p or 'not found'}" for n, o, v, p in rows]

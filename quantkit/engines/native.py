@@ -1,0 +1,164 @@
+"""The native engine: one pass from the source's bytes to quantized blocks at their final offset.
+
+Work is cut into slabs: consecutive rows of one part of one tensor (an expert, a head, a matrix), at
+most SLAB_VALUES values. A worker reads a slab's stored bytes, turns them into float32, quantizes
+them with its expert's slice of the importance matrix, and writes the blocks with pwrite; it needs a
+few buffers of a slab's size and nothing else, so memory is threads x slab whatever the tensor's
+size. Rows are independent, so results do not depend on slab size or threads.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from .. import kernels
+from ..catalogue import Part
+from ..errors import KernelError, OutputError, QuantkitError, WeightError
+from ..layout import Placed
+from ..qtypes import QTYPES
+from ..rows import RowReader
+from . import Work
+
+#: values of a slab: 4 MiB as float32, in reach of L2/L3, large beside a call's overhead
+SLAB_VALUES = 1 << 20
+
+
+class Slab(NamedTuple):
+    """Rows row…row+n_rows of a part; they begin at row `out_row` of the tensor."""
+
+    file: Path
+    placed: Placed
+    part: Part
+    row: int
+    n_rows: int
+    out_row: int
+
+
+def slabs(file: Path, placed: Placed, slab_values: int = SLAB_VALUES) -> Iterator[Slab]:
+    """The slabs of a tensor, in order."""
+    tensor = placed.planned.tensor
+    step = max(1, slab_values // tensor.n_cols)
+    # a slab has one expert's slice of the importance matrix
+    rows_per_mat = tensor.shape[1] if len(tensor.shape) > 1 else 1
+    out_row = 0
+    for part in tensor.parts:
+        row = 0
+        while row < part.out_rows:
+            n = min(step, part.out_rows - row, rows_per_mat - out_row % rows_per_mat)
+            yield Slab(file, placed, part, row, n, out_row)
+            row += n
+            out_row += n
+
+
+class _Worker:
+    """A thread's buffers and the steps of a slab."""
+
+    def __init__(self, work: Work, fds: dict[Path, int]) -> None:
+        self.work = work
+        self.fds = fds
+        assert work.plan.catalogue.source is not None
+        self.reader = RowReader(work.plan.catalogue.source)
+        self.rows = np.empty(0, np.float32)
+        self.blocks = np.empty(0, np.uint8)
+
+    def do(self, slab: Slab) -> None:
+        planned = slab.placed.planned
+        tensor, qt = planned.tensor, QTYPES[planned.type]
+        n_cols = tensor.n_cols
+        row_bytes = qt.row_bytes(n_cols)
+        blocks = self._blocks(slab.n_rows * row_bytes).reshape(slab.n_rows, row_bytes)
+        st = self.reader.source.tensor(slab.part.source)
+        if st.dtype == planned.type and not QTYPES[st.dtype].is_float:
+            self.reader.raw(slab.part, slab.row, blocks)
+        else:
+            rows = self._rows(slab.n_rows * n_cols).reshape(slab.n_rows, n_cols)
+            self.reader.rows(tensor, slab.part, slab.row, rows)
+            weights = None
+            if planned.imatrix == "used" and self.work.imatrix is not None:
+                mat = slab.out_row // tensor.shape[1] if len(tensor.shape) > 2 else 0
+                weights = self.work.imatrix.weights(tensor.name, mat, n_cols)
+            try:
+                kernels.quantize(rows, qt.name, weights, out=blocks)
+            except (WeightError, KernelError) as e:
+                last = slab.out_row + slab.n_rows - 1
+                raise type(e)(f"'{tensor.name}', rows {slab.out_row} to {last}: {e}") from None
+        self._write(slab, blocks, slab.placed.offset + slab.out_row * row_bytes)
+        self.work.progress(tensor.name, slab.n_rows * n_cols)
+
+    def _rows(self, n: int) -> npt.NDArray[np.float32]:
+        if self.rows.size < n:
+            self.rows = np.empty(n, np.float32)
+        return self.rows[:n]
+
+    def _blocks(self, n: int) -> npt.NDArray[np.uint8]:
+        if self.blocks.size < n:
+            self.blocks = np.empty(n, np.uint8)
+        return self.blocks[:n]
+
+    def _write(self, slab: Slab, blocks: npt.NDArray[np.uint8], offset: int) -> None:
+        view = blocks.data.cast("B")
+        done = 0
+        while done < len(view):
+            try:
+                done += os.pwrite(self.fds[slab.file], view[done:], offset + done)
+            except OSError as e:
+                raise OutputError(
+                    f"{slab.file}: writing '{slab.placed.planned.tensor.name}' at {offset + done:,} failed: "
+                    f"{e.strerror or e}; free some space and build again"
+                ) from None
+
+
+class NativeEngine:
+    """See the module."""
+
+    name = "native"
+
+    def __init__(self, slab_values: int = SLAB_VALUES) -> None:
+        self.slab_values = slab_values
+
+    def run(self, work: Work) -> None:
+        jobs = (s for path, layout in work.files for p in layout.tensors for s in slabs(path, p, self.slab_values))
+        next_job = threading.Lock()
+        stop = threading.Event()
+        failures: list[BaseException] = []
+        fds: dict[Path, int] = {}
+
+        def labour() -> None:
+            worker = _Worker(work, fds)
+            try:
+                while not stop.is_set():
+                    with next_job:
+                        slab = next(jobs, None)
+                    if slab is None:
+                        return
+                    worker.do(slab)
+            except BaseException as e:
+                failures.append(e)
+                stop.set()
+
+        threads: list[threading.Thread] = []
+        try:
+            for path, _ in work.files:
+                fds[path] = os.open(path, os.O_WRONLY)
+            threads = [threading.Thread(target=labour, name=f"quantkit-{i}") for i in range(work.n_threads)]
+            for t in threads:
+                t.start()
+            for t in threads:
+                while t.is_alive():
+                    t.join(0.2)  # in short turns, so that Ctrl-C is heard
+        finally:
+            stop.set()
+            for t in threads:
+                t.join()
+            for fd in fds.values():
+                os.close(fd)
+        if failures:
+            wrong = next((f for f in failures if isinstance(f, QuantkitError)), failures[0])
+            raise wrong

@@ -1,0 +1,73 @@
+"""Every error quantkit raises on purpose, in one tree, with the exit code of each.
+
+They live together so that the exit codes can be seen to be distinct, and so that a caller
+can catch `QuantkitError` and know that the message is meant for a person: it names the
+thing, the numbers and the next step. Anything else that escapes is a defect of quantkit.
+
+    QuantkitError                1
+    ├── RecipeError              3   a recipe: YAML, unknown key or type, rules that cannot work
+    ├── SourceError              4   a checkpoint, GGUF or config.json: missing, malformed, inconsistent
+    │   └── UnsupportedError     5   well-formed, but not something quantkit can convert
+    ├── ImatrixError             6   an importance matrix: malformed, an entry missing or of the wrong size
+    ├── OutputError              7   the place to write: exists, is a source, no space, not writable
+    ├── WeightError              8   the weights themselves: NaN, Inf, not representable in a type
+    ├── KernelError              9   a quantization kernel: not present, wrong arguments
+    ├── ToolError               10   llama.cpp tools: not found, failed, gave something else than asked
+    └── InternalCheckError      11   a check of quantkit's own result failed; please report it
+
+2 is click's own code for wrong usage, and 130 an interrupt.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class QuantkitError(Exception):
+    """The base of all errors with a message for a person."""
+
+    exit_code = 1
+
+
+class RecipeError(QuantkitError):
+    exit_code = 3
+
+
+class SourceError(QuantkitError):
+    exit_code = 4
+
+
+class UnsupportedError(SourceError):
+    exit_code = 5
+
+
+class ImatrixError(QuantkitError):
+    exit_code = 6
+
+
+class OutputError(QuantkitError):
+    exit_code = 7
+
+
+class WeightError(QuantkitError):
+    exit_code = 8
+
+
+class KernelError(QuantkitError):
+    exit_code = 9
+
+
+class ToolError(QuantkitError):
+    exit_code = 10
+
+
+class InternalCheckError(QuantkitError):
+    exit_code = 11
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """' (did you mean X?)' for the nearest known word, or '' when nothing is near."""
+    by_lower = {k.lower(): k for k in known}
+    near = difflib.get_close_matches(word.lower(), by_lower, n=1, cutoff=0.6)
+    return f" (did you mean {by_lower[near[0]]}?)" if near else ""

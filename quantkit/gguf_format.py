@@ -1,0 +1,317 @@
+"""The GGUF file format, version 3, little-endian: header bytes written, and read with every claim checked.
+
+    "GGUF" | u32 version | u64 n_tensors | u64 n_kv
+    n_kv      x  string key | u32 value type | value
+    n_tensors x  string name | u32 n_dims | u64 ne[n_dims] | u32 ggml type | u64 offset
+    zero padding to the alignment, then the tensor data; offsets count from there, each
+    tensor's data (the last one's too) padded to the alignment with zeros
+
+string = u64 length + bytes. An array is u32 element type | u64 count | elements.
+Source: ggml/src/gguf.cpp. Values are kept as the bytes they have in the file (`KV.payload`),
+so that what is copied from a source is copied exactly; `decode` reads one.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import struct
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from .errors import SourceError
+from .qtypes import BY_ID, QTYPES
+
+MAGIC = b"GGUF"
+VERSION = 3
+ALIGNMENT = 32
+
+U8, I8, U16, I16, U32, I32, F32, BOOL, STRING, ARRAY, U64, I64, F64 = range(13)
+
+_SCALARS = {
+    U8: "<B", I8: "<b", U16: "<H", I16: "<h", U32: "<I", I32: "<i", F32: "<f", BOOL: "<?",
+    U64: "<Q", I64: "<q", F64: "<d",
+}  # fmt: skip
+_SIZES = {t: struct.calcsize(f) for t, f in _SCALARS.items()}
+TYPE_NAMES = (
+    "u8", "i8", "u16", "i16", "u32", "i32", "f32", "bool", "str", "arr", "u64", "i64", "f64",
+)  # fmt: skip
+
+MAX_DIMS = 4
+MAX_NAME = 65535
+MAX_ARRAY_DEPTH = 4
+
+
+class KV(NamedTuple):
+    """A key with its value as the file has it: the value's type and its bytes."""
+
+    key: str
+    type: int
+    payload: bytes
+
+
+class TensorInfo(NamedTuple):
+    """A tensor as a GGUF header describes it. `shape` in ne order, `offset` from the start of the file."""
+
+    name: str
+    shape: tuple[int, ...]
+    type: str
+    offset: int
+    nbytes: int
+
+
+class Header(NamedTuple):
+    """What stands before the data of a GGUF file."""
+
+    version: int
+    kvs: tuple[KV, ...]
+    tensors: tuple[TensorInfo, ...]
+    data_offset: int
+    alignment: int
+    file_bytes: int
+
+
+def pad(n: int, alignment: int = ALIGNMENT) -> int:
+    """`n` rounded up to a multiple of the alignment."""
+    return -(-n // alignment) * alignment
+
+
+# ---------------------------------------------------------------- values
+
+
+def string_bytes(text: str | bytes) -> bytes:
+    raw = text.encode() if isinstance(text, str) else text
+    return struct.pack("<Q", len(raw)) + raw
+
+
+def kv(key: str, type_: int, value: Any) -> KV:
+    """A scalar or string key/value."""
+    return KV(key, type_, string_bytes(value) if type_ == STRING else struct.pack(_SCALARS[type_], value))
+
+
+def kv_array(key: str, element: int, values: Iterable[Any]) -> KV:
+    """An array key/value of scalars or strings."""
+    items = list(values)
+    head = struct.pack("<IQ", element, len(items))
+    if element == STRING:
+        return KV(key, ARRAY, head + b"".join(string_bytes(v) for v in items))
+    return KV(key, ARRAY, head + struct.pack(f"<{len(items)}{_SCALARS[element][1]}", *items))
+
+
+def decode(item: KV) -> Any:
+    """The Python value of a key. Strings that are not UTF-8 come with replacement characters."""
+    return _decode(item.type, item.payload, 0)[0]
+
+
+def _decode(type_: int, buf: bytes, at: int) -> tuple[Any, int]:
+    if type_ == STRING:
+        (n,) = struct.unpack_from("<Q", buf, at)
+        return buf[at + 8 : at + 8 + n].decode("utf-8", "replace"), at + 8 + n
+    if type_ != ARRAY:
+        return struct.unpack_from(_SCALARS[type_], buf, at)[0], at + _SIZES[type_]
+    element, count = struct.unpack_from("<IQ", buf, at)
+    at += 12
+    if element in _SCALARS:
+        size = _SIZES[element]
+        values = struct.unpack_from(f"<{count}{_SCALARS[element][1]}", buf, at)
+        return list(values), at + size * count
+    out = []
+    for _ in range(count):
+        value, at = _decode(element, buf, at)
+        out.append(value)
+    return out, at
+
+
+def array_head(item: KV) -> tuple[str, int]:
+    """Element type name and count of an array."""
+    element, count = struct.unpack_from("<IQ", item.payload, 0)
+    return TYPE_NAMES[element], count
+
+
+# ---------------------------------------------------------------- writing
+
+
+def n_dims(shape: Sequence[int]) -> int:
+    """Dimensions that a header states: ggml drops trailing ones (ggml_n_dims)."""
+    return max((i + 1 for i, n in enumerate(shape) if n > 1), default=1)
+
+
+def header_bytes(
+    kvs: Sequence[KV], tensors: Sequence[tuple[str, Sequence[int], str, int]], alignment: int = ALIGNMENT
+) -> bytes:
+    """The header of a file with these keys and tensors (name, ne shape, type, offset from the data's
+    start), padded to the alignment."""
+    out = io.BytesIO()
+    out.write(MAGIC + struct.pack("<IQQ", VERSION, len(tensors), len(kvs)))
+    for item in kvs:
+        out.write(string_bytes(item.key) + struct.pack("<I", item.type) + item.payload)
+    for name, shape, type_, offset in tensors:
+        dims = shape[: n_dims(shape)]
+        out.write(string_bytes(name))
+        out.write(struct.pack(f"<I{len(dims)}QIQ", len(dims), *dims, QTYPES[type_].id, offset))
+    raw = out.getvalue()
+    return raw.ljust(pad(len(raw), alignment), b"\0")
+
+
+# ---------------------------------------------------------------- reading
+
+
+class _Cursor:
+    """Reads a file's header piece by piece and never past its end."""
+
+    def __init__(self, path: Path, file: io.BufferedReader, size: int) -> None:
+        self.path, self.file, self.size, self.at = path, file, size, 0
+
+    def fail(self, what: str) -> SourceError:
+        return SourceError(f"{self.path}: not a usable GGUF file: {what}")
+
+    def take(self, n: int, what: str) -> bytes:
+        if n > self.size - self.at:
+            raise self.fail(
+                f"{what} needs {n:,} bytes at {self.at:,}, but the file ends at {self.size:,}; "
+                "it is truncated or its header is corrupt"
+            )
+        got = self.file.read(n)
+        if len(got) != n:
+            raise self.fail(f"{what} at {self.at:,}: only {len(got):,} of {n:,} bytes could be read")
+        self.at += n
+        return got
+
+    def number(self, form: str, what: str) -> Any:
+        return struct.unpack(form, self.take(struct.calcsize(form), what))[0]
+
+    def string(self, what: str, limit: int | None = None) -> bytes:
+        head = self.take(8, f"the length of {what}")
+        (n,) = struct.unpack("<Q", head)
+        if limit is not None and n > limit:
+            raise self.fail(f"{what} claims a length of {n:,} bytes (at most {limit:,})")
+        return head + self.take(n, what)
+
+    def name(self, what: str) -> str:
+        raw = self.string(what, MAX_NAME)[8:]
+        try:
+            return raw.decode()
+        except UnicodeDecodeError:
+            raise self.fail(f"{what} is not UTF-8: {raw[:40]!r}") from None
+
+    def value(self, type_: int, what: str, depth: int = 0) -> bytes:
+        if type_ in _SIZES:
+            return self.take(_SIZES[type_], what)
+        if type_ == STRING:
+            return self.string(what)
+        if type_ != ARRAY:
+            raise self.fail(f"{what} has the unknown value type {type_}")
+        if depth >= MAX_ARRAY_DEPTH:
+            raise self.fail(f"{what} nests arrays deeper than {MAX_ARRAY_DEPTH}")
+        head = self.take(12, what)
+        element, count = struct.unpack("<IQ", head)
+        if element in _SIZES:
+            return head + self.take(_SIZES[element] * count, what)
+        smallest = 8 if element == STRING else 12
+        if count > (self.size - self.at) // smallest:
+            raise self.fail(f"{what} claims {count:,} elements, more than the file can hold")
+        return head + b"".join([self.value(element, what, depth + 1) for _ in range(count)])
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether a file begins with GGUF's magic."""
+    with open(path, "rb") as f:
+        return f.read(4) == MAGIC
+
+
+def read_header(path: Path) -> Header:
+    """Read and check the header of a GGUF file; the data is not touched.
+
+    Raises SourceError for anything the format does not allow: wrong magic or version, counts and
+    lengths beyond the file, duplicate names, unknown types, sizes that overflow, data that is
+    misaligned, overlaps or lies outside the file.
+    """
+    try:
+        size = os.stat(path).st_size
+        with open(path, "rb") as file:
+            return _read(_Cursor(path, file, size))
+    except OSError as e:
+        raise SourceError(f"{path}: cannot be read: {e.strerror or e}") from None
+
+
+def _read(c: _Cursor) -> Header:
+    magic = c.take(4, "the magic")
+    if magic != MAGIC:
+        hint = "; zeros at the start are what an interrupted llama-quantize leaves" if magic == bytes(4) else ""
+        raise c.fail(f"it begins with {magic!r}, not {MAGIC!r}{hint}")
+    version = c.number("<I", "the version")
+    if version not in (2, 3):
+        swapped = int.from_bytes(version.to_bytes(4, "little"), "big")
+        hint = "; it is a big-endian file" if swapped in (2, 3) else ""
+        raise c.fail(f"version {version} is not supported (2 and 3 are){hint}")
+    n_tensors, n_kv = c.number("<Q", "the tensor count"), c.number("<Q", "the key count")
+    for n, smallest, what in ((n_kv, 13, "keys"), (n_tensors, 32, "tensors")):
+        if n > (c.size - c.at) // smallest:
+            raise c.fail(f"it claims {n:,} {what}, more than its {c.size:,} bytes can hold")
+    kvs: list[KV] = []
+    seen: set[str] = set()
+    for i in range(n_kv):
+        key = c.name(f"key {i}")
+        if key in seen:
+            raise c.fail(f"key '{key}' occurs twice")
+        seen.add(key)
+        type_ = c.number("<I", f"the type of '{key}'")
+        kvs.append(KV(key, type_, c.value(type_, f"the value of '{key}'")))
+    alignment = _alignment(c, kvs)
+    infos: list[tuple[str, tuple[int, ...], str, int, int]] = []
+    seen.clear()
+    for i in range(n_tensors):
+        info = _tensor_info(c, i, alignment)
+        if info[0] in seen:
+            raise c.fail(f"tensor '{info[0]}' occurs twice")
+        seen.add(info[0])
+        infos.append(info)
+    data_offset = pad(c.at, alignment)
+    end = 0
+    for name, _, _, offset, nbytes in sorted(infos, key=lambda t: t[3]):
+        if offset < end:
+            raise c.fail(f"the data of '{name}' at {offset:,} overlaps the tensor before it, which ends at {end:,}")
+        end = offset + nbytes
+        if data_offset + end > c.size:
+            raise c.fail(
+                f"the data of '{name}' should end at {data_offset + end:,}, but the file ends at {c.size:,}; "
+                "the file is truncated: get it again"
+            )
+    tensors = tuple(TensorInfo(n, s, t, data_offset + o, b) for n, s, t, o, b in infos)
+    return Header(version, tuple(kvs), tensors, data_offset, alignment, c.size)
+
+
+def _alignment(c: _Cursor, kvs: Sequence[KV]) -> int:
+    for item in kvs:
+        if item.key == "general.alignment":
+            if item.type != U32:
+                raise c.fail(f"general.alignment is of type {TYPE_NAMES[item.type]}, not u32")
+            alignment = int(decode(item))
+            if alignment == 0 or alignment & (alignment - 1):
+                raise c.fail(f"general.alignment is {alignment}, not a power of two")
+            return alignment
+    return ALIGNMENT
+
+
+def _tensor_info(c: _Cursor, i: int, alignment: int) -> tuple[str, tuple[int, ...], str, int, int]:
+    name = c.name(f"the name of tensor {i}")
+    dims = c.number("<I", f"the dimensions of '{name}'")
+    if not 1 <= dims <= MAX_DIMS:
+        raise c.fail(f"tensor '{name}' has {dims} dimensions (1 to {MAX_DIMS})")
+    shape = struct.unpack(f"<{dims}Q", c.take(8 * dims, f"the shape of '{name}'"))
+    n_elements = 1
+    for n in shape:
+        n_elements *= n
+    if n_elements >= 1 << 62 or 0 in shape:
+        raise c.fail(f"tensor '{name}' has the impossible shape {list(shape)}")
+    type_id = c.number("<I", f"the type of '{name}'")
+    offset = c.number("<Q", f"the offset of '{name}'")
+    if type_id not in BY_ID:
+        raise c.fail(f"tensor '{name}' has the unknown ggml type {type_id}")
+    qt = BY_ID[type_id]
+    if shape[0] % qt.block:
+        raise c.fail(f"tensor '{name}' is {qt.name}, but its rows of {shape[0]} are no multiple of {qt.block}")
+    if offset % alignment:
+        raise c.fail(f"the data of '{name}' at {offset:,} is not aligned to {alignment}")
+    return name, shape, qt.name, offset, n_elements // qt.block * qt.block_bytes

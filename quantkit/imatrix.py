@@ -1,0 +1,190 @@
+"""Importance matrices: llama-imatrix's GGUF files and the older .dat, read as llama-quantize reads them.
+
+An entry is a tensor's mean squared activation for each column, and for each matrix of a stacked
+tensor. GGUF: in_sum2 / count per expert, all ones for an expert whose count is 0; legacy: value /
+ncall. Source: tools/quantize/quantize.cpp (load_imatrix), common/imatrix-loader.cpp. Values stay in
+the file until they are asked for: the imatrix of R1 holds about a gigabyte.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import struct
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from .errors import ImatrixError, SourceError
+from .gguf_format import ARRAY, KV, U32, Header, array_head, decode, is_gguf, read_header
+
+_CHUNK = 1 << 20
+
+
+class Entry(NamedTuple):
+    """Where the values of a tensor are: `n_values` float32 at `offset`; one divisor a matrix."""
+
+    offset: int
+    n_values: int
+    counts: tuple[float, ...]
+
+
+class Imatrix:
+    """An importance matrix file. Raises ImatrixError for whatever is wrong with it."""
+
+    def __init__(
+        self, typed: str, path: Path, entries: Mapping[str, Entry], datasets: tuple[str, ...], n_chunks: int
+    ) -> None:
+        self.typed = typed
+        """the path as the user gave it, which goes into the metadata"""
+        self.path = path
+        self.entries = dict(entries)
+        self.datasets = datasets
+        self.n_chunks = n_chunks
+        self._fd = os.open(path, os.O_RDONLY)
+
+    def __del__(self) -> None:
+        if hasattr(self, "_fd"):
+            os.close(self._fd)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.entries
+
+    def fits(self, name: str, n_cols: int, n_mats: int) -> bool:
+        """Whether the entry has a value for each column of each matrix."""
+        return self.entries[name].n_values == n_cols * n_mats
+
+    def weights(self, name: str, mat: int, n_cols: int) -> npt.NDArray[np.float32]:
+        """The weights float32 [n_cols] of matrix number `mat` of a tensor."""
+        return self._divide(self.entries[name], mat * n_cols, n_cols)
+
+    def _read(self, offset: int, n: int) -> npt.NDArray[np.float32]:
+        out = np.empty(n, np.float32)
+        if os.preadv(self._fd, [out.data.cast("B")], offset) != out.nbytes:
+            raise ImatrixError(f"{self.path}: {out.nbytes:,} bytes at {offset:,} could not be read; it has shrunk")
+        return out
+
+    def _divide(self, entry: Entry, at: int, n: int) -> npt.NDArray[np.float32]:
+        out = self._read(entry.offset + 4 * at, n)
+        per_mat = entry.n_values // len(entry.counts)
+        with np.errstate(all="ignore"):
+            for mat in range(at // per_mat, (at + n - 1) // per_mat + 1):
+                here = slice(max(0, mat * per_mat - at), min(n, (mat + 1) * per_mat - at))
+                count = entry.counts[mat]
+                if count > 0:
+                    out[here] /= np.float32(count)
+                elif count == 0:
+                    out[here] = 1
+        return out
+
+    def check(self) -> None:
+        """Read every value once: all must be finite and not negative."""
+        for name, entry in self.entries.items():
+            for at in range(0, entry.n_values, _CHUNK):
+                got = self._divide(entry, at, min(_CHUNK, entry.n_values - at))
+                bad = ~np.isfinite(got) | (got < 0)
+                if bad.any():
+                    where = int(bad.argmax())
+                    raise ImatrixError(
+                        f"{self.path}: entry '{name}' holds {got[where]} at {at + where} of {entry.n_values}; "
+                        "all must be finite and not negative: compute the imatrix again"
+                    )
+
+
+def open_imatrix(typed: str) -> Imatrix:
+    """Open an importance matrix in either format; only its structure is read."""
+    path = Path(typed)
+    try:
+        size = path.stat().st_size
+        if is_gguf(path):
+            return _open_gguf(typed, path)
+        with path.open("rb") as f:
+            return _open_legacy(typed, path, f, size)
+    except OSError as e:
+        raise ImatrixError(f"{typed}: cannot be read: {e.strerror or e}") from None
+    except SourceError as e:
+        raise ImatrixError(f"importance matrix {e}") from None
+
+
+def _open_gguf(typed: str, path: Path) -> Imatrix:
+    header: Header = read_header(path)
+    kvs = {item.key: item for item in header.kvs}
+    for key, type_ in (("imatrix.datasets", ARRAY), ("imatrix.chunk_count", U32), ("imatrix.chunk_size", U32)):
+        if key not in kvs or kvs[key].type != type_:
+            kind = f"general.type is '{decode(kvs['general.type'])}'" if "general.type" in kvs else "no general.type"
+            raise ImatrixError(f"{path}: not an importance matrix: the key {key} is missing or mistyped ({kind})")
+    sums = {t.name.removesuffix(".in_sum2"): t for t in header.tensors if t.name.endswith(".in_sum2")}
+    counts = {t.name.removesuffix(".counts"): t for t in header.tensors if t.name.endswith(".counts")}
+    if not sums:
+        raise ImatrixError(f"{path}: the importance matrix has no entries")
+    entries: dict[str, Entry] = {}
+    with path.open("rb") as f:
+        for name in sorted(sums.keys() | counts.keys()):
+            if name not in sums or name not in counts:
+                lacks = "in_sum2" if name not in sums else "counts"
+                raise ImatrixError(f"{path}: entry '{name}' has no {lacks}")
+            s, c = sums[name], counts[name]
+            if s.type != "F32" or c.type != "F32":
+                raise ImatrixError(f"{path}: entry '{name}' is {s.type} with {c.type} counts, not F32")
+            n_values, n_counts = math.prod(s.shape), math.prod(c.shape)
+            if n_values % n_counts:
+                raise ImatrixError(f"{path}: entry '{name}' has {n_values} values for {n_counts} counts")
+            f.seek(c.offset)
+            raw = np.frombuffer(f.read(4 * n_counts), np.float32)
+            if raw.size != n_counts or not np.isfinite(raw).all() or (raw < 0).any():
+                raise ImatrixError(f"{path}: entry '{name}' has counts that are not finite or negative")
+            rounded = np.floor(raw.astype(np.float64) + 0.5)
+            entries[name] = Entry(s.offset, n_values, tuple(float(n) for n in rounded))
+    datasets = tuple(str(d) for d in decode(kvs["imatrix.datasets"])) if _is_strings(kvs["imatrix.datasets"]) else ()
+    return Imatrix(typed, path, entries, datasets, int(decode(kvs["imatrix.chunk_count"])))
+
+
+def _is_strings(item: KV) -> bool:
+    return array_head(item)[0] == "str"
+
+
+def _open_legacy(typed: str, path: Path, f: BinaryIO, size: int) -> Imatrix:
+    def take(n: int, what: str) -> bytes:
+        if n < 0 or n > size - f.tell():
+            raise ImatrixError(
+                f"{path}: neither a GGUF nor a whole legacy importance matrix: {what} needs {n:,} bytes at "
+                f"{f.tell():,} of {size:,}"
+            )
+        return f.read(n)
+
+    def number(what: str) -> int:
+        return int(struct.unpack("<i", take(4, what))[0])
+
+    n_entries = number("the entry count")
+    if n_entries < 1 or n_entries > size // 13:
+        raise ImatrixError(f"{path}: not an importance matrix: {n_entries:,} entries in {size:,} bytes")
+    entries: dict[str, Entry] = {}
+    for i in range(n_entries):
+        raw = take(number(f"the name length of entry {i}"), f"the name of entry {i}")
+        name = raw.split(b"\0")[0].decode("utf-8", "replace")
+        n_calls, n_values = number(f"the calls of '{name}'"), number(f"the size of '{name}'")
+        if n_values < 1:
+            raise ImatrixError(f"{path}: entry '{name}' has {n_values} values")
+        offset = f.tell()
+        if 4 * n_values > size - offset:
+            take(4 * n_values, f"the values of '{name}'")
+        f.seek(4 * n_values, os.SEEK_CUR)
+        # without calls llama-quantize takes the values as they are
+        entries[name] = Entry(offset, n_values, (float(n_calls) if n_calls > 0 else 1.0,))
+    n_chunks = 0
+    datasets: tuple[str, ...] = ()
+    if f.tell() < size:
+        n_chunks = number("the chunk count")
+        datasets = tuple(_legacy_dataset(f, size))
+    return Imatrix(typed, path, entries, datasets, n_chunks)
+
+
+def _legacy_dataset(f: BinaryIO, size: int) -> Iterator[str]:
+    head = f.read(4)
+    if len(head) == 4:
+        (n,) = struct.unpack("<i", head)
+        if 0 < n <= size - f.tell():
+            yield f.read(n).split(b"\0")[0].decode("utf-8", "replace")

@@ -1,0 +1,228 @@
+"""Kernels by name: rows to blocks, and stored rows to float32. The only importer of _native and of ggml.
+
+The embedded quantizers are ggml's own (`ggml_quantize_chunk` of the libggml-python wheel). ggml
+defines the bytes; the contract is the ggml 0.25.3 of llama-cpp-python 0.3.36. The wheel's
+0.20.2 gives the same bytes for every type but IQ1_M, whose search was rewritten since: for that
+type the `ggml-base` library of the installed toolchain is used, and without it quantizing to
+IQ1_M is refused rather than done differently.
+
+Kernel names: `ggml` (the wheel's), `ggml-pinned` (the toolchain's). QUANTKIT_KERNELS forces one.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from . import _native
+from .errors import KernelError, WeightError, did_you_mean
+from .qtypes import ABORT_WITHOUT_IMATRIX, INTEGER_TYPES, QTYPES, QType, qtype
+
+F32 = npt.NDArray[np.float32]
+U8 = npt.NDArray[np.uint8]
+
+#: types whose bytes differ between the wheel's ggml and the contract's
+DIFFERS_IN_WHEEL = frozenset({"IQ1_M"})
+
+_pinned_library: Path | None = None
+
+
+def use_pinned_library(path: Path | None) -> None:
+    """Tell where the toolchain's libggml-base is (kernels sit below the toolchain and cannot ask)."""
+    global _pinned_library  # noqa: PLW0603
+    _pinned_library = path
+
+
+class _TypeTraits(ctypes.Structure):
+    _fields_ = (
+        ("type_name", ctypes.c_char_p),
+        ("blck_size", ctypes.c_int64),
+        ("blck_size_interleave", ctypes.c_int64),
+        ("type_size", ctypes.c_size_t),
+        ("is_quantized", ctypes.c_bool),
+        ("to_float", ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)),
+        ("from_float_ref", ctypes.c_void_p),
+    )
+
+
+class _Ggml:
+    """A libggml-base, by ctypes: every call releases the GIL."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            lib = ctypes.CDLL(str(path))
+            self.quantize_chunk = lib.ggml_quantize_chunk
+            self.validate = lib.ggml_validate_row_data
+            self.traits = lib.ggml_get_type_traits
+            version = lib.ggml_version
+        except (OSError, AttributeError) as e:
+            raise KernelError(f"{path}: not a usable ggml library: {e}") from None
+        self.quantize_chunk.restype = ctypes.c_size_t
+        self.quantize_chunk.argtypes = [
+            ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64,
+            ctypes.c_int64, ctypes.c_void_p,
+        ]  # fmt: skip
+        self.validate.restype = ctypes.c_bool
+        self.validate.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t]
+        self.traits.restype = ctypes.POINTER(_TypeTraits)
+        self.traits.argtypes = [ctypes.c_int]
+        version.restype = ctypes.c_char_p
+        self.version: str = version().decode()
+        self.path = path
+
+
+@lru_cache(maxsize=4)
+def _load(path: Path) -> _Ggml:
+    return _Ggml(path)
+
+
+def wheel_library() -> Path:
+    """The libggml-base of the libggml-python wheel."""
+    spec = find_spec("libggml")
+    if spec is None or spec.origin is None:
+        raise KernelError("the package libggml-python is not installed; run: pip install libggml-python")
+    base = Path(spec.origin).parent
+    for folder in ("lib64", "lib", "."):
+        for suffix in (".so", ".dylib"):
+            if (base / folder / f"libggml-base{suffix}").exists():
+                return base / folder / f"libggml-base{suffix}"
+    raise KernelError(f"{base}: the package libggml-python holds no libggml-base; reinstall it")
+
+
+KERNELS = ("ggml", "ggml-pinned")
+
+
+def select(qt: QType, kernel: str | None = None) -> str:
+    """The name of the kernel that quantizes to this type: the one asked for (argument, then
+    QUANTKIT_KERNELS), else the best that keeps the byte contract. Raises KernelError."""
+    asked = kernel or os.environ.get("QUANTKIT_KERNELS") or None
+    if asked is not None:
+        if asked not in KERNELS:
+            raise KernelError(f"unknown kernel '{asked}'{did_you_mean(asked, KERNELS)}; there are {', '.join(KERNELS)}")
+        if asked == "ggml-pinned" and _pinned_library is None:
+            raise KernelError("the kernel 'ggml-pinned' needs the toolchain; run: quantkit toolchain install")
+        return asked
+    if qt.name not in DIFFERS_IN_WHEEL:
+        return "ggml"
+    if _pinned_library is None:
+        raise KernelError(
+            f"{qt.name} needs the ggml of the pinned llama.cpp, since the wheel's gives other bytes for it; "
+            "run: quantkit toolchain install"
+        )
+    return "ggml-pinned"
+
+
+def _library(name: str) -> _Ggml:
+    return _load(_pinned_library if name == "ggml-pinned" and _pinned_library else wheel_library())
+
+
+def active() -> dict[str, str]:
+    """Type name -> the kernel that is used for it now, with its version; 'none: …' where there is none."""
+    out = {}
+    for name, qt in QTYPES.items():
+        if name in INTEGER_TYPES:
+            continue
+        try:
+            kernel = select(qt)
+            out[name] = f"{kernel} {_library(kernel).version}"
+        except KernelError as e:
+            out[name] = f"none: {e}"
+    return out
+
+
+def quantize(
+    rows: F32, qtype_name: str, imatrix: F32 | None = None, kernel: str | None = None, out: U8 | None = None
+) -> U8:
+    """Quantize rows to ggml blocks, exactly as llama-quantize does.
+
+    rows: float32 [n_rows, n_cols], C order, all finite; n_cols a multiple of the type's block.
+    imatrix: float32 [n_cols], the mean squared activation of each column, finite and not negative.
+    kernel: force one by name (see `select`).
+    out: uint8 [n_rows, row_bytes] to write to; a new array if None. Returned.
+
+    Raises KernelError for wrong shapes or an unknown type, WeightError for NaN/Inf, and when ggml
+    finds the blocks it made not valid (weights too large for the type's float16 scales).
+    """
+    qt = qtype(qtype_name)
+    if qt.name in INTEGER_TYPES:
+        raise KernelError(f"{qt.name} is not a type to quantize to")
+    if rows.ndim != 2 or rows.dtype != np.float32 or not rows.flags.c_contiguous:
+        raise KernelError(f"rows must be C-ordered float32 [n_rows, n_cols], not {rows.dtype} {rows.shape}")
+    n_rows, n_cols = rows.shape
+    row_bytes = qt.row_bytes(n_cols)
+    if imatrix is not None:
+        if imatrix.shape != (n_cols,) or imatrix.dtype != np.float32 or not imatrix.flags.c_contiguous:
+            raise KernelError(f"the imatrix must be float32 [{n_cols}], not {imatrix.dtype} {imatrix.shape}")
+        if not np.isfinite(imatrix).all() or (imatrix < 0).any():
+            raise KernelError("the imatrix holds values that are NaN, Inf or negative")
+    elif qt.name in ABORT_WITHOUT_IMATRIX:
+        raise KernelError(f"{qt.name} cannot be quantized without an importance matrix")
+    if out is None:
+        out = np.empty((n_rows, row_bytes), np.uint8)
+    elif out.shape != (n_rows, row_bytes) or out.dtype != np.uint8 or not out.flags.c_contiguous:
+        raise KernelError(f"out must be C-ordered uint8 [{n_rows}, {row_bytes}], not {out.dtype} {out.shape}")
+    at = first_nonfinite(rows)
+    if at is not None:
+        raise WeightError(f"row {at[0]}, column {at[1]} is {rows[at]}")
+    ggml = _library(select(qt, kernel))
+    weights = imatrix.ctypes.data if imatrix is not None else None
+    written = ggml.quantize_chunk(qt.id, rows.ctypes.data, out.ctypes.data, 0, n_rows, n_cols, weights)
+    if written != out.nbytes:
+        raise KernelError(f"ggml wrote {written} bytes of {qt.name} where {out.nbytes} were due")
+    if not ggml.validate(qt.id, out.ctypes.data, out.nbytes):
+        raise WeightError(f"weights too large for {qt.name}: a block's scale is not finite")
+    return out
+
+
+def dequantize(blocks: U8, qtype_name: str, n_cols: int, out: F32 | None = None) -> F32:
+    """ggml blocks uint8 [n_rows, row_bytes] to float32 [n_rows, n_cols], with ggml's own function."""
+    qt = qtype(qtype_name)
+    if blocks.ndim != 2 or blocks.shape[1] != qt.row_bytes(n_cols) or not blocks.flags.c_contiguous:
+        raise KernelError(f"blocks must be C-ordered uint8 [n_rows, {qt.row_bytes(n_cols)}], not {blocks.shape}")
+    if out is None:
+        out = np.empty((blocks.shape[0], n_cols), np.float32)
+    to_float = _library("ggml").traits(qt.id).contents.to_float
+    if not to_float:
+        raise KernelError(f"ggml cannot dequantize {qt.name}")
+    to_float(blocks.ctypes.data, out.ctypes.data, out.size)
+    return out
+
+
+def first_nonfinite(rows: F32) -> tuple[int, int] | None:
+    """(row, column) of the first NaN or Inf of float32 [n_rows, n_cols], or None."""
+    at = _native.first_nonfinite(rows.reshape(-1))
+    return None if at == rows.size else divmod(at, rows.shape[1])
+
+
+def e4m3_to_f32(src: U8, scale: F32, row0: int, block: tuple[int, int], out: F32, round_bf16: bool) -> None:
+    """Block-scaled FP8 (E4M3) to float32: out = float32(src) * scale of its block.
+
+    src: uint8 [n_rows, n_cols], rows row0… of the matrix; scale: float32 [ceil(rows/block[0]),
+    ceil(n_cols/block[1])] of the whole matrix; out: float32 [n_rows, n_cols]. With `round_bf16`
+    each product is rounded to the nearest even bfloat16, as on the way through a BF16 file.
+    """
+    _native.e4m3_to_f32(src, scale, row0, block[0], block[1], round_bf16, out)
+
+
+def float_to_f32(src: U8, dtype: str, out: F32, round_bf16: bool) -> None:
+    """Stored F32, F16 or BF16 values (as bytes) to float32 `out`, rounded to bfloat16 if asked."""
+    flat = out.reshape(-1)
+    if dtype == "BF16":
+        _native.bf16_to_f32(src.reshape(-1).view(np.uint16), flat)
+    elif dtype == "F16":
+        _native.f16_to_f32(src.reshape(-1).view(np.uint16), round_bf16, flat)
+    elif dtype == "F32":
+        _native.f32_to_f32(src.reshape(-1).view(np.float32), round_bf16, flat)
+    else:
+        raise KernelError(f"{dtype} is not a float type")
+
+
+def f32_to_bf16(rows: F32) -> U8:
+    """float32 [n_rows, n_cols] to bfloat16 bytes [n_rows, 2*n_cols], round to nearest even."""
+    return quantize(rows, "BF16")

@@ -1,0 +1,127 @@
+"""Plan -> files, offsets, header bytes, exact sizes. Pure: no I/O, so headers are written before any weight is read.
+
+The keys are what llama-quantize writes: those of the source in order, then general.quantization_version
+and general.file_type, then what it records of the importance matrix. Split files are what
+llama-gguf-split makes of the whole file: a shard is closed when the next tensor would exceed the
+limit (headers not counted), every shard has split.no, split.tensors.count, split.count, and the
+first has all the other keys. Source: src/llama-quant.cpp, tools/gguf-split/gguf-split.cpp.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+from .errors import OutputError
+from .gguf_format import I32, KV, STRING, U16, U32, header_bytes, kv, pad
+from .plan import Plan, Planned
+from .qtypes import FILE_TYPES
+
+GGML_QUANT_VERSION = 2
+_MAX_VALUE = 127
+_MAX_SHARDS = 65535
+
+
+class ImatrixFacts(Protocol):
+    """What the metadata says of an importance matrix."""
+
+    @property
+    def typed(self) -> str: ...
+    @property
+    def datasets(self) -> tuple[str, ...]: ...
+    @property
+    def n_chunks(self) -> int: ...
+    @property
+    def entries(self) -> Mapping[str, object]: ...
+
+
+class Placed(NamedTuple):
+    """A tensor with its place: `offset` from the start of its file."""
+
+    planned: Planned
+    offset: int
+
+
+@dataclass(frozen=True)
+class FileLayout:
+    """One output file."""
+
+    header: bytes
+    tensors: tuple[Placed, ...]
+    nbytes: int
+    """exact, padding included"""
+
+
+def output_kvs(plan: Plan, imatrix: ImatrixFacts | None) -> tuple[KV, ...]:
+    """The keys of the output."""
+    moved = ("general.quantization_version", "general.file_type")
+    out = [item for item in plan.catalogue.kvs if item.key not in moved]
+    added = [
+        kv("general.quantization_version", U32, GGML_QUANT_VERSION),
+        kv("general.file_type", U32, FILE_TYPES[plan.recipe.file_type]),
+    ]
+    if imatrix is not None:
+        added.append(kv("quantize.imatrix.file", STRING, _cut(imatrix.typed)))
+        if imatrix.datasets:
+            added.append(kv("quantize.imatrix.dataset", STRING, _cut(imatrix.datasets[0])))
+        added.append(kv("quantize.imatrix.entries_count", U32, len(imatrix.entries)))
+        if imatrix.n_chunks > 0:
+            added.append(kv("quantize.imatrix.chunks_count", U32, imatrix.n_chunks))
+    # setting a key that is there removes it first and appends it
+    replaced = {item.key for item in added}
+    return tuple([item for item in out if item.key not in replaced] + added)
+
+
+def _cut(text: str) -> bytes:
+    """llama-quantize keeps 127 bytes of a string it records."""
+    return text.encode()[:_MAX_VALUE]
+
+
+def lay_out(plan: Plan, kvs: Sequence[KV], split_max_size: int | None = None) -> tuple[FileLayout, ...]:
+    """The output files, in order. `split_max_size` in bytes of tensor data a shard, None for one file.
+    Raises OutputError when the first tensor alone exceeds the limit's sense (llama-gguf-split refuses too)."""
+    if split_max_size is None:
+        return (_file(kvs, plan.tensors),)
+    groups: list[list[Planned]] = [[]]
+    size = 0
+    for t in plan.tensors:
+        n = pad(t.nbytes)
+        if groups[-1] and size + n > split_max_size:
+            groups.append([])
+            size = 0
+        groups[-1].append(t)
+        size += n
+    if len(groups) > _MAX_SHARDS:
+        raise OutputError(
+            f"--split-max-size {split_max_size:,} makes {len(groups):,} shards, more than {_MAX_SHARDS:,}"
+        )
+    out = []
+    for no, group in enumerate(groups):
+        own = [
+            kv("split.no", U16, no),
+            kv("split.tensors.count", I32, len(plan.tensors)),
+            kv("split.count", U16, len(groups)),
+        ]
+        out.append(_file([*kvs, *own] if no == 0 else own, group))
+    return tuple(out)
+
+
+def _file(kvs: Sequence[KV], tensors: Iterable[Planned]) -> FileLayout:
+    infos, offsets, at = [], [], 0
+    for t in tensors:
+        infos.append((t.tensor.name, t.tensor.shape, t.type, at))
+        offsets.append((t, at))
+        at += pad(t.nbytes)
+    header = header_bytes(kvs, infos)
+    placed = tuple(Placed(t, len(header) + offset) for t, offset in offsets)
+    return FileLayout(header, placed, len(header) + at)
+
+
+def file_names(out: Path, n_files: int, split: bool) -> tuple[Path, ...]:
+    """OUT itself, or PREFIX-00001-of-0000N.gguf with llama.cpp's numbering."""
+    if not split:
+        return (out,)
+    prefix = out.name.removesuffix(".gguf")
+    return tuple(out.with_name(f"{prefix}-{i + 1:05d}-of-{n_files:05d}.gguf") for i in range(n_files))

@@ -1,0 +1,111 @@
+"""SOURCE on the command line, whatever it is, to a Catalogue.
+
+A checkpoint directory, a GGUF file, a config.json, the name of a known model, or the id of a
+repository that `hf download` has brought here.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from . import arch
+from .arch.known import MODELS
+from .arch.known import config as known_config
+from .arch.options import Options
+from .catalogue import Catalogue, Part, Tensor, is_quantizable, layer_of, output_order, role_of
+from .errors import SourceError, did_you_mean
+from .gguf_format import STRING, U32, decode
+from .sources.gguf_file import GgufFile, open_gguf
+from .sources.safetensors_dir import open_checkpoint, read_json
+
+
+def open_model(source: str, options: Options | None = None) -> Catalogue:
+    """The catalogue of whatever `source` names. Raises SourceError, with what was perhaps meant."""
+    opts = options or Options()
+    path = Path(source).expanduser()
+    try:
+        if path.is_dir():
+            return _from_directory(path, opts)
+        if path.is_file():
+            if path.suffix == ".json":
+                return arch.build(path.resolve().parent.name or source, read_json(path), opts)
+            return from_gguf(open_gguf(path))
+    except OSError as e:
+        raise SourceError(f"{source}: cannot be read: {e.strerror or e}") from None
+    if source.lower() in MODELS:
+        return arch.build(source.lower(), known_config(source.lower()), opts)
+    if source.count("/") == 1 and not source.startswith((".", "/", "~")):
+        found = _downloaded(source)
+        if found is not None:
+            return _from_directory(found, opts)
+    raise SourceError(
+        f"'{source}' is no directory, file or known model{did_you_mean(source, MODELS)}; give a checkpoint directory, "
+        f"a GGUF, a config.json, or one of {', '.join(MODELS)}"
+    )
+
+
+def _from_directory(path: Path, options: Options) -> Catalogue:
+    if not (path / "config.json").exists():
+        ggufs = sorted(path.glob("*.gguf"))
+        hint = f"; to read a GGUF, give the file: {ggufs[0]}" if ggufs else ""
+        raise SourceError(f"{path}: has no config.json, so it is not a checkpoint directory{hint}")
+    checkpoint = open_checkpoint(path.resolve())
+    return arch.build(checkpoint.path.name, checkpoint.config, options, checkpoint, checkpoint.tensors)
+
+
+def _downloaded(repo: str) -> Path | None:
+    """The snapshot of a Hugging Face repository in the local cache, or None. Never downloads."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(repo, local_files_only=True))
+    except Exception:  # not in the cache, or not a repository id
+        return None
+
+
+def from_gguf(file: GgufFile) -> Catalogue:
+    """The catalogue of a GGUF: its tensors as they are, sorted as llama-quantize sorts them."""
+    kvs = {item.key: item for item in file.kvs}
+
+    def text(key: str) -> str | None:
+        return str(decode(kvs[key])) if key in kvs and kvs[key].type == STRING else None
+
+    def number(key: str) -> int | None:
+        return int(decode(kvs[key])) if key in kvs and kvs[key].type == U32 else None
+
+    arch_name = text("general.architecture")
+    if arch_name is None:
+        raise SourceError(f"{file.path}: has no general.architecture; it is not a model")
+    tensors = []
+    for info in file.infos:
+        n_rows = 1
+        for n in info.shape[1:]:
+            n_rows *= n
+        parts = (Part(info.name, (n_rows, info.shape[0]), 0, n_rows),)
+        quantizable = is_quantizable(info.name, info.shape)
+        tensors.append(
+            Tensor(info.name, info.shape, role_of(info.name), layer_of(info.name), quantizable, info.type, parts)
+        )
+    tensors.sort(key=lambda t: output_order(t.name))
+    found = [t.layer for t in tensors if t.layer is not None]
+    n_layers = number(f"{arch_name}.block_count") or (max(found) + 1 if found else 0)
+    moe = sorted({t.layer for t in tensors if t.layer is not None and t.role == "routed expert"})
+    dense = sorted(set(found) - set(moe))
+    names = {t.name.rpartition(".attn_")[2] for t in tensors}
+    layout = "k_b+v_b" if "k_b.weight" in names else "kv_b" if "kv_b.weight" in names else "as is"
+    name = text("general.name") or file.path.stem
+    return Catalogue(
+        name, arch_name, layout, n_layers, tuple(dense), tuple(moe), tuple(tensors), file.kvs, True, file
+    )  # fmt: skip
+
+
+def describe_stored(catalogue: Catalogue) -> dict[str, tuple[int, int]]:
+    """How a source stores its tensors, scales and left-out layers too: dtype -> (tensors, bytes)."""
+    source = catalogue.source
+    counts: dict[str, tuple[int, int]] = {}
+    stored = [*getattr(source, "tensors", {}).values(), *getattr(source, "scales", {}).values()]
+    for st in stored:
+        kind = f"{st.dtype} (scale)" if st.name.endswith("_scale_inv") else st.dtype
+        n, nbytes = counts.get(kind, (0, 0))
+        counts[kind] = (n + 1, nbytes + st.nbytes)
+    return dict(sorted(counts.items()))

@@ -1,0 +1,236 @@
+"""Plans and files as text for people and as JSON for scripts. Returns text, never prints.
+
+GiB is 2^30 bytes and GB 10^9, and every table says which.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from .catalogue import ROLES, Catalogue
+from .gguf_format import ARRAY, KV, STRING, TYPE_NAMES, array_head, decode
+from .plan import Plan, Planned
+from .qtypes import QTYPES
+
+_MAX_VALUE = 60
+
+
+def table(rows: Iterable[Sequence[str]], head: Sequence[str], right: Iterable[int] = ()) -> str:
+    """Columns aligned, those in `right` to the right."""
+    all_rows = [list(head), *[list(r) for r in rows]]
+    widths = [max(len(r[i]) for r in all_rows) for i in range(len(head))]
+    ends = frozenset(right)
+    lines = [
+        "  ".join(
+            c.rjust(w) if i in ends else c.ljust(w) for i, (c, w) in enumerate(zip(r, widths, strict=True))
+        ).rstrip()
+        for r in all_rows
+    ]
+    return "\n".join([lines[0], "  ".join("-" * w for w in widths), *lines[1:]])
+
+
+def gib(nbytes: int) -> str:
+    return f"{nbytes / 2**30:,.3f}"
+
+
+def size(nbytes: int) -> str:
+    """Bytes exactly, with GiB (or MiB) and GB (or MB)."""
+    if nbytes >= 2**30:
+        return f"{nbytes:,} bytes = {nbytes / 2**30:,.2f} GiB = {nbytes / 1e9:,.2f} GB"
+    return f"{nbytes:,} bytes = {nbytes / 2**20:,.2f} MiB = {nbytes / 1e6:,.2f} MB"
+
+
+def shape_text(shape: Sequence[int]) -> str:
+    return "x".join(str(n) for n in shape)
+
+
+def ranges(numbers: Iterable[int]) -> str:
+    """3,4,5,8 as '3-5,8'."""
+    out: list[list[int]] = []
+    for n in sorted(numbers):
+        if out and n == out[-1][1] + 1:
+            out[-1][1] = n
+        else:
+            out.append([n, n])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in out)
+
+
+def plan_text(plan: Plan, files: Sequence[tuple[str, int]], every_tensor: bool = False) -> str:
+    """A plan for people: tensors (alike ones of several layers in one row), totals by type and by role,
+    exact sizes. `files`: (name, bytes) of the output."""
+    c = plan.catalogue
+    head = (
+        f"{c.model} ({c.arch}, layout {c.layout}, {c.n_layers} layers: {len(c.dense_layers)} dense, "
+        f"{len(c.moe_layers)} MoE) as {plan.recipe.name}"
+    )
+    parts = [head + (f": {plan.recipe.title}" if plan.recipe.title else "")]
+    parts.append(_tensor_table(plan.tensors, every_tensor))
+    parts.append(_reasons(plan.tensors))
+    parts.append(_by_type(plan))
+    parts.append(_by_role(plan))
+    lines = [f"tensors      {len(plan.tensors)}, {plan.n_elements:,} elements"]
+    lines.append(f"tensor data  {size(plan.tensor_bytes)}, {plan.bpw:.2f} BPW")
+    if c.kvs_complete:
+        total = sum(n for _, n in files)
+        lines.append(f"file{'s' if len(files) > 1 else ' '}        {size(total)} in {len(files)}")
+        if len(files) > 1:
+            lines += [f"             {name}: {size(n)}" for name, n in files]
+    else:
+        lines.append(
+            "file         not known: the tokenizer is not, and its tokens are part of the header (R1's: 5.2 MB)"
+        )
+    parts.append("\n".join(lines))
+    fell = [t for t in plan.tensors if t.fell_back]
+    notes = [f"note: {n}" for n in c.notes]
+    if fell:
+        notes.append(
+            f"note: {len(fell)} tensors got another type than asked, since their rows do not divide into its blocks: "
+            + ", ".join(sorted({f"{_family(t.tensor.name)} {t.requested} -> {t.type}" for t in fell}))
+        )
+    missing = [t for t in plan.tensors if t.imatrix == "missing"]
+    if missing:
+        names = ", ".join(sorted({_family(t.tensor.name) for t in missing}))
+        notes.append(f"note: {len(missing)} tensors have no entry in the importance matrix, and do without: {names}")
+    notes += [f"warning: {w}" for w in plan.warnings]
+    if notes:
+        parts.append("\n".join(notes))
+    return "\n\n".join(parts)
+
+
+_BLOCK = re.compile(r"^blk\.\d+\.")
+
+
+def _family(name: str) -> str:
+    return _BLOCK.sub("blk.*.", name)
+
+
+def _tensor_table(tensors: Sequence[Planned], every: bool) -> str:
+    groups: dict[tuple[Any, ...], list[Planned]] = {}
+    for t in tensors:
+        key = (t.tensor.name,) if every else (_family(t.tensor.name), t.tensor.shape, t[1:3], t.rule, t.imatrix)
+        groups.setdefault(key, []).append(t)
+    rows = []
+    for group in groups.values():
+        t = group[0]
+        layers = [p.tensor.layer for p in group if p.tensor.layer is not None]
+        name = (
+            t.tensor.name
+            if len(group) == 1
+            else t.tensor.name.replace(f"blk.{layers[0]}.", f"blk.{{{ranges(layers)}}}.")
+        )
+        asked = t.requested if t.fell_back else ""
+        nbytes = sum(p.nbytes for p in group)
+        rule = re.sub(r"^\S+:(\d+) (rules\[\d+\])$", r"\2 :\1", t.rule) or "-"
+        rows.append([name, str(len(group)), shape_text(t.tensor.shape), t.type, asked, f"{nbytes:,}", t.imatrix, rule])
+    head = ["tensor", "n", "shape (ne)", "type", "asked", "bytes", "imatrix", "rule :line"]
+    return table(rows, head, right=(1, 5))
+
+
+def _reasons(tensors: Sequence[Planned]) -> str:
+    reasons: dict[str, str] = {}
+    for t in tensors:
+        if t.rule and not t.fell_back:
+            reasons.setdefault(t.rule, f"{t.type}: {t.why}")
+    return "\n".join(f"{rule}  {why}" for rule, why in reasons.items())
+
+
+def _by_type(plan: Plan) -> str:
+    rows = []
+    for name, n in plan.types().items():
+        of = [t for t in plan.tensors if t.type == name]
+        elements, nbytes = sum(t.tensor.n_elements for t in of), sum(t.nbytes for t in of)
+        rows.append(_share_row(name, n, elements, nbytes, plan))
+    return table(rows, ["type", "tensors", "elements", "%", "bytes", "GiB", "% of file", "bits"], right=range(1, 8))
+
+
+def _by_role(plan: Plan) -> str:
+    rows = []
+    for role in ROLES:
+        of = [t for t in plan.tensors if t.tensor.role == role]
+        if of:
+            elements, nbytes = sum(t.tensor.n_elements for t in of), sum(t.nbytes for t in of)
+            rows.append(_share_row(role, len(of), elements, nbytes, plan))
+    return table(rows, ["role", "tensors", "elements", "%", "bytes", "GiB", "% of file", "bits"], right=range(1, 8))
+
+
+def _share_row(name: str, n: int, elements: int, nbytes: int, plan: Plan) -> list[str]:
+    return [
+        name, str(n), f"{elements:,}", f"{100 * elements / plan.n_elements:.2f}", f"{nbytes:,}", gib(nbytes),
+        f"{100 * nbytes / plan.tensor_bytes:.2f}", f"{8 * nbytes / elements:.2f}",
+    ]  # fmt: skip
+
+
+# ---------------------------------------------------------------- inspect
+
+
+def value_text(item: KV) -> str:
+    """A key's value, cut to a line."""
+    if item.type == ARRAY:
+        element, count = array_head(item)
+        if count <= 8 and element != "arr":
+            return f"{decode(item)}"
+        return f"[{count:,} x {element}]"
+    text = repr(decode(item)) if item.type == STRING else str(decode(item))
+    return text if len(text) <= _MAX_VALUE else text[: _MAX_VALUE - 1] + "…"
+
+
+def inspection(catalogue: Catalogue, stored: Mapping[str, Any], paths: Sequence[str]) -> dict[str, Any]:
+    """What a source holds, as plain values. `stored`: dtype -> (tensors, bytes) as its files have them."""
+    c = catalogue
+    tensors = [
+        {
+            "name": t.name,
+            "shape": list(t.shape),
+            "type": t.source_type,
+            "bytes": QTYPES[t.source_type].row_bytes(t.n_cols) * t.n_rows,
+            "role": t.role,
+        }
+        for t in c.tensors
+    ]
+    return {
+        "model": c.model,
+        "arch": c.arch,
+        "layout": c.layout,
+        "layers": c.n_layers,
+        "files": list(paths),
+        "stored": {k: {"tensors": n, "bytes": b} for k, (n, b) in stored.items()},
+        "metadata": [{"key": i.key, "type": TYPE_NAMES[i.type], "value": value_text(i)} for i in c.kvs],
+        "tensors": tensors,
+        "elements": sum(t.n_elements for t in c.tensors),
+        "notes": list(c.notes),
+    }
+
+
+def inspection_text(found: Mapping[str, Any], every_tensor: bool) -> str:
+    """An inspection for people."""
+    parts = [
+        f"{found['model']}: {found['arch']}, layout {found['layout']}, {found['layers']} layers, "
+        f"{len(found['tensors'])} tensors, {found['elements']:,} elements"
+    ]
+    stored = found["stored"]
+    rows = [[k, str(v["tensors"]), f"{v['bytes']:,}", gib(v["bytes"])] for k, v in stored.items()]
+    total = sum(v["bytes"] for v in stored.values())
+    rows.append(["all", str(sum(v["tensors"] for v in stored.values())), f"{total:,}", gib(total)])
+    files = found["files"]
+    where = files[0] if len(files) == 1 else f"{files[0]} … {files[-1]}"
+    parts.append(f"stored in {len(files)} file{'s' * (len(files) != 1)}: {where}")
+    parts.append(table(rows, ["stored as", "tensors", "bytes", "GiB"], right=(1, 2, 3)))
+    parts.append(table([[m["key"], m["type"], m["value"]] for m in found["metadata"]], ["key", "type", "value"]))
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for t in found["tensors"]:
+        key = (t["name"],) if every_tensor else (_family(t["name"]), tuple(t["shape"]), t["type"])
+        groups.setdefault(key, []).append(t)
+    rows = []
+    for key, group in groups.items():
+        layers = [int(m[1]) for t in group if (m := re.match(r"blk\.(\d+)\.", t["name"]))]
+        name = key[0].replace("blk.*.", f"blk.{{{ranges(layers)}}}.") if len(group) > 1 else group[0]["name"]
+        nbytes = sum(t["bytes"] for t in group)
+        rows.append(
+            [name, str(len(group)), shape_text(group[0]["shape"]), group[0]["type"], f"{nbytes:,}", group[0]["role"]]
+        )
+    parts.append(table(rows, ["tensor", "n", "shape (ne)", "type", "bytes", "role"], right=(1, 4)))
+    if found["notes"]:
+        parts.append("\n".join(f"note: {n}" for n in found["notes"]))
+    return "\n\n".join(parts)

@@ -1,0 +1,85 @@
+"""Rows of the output, as float32, from the bytes of a source. One reader a thread: it owns its buffers."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+import numpy as np
+import numpy.typing as npt
+
+from . import kernels
+from .catalogue import Part, Source, SourceTensor, Tensor
+from .errors import WeightError
+from .qtypes import QTYPES
+
+_SCALES_KEPT = 16
+
+
+def stored_row_bytes(dtype: str, n_cols: int) -> int:
+    """Bytes of a row of `n_cols` values as a source stores them (FP8 and ggml types alike)."""
+    return n_cols if dtype == "F8_E4M3" else QTYPES[dtype].row_bytes(n_cols)
+
+
+class RowReader:
+    """Fills float32 rows of output tensors from a source."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self._bytes = np.empty(0, np.uint8)
+        self._rectangle = np.empty(0, np.float32)
+        self._scales: OrderedDict[str, npt.NDArray[np.float32]] = OrderedDict()
+
+    def rows(self, tensor: Tensor, part: Part, row: int, out: npt.NDArray[np.float32]) -> None:
+        """Fill float32 `out` [n_rows, n_cols] with rows row… of a part (counted from its first row).
+
+        Values of a quantizable tensor pass through bfloat16, as on the way through a converter's
+        BF16 file; a GGUF source's are taken as they are. Raises WeightError, naming tensor and row,
+        when one is NaN or Inf.
+        """
+        st = self.source.tensor(part.source)
+        round_bf16 = tensor.source_type == "BF16" and st.dtype != "BF16"
+        if part.transposed:
+            shape = (part.n_rows, part.shape[-1])
+            if self._rectangle.size < shape[0] * shape[1]:
+                self._rectangle = np.empty(shape[0] * shape[1], np.float32)
+            rectangle = self._rectangle[: shape[0] * shape[1]].reshape(shape)
+            self._decode(st, part.row, rectangle, round_bf16)
+            np.copyto(out, rectangle[:, row : row + out.shape[0]].T)
+        else:
+            self._decode(st, part.row + row, out, round_bf16)
+        bad = kernels.first_nonfinite(out)
+        if bad is not None:
+            where = f"'{tensor.name}' (from {st.file.name}: '{st.name}'), row {part.row + row + bad[0]}"
+            raise WeightError(
+                f"{where}, column {bad[1]} is {out[bad]}; llama-quantize refuses such weights too: the checkpoint is "
+                "damaged, download that shard again"
+            )
+
+    def raw(self, part: Part, row: int, out: npt.NDArray[np.uint8]) -> None:
+        """Fill uint8 `out` [n_rows, row_bytes] with the same rows as they are stored."""
+        st = self.source.tensor(part.source)
+        self.source.read(st, (part.row + row) * out.shape[1], out)
+
+    def _decode(self, st: SourceTensor, row: int, out: npt.NDArray[np.float32], round_bf16: bool) -> None:
+        n_rows, n_cols = out.shape
+        row_bytes = stored_row_bytes(st.dtype, n_cols)
+        n_bytes = n_rows * row_bytes
+        if self._bytes.size < n_bytes:
+            self._bytes = np.empty(n_bytes, np.uint8)
+        stored = self._bytes[:n_bytes].reshape(n_rows, row_bytes)
+        self.source.read(st, row * row_bytes, stored)
+        if st.dtype == "F8_E4M3":
+            kernels.e4m3_to_f32(stored, self._scale(st.name), row, self.source.block, out, round_bf16)
+        elif QTYPES[st.dtype].is_float:
+            kernels.float_to_f32(stored, st.dtype, out, round_bf16)
+        else:
+            kernels.dequantize(stored, st.dtype, n_cols, out)
+
+    def _scale(self, name: str) -> npt.NDArray[np.float32]:
+        scale = self._scales.get(name)
+        if scale is None:
+            scale = np.ascontiguousarray(self.source.scale(name), np.float32)
+            self._scales[name] = scale
+            if len(self._scales) > _SCALES_KEPT:
+                self._scales.popitem(last=False)
+        return scale

@@ -1,0 +1,89 @@
+"""A GGUF file as a source of weights: single, or split into shards by llama-gguf-split or llama-quantize."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from ..catalogue import SourceTensor
+from ..errors import SourceError
+from ..gguf_format import ALIGNMENT, KV, Header, TensorInfo, decode, read_header
+from .files import Files
+
+_SHARD = re.compile(r"^(?P<prefix>.*)-(?P<no>\d{5})-of-(?P<count>\d{5})\.gguf$")
+SPLIT_KEYS = ("split.no", "split.count", "split.tensors.count")
+
+
+class GgufFile:
+    """A checked GGUF: `tensors` by name in file order, `kvs` without the split keys."""
+
+    block = (1, 1)
+
+    def __init__(self, path: Path, kvs: tuple[KV, ...], infos: list[tuple[Path, TensorInfo]]) -> None:
+        self.path = path
+        self.kvs = kvs
+        self.infos = [info for _, info in infos]
+        self.tensors = {
+            i.name: SourceTensor(i.name, i.type, tuple(reversed(i.shape)), file, i.offset, i.nbytes)
+            for file, i in infos
+        }
+        self.files = tuple(dict.fromkeys(file for file, _ in infos)) or (path,)
+        self._files = Files(self.files)
+
+    def tensor(self, name: str) -> SourceTensor:
+        return self.tensors[name]
+
+    def read(self, tensor: SourceTensor, start: int, out: npt.NDArray[np.uint8]) -> None:
+        """Fill `out` with the stored bytes of a tensor from byte `start` on."""
+        self._files.read(tensor, start, out)
+
+    def scale(self, name: str) -> npt.NDArray[np.float32]:
+        raise SourceError(f"{self.path}: '{name}' has no scales; GGUF blocks carry their own")
+
+
+def _split(header: Header) -> dict[str, int]:
+    return {i.key: int(decode(i)) for i in header.kvs if i.key in SPLIT_KEYS and i.type < 8}
+
+
+def open_gguf(path: Path) -> GgufFile:
+    """Open a GGUF; for a split one give the first shard. Raises SourceError for anything inconsistent."""
+    first = read_header(path)
+    split = _split(first)
+    count = split.get("split.count", 0)
+    headers = [(path, first)]
+    if count > 1:
+        m = _SHARD.match(path.name)
+        if split.get("split.no", 0) != 0 or (m and int(m["no"]) != 1):
+            want = f"{m['prefix']}-00001-of-{m['count']}.gguf" if m else "the one with split.no = 0"
+            raise SourceError(
+                f"{path}: this is shard {split.get('split.no', 0) + 1} of {count}; give the first, {want}"
+            )
+        if not m or int(m["count"]) != count:
+            raise SourceError(f"{path}: is the first of {count} shards, but not named …-00001-of-{count:05d}.gguf")
+        for no in range(2, count + 1):
+            shard = path.with_name(f"{m['prefix']}-{no:05d}-of-{count:05d}.gguf")
+            if not shard.exists():
+                raise SourceError(f"{shard}: shard {no} of {count} is missing")
+            header = read_header(shard)
+            got = _split(header)
+            if got.get("split.no") != no - 1 or got.get("split.count") != count:
+                raise SourceError(f"{shard}: its split keys say {got}, not shard {no - 1} (from 0) of {count}")
+            headers.append((shard, header))
+    for file, header in headers:
+        if header.alignment != ALIGNMENT:
+            raise SourceError(
+                f"{file}: general.alignment is {header.alignment}; llama-quantize copies that key and aligns to "
+                f"{ALIGNMENT}, which breaks the file: convert the model again without it"
+            )
+    infos = [(file, info) for file, header in headers for info in header.tensors]
+    names = {info.name for _, info in infos}
+    if len(names) != len(infos):
+        raise SourceError(f"{path}: {len(infos) - len(names)} tensor names occur in more than one shard")
+    total = split.get("split.tensors.count")
+    if count > 1 and total is not None and total != len(infos):
+        raise SourceError(f"{path}: split.tensors.count says {total} tensors, the {count} shards hold {len(infos)}")
+    kvs = tuple(item for item in first.kvs if item.key not in SPLIT_KEYS)
+    return GgufFile(path, kvs, infos)
