@@ -202,9 +202,9 @@ def pick_layers(text: str, groups: Mapping[str, Sequence[int]]) -> frozenset[int
 
 def shipped() -> dict[str, str]:
     """Names of the recipes that come with quantkit, and the texts of their files."""
-    folder = files("quantkit").joinpath("recipes")
+    folder = files("quantkit.recipes")
     found = {}
-    for item in folder.iterdir() if folder.is_dir() else ():
+    for item in folder.iterdir():
         if item.name.endswith(".yaml"):
             found[item.name.removesuffix(".yaml")] = item.read_text("utf-8")
     return dict(sorted(found.items()))

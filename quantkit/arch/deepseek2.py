@@ -27,8 +27,9 @@ from ..catalogue import (
 from ..errors import SourceError, UnsupportedError
 from ..gguf_format import BOOL, F32, KV, STRING, U32, kv
 from .config import Config
-from .general import general_kvs, tokenizer_kvs
+from .general import general_kvs
 from .options import LAYOUTS, Options
+from .tokenizer import tokenizer_kvs
 
 ARCH = "deepseek2"
 FILE_TYPE_BF16 = 32

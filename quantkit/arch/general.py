@@ -1,44 +1,17 @@
-"""The general.* and tokenizer.* keys of a GGUF, for any family with a byte-level BPE tokenizer.
+"""The general.* keys of a GGUF: name, sampling defaults, size label, licence, from a checkpoint's files.
 
-Names, sampling defaults and special tokens are found by the `gguf` package, by which the converter
-finds them too; the vocabulary and its types follow the converter's rules (conversion/base.py,
-get_vocab_base), read with the `tokenizers` package.
+Found by the `gguf` package, by which the converter finds them too.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
-from hashlib import sha256
-from pathlib import Path
 from typing import Any
 
 from ..catalogue import Source, Tensor
 from ..errors import SourceError
-from ..gguf_format import ARRAY, I32, KV, STRING, U32, kv, kv_array
-from .options import Options
-
-#: sha256 of the token ids of `_PROBE` -> tokenizer.ggml.pre, as llama.cpp publishes them
-#: (conversion/base.py, get_vocab_base_pre)
-PRE_TOKENIZERS = {
-    "877081d19cf6996e2c4ff0e1236341e9b7bde288f5311a56a937f0afbbb3aeb5": "deepseek-v3",
-    "b3f499bb4255f8ca19fccd664443283318f2fd2414d5e0b040fbdd0cc195d6c5": "deepseek-r1-qwen",
-    "81212dc7cdb7e0c1074ca62c5aeab0d43c9f52b8a737be7b12a777c953027890": "kimi-k2",
-    "049ecf7629871e3041641907f3de7c733e4dbfdc736f57d882ba0b0845599754": "deepseek-llm",
-    "347715f544604f9118bb75ed199f68779f423cabb20db6de6f31b908d04d7821": "deepseek-coder",
-}
-
-#: the text whose tokens identify a pre-tokenizer: a fact of llama.cpp's convert_hf_to_gguf_update.py
-_PROBE = (
-    "\n \n\n \n\n\n \t \t\t \t\n  \n   \n    \n     \n\U0001f680 (normal) \U0001f636\u200d\U0001f32b\ufe0f "
-    "(multiple emojis concatenated) \u2705 \U0001f999\U0001f999 3 33 333 3333 33333 333333 3333333 33333333 "
-    "3.3 3..3 3...3 \u1780\u17b6\u1793\u17cb\u178f\u17c2\u1796\u17b7\u179f\u17c1\u179f\u17a2\u17b6\u1785"
-    "\U0001f601 ?\u6211\u60f3\u5728apple\u5de5\u4f5c1314151\u5929\uff5e ------======= \u043d\u0435\u0449\u043e "
-    "\u043d\u0430 \u0411\u044a\u043b\u0433\u0430\u0440\u0441\u043a\u0438 ''''''```````\"\"\"\"......!!!!!!?????? "
-    "I've been 'told he's there, 'RE you sure? 'M not sure I'll make it, 'D you like some tea? We'Ve a'lL"
-)
-
-_NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
+from ..gguf_format import ARRAY, I32, KV, STRING, kv, kv_array
 
 
 def general_kvs(arch: str, model: str, tensors: Iterable[Tensor], source: Source | None) -> list[KV]:
@@ -54,13 +27,16 @@ def general_kvs(arch: str, model: str, tensors: Iterable[Tensor], source: Source
         metadata = gguf.Metadata.load(None, source.path, None, total)
     except Exception as e:
         raise SourceError(f"{source.path}: the model card or config cannot be read: {str(e)[:200]}") from None
+    repetition = gguf.Metadata.load_generation_config(source.path).get("repetition_penalty")
+    if metadata.sampling_penalty_repeat is None and repetition is not None:
+        metadata.sampling_penalty_repeat = repetition  # the package on PyPI does not read this name yet
     if metadata.name is None:
         metadata.name = source.path.name or model
     if metadata.size_label is None:
         metadata.size_label = gguf.size_label(total, shared, expert, n_experts)
     writer = gguf.GGUFWriter(None, arch)
     metadata.set_gguf_meta_model(writer)
-    return head + [item for item in _from_writer(writer) if item.key != "general.architecture"]
+    return head + [item for item in from_writer(writer) if item.key != "general.architecture"]
 
 
 def _count(tensors: Iterable[Tensor]) -> tuple[int, int, int, int]:
@@ -77,7 +53,7 @@ def _count(tensors: Iterable[Tensor]) -> tuple[int, int, int, int]:
     return total, shared, expert, n_sum // n if n else 0
 
 
-def _from_writer(writer: Any) -> list[KV]:
+def from_writer(writer: Any) -> list[KV]:
     """What a gguf.GGUFWriter has collected, as our key/values."""
     out = []
     for key, value in writer.kv_data[0].items():
@@ -90,121 +66,3 @@ def _from_writer(writer: Any) -> list[KV]:
         else:
             out.append(kv(key, int(value.type), value.value))
     return out
-
-
-def tokenizer_kvs(path: Path, n_vocab: int, options: Options) -> tuple[list[KV], list[str]]:
-    """The tokenizer.* keys of a checkpoint directory, and notes for the user.
-
-    Raises SourceError when the tokenizer is missing, has ids beyond the vocabulary, or is not one of
-    the known ones and no --pre was given.
-    """
-    import gguf
-    from tokenizers import Tokenizer
-
-    file = path / "tokenizer.json"
-    if not file.is_file():
-        raise SourceError(f"{path}: tokenizer.json is missing; download it from the model's repository")
-    try:
-        tokenizer = Tokenizer.from_file(str(file))
-    except Exception as e:
-        raise SourceError(f"{file}: not a usable tokenizer: {str(e)[:200]}") from None
-    tokens, types = _vocabulary(file, tokenizer, n_vocab)
-    logging.getLogger("gguf.vocab").setLevel(logging.ERROR)
-    try:
-        special = gguf.SpecialVocab(path, load_merges=True)
-    except Exception as e:
-        raise SourceError(f"{path}: the tokenizer's special tokens cannot be read: {str(e)[:200]}") from None
-    if not special.merges:
-        raise SourceError(f"{file}: has no merges; quantkit reads byte-level BPE tokenizers")
-    writer = gguf.GGUFWriter(None, "none")
-    special.add_to_gguf(writer, quiet=True)
-    out = [
-        kv("tokenizer.ggml.model", STRING, "gpt2"),
-        kv("tokenizer.ggml.pre", STRING, _pre(file, tokenizer, special.special_token_ids.get("bos"), options)),
-        kv_array("tokenizer.ggml.tokens", STRING, tokens),
-        kv_array("tokenizer.ggml.token_type", I32, types),
-    ]
-    out += [item for item in _from_writer(writer) if item.key != "general.architecture"]
-    return _pad_token(file, out, tokens, special.special_token_ids, options.pad_token)
-
-
-def _vocabulary(file: Path, tokenizer: Any, n_vocab: int) -> tuple[list[str], list[int]]:
-    by_id = {i: token for token, i in tokenizer.get_vocab(with_added_tokens=True).items()}
-    if by_id and max(by_id) >= n_vocab:
-        raise SourceError(
-            f"{file}: '{by_id[max(by_id)]}' has the id {max(by_id)}, but config.json's vocab_size is {n_vocab}"
-        )
-    added = tokenizer.get_added_tokens_decoder()
-    tokens: list[str] = []
-    types: list[int] = []
-    for i in range(n_vocab):
-        token = by_id.get(i)
-        if token is None:
-            tokens.append(f"[PAD{i}]")
-            types.append(_UNUSED)
-            continue
-        if i not in added:
-            types.append(_NORMAL)
-        else:
-            if not added[i].normalized:
-                ids = tokenizer.encode(token, add_special_tokens=False).ids
-                token = tokenizer.decode(ids, skip_special_tokens=False)
-            if added[i].special or _looks_special(token):
-                types.append(_CONTROL)
-            else:
-                token = token.replace("\u2581", " ")
-                types.append(_USER_DEFINED)
-        tokens.append(token)
-    return tokens, types
-
-
-def _looks_special(token: str) -> bool:
-    """Tokens that are control tokens though their tokenizer does not say so."""
-    if token in ("<pad>", "<mask>", "<2mass>", "[@BOS@]"):
-        return True
-    pairs = (("<|", "|>"), ("<\uff5c", "\uff5c>"), ("<unused", ">"))
-    return any(token.startswith(a) and token.endswith(b) for a, b in pairs)
-
-
-def _pre(file: Path, tokenizer: Any, bos: int | None, options: Options) -> str:
-    """The pre-tokenizer's name: as the user said, else by the published hashes. Raises SourceError."""
-    if options.pre is not None and not options.recognize:
-        return options.pre
-    plain = tokenizer.encode(_PROBE, add_special_tokens=False).ids
-    # transformers puts the bos token in front for tokenizers that say add_bos_token; the published
-    # hashes are of what it returns
-    variants = [tokenizer.encode(_PROBE).ids, plain] + ([[bos, *plain]] if bos is not None else [])
-    hashes = [sha256(str(ids).encode()).hexdigest() for ids in variants]
-    for h in hashes:
-        if h in PRE_TOKENIZERS:
-            return PRE_TOKENIZERS[h]
-    if options.pre is not None:
-        return options.pre
-    raise SourceError(
-        f"{file}: the pre-tokenizer is not one quantkit recognizes (hash {hashes[-1][:16]}…); name it with --pre, for "
-        f"a DeepSeek-V3 or R1: --pre deepseek-v3 (known: {', '.join(sorted(set(PRE_TOKENIZERS.values())))})"
-    )
-
-
-def _pad_token(
-    file: Path, kvs: list[KV], tokens: list[str], special: dict[str, int], asked: str | None
-) -> tuple[list[KV], list[str]]:
-    key = "tokenizer.ggml.padding_token_id"
-    pad, eos = special.get("pad"), special.get("eos")
-    if asked is None:
-        if pad is not None and pad == eos:
-            return kvs, [
-                f"the padding token is the end-of-text token ({tokens[pad]!r}, id {pad}), a fault of R1's tokenizer "
-                "that harms fine-tuning; --pad-token '<\uff5c\u2581pad\u2581\uff5c>' mends it"
-            ]
-        return kvs, []
-    if asked.isdecimal() and int(asked) < len(tokens):
-        new = int(asked)
-    elif asked in tokens:
-        new = tokens.index(asked)
-    else:
-        raise SourceError(f"{file}: --pad-token {asked!r} is neither a token nor an id below {len(tokens)}")
-    item = kv(key, U32, new)
-    if any(k.key == key for k in kvs):
-        return [item if k.key == key else k for k in kvs], []
-    return [*kvs, item], []

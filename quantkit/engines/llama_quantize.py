@@ -1,10 +1,10 @@
 """The llama-quantize engine: drives the stock binary, one anchored rule a tensor, and checks what it did.
 
 A GGUF source that becomes one file is quantized in one run, as a person would. Anything else goes
-tensor by tensor: a GGUF with the model's hyperparameters and that one tensor, as BF16, is quantized
-with the whole importance matrix, and its bytes are put in their place. llama-quantize reads only the
+piece by piece: a GGUF with the model's hyperparameters and a few tensors, as BF16, is quantized with
+the whole importance matrix, and their bytes are put in their place. llama-quantize reads only the
 hyperparameters, so it takes such files, and the bytes are those of a run on the whole model. Scratch
-space is one tensor, never the model.
+space is a piece (its largest tensor, or BATCH_BYTES), never the model.
 """
 
 from __future__ import annotations
@@ -14,15 +14,16 @@ import re
 import signal
 import subprocess
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from .. import kernels
-from ..catalogue import Source
+from ..catalogue import Source, Tensor
 from ..errors import InternalCheckError, OutputError, ToolError
-from ..gguf_format import KV, header_bytes, pad, read_header
+from ..gguf_format import KV, TensorInfo, header_bytes, pad, read_header
 from ..layout import Placed
 from ..plan import Planned
 from ..qtypes import QTYPES
@@ -31,6 +32,9 @@ from . import Work
 
 _LINE = re.compile(r"^\[\s*(\d+)/\s*(\d+)\]\s+(\S+)\s+- \[")
 _SLAB_VALUES = 1 << 20
+#: scratch for tensors that go through one run together; starting it costs seconds (IQ1_S sorts its
+#: grid anew each time), so small tensors share a run, and a larger one has its own
+BATCH_BYTES = 4 << 30
 _COPY_BYTES = 1 << 24
 _LAST_WORDS = 6
 
@@ -51,8 +55,9 @@ class LlamaQuantizeEngine:
 
     name = "llama-quantize"
 
-    def __init__(self, binary: Path) -> None:
+    def __init__(self, binary: Path, batch_bytes: int = BATCH_BYTES) -> None:
         self.binary = binary
+        self.batch_bytes = batch_bytes
 
     def run(self, work: Work) -> None:
         source = work.plan.catalogue.source
@@ -95,51 +100,24 @@ class LlamaQuantizeEngine:
             item for item in work.plan.catalogue.kvs
             if item.key == "general.architecture" or item.key.startswith(f"{work.plan.catalogue.arch}.")
         ]  # fmt: skip
+        piece, made = work.scratch / "piece.gguf", work.scratch / "made.gguf"
         for path, layout in work.files:
             with open(path, "r+b") as out:
-                for p in layout.tensors:
-                    t = p.planned.tensor
-                    stored = t.source_type  # as in a converter's file, or in the source GGUF
-                    piece = work.scratch / "piece.gguf"
-                    self._write_piece(piece, p.planned, stored, hparams, reader, source)
-                    if t.quantizable and stored != p.planned.type:
-                        made = work.scratch / "made.gguf"
-                        self._quantize(work, piece, made, [p.planned], lambda _: None)
+                for batch in _batches(layout.tensors, self.batch_bytes):
+                    planned = [p.planned for p in batch]
+                    _write_piece(piece, planned, hparams, reader)
+                    changes = any(t.tensor.quantizable and t.tensor.source_type != t.type for t in planned)
+                    if changes:
+                        self._quantize(work, piece, made, planned, lambda _: None)
+                        piece.unlink()
                     else:
-                        made = piece
-                    header = read_header(made)
-                    self._check(p.planned, header.tensors[0] if header.tensors else None)
-                    _copy(made, header.tensors[0].offset, out.fileno(), p, path)
+                        piece.rename(made)
+                    got = {t.name: t for t in read_header(made).tensors}
+                    for p in batch:
+                        info = self._check(p.planned, got.get(p.planned.tensor.name))
+                        _copy(made, info.offset, out.fileno(), p, path)
+                        work.progress(info.name, p.planned.tensor.n_elements)
                     made.unlink()
-                    piece.unlink(missing_ok=True)
-                    work.progress(t.name, t.n_elements)
-
-    def _write_piece(
-        self, path: Path, planned: Planned, stored: str, hparams: list[KV], reader: RowReader, source: Source
-    ) -> None:
-        """A GGUF with one tensor as a converter would store it."""
-        t = planned.tensor
-        row_bytes = QTYPES[stored].row_bytes(t.n_cols)
-        header = header_bytes(hparams, [(t.name, t.shape, stored, 0)])
-        step = max(1, _SLAB_VALUES // t.n_cols)
-        try:
-            with open(path, "wb") as f:
-                f.write(header)
-                for part in t.parts:
-                    for row in range(0, part.out_rows, step):
-                        n = min(step, part.out_rows - row)
-                        if not QTYPES[stored].is_float:
-                            raw = np.empty((n, row_bytes), np.uint8)
-                            reader.raw(part, row, raw)
-                        else:
-                            rows = np.empty((n, t.n_cols), np.float32)
-                            reader.rows(t, part, row, rows)
-                            raw = kernels.quantize(rows, stored)
-                        f.write(raw.data)
-                size = row_bytes * t.n_rows
-                f.write(bytes(pad(size) - size))
-        except OSError as e:
-            raise OutputError(f"{path}: writing the piece of '{t.name}' failed: {e.strerror or e}") from None
 
     def _quantize(
         self, work: Work, source: Path, made: Path, tensors: Sequence[Planned], seen: Callable[[str], None]
@@ -180,15 +158,67 @@ class LlamaQuantizeEngine:
             how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
             raise ToolError(f"{self.binary} {how}; its last words:\n  " + "\n  ".join(last))
 
-    def _check(self, planned: Planned, got: object) -> None:
-        info = got
+    def _check(self, planned: Planned, info: TensorInfo | None) -> TensorInfo:
         t = planned.tensor
-        kind, size = getattr(info, "type", None), getattr(info, "nbytes", 0)
-        if kind != planned.type or size != planned.nbytes:
+        if info is None or info.type != planned.type or info.nbytes != planned.nbytes:
+            what = "left out" if info is None else f"made {info.type} of {info.nbytes:,} bytes"
             raise InternalCheckError(
-                f"llama-quantize made '{t.name}' {kind} of {size:,} bytes, but the plan says {planned.type} of "
-                f"{planned.nbytes:,}; is {self.binary} a llama-quantize of another version?"
+                f"llama-quantize {what} for '{t.name}', but the plan says {planned.type} of {planned.nbytes:,}; is "
+                f"{self.binary} a llama-quantize of another version?"
             )
+        return info
+
+
+def _batches(tensors: Sequence[Placed], limit: int) -> Iterator[list[Placed]]:
+    """Consecutive tensors that together, as the converter would store them, stay within the limit;
+    a larger one goes alone."""
+    batch: list[Placed] = []
+    size = 0
+    for p in tensors:
+        t = p.planned.tensor
+        n = QTYPES[t.source_type].row_bytes(t.n_cols) * t.n_rows
+        if batch and size + n > limit:
+            yield batch
+            batch, size = [], 0
+        batch.append(p)
+        size += n
+    if batch:
+        yield batch
+
+
+def _write_piece(path: Path, tensors: Sequence[Planned], hparams: Sequence[KV], reader: RowReader) -> None:
+    """A GGUF with these tensors, as a converter would store them or as the source GGUF does."""
+    infos, at = [], 0
+    for planned in tensors:
+        t = planned.tensor
+        infos.append((t.name, t.shape, t.source_type, at))
+        at += pad(QTYPES[t.source_type].row_bytes(t.n_cols) * t.n_rows)
+    try:
+        with open(path, "wb") as f:
+            f.write(header_bytes(hparams, infos))
+            for planned in tensors:
+                for raw in _stored_rows(planned.tensor, reader):
+                    f.write(raw.data)
+                f.write(bytes(pad(f.tell()) - f.tell()))
+    except OSError as e:
+        raise OutputError(f"{path}: writing a piece for llama-quantize failed: {e.strerror or e}") from None
+
+
+def _stored_rows(t: Tensor, reader: RowReader) -> Iterator[npt.NDArray[np.uint8]]:
+    """A tensor's rows in its source type, a slab at a time."""
+    qt = QTYPES[t.source_type]
+    step = max(1, _SLAB_VALUES // t.n_cols)
+    for part in t.parts:
+        for row in range(0, part.out_rows, step):
+            n = min(step, part.out_rows - row)
+            if reader.source.tensor(part.source).dtype == qt.name and not part.transposed:
+                raw = np.empty((n, qt.row_bytes(t.n_cols)), np.uint8)
+                reader.raw(part, row, raw)
+                yield raw
+            else:
+                rows = np.empty((n, t.n_cols), np.float32)
+                reader.rows(t, part, row, rows)
+                yield kernels.quantize(rows, qt.name)
 
 
 def _dtype(source: Source, work: Work) -> str:
