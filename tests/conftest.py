@@ -1,0 +1,99 @@
+"""Fixtures that several test files share. Slow things are made once a session."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import factory
+import pytest
+
+from quantkit import kernels, toolchain
+from quantkit.arch.options import Options
+from quantkit.models import open_model
+
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture(scope="session")
+def quantkit() -> Run:
+    """Run the command line as a user does; returns the completed process."""
+
+    def run(
+        *args: str | Path, cwd: Path | None = None, env: dict[str, str] | None = None, timeout: float = 300
+    ) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "quantkit", *map(str, args)]
+        # not in the repository: there `quantkit` would be the source folder, without its compiled module
+        where = cwd or Path(tempfile.gettempdir())
+        return subprocess.run(
+            command,
+            cwd=where,
+            env=os.environ | (env or {}),
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def tiny_v3(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small FP8 checkpoint; read it, do not change it."""
+    return factory.checkpoint(tmp_path_factory.mktemp("tiny") / "Tiny-V3")
+
+
+@pytest.fixture(scope="session")
+def tiny_imatrix(tiny_v3: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An importance matrix for tiny_v3, in GGUF form."""
+    catalogue = open_model(str(tiny_v3), Options(pre="deepseek-v3"))
+    return factory.imatrix_for(catalogue, tmp_path_factory.mktemp("imatrix") / "imatrix.gguf")
+
+
+@pytest.fixture
+def v3(tiny_v3: Path, tmp_path: Path) -> Path:
+    """A copy of tiny_v3 to damage."""
+    return Path(shutil.copytree(tiny_v3, tmp_path / "Tiny-V3"))
+
+
+class Tools(NamedTuple):
+    """The real llama.cpp tools."""
+
+    quantize: Path
+    gguf_split: Path
+    perplexity: Path
+
+    def convert(self, model: Path, out: Path, pre: str = "deepseek-v3") -> Path:
+        """convert_hf_to_gguf.py --outtype bf16, which is told the pre-tokenizer of our random tokenizers."""
+        (python, script), env = toolchain.converter_command()
+        code = (
+            "import runpy, sys, pathlib\n"
+            "script, pre = sys.argv[1:3]; sys.argv = [script, *sys.argv[3:]]; sys.path[0] = str(pathlib.Path(script).parent)\n"
+            "import conversion.base\n"
+            "conversion.base.TextModel.get_vocab_base_pre = lambda self, tokenizer: pre\n"
+            "runpy.run_path(script, run_name='__main__')\n"
+        )
+        command = [python, "-c", code, script, pre, str(model), "--outtype", "bf16", "--outfile", str(out)]
+        done = subprocess.run(command, env=os.environ | env, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return out
+
+
+@pytest.fixture(scope="session")
+def tools() -> Tools:
+    """The toolchain, which must be there: run `quantkit toolchain install` first."""
+    kernels.use_pinned_library(toolchain.ggml_library())
+    return Tools(*(toolchain.find(f"llama-{t}") for t in ("quantize", "gguf-split", "perplexity")))
+
+
+@pytest.fixture(scope="session")
+def tiny_bf16(tools: Tools, tiny_v3: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """tiny_v3 as the converter's BF16 GGUF."""
+    return tools.convert(tiny_v3, tmp_path_factory.mktemp("bf16") / "tiny-bf16.gguf")

@@ -1,0 +1,116 @@
+"""Small checkpoints, GGUFs and hostile headers for tests. Everything is seeded."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from quantkit import demo
+from quantkit.gguf_format import KV, STRING, U32, header_bytes, kv, pad
+
+#: a V3 in the exact layout, as small as 256-value blocks allow: 3 layers (1 dense), 4 experts
+TINY_V3: dict[str, Any] = {
+    **demo.CONFIG,
+    "first_k_dense_replace": 1,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "kv_lora_rank": 256,
+    "moe_intermediate_size": 256,
+    "n_routed_experts": 4,
+    "num_attention_heads": 2,
+    "num_experts_per_tok": 2,
+    "num_hidden_layers": 3,
+    "num_key_value_heads": 2,
+    "vocab_size": 384,
+}
+
+#: V2-Lite's peculiarities: no q_lora, softmax gating without bias, BF16, two shared experts, no MTP,
+#: and a moe_intermediate_size that no 256-block divides
+TINY_V2: dict[str, Any] = {
+    **{k: v for k, v in TINY_V3.items() if k not in ("quantization_config", "num_nextn_predict_layers")},
+    "architectures": ["DeepseekV2ForCausalLM"],
+    "model_type": "deepseek_v2",
+    "moe_intermediate_size": 96,
+    "n_shared_experts": 2,
+    "norm_topk_prob": False,
+    "q_lora_rank": None,
+    "routed_scaling_factor": 1.0,
+    "scoring_func": "softmax",
+    "topk_method": "greedy",
+}
+
+
+def checkpoint(folder: Path, config: Mapping[str, Any] = TINY_V3, seed: int = 7, n_shards: int = 2) -> Path:
+    """A checkpoint directory with random weights."""
+    folder.mkdir(parents=True, exist_ok=True)
+    demo.make_checkpoint(folder, config, seed, n_shards)
+    return folder
+
+
+def imatrix_for(catalogue: Any, path: Path, seed: int = 11) -> Path:
+    """An importance matrix for every quantizable tensor of the layers, as llama-imatrix would make."""
+    shapes = {t.name: t.shape for t in catalogue.tensors if t.quantizable and t.layer is not None}
+    demo.make_imatrix(path, shapes, seed)
+    return path
+
+
+def legacy_imatrix(path: Path, entries: Mapping[str, tuple[int, np.ndarray]], chunks: int = 3) -> Path:
+    """A .dat importance matrix: name -> (ncall, float32 values)."""
+    out = struct.pack("<i", len(entries))
+    for name, (n_calls, values) in entries.items():
+        raw = name.encode()
+        out += struct.pack("<i", len(raw)) + raw + struct.pack("<ii", n_calls, values.size)
+        out += values.astype(np.float32).tobytes()
+    data = b"calib.txt"
+    path.write_bytes(out + struct.pack("<ii", chunks, len(data)) + data)
+    return path
+
+
+def edit_json(path: Path, change: Any) -> None:
+    """Apply `change` to the object in a JSON file."""
+    value = json.loads(path.read_text("utf-8"))
+    change(value)
+    path.write_text(json.dumps(value), "utf-8")
+
+
+def write_safetensors(path: Path, header: Any, data: bytes = b"") -> Path:
+    """A safetensors file with any header, right or wrong: an object, or raw bytes."""
+    raw = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(raw)) + raw + data)
+    return path
+
+
+def edit_safetensors(path: Path, change: Any) -> None:
+    """Rewrite a shard's header in place; the data stays as it is."""
+    blob = path.read_bytes()
+    (n,) = struct.unpack_from("<Q", blob)
+    header = json.loads(blob[8 : 8 + n])
+    change(header)
+    write_safetensors(path, header, blob[8 + n :])
+
+
+def shard_of(folder: Path, name: str) -> Path:
+    """The shard of a checkpoint that holds a tensor."""
+    index = json.loads((folder / "model.safetensors.index.json").read_text("utf-8"))
+    return folder / index["weight_map"][name]
+
+
+def gguf_file(
+    path: Path, tensors: Mapping[str, tuple[tuple[int, ...], str, bytes]], kvs: list[KV] | None = None
+) -> Path:
+    """A GGUF of these tensors: name -> (ne shape, type, data)."""
+    infos, blobs, at = [], [], 0
+    for name, (shape, type_, data) in tensors.items():
+        infos.append((name, shape, type_, at))
+        blobs.append(data.ljust(pad(len(data)), b"\0"))
+        at += len(blobs[-1])
+    head = (
+        [kv("general.architecture", STRING, "deepseek2"), kv("deepseek2.block_count", U32, 1)] if kvs is None else kvs
+    )
+    path.write_bytes(header_bytes(head, infos) + b"".join(blobs))
+    return path
