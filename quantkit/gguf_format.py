@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import io
 import os
+import stat
 import struct
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -34,13 +35,17 @@ _SCALARS = {
     U64: "<Q", I64: "<q", F64: "<d",
 }  # fmt: skip
 _SIZES = {t: struct.calcsize(f) for t, f in _SCALARS.items()}
+INTEGERS = frozenset({U8, I8, U16, I16, U32, I32, U64, I64})
 TYPE_NAMES = (
     "u8", "i8", "u16", "i16", "u32", "i32", "f32", "bool", "str", "arr", "u64", "i64", "f64",
 )  # fmt: skip
 
 MAX_DIMS = 4
-MAX_NAME = 65535
+#: bytes of a key; of a tensor's name (GGML_MAX_NAME, the end of the string counted)
+MAX_KEY, MAX_NAME = 65535, 63
 MAX_ARRAY_DEPTH = 4
+#: bytes of a header; R1's has 5 MB, and what claims more than this is no header
+MAX_HEADER = 1 << 26
 
 
 class KV(NamedTuple):
@@ -78,6 +83,15 @@ def pad(n: int, alignment: int = ALIGNMENT) -> int:
 
 
 # ---------------------------------------------------------------- values
+
+
+def is_utf8(text: str) -> bool:
+    """Whether a text can be a string of a GGUF; a path that is not UTF-8 cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def string_bytes(text: str | bytes) -> bytes:
@@ -170,7 +184,11 @@ class _Cursor:
         if n > self.size - self.at:
             raise self.fail(
                 f"{what} needs {n:,} bytes at {self.at:,}, but the file ends at {self.size:,}; "
-                "it is truncated or its header is corrupt"
+                "it is truncated or its header is corrupt: get it again"
+            )
+        if n > MAX_HEADER - self.at:
+            raise self.fail(
+                f"{what} needs {n:,} bytes at {self.at:,}, but no header is longer than {MAX_HEADER:,}: get it again"
             )
         got = self.file.read(n)
         if len(got) != n:
@@ -188,12 +206,15 @@ class _Cursor:
             raise self.fail(f"{what} claims a length of {n:,} bytes (at most {limit:,})")
         return head + self.take(n, what)
 
-    def name(self, what: str) -> str:
-        raw = self.string(what, MAX_NAME)[8:]
+    def name(self, what: str, limit: int) -> str:
+        raw = self.string(what, limit)[8:]
         try:
-            return raw.decode()
+            name = raw.decode()
         except UnicodeDecodeError:
             raise self.fail(f"{what} is not UTF-8: {raw[:40]!r}") from None
+        if not name or not name.isprintable():
+            raise self.fail(f"{what} is not printable text: {name[:40]!r}")
+        return name
 
     def value(self, type_: int, what: str, depth: int = 0) -> bytes:
         if type_ in _SIZES:
@@ -204,18 +225,22 @@ class _Cursor:
             raise self.fail(f"{what} has the unknown value type {type_}")
         if depth >= MAX_ARRAY_DEPTH:
             raise self.fail(f"{what} nests arrays deeper than {MAX_ARRAY_DEPTH}")
-        head = self.take(12, what)
-        element, count = struct.unpack("<IQ", head)
+        out = bytearray(self.take(12, what))
+        element, count = struct.unpack("<IQ", out)
         if element in _SIZES:
-            return head + self.take(_SIZES[element] * count, what)
+            return bytes(out) + self.take(_SIZES[element] * count, what)
+        if element not in (STRING, ARRAY):
+            raise self.fail(f"{what} is an array of the unknown value type {element}")
         smallest = 8 if element == STRING else 12
         if count > (self.size - self.at) // smallest:
             raise self.fail(f"{what} claims {count:,} elements, more than the file can hold")
-        return head + b"".join([self.value(element, what, depth + 1) for _ in range(count)])
+        for _ in range(count):
+            out += self.value(element, what, depth + 1)
+        return bytes(out)
 
 
 def is_gguf(path: Path) -> bool:
-    """Whether a file begins with GGUF's magic."""
+    """Whether a file begins with GGUF's magic. Raises OSError."""
     with open(path, "rb") as f:
         return f.read(4) == MAGIC
 
@@ -228,9 +253,11 @@ def read_header(path: Path) -> Header:
     misaligned, overlaps or lies outside the file.
     """
     try:
-        size = os.stat(path).st_size
+        info = os.stat(path)
+        if not stat.S_ISREG(info.st_mode):
+            raise SourceError(f"{path}: is not a regular file")
         with open(path, "rb") as file:
-            return _read(_Cursor(path, file, size))
+            return _read(_Cursor(path, file, info.st_size))
     except OSError as e:
         raise SourceError(f"{path}: cannot be read: {e.strerror or e}") from None
 
@@ -252,7 +279,7 @@ def _read(c: _Cursor) -> Header:
     kvs: list[KV] = []
     seen: set[str] = set()
     for i in range(n_kv):
-        key = c.name(f"key {i}")
+        key = c.name(f"key {i}", MAX_KEY)
         if key in seen:
             raise c.fail(f"key '{key}' occurs twice")
         seen.add(key)
@@ -295,7 +322,7 @@ def _alignment(c: _Cursor, kvs: Sequence[KV]) -> int:
 
 
 def _tensor_info(c: _Cursor, i: int, alignment: int) -> tuple[str, tuple[int, ...], str, int, int]:
-    name = c.name(f"the name of tensor {i}")
+    name = c.name(f"the name of tensor {i}", MAX_NAME)
     dims = c.number("<I", f"the dimensions of '{name}'")
     if not 1 <= dims <= MAX_DIMS:
         raise c.fail(f"tensor '{name}' has {dims} dimensions (1 to {MAX_DIMS})")

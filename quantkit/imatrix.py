@@ -19,9 +19,11 @@ import numpy as np
 import numpy.typing as npt
 
 from .errors import ImatrixError, SourceError
-from .gguf_format import ARRAY, KV, U32, Header, array_head, decode, is_gguf, read_header
+from .gguf_format import ARRAY, KV, U32, Header, array_head, decode, is_gguf, is_utf8, read_header
 
 _CHUNK = 1 << 20
+#: matrices of a tensor (experts) that an entry may count; bytes of an entry's name, and of a dataset's that is read
+_MAX_COUNTS, _MAX_NAME, _MAX_DATASET = 1 << 16, 512, 4096
 
 
 class Entry(NamedTuple):
@@ -63,8 +65,17 @@ class Imatrix:
 
     def _read(self, offset: int, n: int) -> npt.NDArray[np.float32]:
         out = np.empty(n, np.float32)
-        if os.preadv(self._fd, [out.data.cast("B")], offset) != out.nbytes:
-            raise ImatrixError(f"{self.path}: {out.nbytes:,} bytes at {offset:,} could not be read; it has shrunk")
+        try:
+            done = os.preadv(self._fd, [out.data.cast("B")], offset)
+        except OSError as e:
+            raise ImatrixError(
+                f"{self.path}: reading {out.nbytes:,} bytes at {offset:,} failed: {e.strerror or e}"
+            ) from None
+        if done != out.nbytes:
+            raise ImatrixError(
+                f"{self.path}: should have {out.nbytes:,} bytes at {offset:,}, but now has {done:,}; it has changed "
+                "since it was opened"
+            )
         return out
 
     def _divide(self, entry: Entry, at: int, n: int) -> npt.NDArray[np.float32]:
@@ -97,8 +108,12 @@ class Imatrix:
 def open_imatrix(typed: str) -> Imatrix:
     """Open an importance matrix in either format; only its structure is read."""
     path = Path(typed)
+    if not is_utf8(typed):
+        raise ImatrixError(f"{typed!a}: the path goes into the metadata, but is not UTF-8; rename the file")
     try:
         size = path.stat().st_size
+        if not path.is_file():
+            raise ImatrixError(f"{typed}: not a regular file; give the file that llama-imatrix made")
         if is_gguf(path):
             return _open_gguf(typed, path)
         with path.open("rb") as f:
@@ -114,28 +129,40 @@ def _open_gguf(typed: str, path: Path) -> Imatrix:
     kvs = {item.key: item for item in header.kvs}
     for key, type_ in (("imatrix.datasets", ARRAY), ("imatrix.chunk_count", U32), ("imatrix.chunk_size", U32)):
         if key not in kvs or kvs[key].type != type_:
-            kind = f"general.type is '{decode(kvs['general.type'])}'" if "general.type" in kvs else "no general.type"
-            raise ImatrixError(f"{path}: not an importance matrix: the key {key} is missing or mistyped ({kind})")
+            kind = (
+                f"general.type is {decode(kvs['general.type'])!r:.40}" if "general.type" in kvs else "no general.type"
+            )
+            raise ImatrixError(
+                f"{path}: not an importance matrix: the key {key} is missing or mistyped ({kind}); give the file that "
+                "llama-imatrix made"
+            )
     sums = {t.name.removesuffix(".in_sum2"): t for t in header.tensors if t.name.endswith(".in_sum2")}
     counts = {t.name.removesuffix(".counts"): t for t in header.tensors if t.name.endswith(".counts")}
     if not sums:
-        raise ImatrixError(f"{path}: the importance matrix has no entries")
+        raise ImatrixError(f"{path}: the importance matrix has no entries; compute it again")
     entries: dict[str, Entry] = {}
     with path.open("rb") as f:
         for name in sorted(sums.keys() | counts.keys()):
             if name not in sums or name not in counts:
                 lacks = "in_sum2" if name not in sums else "counts"
-                raise ImatrixError(f"{path}: entry '{name}' has no {lacks}")
+                raise ImatrixError(f"{path}: entry '{name}' has no {lacks}; compute the imatrix again")
             s, c = sums[name], counts[name]
             if s.type != "F32" or c.type != "F32":
-                raise ImatrixError(f"{path}: entry '{name}' is {s.type} with {c.type} counts, not F32")
+                raise ImatrixError(
+                    f"{path}: entry '{name}' is {s.type} with {c.type} counts, not F32; compute the imatrix again"
+                )
             n_values, n_counts = math.prod(s.shape), math.prod(c.shape)
-            if n_values % n_counts:
-                raise ImatrixError(f"{path}: entry '{name}' has {n_values} values for {n_counts} counts")
+            if n_values % n_counts or n_counts > _MAX_COUNTS:
+                raise ImatrixError(
+                    f"{path}: entry '{name}' has {n_values:,} values for {n_counts:,} counts (as many for each, at "
+                    f"most {_MAX_COUNTS:,} counts); compute the imatrix again"
+                )
             f.seek(c.offset)
             raw = np.frombuffer(f.read(4 * n_counts), np.float32)
             if raw.size != n_counts or not np.isfinite(raw).all() or (raw < 0).any():
-                raise ImatrixError(f"{path}: entry '{name}' has counts that are not finite or negative")
+                raise ImatrixError(
+                    f"{path}: entry '{name}' has counts that are negative, NaN or Inf; compute the imatrix again"
+                )
             rounded = np.floor(raw.astype(np.float64) + 0.5)
             entries[name] = Entry(s.offset, n_values, tuple(float(n) for n in rounded))
     datasets = tuple(str(d) for d in decode(kvs["imatrix.datasets"])) if _is_strings(kvs["imatrix.datasets"]) else ()
@@ -151,7 +178,7 @@ def _open_legacy(typed: str, path: Path, f: BinaryIO, size: int) -> Imatrix:
         if n < 0 or n > size - f.tell():
             raise ImatrixError(
                 f"{path}: neither a GGUF nor a whole legacy importance matrix: {what} needs {n:,} bytes at "
-                f"{f.tell():,} of {size:,}"
+                f"{f.tell():,} of {size:,}; get it again"
             )
         return f.read(n)
 
@@ -160,14 +187,23 @@ def _open_legacy(typed: str, path: Path, f: BinaryIO, size: int) -> Imatrix:
 
     n_entries = number("the entry count")
     if n_entries < 1 or n_entries > size // 13:
-        raise ImatrixError(f"{path}: not an importance matrix: {n_entries:,} entries in {size:,} bytes")
+        raise ImatrixError(
+            f"{path}: not an importance matrix: {n_entries:,} entries in {size:,} bytes; give the file that "
+            "llama-imatrix made"
+        )
     entries: dict[str, Entry] = {}
     for i in range(n_entries):
-        raw = take(number(f"the name length of entry {i}"), f"the name of entry {i}")
+        n_name = number(f"the name length of entry {i}")
+        raw = take(n_name, f"the name of entry {i}") if n_name <= _MAX_NAME else b""
         name = raw.split(b"\0")[0].decode("utf-8", "replace")
+        if not name or not name.isprintable():
+            raise ImatrixError(
+                f"{path}: not an importance matrix: entry {i} has a name of {n_name:,} bytes, {name[:40]!r}; give the "
+                "file that llama-imatrix made"
+            )
         n_calls, n_values = number(f"the calls of '{name}'"), number(f"the size of '{name}'")
         if n_values < 1:
-            raise ImatrixError(f"{path}: entry '{name}' has {n_values} values")
+            raise ImatrixError(f"{path}: entry '{name}' has {n_values:,} values; compute the imatrix again")
         offset = f.tell()
         if 4 * n_values > size - offset:
             take(4 * n_values, f"the values of '{name}'")
@@ -187,4 +223,4 @@ def _legacy_dataset(f: BinaryIO, size: int) -> Iterator[str]:
     if len(head) == 4:
         (n,) = struct.unpack("<i", head)
         if 0 < n <= size - f.tell():
-            yield f.read(n).split(b"\0")[0].decode("utf-8", "replace")
+            yield f.read(min(n, _MAX_DATASET)).split(b"\0")[0].decode("utf-8", "replace")

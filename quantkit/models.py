@@ -6,6 +6,7 @@ repository that `hf download` has brought here.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from . import arch
@@ -14,21 +15,28 @@ from .arch.known import config as known_config
 from .arch.options import Options
 from .catalogue import Catalogue, Part, Tensor, is_quantizable, layer_of, output_order, role_of
 from .errors import SourceError, did_you_mean
-from .gguf_format import STRING, U32, decode
+from .gguf_format import STRING, U32, decode, is_utf8
 from .sources.gguf_file import GgufFile, open_gguf
 from .sources.safetensors_dir import open_checkpoint, read_json
+
+_MAX_LAYERS = 4096
+_MAX_TITLE = 200
 
 
 def open_model(source: str, options: Options | None = None) -> Catalogue:
     """The catalogue of whatever `source` names. Raises SourceError, with what was perhaps meant."""
     opts = options or Options()
-    path = Path(source).expanduser()
+    path = _expand(source)
+    if not is_utf8(str(path.absolute())):
+        raise SourceError(f"{source!a}: the path gives the model its name, but is not UTF-8; rename the folder or file")
     try:
         if path.is_dir():
             return _from_directory(path, opts)
         if path.is_file():
             if path.suffix == ".json":
                 return arch.build(path.resolve().parent.name or source, read_json(path), opts)
+            if path.suffix == ".safetensors":
+                raise SourceError(f"{path}: is one shard of a checkpoint; give the directory: {path.resolve().parent}")
             return from_gguf(open_gguf(path))
     except OSError as e:
         raise SourceError(f"{source}: cannot be read: {e.strerror or e}") from None
@@ -42,6 +50,13 @@ def open_model(source: str, options: Options | None = None) -> Catalogue:
         f"'{source}' is no directory, file or known model{did_you_mean(source, MODELS)}; give a checkpoint directory, "
         f"a GGUF, a config.json, or one of {', '.join(MODELS)}"
     )
+
+
+def _expand(source: str) -> Path:
+    try:
+        return Path(source).expanduser()
+    except RuntimeError:  # ~name of nobody
+        return Path(source)
 
 
 def _from_directory(path: Path, options: Options) -> Catalogue:
@@ -74,8 +89,11 @@ def from_gguf(file: GgufFile) -> Catalogue:
         return int(decode(kvs[key])) if key in kvs and kvs[key].type == U32 else None
 
     arch_name = text("general.architecture")
-    if arch_name is None:
-        raise SourceError(f"{file.path}: has no general.architecture; it is not a model")
+    if arch_name is None or not re.fullmatch(r"[\w.-]{1,64}", arch_name):
+        what = "has no general.architecture" if arch_name is None else f"general.architecture is {arch_name!r:.60}"
+        raise SourceError(f"{file.path}: {what}; it is not a model")
+    if not file.infos:
+        raise SourceError(f"{file.path}: has no tensors, only metadata; give the file that holds the weights")
     tensors = []
     for info in file.infos:
         n_rows = 1
@@ -88,12 +106,18 @@ def from_gguf(file: GgufFile) -> Catalogue:
         )
     tensors.sort(key=lambda t: output_order(t.name))
     found = [t.layer for t in tensors if t.layer is not None]
-    n_layers = number(f"{arch_name}.block_count") or (max(found) + 1 if found else 0)
+    n_layers = number(f"{arch_name}.block_count") or max(found, default=-1) + 1
+    if not all(0 <= n < _MAX_LAYERS for n in (n_layers, *found)):
+        odd = next(n for n in (n_layers, *found) if not 0 <= n < _MAX_LAYERS)
+        raise SourceError(
+            f"{file.path}: layer number or count {odd:,} is beyond {_MAX_LAYERS:,}; the header is corrupt"
+        )
     moe = sorted({t.layer for t in tensors if t.layer is not None and t.role == "routed expert"})
     dense = sorted(set(found) - set(moe))
     names = {t.name.rpartition(".attn_")[2] for t in tensors}
     layout = "k_b+v_b" if "k_b.weight" in names else "kv_b" if "kv_b.weight" in names else "as is"
-    name = text("general.name") or file.path.stem
+    name = text("general.name") or ""
+    name = name if name.isprintable() and 0 < len(name) <= _MAX_TITLE else file.path.stem
     return Catalogue(
         name, arch_name, layout, n_layers, tuple(dense), tuple(moe), tuple(tensors), file.kvs, True, file
     )  # fmt: skip

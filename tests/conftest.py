@@ -75,13 +75,16 @@ class Tools(NamedTuple):
         (python, script), env = toolchain.converter_command()
         code = (
             "import runpy, sys, pathlib\n"
-            "script, pre = sys.argv[1:3]; sys.argv = [script, *sys.argv[3:]]; sys.path[0] = str(pathlib.Path(script).parent)\n"
+            "script, pre = sys.argv[1:3]; sys.argv = [script, *sys.argv[3:]]\n"
+            "sys.path[0] = str(pathlib.Path(script).parent)\n"
             "import conversion.base\n"
             "conversion.base.TextModel.get_vocab_base_pre = lambda self, tokenizer: pre\n"
             "runpy.run_path(script, run_name='__main__')\n"
         )
         command = [python, "-c", code, script, pre, str(model), "--outtype", "bf16", "--outfile", str(out)]
-        done = subprocess.run(command, env=os.environ | env, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            command, env=os.environ | env, capture_output=True, text=True, errors="replace", check=False
+        )
         assert done.returncode == 0, done.stderr[-3000:]
         return out
 

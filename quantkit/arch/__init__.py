@@ -51,6 +51,6 @@ def build(
     name = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else None
     if name not in FAMILIES:
         raise UnsupportedError(
-            f"{model}: config.json names the architecture {name or names!r}; quantkit knows {', '.join(FAMILIES)}"
+            f"{model}: config.json names the architecture {name or names!r:.80}; quantkit knows {', '.join(FAMILIES)}"
         )
     return FAMILIES[name].build(model, config, options, source, stored)

@@ -7,18 +7,20 @@ from typing import Any
 
 from ..errors import SourceError
 
-_LARGEST = 1 << 31
+_LARGEST = 1 << 24
+_LARGEST_FLOAT = 3.4e38
 
 
 class Config:
     """A config.json. `int_`, `float_`, … raise SourceError when a value is missing or senseless."""
 
-    def __init__(self, model: str, values: Mapping[str, Any]) -> None:
+    def __init__(self, model: str, values: Mapping[str, Any], prefix: str = "") -> None:
         self.model = model
         self.values = values
+        self.prefix = prefix
 
     def _fail(self, key: str, why: str) -> SourceError:
-        return SourceError(f"{self.model}: config.json: {key} {why}")
+        return SourceError(f"{self.model}: config.json: {self.prefix}{key} {why}")
 
     def int_(self, key: str, default: int | None = None, least: int = 1) -> int:
         value = self.values.get(key)
@@ -39,13 +41,14 @@ class Config:
             if default is None:
                 raise self._fail(key, "is missing")
             return default
-        if type(value) not in (int, float):
-            raise self._fail(key, f"is {value!r:.60}, not a number")
+        # not <=, rather than >: so NaN is refused too
+        if type(value) not in (int, float) or not abs(value) <= _LARGEST_FLOAT:
+            raise self._fail(key, f"is {value!r:.60}, not a number that float32 holds")
         return float(value)
 
     def flag(self, key: str) -> bool:
         value = self.values.get(key)
-        if value not in (None, True, False):
+        if value is not None and not isinstance(value, bool):
             raise self._fail(key, f"is {value!r:.60}, not true or false")
         return bool(value)
 
@@ -55,4 +58,4 @@ class Config:
             return None
         if not isinstance(value, dict):
             raise self._fail(key, f"is {value!r:.60}, not an object")
-        return Config(self.model, value)
+        return Config(self.model, value, f"{self.prefix}{key}.")

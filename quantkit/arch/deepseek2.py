@@ -33,8 +33,9 @@ from .tokenizer import tokenizer_kvs
 
 ARCH = "deepseek2"
 FILE_TYPE_BF16 = 32
-_MAX_LAYERS = 1024
-_MAX_EXPERTS = 4096
+#: far beyond any DeepSeek; what config.json may claim before a catalogue of it is made
+_MOST = {"num_hidden_layers": 1024, "n_routed_experts": 4096, "num_attention_heads": 4096}
+_MOST_PARTS, _MOST_WEIGHTS = 1 << 18, 1 << 50
 _GATING = {"softmax": 1, "sigmoid": 2}
 
 
@@ -69,9 +70,15 @@ def read_shape(c: Config) -> Shape:
     if c.flag("attention_bias"):
         raise UnsupportedError(f"{c.model}: config.json: attention_bias is true; no released DeepSeek has biases there")
     n_layers, n_experts = c.int_("num_hidden_layers"), c.int_("n_routed_experts", 0, least=0)
-    for key, n, most in (("num_hidden_layers", n_layers, _MAX_LAYERS), ("n_routed_experts", n_experts, _MAX_EXPERTS)):
+    n_heads = c.int_("num_attention_heads")
+    for n, (key, most) in zip((n_layers, n_experts, n_heads), _MOST.items(), strict=True):
         if n > most:
             raise SourceError(f"{c.model}: config.json: {key} is {n:,}; more than {most:,} is no DeepSeek")
+    if n_layers * max(n_experts, n_heads) > _MOST_PARTS:
+        raise SourceError(
+            f"{c.model}: config.json: {n_layers:,} layers of {n_experts:,} experts and {n_heads:,} heads are more "
+            "than any DeepSeek has"
+        )
     return Shape(
         n_layers=n_layers,
         first_dense=c.int_("first_k_dense_replace", 0, least=0),
@@ -81,7 +88,7 @@ def read_shape(c: Config) -> Shape:
         moe_ffn=c.int_("moe_intermediate_size") if n_experts else c.int_("intermediate_size"),
         n_experts=n_experts,
         n_shared=c.int_("n_shared_experts", 0, least=0),
-        n_heads=c.int_("num_attention_heads"),
+        n_heads=n_heads,
         q_lora=c.optional_int("q_lora_rank"),
         kv_lora=c.int_("kv_lora_rank"),
         nope=c.int_("qk_nope_head_dim"),
@@ -176,22 +183,26 @@ def check_stored(model: str, s: Shape, wanted: list[Tensor], stored: Mapping[str
     for name, shape in needed.items():
         st = stored.get(name)
         if st is None:
-            raise SourceError(f"{model}: tensor '{name}' {list(shape)} is in no shard, though config.json calls for it")
+            raise SourceError(
+                f"{model}: tensor '{name}' {list(shape)} is in no shard, though config.json calls for it; is this "
+                "config.json the one of the checkpoint?"
+            )
         if st.shape != shape:
             raise SourceError(
-                f"{st.file}: '{name}' has the shape {list(st.shape)}, but config.json calls for {list(shape)}"
+                f"{st.file}: '{name}' has the shape {list(st.shape)}, but config.json calls for {list(shape)}; is this "
+                "config.json the one of the checkpoint?"
             )
         if st.dtype not in ("F8_E4M3", "BF16", "F16", "F32"):
             raise UnsupportedError(f"{st.file}: '{name}' is {st.dtype}; weights are read as F8_E4M3, BF16, F16 or F32")
     n_mtp = 0
-    for name in stored.keys() - needed.keys():
+    for name in sorted(stored.keys() - needed.keys()):
         m = _LAYER.match(name)
-        if m and int(m.group(1)) >= s.n_layers:
+        if m and s.n_layers <= int(m.group(1)) < s.n_layers + s.n_mtp:
             n_mtp += 1
         elif not name.endswith(_DROPPED) and not (s.tied and name == "lm_head.weight"):
             raise SourceError(
                 f"{stored[name].file}: tensor '{name}' {list(stored[name].shape)} has no place in a {ARCH} model "
-                f"of {s.n_layers} layers; is this config.json the one of the checkpoint?"
+                f"of {s.n_layers} layers and {s.n_mtp} for MTP; is this config.json the one of the checkpoint?"
             )
     return n_mtp
 
@@ -227,7 +238,7 @@ def arch_kvs(c: Config, s: Shape, layout: str) -> list[KV]:
     u32("expert_group_used_count", c.optional_int("topk_group"))
     scoring = c.values.get("scoring_func")
     if scoring is not None:
-        if scoring not in _GATING:
+        if not isinstance(scoring, str) or scoring not in _GATING:
             raise UnsupportedError(
                 f"{c.model}: config.json: scoring_func is {scoring!r:.60}, not one of {list(_GATING)}"
             )
@@ -289,6 +300,9 @@ def build(
         # V3's bias is known by topk_method; a checkpoint that has it anyway is believed
         s = s._replace(router_bias=any(n.endswith(".mlp.gate.e_score_correction_bias") for n in stored))
     out = sorted(tensors(s, options.layout), key=lambda t: output_order(t.name))
+    total = sum(t.n_elements for t in out)
+    if total > _MOST_WEIGHTS:
+        raise SourceError(f"{model}: config.json: its sizes make {total:,} weights, more than any model has")
     notes = []
     n_mtp = s.n_mtp
     if stored is not None:

@@ -25,18 +25,26 @@ def general_kvs(arch: str, model: str, tensors: Iterable[Tensor], source: Source
     total, shared, expert, n_experts = _count(tensors)
     try:
         metadata = gguf.Metadata.load(None, source.path, None, total)
-    except Exception as e:
-        raise SourceError(f"{source.path}: the model card or config cannot be read: {str(e)[:200]}") from None
-    repetition = gguf.Metadata.load_generation_config(source.path).get("repetition_penalty")
-    if metadata.sampling_penalty_repeat is None and repetition is not None:
-        metadata.sampling_penalty_repeat = repetition  # the package on PyPI does not read this name yet
-    if metadata.name is None:
-        metadata.name = source.path.name or model
-    if metadata.size_label is None:
-        metadata.size_label = gguf.size_label(total, shared, expert, n_experts)
-    writer = gguf.GGUFWriter(None, arch)
-    metadata.set_gguf_meta_model(writer)
-    return head + [item for item in from_writer(writer) if item.key != "general.architecture"]
+        repetition = gguf.Metadata.load_generation_config(source.path).get("repetition_penalty")
+        if metadata.sampling_penalty_repeat is None and repetition is not None:
+            metadata.sampling_penalty_repeat = repetition  # the package on PyPI does not read this name yet
+        if metadata.name is None:
+            metadata.name = source.path.name or model
+        if metadata.size_label is None:
+            metadata.size_label = gguf.size_label(total, shared, expert, n_experts)
+        writer = gguf.GGUFWriter(None, arch)
+        metadata.set_gguf_meta_model(writer)
+        return head + [item for item in from_writer(writer) if item.key != "general.architecture"]
+    except Exception as e:  # whatever a model card of any shape makes the package and struct raise
+        raise SourceError(
+            f"{source.path}: README.md or generation_config.json cannot be taken into the metadata: {one_line(e)}; "
+            "mend or remove it"
+        ) from None
+
+
+def one_line(error: Exception) -> str:
+    """The message of a foreign error, fit to be part of ours."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def _count(tensors: Iterable[Tensor]) -> tuple[int, int, int, int]:

@@ -15,7 +15,7 @@ from typing import Any
 
 from ..errors import SourceError
 from ..gguf_format import I32, KV, STRING, U32, kv, kv_array
-from .general import from_writer
+from .general import from_writer, one_line
 from .options import Options
 
 #: sha256 of the token ids of `_PROBE` -> tokenizer.ggml.pre, as llama.cpp publishes them
@@ -56,25 +56,32 @@ def tokenizer_kvs(path: Path, n_vocab: int, options: Options) -> tuple[list[KV],
     try:
         tokenizer = Tokenizer.from_file(str(file))
     except Exception as e:
-        raise SourceError(f"{file}: not a usable tokenizer: {str(e)[:200]}") from None
+        raise SourceError(f"{file}: not a usable tokenizer: {one_line(e)}; download it again") from None
     tokens, types = _vocabulary(file, tokenizer, n_vocab)
     logging.getLogger("gguf.vocab").setLevel(logging.ERROR)
     try:
         special = gguf.SpecialVocab(path, load_merges=True)
-    except Exception as e:
-        raise SourceError(f"{path}: the tokenizer's special tokens cannot be read: {str(e)[:200]}") from None
+        special.add_special_token = _added_automatically(path, special)
+        writer = gguf.GGUFWriter(None, "none")
+        special.add_to_gguf(writer, quiet=True)
+        collected = [item for item in from_writer(writer) if item.key != "general.architecture"]
+    except Exception as e:  # whatever files of any shape make the package and struct raise
+        raise SourceError(
+            f"{path}: the special tokens or chat template in tokenizer_config.json cannot be read: {one_line(e)}; "
+            "download it again"
+        ) from None
     if not special.merges:
         raise SourceError(f"{file}: has no merges; quantkit reads byte-level BPE tokenizers")
-    special.add_special_token = _added_automatically(path, special)
-    writer = gguf.GGUFWriter(None, "none")
-    special.add_to_gguf(writer, quiet=True)
+    for kind, i in special.special_token_ids.items():
+        if i >= n_vocab:
+            raise SourceError(f"{path}: the {kind} token has the id {i:,}, but config.json's vocab_size is {n_vocab:,}")
     out = [
         kv("tokenizer.ggml.model", STRING, "gpt2"),
         kv("tokenizer.ggml.pre", STRING, _pre(file, tokenizer, special.special_token_ids.get("bos"), options)),
         kv_array("tokenizer.ggml.tokens", STRING, tokens),
         kv_array("tokenizer.ggml.token_type", I32, types),
     ]
-    out += [item for item in from_writer(writer) if item.key != "general.architecture"]
+    out += collected
     return _pad_token(file, out, tokens, special.special_token_ids, options.pad_token)
 
 
@@ -137,7 +144,7 @@ def _vocabulary(file: Path, tokenizer: Any, n_vocab: int) -> tuple[list[str], li
     by_id = {i: token for token, i in tokenizer.get_vocab(with_added_tokens=True).items()}
     if by_id and max(by_id) >= n_vocab:
         raise SourceError(
-            f"{file}: '{by_id[max(by_id)]}' has the id {max(by_id)}, but config.json's vocab_size is {n_vocab}"
+            f"{file}: '{by_id[max(by_id)]}' has the id {max(by_id):,}, but config.json's vocab_size is {n_vocab:,}"
         )
     added = tokenizer.get_added_tokens_decoder()
     tokens: list[str] = []
@@ -203,12 +210,12 @@ def _pad_token(
                 "that harms fine-tuning; --pad-token '<\uff5c\u2581pad\u2581\uff5c>' mends it"
             ]
         return kvs, []
-    if asked.isdecimal() and int(asked) < len(tokens):
+    if asked.isdecimal() and len(asked) < 20 and int(asked) < len(tokens):
         new = int(asked)
     elif asked in tokens:
         new = tokens.index(asked)
     else:
-        raise SourceError(f"{file}: --pad-token {asked!r} is neither a token nor an id below {len(tokens)}")
+        raise SourceError(f"{file}: --pad-token {asked!r:.60} is neither a token nor an id below {len(tokens):,}")
     item = kv(key, U32, new)
     if any(k.key == key for k in kvs):
         return [item if k.key == key else k for k in kvs], []

@@ -8,6 +8,7 @@ the quantization.
 from __future__ import annotations
 
 import os
+import stat
 import threading
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,6 +18,16 @@ import numpy.typing as npt
 
 from ..catalogue import SourceTensor
 from ..errors import SourceError
+
+
+def regular_size(path: Path) -> int:
+    """The size of a file; a pipe or device, which might never answer, raises SourceError."""
+    info = os.stat(path)
+    if stat.S_ISDIR(info.st_mode):
+        raise SourceError(f"{path}: is a directory, not a file")
+    if not stat.S_ISREG(info.st_mode):
+        raise SourceError(f"{path}: is not a regular file")
+    return info.st_size
 
 
 class Files:

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from ..catalogue import SourceTensor
 from ..errors import SourceError
-from ..gguf_format import ALIGNMENT, KV, Header, TensorInfo, decode, read_header
+from ..gguf_format import ALIGNMENT, INTEGERS, KV, TYPE_NAMES, Header, TensorInfo, decode, read_header
 from .files import Files
 
 _SHARD = re.compile(r"^(?P<prefix>.*)-(?P<no>\d{5})-of-(?P<count>\d{5})\.gguf$")
@@ -44,14 +44,20 @@ class GgufFile:
         raise SourceError(f"{self.path}: '{name}' has no scales; GGUF blocks carry their own")
 
 
-def _split(header: Header) -> dict[str, int]:
-    return {i.key: int(decode(i)) for i in header.kvs if i.key in SPLIT_KEYS and i.type < 8}
+def _split(path: Path, header: Header) -> dict[str, int]:
+    found = {}
+    for item in header.kvs:
+        if item.key in SPLIT_KEYS:
+            if item.type not in INTEGERS:
+                raise SourceError(f"{path}: {item.key} is of type {TYPE_NAMES[item.type]}, not an integer")
+            found[item.key] = int(decode(item))
+    return found
 
 
 def open_gguf(path: Path) -> GgufFile:
     """Open a GGUF; for a split one give the first shard. Raises SourceError for anything inconsistent."""
     first = read_header(path)
-    split = _split(first)
+    split = _split(path, first)
     count = split.get("split.count", 0)
     headers = [(path, first)]
     if count > 1:
@@ -62,15 +68,21 @@ def open_gguf(path: Path) -> GgufFile:
                 f"{path}: this is shard {split.get('split.no', 0) + 1} of {count}; give the first, {want}"
             )
         if not m or int(m["count"]) != count:
-            raise SourceError(f"{path}: is the first of {count} shards, but not named …-00001-of-{count:05d}.gguf")
+            raise SourceError(
+                f"{path}: is the first of {count} shards, but not named …-00001-of-{count:05d}.gguf; give it and the "
+                "others their names back"
+            )
         for no in range(2, count + 1):
             shard = path.with_name(f"{m['prefix']}-{no:05d}-of-{count:05d}.gguf")
             if not shard.exists():
-                raise SourceError(f"{shard}: shard {no} of {count} is missing")
+                raise SourceError(f"{shard}: shard {no} of {count} is missing; get it and put it beside the first")
             header = read_header(shard)
-            got = _split(header)
+            got = _split(shard, header)
             if got.get("split.no") != no - 1 or got.get("split.count") != count:
-                raise SourceError(f"{shard}: its split keys say {got}, not shard {no - 1} (from 0) of {count}")
+                says = ", ".join(f"{k} {v}" for k, v in got.items()) or "nothing"
+                raise SourceError(
+                    f"{shard}: its name says shard {no} of {count}, but its split keys say {says}; get it again"
+                )
             headers.append((shard, header))
     for file, header in headers:
         if header.alignment != ALIGNMENT:
@@ -81,9 +93,14 @@ def open_gguf(path: Path) -> GgufFile:
     infos = [(file, info) for file, header in headers for info in header.tensors]
     names = {info.name for _, info in infos}
     if len(names) != len(infos):
-        raise SourceError(f"{path}: {len(infos) - len(names)} tensor names occur in more than one shard")
+        raise SourceError(
+            f"{path}: {len(infos) - len(names)} tensor names occur in more than one shard; are all of one model?"
+        )
     total = split.get("split.tensors.count")
     if count > 1 and total is not None and total != len(infos):
-        raise SourceError(f"{path}: split.tensors.count says {total} tensors, the {count} shards hold {len(infos)}")
+        raise SourceError(
+            f"{path}: split.tensors.count says {total} tensors, the {count} shards hold {len(infos)}; are all of one "
+            "model?"
+        )
     kvs = tuple(item for item in first.kvs if item.key not in SPLIT_KEYS)
     return GgufFile(path, kvs, infos)

@@ -12,9 +12,9 @@ official repository's is wrong.
 from __future__ import annotations
 
 import json
-import os
 import struct
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping
 from math import prod
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -24,19 +24,21 @@ import numpy.typing as npt
 
 from ..catalogue import SourceTensor
 from ..errors import SourceError, UnsupportedError
-from .files import Files
+from .files import Files, regular_size
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 SCALE_SUFFIX = "_scale_inv"
 MAX_HEADER = 100_000_000
+MAX_NAME = 256
+MAX_DIMS = 8
+MAX_DEPTH = 32
 
 #: bytes a value of the dtypes of the format
 DTYPE_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E5M2": 1, "F8_E4M3": 1, "F8_E8M0": 1, "I16": 2, "U16": 2, "F16": 2,
     "BF16": 2, "I32": 4, "U32": 4, "F32": 4, "F64": 8, "I64": 8, "U64": 8,
 }  # fmt: skip
-WEIGHT_DTYPES = ("F8_E4M3", "BF16", "F16", "F32")
 SCALE_DTYPES = ("F32", "BF16", "F16", "F8_E8M0")
 
 
@@ -81,26 +83,35 @@ class Checkpoint:
             weight = self.tensors.get(name)
             if weight is None:
                 raise SourceError(
-                    f"{scale.file}: scale '{scale.name}' has no weight '{name}' beside it; the checkpoint is incomplete"
+                    f"{scale.file}: scale '{scale.name}' has no weight '{name}' in any shard; the checkpoint is not "
+                    "whole: download it again"
                 )
             if weight.dtype != "F8_E4M3":
-                raise SourceError(f"{weight.file}: '{name}' has a scale, but is {weight.dtype}, not F8_E4M3")
+                raise SourceError(
+                    f"{weight.file}: '{name}' has a scale, but is {weight.dtype}, not F8_E4M3; only one of the two can "
+                    "be right: download the checkpoint again"
+                )
             if scale.dtype not in SCALE_DTYPES:
                 raise UnsupportedError(
-                    f"{scale.file}: scale '{scale.name}' is {scale.dtype}, not one of {SCALE_DTYPES}"
+                    f"{scale.file}: scale '{scale.name}' is {scale.dtype}; quantkit reads {', '.join(SCALE_DTYPES)}"
                 )
             if len(weight.shape) != 2:
-                raise SourceError(f"{weight.file}: '{name}' is FP8 with shape {list(weight.shape)}, not 2-D")
+                raise SourceError(
+                    f"{weight.file}: '{name}' is FP8 with the shape {list(weight.shape)}; blocks of scales need two "
+                    "dimensions"
+                )
             want = tuple(-(-n // b) for n, b in zip(weight.shape, self.block, strict=True))
             if scale.shape != want:
                 raise SourceError(
                     f"{scale.file}: scale '{scale.name}' has the shape {list(scale.shape)}, but a weight of "
-                    f"{list(weight.shape)} in blocks of {self.block[0]}x{self.block[1]} needs {list(want)}"
+                    f"{list(weight.shape)} in blocks of {self.block[0]}x{self.block[1]} needs {list(want)}; do "
+                    "config.json and shards belong together?"
                 )
         for name, weight in self.tensors.items():
             if weight.dtype == "F8_E4M3" and name not in self.scales:
                 raise SourceError(
-                    f"{weight.file}: '{name}' is F8_E4M3, but its scale '{name}{SCALE_SUFFIX}' is in no shard"
+                    f"{weight.file}: '{name}' is F8_E4M3, but its scale '{name}{SCALE_SUFFIX}' is in no shard; the "
+                    "checkpoint is not whole: download it again"
                 )
             if weight.dtype == "F8_E5M2":
                 raise UnsupportedError(f"{weight.file}: '{name}' is F8_E5M2; quantkit reads F8_E4M3")
@@ -109,60 +120,66 @@ class Checkpoint:
 def weight_block(path: Path, config: Mapping[str, Any]) -> tuple[int, int]:
     """The block size of FP8 weights that config.json states, 128 x 128 when it does not."""
     quant = config.get("quantization_config")
-    if not isinstance(quant, dict):
+    if quant is None:
         return (128, 128)
+    if not isinstance(quant, dict):
+        raise SourceError(f"{path}/config.json: quantization_config is {quant!r:.80}, not an object")
     method, fmt = quant.get("quant_method", "fp8"), quant.get("fmt", "e4m3")
     if method != "fp8" or fmt != "e4m3":
         raise UnsupportedError(
-            f"{path}/config.json: quantization_config is {method}/{fmt}; quantkit reads fp8/e4m3 and unquantized"
+            f"{path}/config.json: quantization_config is {method!r:.80} with fmt {fmt!r:.80}; quantkit reads 'fp8' "
+            "with 'e4m3', and unquantized checkpoints"
         )
     block = quant.get("weight_block_size", [128, 128])
-    if not (isinstance(block, list) and len(block) == 2 and all(type(b) is int and b > 0 for b in block)):
-        raise SourceError(f"{path}/config.json: weight_block_size is {block}, not two positive integers")
+    if not (isinstance(block, list) and len(block) == 2 and all(type(b) is int and 0 < b < 1 << 31 for b in block)):
+        raise SourceError(f"{path}/config.json: weight_block_size is {block!r:.80}, not two positive integers")
     return (block[0], block[1])
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file. Raises SourceError."""
     try:
-        value = json.loads(path.read_bytes())
+        size = regular_size(path)
+        if size > MAX_HEADER:
+            raise SourceError(f"{path}: {size:,} bytes are too many for it (at most {MAX_HEADER:,})")
+        raw = path.read_bytes()
     except OSError as e:
         raise SourceError(f"{path}: cannot be read: {e.strerror or e}") from None
-    except (ValueError, RecursionError) as e:
-        raise SourceError(f"{path}: not valid JSON: {str(e)[:200]}") from None
-    if not isinstance(value, dict):
-        raise SourceError(f"{path}: holds a JSON {type(value).__name__}, not an object")
-    return value
+    return _object(f"{path}: is", raw, dict)
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
     """Open a checkpoint directory and check its headers. Raises SourceError for the first thing wrong."""
     config = read_json(path / "config.json")
-    if (path / INDEX).exists():
-        tensors = _indexed(path)
-    elif (path / SINGLE).exists():
-        tensors = read_shard(path / SINGLE)
-    else:
-        found = sorted(p.name for p in path.glob("*.safetensors"))
-        if len(found) != 1:
-            what = f"{len(found)} safetensors files ({found[0]}, …) but no {INDEX}" if found else "no safetensors files"
-            raise SourceError(f"{path}: a checkpoint directory needs {INDEX} or {SINGLE}; it has {what}")
-        tensors = read_shard(path / found[0])
-    return Checkpoint(path, config, tensors)
+    try:
+        if (path / INDEX).exists():
+            return Checkpoint(path, config, _indexed(path))
+        found = [SINGLE] if (path / SINGLE).exists() else sorted(p.name for p in path.glob("*.safetensors"))
+    except OSError as e:
+        raise SourceError(f"{path}: cannot be read: {e.strerror or e}") from None
+    if len(found) != 1:
+        what = f"{len(found)} safetensors files ({found[0]}, …) but no {INDEX}" if found else "no safetensors files"
+        raise SourceError(
+            f"{path}: a checkpoint directory needs {INDEX} or {SINGLE}; it has {what}: download what is missing"
+        )
+    return Checkpoint(path, config, read_shard(path / found[0]))
 
 
 def _indexed(path: Path) -> dict[str, SourceTensor]:
     weight_map = read_json(path / INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise SourceError(f"{path / INDEX}: has no weight_map object")
+        raise SourceError(f"{path / INDEX}: has no weight_map object; download it again")
     shards: dict[str, set[str]] = {}
     for name, file in weight_map.items():
+        _check_name(path / INDEX, name)
         if not isinstance(file, str):
-            raise SourceError(f"{path / INDEX}: weight_map gives '{name}' the file {file!r}, not a name")
+            raise SourceError(f"{path / INDEX}: weight_map gives '{name}' the file {file!r:.80}, not a name")
         shards.setdefault(file, set()).add(name)
     for file in shards:
         pure = PurePosixPath(file)
-        if pure.is_absolute() or ".." in pure.parts or "\\" in file or "\0" in file or not file:
+        if not file.isprintable() or not 0 < len(file) <= MAX_NAME:
+            raise SourceError(f"{path / INDEX}: weight_map names {file!r:.80}, which is no file name")
+        if pure.is_absolute() or ".." in pure.parts or "\\" in file:
             raise SourceError(f"{path / INDEX}: weight_map names '{file}', which is outside the checkpoint directory")
     tensors: dict[str, SourceTensor] = {}
     missing = [f for f in sorted(shards) if not (path / f).is_file()]
@@ -176,50 +193,65 @@ def _indexed(path: Path) -> dict[str, SourceTensor]:
         if here.keys() != shards[file]:
             lacking = sorted(shards[file] - here.keys())
             if lacking:
-                raise SourceError(f"{path / file}: '{lacking[0]}' should be here by {INDEX}, but is not")
+                raise SourceError(
+                    f"{path / file}: '{lacking[0]}' should be here by {INDEX}, but is not; download both again"
+                )
             extra = sorted(here.keys() - shards[file])[0]
             elsewhere = f"places it in {weight_map[extra]}" if extra in weight_map else "does not name it"
-            raise SourceError(f"{path / file}: holds '{extra}', but {INDEX} {elsewhere}")
+            raise SourceError(f"{path / file}: holds '{extra}', but {INDEX} {elsewhere}; download both again")
         tensors.update(here)
     return tensors
 
 
-class _TwiceError(ValueError):
-    pass
+def _object(what: str, raw: bytes, pairs: Callable[[list[tuple[str, Any]]], dict[str, Any]]) -> dict[str, Any]:
+    """A JSON object of modest depth. Raises SourceError that begins with `what`."""
+    try:
+        value = json.loads(raw, object_pairs_hook=pairs)
+        level = [value]
+        for _ in range(MAX_DEPTH):
+            inner = [v.values() if isinstance(v, dict) else v for v in level if isinstance(v, dict | list)]
+            level = [v for group in inner for v in group]
+        if level:
+            raise RecursionError(f"nested deeper than {MAX_DEPTH}")
+    except (ValueError, RecursionError) as e:
+        raise SourceError(f"{what} not valid JSON: {str(e)[:200]}; download it again") from None
+    if not isinstance(value, dict):
+        raise SourceError(f"{what} a JSON {type(value).__name__}, not an object; download it again")
+    return value
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     out = dict(pairs)
     if len(out) != len(pairs):
-        raise _TwiceError(next(k for i, (k, _) in enumerate(pairs) if k in dict(pairs[:i])))
+        counts = Counter(k for k, _ in pairs)
+        twice = next(k for k, n in counts.items() if n > 1)
+        raise ValueError(f"{twice!r:.80} occurs twice")
     return out
+
+
+def _check_name(file: Path, name: str) -> None:
+    if not name.isprintable() or not 0 < len(name) <= MAX_NAME:
+        raise SourceError(f"{file}: {name!r:.80} is no name for a tensor (1 to {MAX_NAME} printable characters)")
 
 
 def read_shard(path: Path) -> dict[str, SourceTensor]:
     """The tensors of one safetensors file, by name. Raises SourceError for anything its header should not say."""
     try:
-        size = os.stat(path).st_size
+        size = regular_size(path)
         with open(path, "rb") as f:
             head = f.read(8)
             if len(head) < 8:
-                raise SourceError(f"{path}: {size} bytes are too few for a safetensors file")
+                raise SourceError(f"{path}: {size} bytes are too few for a safetensors file; download it again")
             (n,) = struct.unpack("<Q", head)
             if n > min(size - 8, MAX_HEADER):
                 raise SourceError(
                     f"{path}: claims a header of {n:,} bytes, but has {size - 8:,} after the length "
-                    f"(at most {MAX_HEADER:,}); it is truncated or no safetensors file"
+                    f"(at most {MAX_HEADER:,}); it is truncated or no safetensors file: download it again"
                 )
             raw = f.read(n)
     except OSError as e:
         raise SourceError(f"{path}: cannot be read: {e.strerror or e}") from None
-    try:
-        header = json.loads(raw, object_pairs_hook=_once)
-    except _TwiceError as e:
-        raise SourceError(f"{path}: '{e}' occurs twice in the header") from None
-    except (ValueError, RecursionError) as e:
-        raise SourceError(f"{path}: the header is not valid JSON: {str(e)[:200]}") from None
-    if not isinstance(header, dict):
-        raise SourceError(f"{path}: the header is a JSON {type(header).__name__}, not an object")
+    header = _object(f"{path}: the header is", raw, _once)
     header.pop("__metadata__", None)
     start, available = 8 + n, size - 8 - n
     tensors = {name: _tensor(path, name, info, start, available) for name, info in header.items()}
@@ -227,30 +259,40 @@ def read_shard(path: Path) -> dict[str, SourceTensor]:
     for t in sorted(tensors.values(), key=lambda t: (t.offset, t.nbytes)):
         if t.offset - start != end:
             how = "overlaps the tensor before it" if t.offset - start < end else "leaves a hole before it"
-            raise SourceError(f"{path}: the data of '{t.name}' at {t.offset - start:,} {how}, which ends at {end:,}")
+            raise SourceError(
+                f"{path}: the data of '{t.name}' at {t.offset - start:,} {how}, which ends at {end:,}; "
+                "download it again"
+            )
         end += t.nbytes
     if end != available:
-        raise SourceError(f"{path}: the tensors end at {end:,} of {available:,} data bytes; the file is not whole")
+        raise SourceError(
+            f"{path}: the tensors end at {end:,} of {available:,} data bytes; the file is not as it was written: "
+            "download it again"
+        )
     return tensors
 
 
 def _tensor(path: Path, name: str, info: Any, start: int, available: int) -> SourceTensor:
+    _check_name(path, name)
     try:
         dtype, shape, (begin, end) = info["dtype"], info["shape"], info["data_offsets"]
-        ok = type(begin) is int and type(end) is int and all(type(d) is int and d >= 0 for d in shape)
-        known = dtype in DTYPE_BYTES
+        ok = isinstance(dtype, str) and isinstance(shape, list) and len(shape) <= MAX_DIMS
+        ok = ok and all(type(n) is int and 0 <= n < 1 << 62 for n in (begin, end, *shape))
     except (KeyError, TypeError, ValueError):
-        ok = known = False
-    if not ok or not isinstance(shape, list):
-        raise SourceError(f"{path}: the header entry of '{name}' is malformed: {str(info)[:120]}")
-    if not known:
-        raise UnsupportedError(f"{path}: '{name}' has the unknown dtype {str(dtype)[:40]!r}")
+        ok = False
+    if not ok:
+        raise SourceError(f"{path}: the header entry of '{name}' is malformed: {info!r:.80}; download it again")
+    if dtype not in DTYPE_BYTES:
+        raise UnsupportedError(f"{path}: '{name}' has the unknown dtype {dtype!r:.80}")
     want = prod(shape) * DTYPE_BYTES[dtype]
-    if not 0 <= begin <= end <= available:
+    if not begin <= end <= available:
         raise SourceError(
             f"{path}: the data of '{name}' is said to be at {begin:,}-{end:,}, outside the file's {available:,} "
             "data bytes; the shard is truncated: download it again"
         )
     if end - begin != want:
-        raise SourceError(f"{path}: '{name}' is {dtype} {shape}, {want:,} bytes, but its offsets span {end - begin:,}")
+        raise SourceError(
+            f"{path}: '{name}' is {dtype} {shape}, {want:,} bytes, but its offsets span {end - begin:,}; "
+            "download it again"
+        )
     return SourceTensor(name, dtype, tuple(shape), path, start + begin, want)
