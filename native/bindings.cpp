@@ -14,16 +14,20 @@ using In = nb::ndarray<const T, nb::ndim<N>, nb::c_contig, nb::device::cpu>;
 template <typename T, int N>
 using Out = nb::ndarray<T, nb::ndim<N>, nb::c_contig, nb::device::cpu>;
 
+// more than any matrix has rows or columns, and small enough that sums of two cannot wrap
+static constexpr size_t MAX_BLOCK = size_t{1} << 31;
+
 static void require(bool ok, const char* what) {
     if (!ok) throw nb::value_error(what);
 }
 
-static size_t blocks(size_t n, size_t block) { return (n + block - 1) / block; }
+static size_t blocks(size_t n, size_t block) { return n / block + (n % block != 0); }
 
 static void e4m3_to_f32(In<uint8_t, 2> src, In<float, 2> scale, size_t row0, size_t block_rows, size_t block_cols,
                         bool round_bf16, Out<float, 2> out) {
     const size_t n_rows = src.shape(0), n_cols = src.shape(1);
     require(block_rows > 0 && block_cols > 0, "e4m3_to_f32: the blocks are empty");
+    require(block_rows <= MAX_BLOCK && block_cols <= MAX_BLOCK, "e4m3_to_f32: the blocks are too large");
     require(out.shape(0) == n_rows && out.shape(1) == n_cols, "e4m3_to_f32: out has not the shape of src");
     require(scale.shape(1) == blocks(n_cols, block_cols), "e4m3_to_f32: scale has not a column for each block");
     require(row0 <= SIZE_MAX - n_rows && blocks(row0 + n_rows, block_rows) <= scale.shape(0),
@@ -58,10 +62,12 @@ static size_t first_nonfinite(In<float, 1> x) {
 
 NB_MODULE(_native, m) {
     m.doc() = "quantkit's compiled kernels; use quantkit.kernels";
-    m.def("e4m3_to_f32", &e4m3_to_f32, "src"_a, "scale"_a, "row0"_a, "block_rows"_a, "block_cols"_a, "round_bf16"_a,
-          "out"_a);
-    m.def("bf16_to_f32", &bf16_to_f32, "src"_a, "out"_a);
-    m.def("f16_to_f32", &f16_to_f32, "src"_a, "round_bf16"_a, "out"_a);
-    m.def("f32_to_f32", &f32_to_f32, "src"_a, "round_bf16"_a, "out"_a);
-    m.def("first_nonfinite", &first_nonfinite, "x"_a);
+    // noconvert: nanobind would copy an array of another type or order, and the results would go to the copy
+    const auto array = [](const char* name) { return nb::arg(name).noconvert(); };
+    m.def("e4m3_to_f32", &e4m3_to_f32, array("src"), array("scale"), "row0"_a, "block_rows"_a, "block_cols"_a,
+          "round_bf16"_a, array("out"));
+    m.def("bf16_to_f32", &bf16_to_f32, array("src"), array("out"));
+    m.def("f16_to_f32", &f16_to_f32, array("src"), "round_bf16"_a, array("out"));
+    m.def("f32_to_f32", &f32_to_f32, array("src"), "round_bf16"_a, array("out"));
+    m.def("first_nonfinite", &first_nonfinite, array("x"));
 }

@@ -16,6 +16,7 @@ import os
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +30,13 @@ U8 = npt.NDArray[np.uint8]
 
 #: types whose bytes differ between the wheel's ggml and the contract's
 DIFFERS_IN_WHEEL = frozenset({"IQ1_M"})
+
+#: types whose search ggml ends with abort() when its sums overflow
+ABORT_ON_OVERFLOW = frozenset({"IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"})
+#: above what any of them can store with a float16 scale (65504 * 31 * 15), with room
+_LARGEST_WEIGHT = 3e8
+#: of importance, weight, and weight squared: what still leaves the sums of a block far from 3.4e38
+_LARGEST_PRODUCT = 1e33
 
 _pinned_library: Path | None = None
 
@@ -136,6 +144,17 @@ def active() -> dict[str, str]:
     return out
 
 
+def _what(array: npt.NDArray[Any]) -> str:
+    order = "" if array.flags.c_contiguous else ", not C-ordered"
+    return f"{array.dtype} {list(array.shape)}{order}"
+
+
+def _require(name: str, array: npt.NDArray[Any], dtype: type, shape: tuple[int, ...]) -> None:
+    """What a pointer is taken of must be exactly this: conversion would make a copy, and ggml checks nothing."""
+    if array.shape != shape or array.dtype != dtype or not array.flags.c_contiguous:
+        raise KernelError(f"{name} must be C-ordered {np.dtype(dtype)} {list(shape)}, not {_what(array)}")
+
+
 def quantize(
     rows: F32, qtype_name: str, imatrix: F32 | None = None, kernel: str | None = None, out: U8 | None = None
 ) -> U8:
@@ -147,29 +166,29 @@ def quantize(
     out: uint8 [n_rows, row_bytes] to write to; a new array if None. Returned.
 
     Raises KernelError for wrong shapes or an unknown type, WeightError for NaN/Inf, and when ggml
-    finds the blocks it made not valid (weights too large for the type's float16 scales).
+    finds the blocks it made not valid, or would abort the process (weights too large for the type).
     """
     qt = qtype(qtype_name)
     if qt.name in INTEGER_TYPES:
         raise KernelError(f"{qt.name} is not a type to quantize to")
-    if rows.ndim != 2 or rows.dtype != np.float32 or not rows.flags.c_contiguous:
-        raise KernelError(f"rows must be C-ordered float32 [n_rows, n_cols], not {rows.dtype} {rows.shape}")
+    if rows.ndim != 2 or rows.dtype != np.float32 or not rows.flags.c_contiguous or rows.shape[1] == 0:
+        raise KernelError(f"rows must be C-ordered float32 [n_rows, n_cols], not {_what(rows)}")
     n_rows, n_cols = rows.shape
     row_bytes = qt.row_bytes(n_cols)
     if imatrix is not None:
-        if imatrix.shape != (n_cols,) or imatrix.dtype != np.float32 or not imatrix.flags.c_contiguous:
-            raise KernelError(f"the imatrix must be float32 [{n_cols}], not {imatrix.dtype} {imatrix.shape}")
+        _require("the imatrix", imatrix, np.float32, (n_cols,))
         if not np.isfinite(imatrix).all() or (imatrix < 0).any():
             raise KernelError("the imatrix holds values that are NaN, Inf or negative")
     elif qt.name in ABORT_WITHOUT_IMATRIX:
         raise KernelError(f"{qt.name} cannot be quantized without an importance matrix")
     if out is None:
         out = np.empty((n_rows, row_bytes), np.uint8)
-    elif out.shape != (n_rows, row_bytes) or out.dtype != np.uint8 or not out.flags.c_contiguous:
-        raise KernelError(f"out must be C-ordered uint8 [{n_rows}, {row_bytes}], not {out.dtype} {out.shape}")
+    _require("out", out, np.uint8, (n_rows, row_bytes))
     at = first_nonfinite(rows)
     if at is not None:
         raise WeightError(f"row {at[0]}, column {at[1]} is {rows[at]}")
+    if qt.name in ABORT_ON_OVERFLOW:
+        _require_moderate(rows, imatrix, qt)
     ggml = _library(select(qt, kernel))
     weights = imatrix.ctypes.data if imatrix is not None else None
     written = ggml.quantize_chunk(qt.id, rows.ctypes.data, out.ctypes.data, 0, n_rows, n_cols, weights)
@@ -180,13 +199,29 @@ def quantize(
     return out
 
 
+def _require_moderate(rows: F32, imatrix: F32 | None, qt: QType) -> None:
+    """Refuse what would overflow the float32 sums of ggml's grid searches: they abort on NaN."""
+    if rows.size == 0:
+        return
+    largest = max(float(rows.max()), -float(rows.min()))
+    if largest > _LARGEST_WEIGHT:
+        raise WeightError(f"weights too large for {qt.name}: up to {largest:.3g}")
+    importance = float(imatrix.max()) if imatrix is not None else 0.0
+    if importance * largest * max(1.0, largest**2) > _LARGEST_PRODUCT:
+        raise WeightError(
+            f"weights of up to {largest:.3g} with an importance of up to {importance:.3g} overflow the search of "
+            f"{qt.name}; is the importance matrix damaged?"
+        )
+
+
 def dequantize(blocks: U8, qtype_name: str, n_cols: int, out: F32 | None = None) -> F32:
     """ggml blocks uint8 [n_rows, row_bytes] to float32 [n_rows, n_cols], with ggml's own function."""
     qt = qtype(qtype_name)
-    if blocks.ndim != 2 or blocks.shape[1] != qt.row_bytes(n_cols) or not blocks.flags.c_contiguous:
-        raise KernelError(f"blocks must be C-ordered uint8 [n_rows, {qt.row_bytes(n_cols)}], not {blocks.shape}")
+    n_rows = blocks.shape[0] if blocks.ndim == 2 else -1
+    _require("blocks", blocks, np.uint8, (n_rows, qt.row_bytes(n_cols)))
     if out is None:
-        out = np.empty((blocks.shape[0], n_cols), np.float32)
+        out = np.empty((n_rows, n_cols), np.float32)
+    _require("out", out, np.float32, (n_rows, n_cols))
     to_float = _library("ggml").traits(qt.id).contents.to_float
     if not to_float:
         raise KernelError(f"ggml cannot dequantize {qt.name}")
@@ -207,20 +242,39 @@ def e4m3_to_f32(src: U8, scale: F32, row0: int, block: tuple[int, int], out: F32
     ceil(n_cols/block[1])] of the whole matrix; out: float32 [n_rows, n_cols]. With `round_bf16`
     each product is rounded to the nearest even bfloat16, as on the way through a BF16 file.
     """
+    if src.ndim != 2 or scale.ndim != 2 or min(row0, block[0] - 1, block[1] - 1) < 0:
+        raise KernelError(
+            f"src and scale must be matrices, row0 and block counts, not {_what(src)}, {_what(scale)}, {row0}, {block}"
+        )
+    n_rows, n_cols = src.shape
+    need = (-(-(row0 + n_rows) // block[0]), -(-n_cols // block[1]))
+    if need[1] != scale.shape[1] or need[0] > scale.shape[0]:
+        raise KernelError(f"rows up to {row0 + n_rows} of {n_cols} need {need} scales, there are {scale.shape}")
+    _require("src", src, np.uint8, src.shape)
+    _require("scale", scale, np.float32, scale.shape)
+    _require("out", out, np.float32, src.shape)
     _native.e4m3_to_f32(src, scale, row0, block[0], block[1], round_bf16, out)
 
 
+_FLOATS = {"F32": np.float32, "F16": np.uint16, "BF16": np.uint16}
+
+
 def float_to_f32(src: U8, dtype: str, out: F32, round_bf16: bool) -> None:
-    """Stored F32, F16 or BF16 values (as bytes) to float32 `out`, rounded to bfloat16 if asked."""
-    flat = out.reshape(-1)
-    if dtype == "BF16":
-        _native.bf16_to_f32(src.reshape(-1).view(np.uint16), flat)
-    elif dtype == "F16":
-        _native.f16_to_f32(src.reshape(-1).view(np.uint16), round_bf16, flat)
-    elif dtype == "F32":
-        _native.f32_to_f32(src.reshape(-1).view(np.float32), round_bf16, flat)
-    else:
+    """Stored F32, F16 or BF16 values (as bytes [n_rows, row_bytes]) to float32 `out` [n_rows, n_cols],
+    rounded to bfloat16 if asked."""
+    if dtype not in _FLOATS:
         raise KernelError(f"{dtype} is not a float type")
+    if out.ndim != 2:
+        raise KernelError(f"out must be a matrix, not {_what(out)}")
+    _require("out", out, np.float32, out.shape)
+    _require("src", src, np.uint8, (out.shape[0], out.shape[1] * np.dtype(_FLOATS[dtype]).itemsize))
+    flat, stored = out.reshape(-1), src.reshape(-1).view(_FLOATS[dtype])
+    if dtype == "BF16":
+        _native.bf16_to_f32(stored, flat)
+    elif dtype == "F16":
+        _native.f16_to_f32(stored, round_bf16, flat)
+    else:
+        _native.f32_to_f32(stored, round_bf16, flat)
 
 
 def f32_to_bf16(rows: F32) -> U8:

@@ -80,8 +80,8 @@ def _cut(text: str) -> bytes:
 
 
 def lay_out(plan: Plan, kvs: Sequence[KV], split_max_size: int | None = None) -> tuple[FileLayout, ...]:
-    """The output files, in order. `split_max_size` in bytes of tensor data a shard, None for one file.
-    Raises OutputError when the first tensor alone exceeds the limit's sense (llama-gguf-split refuses too)."""
+    """The output files, in order. `split_max_size` in bytes of tensor data a shard, None for one file;
+    a tensor above it has a shard of its own. Raises OutputError for more shards than can be numbered."""
     if split_max_size is None:
         return (_file(kvs, plan.tensors),)
     groups: list[list[Planned]] = [[]]

@@ -91,7 +91,8 @@ def from_gguf(file: GgufFile) -> Catalogue:
     arch_name = text("general.architecture")
     if arch_name is None or not re.fullmatch(r"[\w.-]{1,64}", arch_name):
         what = "has no general.architecture" if arch_name is None else f"general.architecture is {arch_name!r:.60}"
-        raise SourceError(f"{file.path}: {what}; it is not a model")
+        kind = text("general.type")
+        raise SourceError(f"{file.path}: {what}; it is {f'an {kind}, not' if kind == 'imatrix' else 'not'} a model")
     if not file.infos:
         raise SourceError(f"{file.path}: has no tensors, only metadata; give the file that holds the weights")
     tensors = []

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 from .catalogue import Catalogue, Tensor
-from .errors import ImatrixError, RecipeError, UnsupportedError
+from .errors import ImatrixError, KernelError, RecipeError, UnsupportedError, did_you_mean
 from .qtypes import ABORT_WITHOUT_IMATRIX, QTYPES, fit, qtype
 from .recipe import Recipe, Rule, expand_braces, glob_regex, pick_layers
 
@@ -40,7 +40,7 @@ class Planned(NamedTuple):
     """file:line rules[i], or '' for a tensor that is never quantized"""
     why: str
     imatrix: str
-    """used | missing (quantized without) | not in file | not used | required | optional; see `imatrix_status`"""
+    """used | missing | needed | wrong size | not used | required | optional; see `imatrix_status`"""
 
     @property
     def fell_back(self) -> bool:
@@ -131,13 +131,18 @@ def make_plan(catalogue: Catalogue, recipe: Recipe, imatrix: Weights | None = No
         else:
             rule = recipe.rules[index]
             asked = QTYPES[rule.type]
-            given = fit(asked, t.n_cols)
+            place = recipe.place("rules", index)
+            try:
+                given = fit(asked, t.n_cols)
+            except KernelError as e:
+                raise RecipeError(
+                    f"{recipe.place('rules', index, 'type')}: '{t.name}': {e}; give it another type in a rule before"
+                ) from None
             why = rule.why
             if given is not asked:
                 why += f" ({asked.name} needs rows of {asked.block}s, these have {t.n_cols}: {given.name})"
-            status = imatrix_status(t, given.name, recipe.imatrix == "required", imatrix)
+            status = imatrix_status(t, given.name, recipe, imatrix)
             nbytes = given.row_bytes(t.n_cols) * t.n_rows
-            place = recipe.place("rules", index)
             planned.append(Planned(t, given.name, asked.name, nbytes, place, why, status))
     if unruled:
         more = f" (and {len(unruled) - 1} more)" if len(unruled) > 1 else ""
@@ -148,7 +153,7 @@ def make_plan(catalogue: Catalogue, recipe: Recipe, imatrix: Weights | None = No
     return Plan(catalogue, recipe, tuple(planned), tuple(warnings))
 
 
-def imatrix_status(t: Tensor, given: str, required: bool, imatrix: Weights | None) -> str:
+def imatrix_status(t: Tensor, given: str, recipe: Recipe, imatrix: Weights | None) -> str:
     """How an importance matrix bears on a tensor of that type.
 
     used: it has an entry of the right size · missing: it has none, the tensor is quantized without ·
@@ -158,9 +163,9 @@ def imatrix_status(t: Tensor, given: str, required: bool, imatrix: Weights | Non
     qt = QTYPES[given]
     if not qt.uses_imatrix:
         return "not used"
-    needs = must_have_weights(t.name, given)
+    needs = must_have_weights(t.name, given, recipe.file_type)
     if imatrix is None:
-        return "required" if needs or required else "optional"
+        return "required" if needs or recipe.imatrix == "required" else "optional"
     if t.name not in imatrix:
         return "needed" if needs else "missing"
     n_mats = t.shape[2] if len(t.shape) > 2 else 1
@@ -170,12 +175,12 @@ def imatrix_status(t: Tensor, given: str, required: bool, imatrix: Weights | Non
     return "used"
 
 
-def must_have_weights(name: str, given: str) -> bool:
+def must_have_weights(name: str, given: str, file_type: str) -> bool:
     """Whether llama-quantize refuses that type without weights. token_embd and output are excused,
     but for types that abort it (src/llama-quant.cpp, tensor_requires_imatrix)."""
     if name in ("token_embd.weight", "output.weight", "per_layer_token_embd.weight"):
         return given in ABORT_WITHOUT_IMATRIX
-    return QTYPES[given].needs_imatrix
+    return QTYPES[given].needs_imatrix or (given == "Q2_K" and file_type == "Q2_K_S")
 
 
 def check_imatrix(plan: Plan, given: bool) -> None:
@@ -188,9 +193,10 @@ def check_imatrix(plan: Plan, given: bool) -> None:
             )
         needs = [t for t in plan.tensors if t.imatrix == "required"]
         if needs:
+            others = f", as do {len(needs) - 1} more" if len(needs) > 1 else ""
             raise ImatrixError(
-                f"'{needs[0].tensor.name}' as {needs[0].type} needs an importance matrix, as do {len(needs) - 1} "
-                "more; give one with --imatrix FILE"
+                f"'{needs[0].tensor.name}' as {needs[0].type} needs an importance matrix{others}; give one with "
+                "--imatrix FILE"
             )
         return
     for status, what in (("wrong size", "an entry of the wrong size"), ("needed", "no entry")):
@@ -199,8 +205,9 @@ def check_imatrix(plan: Plan, given: bool) -> None:
             t = bad[0]
             n_mats = t.tensor.shape[2] if len(t.tensor.shape) > 2 else 1
             raise ImatrixError(
-                f"the importance matrix has {what} for {len(bad)} tensors that must have one, the first "
-                f"'{t.tensor.name}' as {t.type} ({n_mats} x {t.tensor.n_cols} values); is it of this model and layout?"
+                f"the importance matrix has {what} for {len(bad)} tensor{'s' * (len(bad) > 1)} that must have one, the "
+                f"first '{t.tensor.name}' as {t.type} ({n_mats} x {t.tensor.n_cols} values); is it of this model and "
+                "layout?"
             )
 
 
@@ -245,7 +252,9 @@ def _claim(catalogue: Catalogue, recipe: Recipe) -> tuple[list[int | None], list
             by = ", ".join(recipe.place("rules", k) for k in takers)
             by_unsliced = set().union(*(matches[k].names for k in takers if matches[k].rule.layers is None))
             if m.names <= by_unsliced:
-                errors.append(f"{place}: all {len(m.names)} tensors it matches are already taken by {by}")
+                n = len(m.names)
+                them = f"all {n} tensors it matches are" if n > 1 else "the only tensor it matches is"
+                errors.append(f"{place}: {them} already taken by {by}")
             else:
                 warnings.append(f"{place}: on a model of {catalogue.n_layers} layers, {by} leaves it nothing")
     if errors:
@@ -281,8 +290,6 @@ def _never_quantized(rule: Rule, tensors: Sequence[Tensor]) -> str | None:
 
 
 def _nearest(m: _Match, tensors: Sequence[Tensor]) -> str:
-    from .errors import did_you_mean
-
     if m.layers is not None and _matches_any(m.rule, tensors):
         return f" in the layers {m.rule.layers} (it does in others)"
     shapes = {re.sub(r"^blk\.\d+\.", "blk.*.", t.name) for t in tensors if t.quantizable}

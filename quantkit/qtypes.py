@@ -22,7 +22,7 @@ class QType(NamedTuple):
     block: int
     block_bytes: int
     fallback: str | None = None
-    """what rows that do not divide by `block` get instead; None: the type itself, else F16"""
+    """what rows that do not divide by `block` get instead; None: see `fit`"""
     needs_imatrix: bool = False
     """llama-quantize refuses it without weights (except for token_embd and output)"""
     uses_imatrix: bool = False
@@ -107,8 +107,11 @@ def qtype(name: str) -> QType:
 
 def fit(asked: QType, n_cols: int) -> QType:
     """The type that rows of `n_cols` values get when `asked` was asked for: itself, else its
-    fallback, else F16. Source: src/llama-quant.cpp, tensor_type_fallback."""
+    fallback, else F16. Raises KernelError for types that llama-quantize has no fallback for: those
+    of blocks above 32 that name none. Source: src/llama-quant.cpp, tensor_type_fallback."""
     if n_cols % asked.block == 0:
         return asked
+    if asked.fallback is None and asked.block > 32:
+        raise KernelError(f"{asked.name} needs rows of {asked.block}s, these have {n_cols}, and it has no fallback")
     given = QTYPES[asked.fallback] if asked.fallback else asked
     return given if n_cols % given.block == 0 else QTYPES["F16"]

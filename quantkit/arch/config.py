@@ -20,7 +20,7 @@ class Config:
         self.prefix = prefix
 
     def _fail(self, key: str, why: str) -> SourceError:
-        return SourceError(f"{self.model}: config.json: {self.prefix}{key} {why}")
+        return SourceError(f"{self.model}: config.json: {self.prefix}{key} {why}; get the model's own config.json")
 
     def int_(self, key: str, default: int | None = None, least: int = 1) -> int:
         value = self.values.get(key)

@@ -6,12 +6,13 @@ Found by the `gguf` package, by which the converter finds them too.
 from __future__ import annotations
 
 import logging
+import struct
 from collections.abc import Iterable
 from typing import Any
 
 from ..catalogue import Source, Tensor
 from ..errors import SourceError
-from ..gguf_format import ARRAY, I32, KV, STRING, kv, kv_array
+from ..gguf_format import ARRAY, I32, KV, STRING, TYPE_NAMES, kv, kv_array
 
 
 def general_kvs(arch: str, model: str, tensors: Iterable[Tensor], source: Source | None) -> list[KV]:
@@ -65,12 +66,15 @@ def from_writer(writer: Any) -> list[KV]:
     """What a gguf.GGUFWriter has collected, as our key/values."""
     out = []
     for key, value in writer.kv_data[0].items():
-        if int(value.type) == ARRAY:
-            items = list(value.value)
-            element = STRING if items and isinstance(items[0], str) else I32
-            if value.sub_type is not None:
-                element = int(value.sub_type)
-            out.append(kv_array(key, element, items))
-        else:
-            out.append(kv(key, int(value.type), value.value))
+        try:
+            if int(value.type) == ARRAY:
+                items = list(value.value)
+                element = STRING if items and isinstance(items[0], str) else I32
+                if value.sub_type is not None:
+                    element = int(value.sub_type)
+                out.append(kv_array(key, element, items))
+            else:
+                out.append(kv(key, int(value.type), value.value))
+        except (struct.error, TypeError, ValueError, AttributeError, OverflowError):
+            raise ValueError(f"{key} is {value.value!r:.60}, no {TYPE_NAMES[int(value.type)]}") from None
     return out

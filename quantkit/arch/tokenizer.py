@@ -13,7 +13,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from ..errors import SourceError
+from ..errors import SourceError, UnsupportedError
 from ..gguf_format import I32, KV, STRING, U32, kv, kv_array
 from .general import from_writer, one_line
 from .options import Options
@@ -49,15 +49,20 @@ def tokenizer_kvs(path: Path, n_vocab: int, options: Options) -> tuple[list[KV],
     """
     import gguf
     from tokenizers import Tokenizer
+    from tokenizers.models import BPE
 
     file = path / "tokenizer.json"
     if not file.is_file():
         raise SourceError(f"{path}: tokenizer.json is missing; download it from the model's repository")
     try:
         tokenizer = Tokenizer.from_file(str(file))
-    except Exception as e:
+        if not isinstance(tokenizer.model, BPE):
+            raise UnsupportedError(f"{file}: is a {type(tokenizer.model).__name__} tokenizer; quantkit reads BPE ones")
+        tokens, types = _vocabulary(file, tokenizer, n_vocab)
+    except SourceError:
+        raise
+    except Exception as e:  # the package raises nothing narrower
         raise SourceError(f"{file}: not a usable tokenizer: {one_line(e)}; download it again") from None
-    tokens, types = _vocabulary(file, tokenizer, n_vocab)
     logging.getLogger("gguf.vocab").setLevel(logging.ERROR)
     try:
         special = gguf.SpecialVocab(path, load_merges=True)
@@ -71,10 +76,13 @@ def tokenizer_kvs(path: Path, n_vocab: int, options: Options) -> tuple[list[KV],
             "download it again"
         ) from None
     if not special.merges:
-        raise SourceError(f"{file}: has no merges; quantkit reads byte-level BPE tokenizers")
+        raise SourceError(f"{file}: has no merges; quantkit reads byte-level BPE tokenizers, which have them")
     for kind, i in special.special_token_ids.items():
         if i >= n_vocab:
-            raise SourceError(f"{path}: the {kind} token has the id {i:,}, but config.json's vocab_size is {n_vocab:,}")
+            raise SourceError(
+                f"{path}: the {kind} token has the id {i:,}, but config.json's vocab_size is {n_vocab:,}; do "
+                "config.json and tokenizer belong together?"
+            )
     out = [
         kv("tokenizer.ggml.model", STRING, "gpt2"),
         kv("tokenizer.ggml.pre", STRING, _pre(file, tokenizer, special.special_token_ids.get("bos"), options)),
@@ -144,7 +152,8 @@ def _vocabulary(file: Path, tokenizer: Any, n_vocab: int) -> tuple[list[str], li
     by_id = {i: token for token, i in tokenizer.get_vocab(with_added_tokens=True).items()}
     if by_id and max(by_id) >= n_vocab:
         raise SourceError(
-            f"{file}: '{by_id[max(by_id)]}' has the id {max(by_id):,}, but config.json's vocab_size is {n_vocab:,}"
+            f"{file}: the token {by_id[max(by_id)]!r:.60} has the id {max(by_id):,}, but config.json's vocab_size is "
+            f"{n_vocab:,}; do the two belong together?"
         )
     added = tokenizer.get_added_tokens_decoder()
     tokens: list[str] = []
@@ -182,10 +191,13 @@ def _pre(file: Path, tokenizer: Any, bos: int | None, options: Options) -> str:
     """The pre-tokenizer's name: as the user said, else by the published hashes. Raises SourceError."""
     if options.pre is not None and not options.recognize:
         return options.pre
-    plain = tokenizer.encode(_PROBE, add_special_tokens=False).ids
+    try:
+        whole, plain = tokenizer.encode(_PROBE).ids, tokenizer.encode(_PROBE, add_special_tokens=False).ids
+    except Exception as e:  # the package raises nothing narrower
+        raise SourceError(f"{file}: not a usable tokenizer: {one_line(e)}; download it again") from None
     # transformers puts the bos token in front for tokenizers that say add_bos_token; the published
     # hashes are of what it returns
-    variants = [tokenizer.encode(_PROBE).ids, plain] + ([[bos, *plain]] if bos is not None else [])
+    variants = [whole, plain] + ([[bos, *plain]] if bos is not None else [])
     hashes = [sha256(str(ids).encode()).hexdigest() for ids in variants]
     for h in hashes:
         if h in PRE_TOKENIZERS:

@@ -74,7 +74,7 @@ class Checkpoint:
         elif st.dtype == "BF16":
             values = (raw.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
         else:  # F8_E8M0: 2^(code - 127), 255 is NaN
-            values = np.ldexp(np.float32(1), raw.astype(np.int32) - 127).astype(np.float32)
+            values = np.ldexp(np.float32(1), np.minimum(raw, 254).astype(np.int32) - 127).astype(np.float32)
             values[raw == 255] = np.nan
         return values.reshape(st.shape)
 
