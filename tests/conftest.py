@@ -70,18 +70,18 @@ class Tools(NamedTuple):
     gguf_split: Path
     perplexity: Path
 
-    def convert(self, model: Path, out: Path, pre: str = "deepseek-v3") -> Path:
-        """convert_hf_to_gguf.py --outtype bf16, which is told the pre-tokenizer of our random tokenizers."""
+    def convert(self, model: Path, out: Path, pre: str | None = "deepseek-v3") -> Path:
+        """convert_hf_to_gguf.py --outtype bf16; unless `pre` is None, it is told the pre-tokenizer."""
         (python, script), env = toolchain.converter_command()
         code = (
             "import runpy, sys, pathlib\n"
             "script, pre = sys.argv[1:3]; sys.argv = [script, *sys.argv[3:]]\n"
             "sys.path[0] = str(pathlib.Path(script).parent)\n"
             "import conversion.base\n"
-            "conversion.base.TextModel.get_vocab_base_pre = lambda self, tokenizer: pre\n"
+            "if pre: conversion.base.TextModel.get_vocab_base_pre = lambda self, tokenizer: pre\n"
             "runpy.run_path(script, run_name='__main__')\n"
         )
-        command = [python, "-c", code, script, pre, str(model), "--outtype", "bf16", "--outfile", str(out)]
+        command = [python, "-c", code, script, pre or "", str(model), "--outtype", "bf16", "--outfile", str(out)]
         done = subprocess.run(
             command, env=os.environ | env, capture_output=True, text=True, errors="replace", check=False
         )
