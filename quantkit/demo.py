@@ -21,6 +21,8 @@ SEED = 20250127
 #: a folder the demo made may be made again; any other is left alone
 MARKER = ".quantkit-demo"
 PRE = "deepseek-v3"
+#: the checkpoint's folder, from which the model takes its name
+NAME = "DeepSeek-V3-Demo"
 
 CONFIG: dict[str, Any] = {
     "architectures": ["DeepseekV3ForCausalLM"],
@@ -258,7 +260,7 @@ def prepare_folder(folder: Path) -> None:
     if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / MARKER).exists())):
         raise OutputError(f"{folder}: exists and was not made by quantkit demo; choose another place with --dir")
     try:
-        (folder / "checkpoint").mkdir(parents=True, exist_ok=True)
+        (folder / NAME).mkdir(parents=True, exist_ok=True)
         (folder / MARKER).touch()
     except OSError as e:
         raise OutputError(f"{folder}: cannot be made: {e.strerror or e}") from None

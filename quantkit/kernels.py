@@ -229,6 +229,11 @@ def dequantize(blocks: U8, qtype_name: str, n_cols: int, out: F32 | None = None)
     return out
 
 
+def is_valid(blocks: U8, qtype_name: str) -> bool:
+    """Whether uint8 [n_rows, row_bytes] are blocks ggml accepts: no scale that is NaN or Inf."""
+    return bool(_library("ggml").validate(qtype(qtype_name).id, blocks.ctypes.data, blocks.nbytes))
+
+
 def first_nonfinite(rows: F32) -> tuple[int, int] | None:
     """(row, column) of the first NaN or Inf of float32 [n_rows, n_cols], or None."""
     at = _native.first_nonfinite(rows.reshape(-1))

@@ -279,7 +279,7 @@ def _matches_any(rule: Rule, tensors: Sequence[Tensor]) -> bool:
 def _never_quantized(rule: Rule, tensors: Sequence[Tensor]) -> str | None:
     """An error when one of the pattern's alternatives names only tensors that are never quantized."""
     for alternative in expand_braces(rule.match):
-        pattern = re.compile(glob_regex(alternative) + r"\Z")
+        pattern = re.compile(glob_regex(alternative))
         hits = [t for t in tensors if pattern.match(t.name)]
         if hits and not any(t.quantizable for t in hits):
             return (

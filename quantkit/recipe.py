@@ -8,10 +8,10 @@
     rules:
       - {match: "blk.*.ffn_down_exps.weight", layers: "moe[:6]", type: IQ2_XXS, why: "…"}
 
-`match` is a glob over whole GGUF names: `*` any run of characters, `?` one, `[ab]` one of a set,
-`{a,b}` alternatives. `layers` is a Python slice or index over a named list of layers: all, dense,
-moe, more_bits. A rule with `optional: true` may match nothing. Errors end in their place:
-file:line rules[i].key: what, and what was perhaps meant.
+`match` is a glob over whole GGUF names: `*` any run of characters, `?` one, `[ab]`, `[a-z]` and `[!a]`
+one of a set, `{a,b}` alternatives, which are written out before all else. `layers` is a Python slice
+or index over a named list of layers: all, dense, moe, more_bits. A rule with `optional: true` may
+match nothing. Errors end in their place: file:line rules[i].key: what, and what was perhaps meant.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from importlib.resources import files
+from itertools import count
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -32,7 +33,7 @@ from .qtypes import FILE_TYPES, INTEGER_TYPES, QTYPES, qtype
 LAYER_GROUPS = ("all", "dense", "moe", "more_bits")
 _MAX_BYTES = 1 << 20
 _MAX_ALTERNATIVES = 256
-_MAX_DEPTH = 20
+_MAX_BRACES = 20
 
 
 def _known_type(value: str) -> str:
@@ -63,7 +64,7 @@ def _good_layers(value: str) -> str:
 
 
 class Rule(BaseModel):
-    """One rule of a recipe. `line` is where it stands in its file (1 = first)."""
+    """One rule of a recipe."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -108,12 +109,14 @@ class Recipe(BaseModel):
 
 def expand_braces(pattern: str) -> list[str]:
     """A glob with {a,b} alternatives as the list of globs without; braces may nest. Raises ValueError."""
+    if pattern.count("{") > _MAX_BRACES:
+        raise ValueError(f"'{pattern:.60}' has more than {_MAX_BRACES} braces")
     done: list[str] = []
     todo = [pattern]
     while todo:
-        text = todo.pop()
-        if text.count("{") > _MAX_DEPTH or len(done) + len(todo) > _MAX_ALTERNATIVES:
+        if len(done) + len(todo) > _MAX_ALTERNATIVES:
             raise ValueError(f"'{pattern:.60}' has more than {_MAX_ALTERNATIVES} alternatives")
+        text = todo.pop()
         close = text.find("}")
         open_ = text.rfind("{", 0, close if close >= 0 else None)
         if close < 0 and open_ < 0:
@@ -125,39 +128,58 @@ def expand_braces(pattern: str) -> list[str]:
     return done
 
 
+_group = count()
+
+
 def glob_regex(pattern: str) -> str:
-    """A brace-free glob as a regular expression for the whole name. Raises ValueError."""
-    out: list[str] = []
+    """A brace-free glob as a regular expression for the whole name. Raises ValueError.
+
+    What stands between two stars is taken where it first occurs, and no second place is tried (it
+    could not match more), so that no pattern takes long: as in the standard library's fnmatch.
+    """
+    pieces = [""]
     i = 0
     while i < len(pattern):
         ch = pattern[i]
         i += 1
         if ch == "*":
-            if out[-1:] != [".*"]:
-                out.append(".*")
+            if pieces[-1] or len(pieces) == 1:
+                pieces.append("")
         elif ch == "?":
-            out.append(".")
+            pieces[-1] += "."
         elif ch == "[":
-            end = pattern.find("]", i + 1)
+            negated = pattern[i : i + 1] in ("!", "^")
+            end = pattern.find("]", i + negated + 1)
             if end < 0:
                 raise ValueError(f"'{pattern:.60}' has a '[' without its ']'")
-            body = pattern[i:end]
-            negated = body[0] in "!^"
-            escaped = re.sub(r"([\\^\[&~|])", r"\\\1", body[negated:])
-            out.append(f"[{'^' if negated else ''}{escaped}]")
+            pieces[-1] += f"[{'^' * negated}{_set_regex(pattern[i + negated : end], pattern)}]"
             i = end + 1
         else:
-            out.append(re.escape(ch))
-    try:
-        re.compile("".join(out))
-    except re.error as e:
-        raise ValueError(f"'{pattern:.60}' is not a usable pattern: {e}") from None
-    return "".join(out)
+            pieces[-1] += re.escape(ch)
+    first, middle, last = pieces[0], pieces[1:-1], pieces[-1] if len(pieces) > 1 else ""
+    names = [f"g{next(_group)}" for _ in middle]
+    once = "".join(f"(?=(?P<{name}>.*?{piece}))(?P={name})" for name, piece in zip(names, middle, strict=True))
+    return f"(?s:{first}{once}{'.*' if len(pieces) > 1 else ''}{last})\\Z"
+
+
+def _set_regex(body: str, pattern: str) -> str:
+    """What stands in the brackets of a set: characters, and ranges such as a-z."""
+    out = ""
+    while body:
+        if len(body) > 2 and body[1] == "-":
+            if body[0] > body[2]:
+                raise ValueError(f"'{pattern:.60}' has a set with the empty range {body[:3]}")
+            out += f"{re.escape(body[0])}-{re.escape(body[2])}"
+            body = body[3:]
+        else:
+            out += re.escape(body[0])
+            body = body[1:]
+    return out
 
 
 @lru_cache(maxsize=1024)
 def _matcher(pattern: str) -> re.Pattern[str]:
-    return re.compile("(?:" + "|".join(glob_regex(p) for p in expand_braces(pattern)) + r")\Z")
+    return re.compile("|".join(glob_regex(p) for p in expand_braces(pattern)))
 
 
 _LAYERS = re.compile(r"(?P<group>\w+)\s*(?:\[\s*(?P<index>[^\]]*?)\s*\])?")
@@ -241,18 +263,32 @@ def load(name: str) -> Recipe:
 Lines = dict[tuple[str | int, ...], int]
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML without aliases: a recipe has no use for them, and they are how a small file becomes a large one."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()  # type: ignore[no-untyped-call]
+            what = f"'*{event.anchor}' is an alias, which recipes do without"
+            raise yaml.composer.ComposerError("while scanning an alias", event.start_mark, what, event.start_mark)
+        return super().compose_node(parent, index)
+
+
 def parse(text: str, file: str) -> Recipe:
     """A recipe from its text; `file` is for messages. Raises RecipeError with file, line, place and suggestion."""
     try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        node = yaml.compose(text, Loader=_Loader)
         if node is None:
             raise RecipeError(f"{file}:1 the recipe is empty")
         lines: Lines = {}
         value = _plain(node, (), lines, file)
-    except yaml.YAMLError as e:
-        mark = getattr(e, "problem_mark", None)
-        where = f"{file}:{mark.line + 1}" if mark is not None else file
-        raise RecipeError(f"{where} not valid YAML: {getattr(e, 'problem', None) or str(e)[:200]}") from None
+    except yaml.reader.ReaderError as e:
+        line = text.count("\n", 0, e.position) + 1
+        raise RecipeError(f"{file}:{line} not valid YAML: the character {chr(e.character)!r} is not allowed") from None
+    except yaml.MarkedYAMLError as e:
+        where = f"{file}:{e.problem_mark.line + 1}" if e.problem_mark is not None else file
+        hint = "; a pattern that begins with * needs quotes" if e.context == "while scanning an alias" else ""
+        raise RecipeError(f"{where} not valid YAML: {e.problem}{hint}") from None
     except RecursionError:
         raise RecipeError(f"{file}: nested too deeply for a recipe") from None
     if not isinstance(value, dict):
@@ -262,28 +298,47 @@ def parse(text: str, file: str) -> Recipe:
     except ValidationError as e:
         raise RecipeError("\n".join(_messages(e, file, lines))) from None
     recipe._file, recipe._lines = file, lines
+    if QTYPES.get(recipe.file_type, QTYPES["Q8_0"]).is_float:
+        for i, rule in enumerate(recipe.rules):
+            if rule.type != recipe.file_type:
+                raise RecipeError(
+                    f"{recipe.place('rules', i, 'type')}: {rule.type} cannot be had with file_type {recipe.file_type}: "
+                    "llama-quantize then ignores all rules; give a quantized file_type"
+                )
     return recipe
 
 
+_TAG = "tag:yaml.org,2002:"
+_RESOLVER = yaml.SafeLoader("")
+
+
 def _plain(node: yaml.Node, path: tuple[str | int, ...], lines: Lines, file: str) -> Any:
-    """A YAML node as plain values, remembering the line of each. No aliases (a recipe has no use for
-    them, and they are how a small file becomes a large one), no tags, no duplicate keys."""
+    """A YAML node as plain values, remembering the line of each. Scalars are text as written, but for
+    true, false and null. No tags, no duplicate keys."""
     lines[path] = node.start_mark.line + 1
+    here = f"{file}:{lines[path]} {_dotted(path)}".rstrip()
+    plain_tag = _RESOLVER.resolve(type(node), node.value, (True, False))  # type: ignore[no-untyped-call]
+    if node.tag not in (_TAG + "str", plain_tag):
+        raise RecipeError(f"{here}: has the tag {node.tag.replace(_TAG, '!!')}, which recipes do without")
     if isinstance(node, yaml.ScalarNode):
-        return yaml.SafeLoader("").construct_object(node) if node.tag.startswith("tag:yaml.org") else node.value
+        if node.tag == _TAG + "bool":
+            return yaml.SafeLoader.bool_values[node.value.lower()]
+        return None if node.tag == _TAG + "null" else node.value
     if len(path) > 6:
-        raise RecipeError(f"{file}:{lines[path]} {_dotted(path)}: nested too deeply for a recipe")
+        raise RecipeError(f"{here}: nested too deeply for a recipe")
     if isinstance(node, yaml.SequenceNode):
         return [_plain(child, (*path, i), lines, file) for i, child in enumerate(node.value)]
-    out: dict[Any, Any] = {}
+    out: dict[str, Any] = {}
     assert isinstance(node, yaml.MappingNode)
     for key_node, child in node.value:
-        key = key_node.value if isinstance(key_node, yaml.ScalarNode) else "?"
+        line, key = key_node.start_mark.line + 1, key_node.value
+        if not isinstance(key, str):
+            raise RecipeError(f"{file}:{line} {_dotted(path)}".rstrip() + ": a key must be text")
+        at = (*path, key)
         if key in out:
-            raise RecipeError(f"{file}:{key_node.start_mark.line + 1} {_dotted((*path, key))}: occurs twice")
-        here = (*path, key)
-        out[key] = _plain(child, here, lines, file)
-        lines[here] = key_node.start_mark.line + 1
+            raise RecipeError(f"{file}:{line} {_dotted(at)}: occurs twice")
+        out[key] = _plain(child, at, lines, file)
+        lines[at] = line
     return out
 
 
@@ -301,6 +356,15 @@ def _place(file: str, lines: Lines, path: Sequence[str | int]) -> str:
     return f"{file}:{lines.get(at, 1)} {_dotted(path)}".rstrip()
 
 
+#: what pydantic calls a mistake, in a recipe's words
+_WANTED = {
+    "string_type": "should be text",
+    "bool_type": "should be true or false",
+    "list_type": "should be a list",
+    "model_type": "should be a mapping",
+}
+
+
 def _messages(error: ValidationError, file: str, lines: Lines) -> Iterator[str]:
     for e in error.errors():
         path = tuple(e["loc"])
@@ -313,8 +377,12 @@ def _messages(error: ValidationError, file: str, lines: Lines) -> Iterator[str]:
             yield f"{here}: is missing"
         elif kind == "value_error":
             yield f"{here}: {e['ctx']['error']}"
+        elif kind in ("string_too_short", "too_short"):
+            yield f"{here}: is empty"
+        elif kind == "literal_error":
+            yield f"{here}: should be {e['ctx']['expected']}, not {e['input']!r:.60}"
         else:
-            yield f"{here}: {e['msg']}, not {e['input']!r:.60}"
+            yield f"{here}: {_WANTED.get(kind, e['msg'])}, not {e['input']!r:.60}"
 
 
 def type_names() -> list[str]:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from .catalogue import ROLES, Catalogue
-from .gguf_format import ARRAY, KV, STRING, TYPE_NAMES, array_head, decode
+from .gguf_format import ARRAY, F32, KV, STRING, TYPE_NAMES, array_head, decode
 from .plan import Plan, Planned
 from .qtypes import QTYPES
 
@@ -172,7 +172,8 @@ def value_text(item: KV) -> str:
         if count <= 8 and element != "arr":
             return f"{decode(item)}"
         return f"[{count:,} x {element}]"
-    text = repr(decode(item)) if item.type == STRING else str(decode(item))
+    value = decode(item)
+    text = repr(value) if item.type == STRING else f"{value:.7g}" if item.type == F32 else str(value)
     return text if len(text) <= _MAX_VALUE else text[: _MAX_VALUE - 1] + "…"
 
 

@@ -43,8 +43,9 @@ for _command in (plan, build, inspect, demo, toolchain, doctor):
     cli.add_command(_command)
 
 
-class _Terminated(KeyboardInterrupt):
-    """SIGTERM, handled as an interrupt so that temporary files go."""
+class _Terminated(BaseException):
+    """SIGTERM, raised in the main thread so that temporary files go. Not a KeyboardInterrupt: click
+    makes those its own."""
 
 
 def _terminate(_number: int, _frame: FrameType | None) -> NoReturn:

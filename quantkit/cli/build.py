@@ -68,7 +68,7 @@ def build(
     weights = imatrix_of(imatrix)
     made = make_plan(open_model(source, conversion(layout, pre, pad_token)), rules, weights)
     chosen = make_engine(engine, binary)
-    ready = prepare(made, output, weights, split_max_size, force, allow_requantize)
+    ready = prepare(made, output, weights, split_max_size, force, allow_requantize, chosen)
     if not quiet:
         click.echo(report.plan_text(made, [(path.name, f.nbytes) for path, f in ready.files]))
         click.echo()

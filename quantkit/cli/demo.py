@@ -39,7 +39,7 @@ def demo(folder: Path, recipe: str, threads: int | None) -> None:
 
     rules = load(recipe)
     demos.prepare_folder(folder)
-    checkpoint, imatrix, out = folder / "checkpoint", folder / "imatrix.gguf", folder / f"demo-{rules.name}.gguf"
+    checkpoint, imatrix, out = folder / demos.NAME, folder / "imatrix.gguf", folder / f"demo-{rules.name}.gguf"
     click.echo(f"1. a checkpoint as DeepSeek publishes them, with seeded random weights: {checkpoint}")
     demos.make_checkpoint(checkpoint)
     model = open_model(str(checkpoint), Options(pre=demos.PRE))

@@ -48,5 +48,8 @@ class Work:
 class Engine(Protocol):
     name: str
 
+    def scratch_bytes(self, plan: Plan) -> int:
+        """The most disk space that it needs beside the output."""
+
     def run(self, work: Work) -> None:
         """Write the data of every tensor. Raises a QuantkitError; the files are then not usable."""

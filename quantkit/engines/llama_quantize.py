@@ -25,7 +25,7 @@ from ..catalogue import Source, Tensor
 from ..errors import InternalCheckError, OutputError, ToolError
 from ..gguf_format import KV, TensorInfo, header_bytes, pad, read_header
 from ..layout import Placed
-from ..plan import Planned
+from ..plan import Plan, Planned
 from ..qtypes import QTYPES
 from ..rows import RowReader
 from . import Work
@@ -58,6 +58,11 @@ class LlamaQuantizeEngine:
     def __init__(self, binary: Path, batch_bytes: int = BATCH_BYTES) -> None:
         self.binary = binary
         self.batch_bytes = batch_bytes
+
+    def scratch_bytes(self, plan: Plan) -> int:
+        stored = [QTYPES[t.tensor.source_type].row_bytes(t.tensor.n_cols) * t.tensor.n_rows for t in plan.tensors]
+        piece = min(sum(stored), max(self.batch_bytes, *stored))
+        return piece + min(piece, plan.tensor_bytes)
 
     def run(self, work: Work) -> None:
         source = work.plan.catalogue.source

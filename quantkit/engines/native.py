@@ -22,6 +22,7 @@ from .. import kernels
 from ..catalogue import Part
 from ..errors import KernelError, OutputError, QuantkitError, WeightError
 from ..layout import Placed
+from ..plan import Plan
 from ..qtypes import QTYPES
 from ..rows import RowReader
 from . import Work
@@ -75,8 +76,13 @@ class _Worker:
         row_bytes = qt.row_bytes(n_cols)
         blocks = self._blocks(slab.n_rows * row_bytes).reshape(slab.n_rows, row_bytes)
         st = self.reader.source.tensor(slab.part.source)
-        if st.dtype == planned.type and not QTYPES[st.dtype].is_float:
+        if st.dtype == planned.type and not qt.is_float:
             self.reader.raw(slab.part, slab.row, blocks)
+            if not kernels.is_valid(blocks, qt.name):
+                raise WeightError(
+                    f"{st.file}: '{st.name}' has {qt.name} blocks whose scale is NaN or Inf in rows {slab.out_row} to "
+                    f"{slab.out_row + slab.n_rows - 1}; the file is damaged, get it again"
+                )
         else:
             rows = self._rows(slab.n_rows * n_cols).reshape(slab.n_rows, n_cols)
             self.reader.rows(tensor, slab.part, slab.row, rows)
@@ -122,6 +128,9 @@ class NativeEngine:
 
     def __init__(self, slab_values: int = SLAB_VALUES) -> None:
         self.slab_values = slab_values
+
+    def scratch_bytes(self, plan: Plan) -> int:
+        return 0
 
     def run(self, work: Work) -> None:
         jobs = (s for path, layout in work.files for p in layout.tensors for s in slabs(path, p, self.slab_values))
