@@ -269,6 +269,15 @@ def test_float_sources(tools: Tools, tiny_bf16: Path, tmp_path: Path, base: str)
     assert out.read_bytes() == stock.read_bytes()
 
 
+@pytest.mark.parametrize("type_", ["F16", "F32"])
+def test_float_types(tools: Tools, tiny_bf16: Path, tmp_path: Path, type_: str) -> None:
+    stock = llama_quantize(tools, tiny_bf16, tmp_path / "stock.gguf", "", type_)
+    for engine in (NativeEngine(), LlamaQuantizeEngine(tools.quantize)):
+        out = tmp_path / f"{engine.name}.gguf"
+        build(tiny_bf16, out, uniform(type_, type_), engine=engine)
+        assert out.read_bytes() == stock.read_bytes()
+
+
 def test_requantize(tools: Tools, tiny_bf16: Path, tmp_path: Path) -> None:
     """Q8_0 to a mix with Q8_0 in it: some tensors are copied, others dequantized first."""
     source = llama_quantize(tools, tiny_bf16, tmp_path / "source.gguf", ".*=q8_0", "Q8_0")

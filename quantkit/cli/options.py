@@ -13,10 +13,15 @@ if TYPE_CHECKING:
     from quantkit.arch.options import Options
     from quantkit.imatrix import Imatrix
 
+if TYPE_CHECKING:
+    _IntParam = click.ParamType[int]
+else:
+    _IntParam = click.ParamType  # generic in newer releases only
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-class Size(click.ParamType[int]):
+class Size(_IntParam):
     """50G, 500M, 4000K or plain bytes; decimal units, as in llama-gguf-split."""
 
     name = "size"

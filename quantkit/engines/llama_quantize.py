@@ -26,7 +26,7 @@ from ..errors import InternalCheckError, OutputError, ToolError
 from ..gguf_format import KV, TensorInfo, header_bytes, pad, read_header
 from ..layout import Placed
 from ..plan import Plan, Planned
-from ..qtypes import QTYPES
+from ..qtypes import FILE_TYPES, QTYPES
 from ..rows import RowReader
 from . import Work
 
@@ -134,8 +134,12 @@ class LlamaQuantizeEngine:
             command += ["--imatrix", work.imatrix.typed]
         if any(t.tensor.quantizable and not QTYPES[t.tensor.source_type].is_float for t in tensors):
             command.append("--allow-requantize")
-        command += ["--tensor-type-file", str(rules), str(source), str(made)]
-        command += [work.plan.recipe.file_type, str(work.n_threads)]
+        base = work.plan.recipe.file_type
+        if base in ("F32", "F16", "BF16"):
+            # with a float as its base type llama-quantize ignores every rule without a word
+            command += ["--override-kv", f"general.file_type=int:{FILE_TYPES[base]}"]
+            base = "Q8_0"
+        command += ["--tensor-type-file", str(rules), str(source), str(made), base, str(work.n_threads)]
         last = deque[str](maxlen=_LAST_WORDS)
         try:
             process = subprocess.Popen(
