@@ -166,7 +166,7 @@ def quantize(
     out: uint8 [n_rows, row_bytes] to write to; a new array if None. Returned.
 
     Raises KernelError for wrong shapes or an unknown type, WeightError for NaN/Inf, and when ggml
-    finds the blocks it made not valid, or would abort the process (weights too large for the type).
+    finds the blocks it made not valid, or would abort the process (weights out of the type's range).
     """
     qt = qtype(qtype_name)
     if qt.name in INTEGER_TYPES:
@@ -195,7 +195,8 @@ def quantize(
     if written != out.nbytes:
         raise KernelError(f"ggml wrote {written} bytes of {qt.name} where {out.nbytes} were due")
     if not ggml.validate(qt.id, out.ctypes.data, out.nbytes):
-        raise WeightError(f"weights too large for {qt.name}: a block's scale is not finite")
+        what = "one would be stored as Inf" if qt.is_float else "a block's scale is not valid"
+        raise WeightError(f"weights out of the range of {qt.name}: {what}")
     return out
 
 
@@ -205,7 +206,7 @@ def _require_moderate(rows: F32, imatrix: F32 | None, qt: QType) -> None:
         return
     largest = max(float(rows.max()), -float(rows.min()))
     if largest > _LARGEST_WEIGHT:
-        raise WeightError(f"weights too large for {qt.name}: up to {largest:.3g}")
+        raise WeightError(f"weights out of the range of {qt.name}: up to {largest:.3g}")
     importance = float(imatrix.max()) if imatrix is not None else 0.0
     if importance * largest * max(1.0, largest**2) > _LARGEST_PRODUCT:
         raise WeightError(
@@ -280,8 +281,3 @@ def float_to_f32(src: U8, dtype: str, out: F32, round_bf16: bool) -> None:
         _native.f16_to_f32(stored, round_bf16, flat)
     else:
         _native.f32_to_f32(stored, round_bf16, flat)
-
-
-def f32_to_bf16(rows: F32) -> U8:
-    """float32 [n_rows, n_cols] to bfloat16 bytes [n_rows, 2*n_cols], round to nearest even."""
-    return quantize(rows, "BF16")

@@ -35,7 +35,7 @@ ARCH = "deepseek2"
 FILE_TYPE_BF16 = 32
 #: far beyond any DeepSeek; what config.json may claim before a catalogue of it is made
 _MOST = {"num_hidden_layers": 1024, "n_routed_experts": 4096, "num_attention_heads": 4096}
-_MOST_PARTS, _MOST_WEIGHTS = 1 << 18, 1 << 50
+_MOST_PARTS, _MOST_WEIGHTS = 1 << 17, 1 << 50
 _GATING = {"softmax": 1, "sigmoid": 2}
 
 

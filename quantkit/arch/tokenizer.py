@@ -222,7 +222,7 @@ def _pad_token(
                 "that harms fine-tuning; --pad-token '<\uff5c\u2581pad\u2581\uff5c>' mends it"
             ]
         return kvs, []
-    if asked.isdecimal() and len(asked) < 20 and int(asked) < len(tokens):
+    if asked.isascii() and asked.isdecimal() and len(asked) < 20 and int(asked) < len(tokens):
         new = int(asked)
     elif asked in tokens:
         new = tokens.index(asked)

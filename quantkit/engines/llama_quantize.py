@@ -14,7 +14,7 @@ import re
 import signal
 import subprocess
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -77,25 +77,18 @@ class LlamaQuantizeEngine:
     def _whole(self, work: Work, source: Source) -> None:
         path, layout = work.files[0]
         made = work.scratch / "whole.gguf"
-        sizes = {p.planned.tensor.name: p.planned.tensor.n_elements for p in layout.tensors}
-        last: list[str] = []
-
-        def seen(name: str) -> None:
-            if last:
-                work.progress(name, sizes.get(last.pop(), 0))
-            last.append(name)
-
         path.unlink()  # the space it reserves is needed for what llama-quantize writes
-        self._quantize(work, source.path, made, [p.planned for p in layout.tensors], seen)
-        if last:
-            work.progress(last[0], sizes.get(last[0], 0))
+        self._quantize(work, source.path, made, [p.planned for p in layout.tensors])
         header = read_header(made)
         got = {t.name: t for t in header.tensors}
         for p in layout.tensors:
             self._check(p.planned, got.get(p.planned.tensor.name))
-        if header.file_bytes != layout.nbytes:
+        with open(made, "rb") as f:
+            same = f.read(len(layout.header)) == layout.header
+        if not same or header.file_bytes != layout.nbytes:
             raise InternalCheckError(
-                f"llama-quantize made {header.file_bytes:,} bytes, not the plan's {layout.nbytes:,}; please report it"
+                f"llama-quantize wrote other metadata than planned ({header.file_bytes:,} bytes in all, planned "
+                f"{layout.nbytes:,}); is {self.binary} a llama-quantize of another version?"
             )
         os.replace(made, path)
 
@@ -113,20 +106,20 @@ class LlamaQuantizeEngine:
                     _write_piece(piece, planned, hparams, reader)
                     changes = any(t.tensor.quantizable and t.tensor.source_type != t.type for t in planned)
                     if changes:
-                        self._quantize(work, piece, made, planned, lambda _: None)
+                        self._quantize(work, piece, made, planned)
                         piece.unlink()
                     else:
                         piece.rename(made)
+                        for t in planned:
+                            work.progress(t.tensor.name, t.tensor.n_elements)
                     got = {t.name: t for t in read_header(made).tensors}
                     for p in batch:
                         info = self._check(p.planned, got.get(p.planned.tensor.name))
                         _copy(made, info.offset, out.fileno(), p, path)
-                        work.progress(info.name, p.planned.tensor.n_elements)
                     made.unlink()
 
-    def _quantize(
-        self, work: Work, source: Path, made: Path, tensors: Sequence[Planned], seen: Callable[[str], None]
-    ) -> None:
+    def _quantize(self, work: Work, source: Path, made: Path, tensors: Sequence[Planned]) -> None:
+        """One run of the binary; reports its progress, and its failure with its own last words."""
         rules = work.scratch / "tensor-types.txt"
         rules.write_text(tensor_type_file(tensors))
         command = [str(self.binary)]
@@ -141,6 +134,8 @@ class LlamaQuantizeEngine:
             base = "Q8_0"
         command += ["--tensor-type-file", str(rules), str(source), str(made), base, str(work.n_threads)]
         last = deque[str](maxlen=_LAST_WORDS)
+        sizes = {t.tensor.name: t.tensor.n_elements for t in tensors}
+        at_work = 0
         try:
             process = subprocess.Popen(
                 command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
@@ -153,9 +148,10 @@ class LlamaQuantizeEngine:
             for line in process.stdout:
                 if line.strip("= \n"):
                     last.append(line.rstrip())
-                m = _LINE.match(line)
+                m = _LINE.match(line)  # a tensor begins, the one before is done
                 if m:
-                    seen(m[3])
+                    work.progress(m[3], at_work)
+                    at_work = sizes.get(m[3], 0)
             code = process.wait()
         except BaseException:
             process.kill()
@@ -166,6 +162,7 @@ class LlamaQuantizeEngine:
         if code != 0:
             how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
             raise ToolError(f"{self.binary} {how}; its last words:\n  " + "\n  ".join(last))
+        work.progress(tensors[-1].tensor.name, at_work)
 
     def _check(self, planned: Planned, info: TensorInfo | None) -> TensorInfo:
         t = planned.tensor
