@@ -33,7 +33,7 @@ from .qtypes import FILE_TYPES, INTEGER_TYPES, QTYPES, qtype
 LAYER_GROUPS = ("all", "dense", "moe", "more_bits")
 _MAX_BYTES = 1 << 20
 _MAX_ALTERNATIVES = 256
-_MAX_BRACES = 20
+_MAX_PATTERN = 1000
 
 
 def _known_type(value: str) -> str:
@@ -109,23 +109,29 @@ class Recipe(BaseModel):
 
 def expand_braces(pattern: str) -> list[str]:
     """A glob with {a,b} alternatives as the list of globs without; braces may nest. Raises ValueError."""
-    if pattern.count("{") > _MAX_BRACES:
-        raise ValueError(f"'{pattern:.60}' has more than {_MAX_BRACES} braces")
-    done: list[str] = []
-    todo = [pattern]
-    while todo:
-        if len(done) + len(todo) > _MAX_ALTERNATIVES:
-            raise ValueError(f"'{pattern:.60}' has more than {_MAX_ALTERNATIVES} alternatives")
-        text = todo.pop()
-        close = text.find("}")
-        open_ = text.rfind("{", 0, close if close >= 0 else None)
-        if close < 0 and open_ < 0:
-            done.append(text)
-        elif close < 0 or open_ < 0:
-            raise ValueError(f"'{pattern:.60}' has a brace without its partner")
+    if len(pattern) > _MAX_PATTERN:
+        raise ValueError(f"'{pattern:.60}…' is longer than {_MAX_PATTERN:,} characters")
+    # for every open brace, the alternatives before the last comma, and those that are being written
+    open_: list[tuple[list[str], list[str]]] = [([], [""])]
+    for token in re.split("([{},])", pattern):
+        done, now = open_[-1]
+        if token == "{":
+            open_.append(([], [""]))
+        elif token == "," and len(open_) > 1:
+            open_[-1] = (done + now, [""])
+        elif token == "}":
+            open_.pop()
+            if not open_:
+                break
+            choices, (done, now) = done + now, open_[-1]
+            if len(done) + len(now) * len(choices) > _MAX_ALTERNATIVES:
+                raise ValueError(f"'{pattern:.60}' has more than {_MAX_ALTERNATIVES} alternatives")
+            open_[-1] = (done, [a + b for a in now for b in choices])
         else:
-            todo += [text[:open_] + a + text[close + 1 :] for a in reversed(text[open_ + 1 : close].split(","))]
-    return done
+            open_[-1] = (done, [a + token for a in now])
+    if len(open_) != 1:
+        raise ValueError(f"'{pattern:.60}' has a brace without its partner")
+    return open_[0][1]
 
 
 _group = count()
@@ -383,8 +389,3 @@ def _messages(error: ValidationError, file: str, lines: Lines) -> Iterator[str]:
             yield f"{here}: should be {e['ctx']['expected']}, not {e['input']!r:.60}"
         else:
             yield f"{here}: {_WANTED.get(kind, e['msg'])}, not {e['input']!r:.60}"
-
-
-def type_names() -> list[str]:
-    """The types a rule may name."""
-    return [name for name in QTYPES if name not in INTEGER_TYPES]

@@ -33,8 +33,8 @@ class RowReader:
         """Fill float32 `out` [n_rows, n_cols] with rows row… of a part (counted from its first row).
 
         Values of a quantizable tensor pass through bfloat16, as on the way through a converter's
-        BF16 file; a GGUF source's are taken as they are. Raises WeightError, naming tensor and row,
-        when one is NaN or Inf.
+        BF16 file; a GGUF source's are taken as they are. Raises WeightError when one is NaN or Inf,
+        naming the tensor, and its row and column in the source.
         """
         st = self.source.tensor(part.source)
         round_bf16 = tensor.source_type == "BF16" and st.dtype != "BF16"
@@ -49,10 +49,10 @@ class RowReader:
             self._decode(st, part.row + row, out, round_bf16)
         bad = kernels.first_nonfinite(out)
         if bad is not None:
-            where = f"'{tensor.name}' (from {st.file.name}: '{st.name}'), row {part.row + row + bad[0]}"
+            at = (part.row + bad[1], row + bad[0]) if part.transposed else (part.row + row + bad[0], bad[1])
             raise WeightError(
-                f"{where}, column {bad[1]} is {out[bad]}; llama-quantize refuses such weights too: the checkpoint is "
-                "damaged, download that shard again"
+                f"'{tensor.name}' (from {st.file.name}: '{st.name}'), row {at[0]}, column {at[1]} is {out[bad]}; "
+                "llama-quantize refuses such weights too: the checkpoint is damaged, download that shard again"
             )
 
     def raw(self, part: Part, row: int, out: npt.NDArray[np.uint8]) -> None:

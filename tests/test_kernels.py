@@ -64,7 +64,22 @@ def torch_e4m3(codes: U8, scale: F32, round_bf16: bool) -> F32:
 
 
 def interesting_scales() -> F32:
-    named = [0.0, -0.0, 1.0, -1.5, 0.1, 1 / 3, 1e-45, 1e-40, 1.1754942e-38, 1.1754944e-38, 7e35, 7.6e35, 1e38, 3.4028235e38]
+    named = [
+        0.0,
+        -0.0,
+        1.0,
+        -1.5,
+        0.1,
+        1 / 3,
+        1e-45,
+        1e-40,
+        1.1754942e-38,
+        1.1754944e-38,
+        7e35,
+        7.6e35,
+        1e38,
+        3.4028235e38,
+    ]
     powers = [2.0**e for e in range(-149, 128, 5)]
     # products that are subnormal, or straddle the smallest normal number
     tiny = [1.7 * 2.0**e for e in range(-149, -115, 3)]
@@ -422,9 +437,9 @@ def test_degenerate_blocks_and_weights_are_quantized(ggml: ctypes.CDLL, name: st
     if name == "MXFP4":
         # ggml's exponent of the smallest weights wraps around, and its own check refuses the block
         with pytest.raises(WeightError) as e:
-            kernels.quantize(blocks[4:5], name)
+            kernels.quantize(blocks[9:10], name)
         assert str(e.value) == "weights out of the range of MXFP4: a block's scale is not valid"
-        blocks = np.delete(blocks, [4, 9], axis=0)
+        blocks = np.delete(blocks, 9, axis=0)
     for imatrix in (np.zeros(n, np.float32), np.full(n, 1e-45, np.float32), half, np.full(n, 1e20, np.float32), one):
         made = kernels.quantize(blocks, name, imatrix, kernel="ggml")
         assert made.tobytes() == direct(ggml, QTYPES[name].id, blocks, imatrix, len(blocks) * row_bytes)
@@ -445,13 +460,15 @@ def test_no_finite_input_ends_the_process(
     rows = 10 ** rng.uniform(min(low, high), max(low, high), (2, 256)) * rng.choice([-1, 1], (2, 256))
     imatrix = 10 ** rng.uniform(min(low_w, high_w), max(low_w, high_w), 256)
     imatrix[rng.random(256) < zeros] = 0
+    why = ""
     try:
         made = kernels.quantize(rows.astype(np.float32), name, imatrix.astype(np.float32), kernel="ggml")
-    except WeightError as e:
-        assert "out of the range" in str(e) or "overflow" in str(e)
-        assert name == "MXFP4" or max(np.abs(rows).max(), imatrix.max()) > 1000
-    else:
         assert made.shape == (2, QTYPES[name].row_bytes(256))
+    except WeightError as e:
+        why = str(e)
+    if why:
+        assert why.startswith((f"weights out of the range of {name}: ", "weights of up to "))
+        assert name == "MXFP4" or max(np.abs(rows).max(), imatrix.max()) > 1000
 
 
 def test_dequantize_refuses() -> None:
@@ -476,7 +493,7 @@ def test_dequantize_refuses() -> None:
 
 
 def wrong_e4m3() -> Iterator[tuple[str, dict[str, Any], str]]:
-    src, scale, out = np.zeros((4, 8), np.uint8), np.ones((1, 1), np.float32), np.zeros((4, 8), np.float32)
+    src, out = np.zeros((4, 8), np.uint8), np.zeros((4, 8), np.float32)
     yield "src int8", {"src": src.astype(np.int8)}, "src must be C-ordered uint8 [4, 8], not int8 [4, 8]"
     yield (
         "src strided", {"src": np.zeros((4, 16), np.uint8)[:, ::2]},
@@ -548,11 +565,11 @@ def test_the_compiled_kernels_check_for_themselves() -> None:
         with pytest.raises(TypeError, match="incompatible function arguments"):
             _native.e4m3_to_f32(src, one, 0, 128, 128, False, wrong)
     codes, flat = np.zeros(4, np.uint16), np.zeros(3, np.float32)
-    with pytest.raises(ValueError, match="^bf16_to_f32: out has not the length of src$"):
+    with pytest.raises(ValueError, match=r"^bf16_to_f32: out has not the length of src$"):
         _native.bf16_to_f32(codes, flat)
-    with pytest.raises(ValueError, match="^f16_to_f32: out has not the length of src$"):
+    with pytest.raises(ValueError, match=r"^f16_to_f32: out has not the length of src$"):
         _native.f16_to_f32(codes, False, flat)
-    with pytest.raises(ValueError, match="^f32_to_f32: out has not the length of src$"):
+    with pytest.raises(ValueError, match=r"^f32_to_f32: out has not the length of src$"):
         _native.f32_to_f32(codes.view(np.float16).astype(np.float32), False, flat)
 
 
@@ -668,10 +685,12 @@ def fp8_born(law: str) -> F32:
     """Weights as they come from an FP8 checkpoint: few distinct values a block, so exact ties abound."""
     rng = np.random.default_rng(17)
     if law == "every code":
-        codes = rng.integers(0, 256, (128, 1024), dtype=np.uint8)
+        codes = rng.integers(0, 256, (64, 1024), dtype=np.uint8)
     else:
         # the narrower, the fewer codes
-        values = rng.standard_normal((128, 1024)).astype(np.float32) * {"gauss": 100, "narrow": 3, "few codes": 0.01}[law]
+        values = (
+            rng.standard_normal((64, 1024)).astype(np.float32) * {"gauss": 100, "narrow": 3, "few codes": 0.01}[law]
+        )
         codes = torch.from_numpy(values.astype(np.float32)).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
     codes = np.where(codes & 0x7F == 0x7F, 0, codes).astype(np.uint8)
     out = np.empty(codes.shape, np.float32)
@@ -730,7 +749,6 @@ def test_iq1_m_uses_the_pinned_ggml() -> None:
     assert library is not None
     lib = ctypes.CDLL(str(library))
     lib.ggml_quantize_chunk.restype = ctypes.c_size_t
-    assert made == direct(lib, QTYPES["IQ1_M"].id, rows, ones, 128 * QTYPES["IQ1_M"].row_bytes(1024))
+    assert made == direct(lib, QTYPES["IQ1_M"].id, rows, ones, 64 * QTYPES["IQ1_M"].row_bytes(1024))
     assert made != kernels.quantize(rows, "IQ1_M", ones, kernel="ggml").tobytes()
     assert kernels.active()["IQ1_M"] == f"ggml-pinned {kernels._load(library).version}"
-

@@ -8,7 +8,7 @@ import gguf
 import numpy as np
 import pytest
 
-from quantkit import kernels
+from quantkit import kernels, toolchain
 from quantkit.errors import KernelError
 from quantkit.qtypes import (
     ABORT_WITHOUT_IMATRIX,
@@ -28,10 +28,10 @@ NEVER_STORED = {"Q8_1", "Q8_K"}
 NEWER_THAN_GGUF = {"Q2_0"}
 
 
-@pytest.fixture(scope="module")
-def ggml() -> ctypes.CDLL:
-    """The wheel's ggml, with its own answers about its types."""
-    lib = ctypes.CDLL(str(kernels.wheel_library()))
+@pytest.fixture(scope="module", params=["wheel", pytest.param("pinned", marks=pytest.mark.tools)])
+def ggml(request: pytest.FixtureRequest) -> ctypes.CDLL:
+    """ggml, with its own answers about its types."""
+    lib = ctypes.CDLL(str(kernels.wheel_library() if request.param == "wheel" else toolchain.ggml_library()))
     lib.ggml_blck_size.restype = ctypes.c_int64
     lib.ggml_type_size.restype = ctypes.c_size_t
     lib.ggml_type_name.restype = ctypes.c_char_p
