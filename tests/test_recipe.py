@@ -549,6 +549,12 @@ SETS = st.builds(
     "[{}{}]".format, st.sampled_from(["", "", "!", "^"]), st.text("abc.-]^!\\&~|[*?\n", min_size=1, max_size=4)
 )
 PIECES = st.one_of(st.sampled_from(["*", "*", "?", "a", "b"]), st.text("ab.-,^!\\+$(|\n", max_size=2), SETS)
+
+
+def few_alternatives(pattern: str) -> bool:
+    return pattern != "" and pattern.count(",") <= 6
+
+
 NESTED = st.recursive(
     PIECES,
     lambda inner: st.lists(st.lists(inner, max_size=2).map("".join), min_size=1, max_size=3).map(
@@ -560,7 +566,7 @@ NESTED = st.recursive(
 
 @settings(max_examples=1500, deadline=None)
 @given(
-    pattern=st.one_of(RAW, st.lists(NESTED, min_size=1, max_size=6).map("".join).filter(bool)),
+    pattern=st.one_of(RAW, st.lists(NESTED, min_size=1, max_size=6).map("".join).filter(few_alternatives)),
     names=st.lists(st.text(alphabet="aab.-],!^\\&|+$(\n", max_size=7), min_size=1, max_size=8),
 )
 def test_patterns_match_as_a_naive_matcher_does(pattern: str, names: list[str]) -> None:
@@ -573,7 +579,7 @@ def test_patterns_match_as_a_naive_matcher_does(pattern: str, names: list[str]) 
         with pytest.raises(ValueError, match="has a"):
             Rule(match=pattern, type="Q4_K", why="t")
         return
-    assert set(expand_braces(pattern)) == set(alternatives)
+    assert expand_braces(pattern) == alternatives
     matcher = Rule(match=pattern, type="Q4_K", why="t").matcher()
     for name in [*names, pattern]:
         assert bool(matcher.match(name)) == any(naive_match(a, name) for a in alternatives), (pattern, name)

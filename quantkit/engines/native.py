@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import NamedTuple
 
@@ -136,7 +137,6 @@ class NativeEngine:
         jobs = (s for path, layout in work.files for p in layout.tensors for s in slabs(path, p, self.slab_values))
         next_job = threading.Lock()
         stop = threading.Event()
-        failures: list[BaseException] = []
         fds: dict[Path, int] = {}
 
         def labour() -> None:
@@ -148,26 +148,24 @@ class NativeEngine:
                     if slab is None:
                         return
                     worker.do(slab)
-            except BaseException as e:
-                failures.append(e)
+            except BaseException:
                 stop.set()
+                raise
 
-        threads: list[threading.Thread] = []
         try:
             for path, _ in work.files:
                 fds[path] = os.open(path, os.O_WRONLY)
-            threads = [threading.Thread(target=labour, name=f"quantkit-{i}") for i in range(work.n_threads)]
-            for t in threads:
-                t.start()
-            for t in threads:
-                while t.is_alive():
-                    t.join(0.2)  # in short turns, so that Ctrl-C is heard
+            # an executor, not bare threads: an interrupted Thread.join takes a running thread for a finished one
+            with ThreadPoolExecutor(work.n_threads, "quantkit") as pool:
+                futures = [pool.submit(labour) for _ in range(work.n_threads)]
+                try:
+                    while wait(futures, timeout=0.2).not_done:
+                        pass  # in short turns, so that Ctrl-C is heard
+                finally:
+                    stop.set()
         finally:
-            stop.set()
-            for t in threads:
-                t.join()
             for fd in fds.values():
                 os.close(fd)
+        failures = [e for e in (f.exception() for f in futures) if e is not None]
         if failures:
-            wrong = next((f for f in failures if isinstance(f, QuantkitError)), failures[0])
-            raise wrong
+            raise next((e for e in failures if isinstance(e, QuantkitError)), failures[0])
