@@ -166,21 +166,22 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 def _indexed(path: Path) -> dict[str, SourceTensor]:
-    weight_map = read_json(path / INDEX).get("weight_map")
+    index = path / INDEX
+    weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise SourceError(f"{path / INDEX}: has no weight_map object; download it again")
+        raise SourceError(f"{index}: has no weight_map object; download it again")
     shards: dict[str, set[str]] = {}
     for name, file in weight_map.items():
-        _check_name(path / INDEX, name)
+        _check_name(index, name)
         if not isinstance(file, str):
-            raise SourceError(f"{path / INDEX}: weight_map gives '{name}' the file {file!r:.80}, not a name")
+            raise SourceError(f"{index}: weight_map gives '{name}' the file {file!r:.80}, not a name")
         shards.setdefault(file, set()).add(name)
     for file in shards:
         pure = PurePosixPath(file)
         if not file.isprintable() or not 0 < len(file) <= MAX_NAME:
-            raise SourceError(f"{path / INDEX}: weight_map names {file!r:.80}, which is no file name")
+            raise SourceError(f"{index}: weight_map names {file!r:.80}, which is no file name")
         if pure.is_absolute() or ".." in pure.parts or "\\" in file:
-            raise SourceError(f"{path / INDEX}: weight_map names '{file}', which is outside the checkpoint directory")
+            raise SourceError(f"{index}: weight_map names '{file}', which is outside the checkpoint directory")
     tensors: dict[str, SourceTensor] = {}
     missing = [f for f in sorted(shards) if not (path / f).is_file()]
     if missing:
