@@ -256,7 +256,8 @@ def _claim(catalogue: Catalogue, recipe: Recipe) -> tuple[list[int | None], list
                 them = f"all {n} tensors it matches are" if n > 1 else "the only tensor it matches is"
                 errors.append(f"{place}: {them} already taken by {by}")
             else:
-                warnings.append(f"{place}: on a model of {catalogue.n_layers} layers, {by} leaves it nothing")
+                leave = "leave" if len(takers) > 1 else "leaves"
+                warnings.append(f"{place}: on a model of {catalogue.n_layers} layers, {by} {leave} it nothing")
     if errors:
         raise RecipeError("\n".join(errors))
     return [owner.get(t.name) for t in catalogue.tensors], warnings
