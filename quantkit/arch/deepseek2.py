@@ -101,16 +101,14 @@ def read_shape(c: Config) -> Shape:
     )
 
 
-def tensors(s: Shape, layout: str, with_parts: bool = True) -> Iterator[Tensor]:
-    """The tensors of the output, in no particular order, with the parts they are made from. Without
-    `with_parts` (there are no weights to make them from) those of many parts have none."""
+def tensors(s: Shape, layout: str) -> Iterator[Tensor]:
+    """The tensors of the output, in no particular order, with the parts they are made from."""
 
     def whole(name: str, source: str, *shape: int) -> Tensor:
         """One source tensor, of row-major `shape`, taken as it is."""
         ne = tuple(reversed(shape))
         return _tensor(name, ne, (Part(source, shape, 0, shape[0] if len(shape) > 1 else 1),))
 
-    experts = range(s.n_experts if with_parts else 0)
     yield whole("token_embd.weight", "model.embed_tokens.weight", s.vocab, s.hidden)
     yield whole("output_norm.weight", "model.norm.weight", s.hidden)
     if not s.tied:
@@ -129,7 +127,7 @@ def tensors(s: Shape, layout: str, with_parts: bool = True) -> Iterator[Tensor]:
             yield whole(blk + "attn_q_b.weight", att + "q_b_proj.weight", q_rows, s.q_lora)
         yield whole(blk + "attn_kv_a_mqa.weight", att + "kv_a_proj_with_mqa.weight", s.kv_lora + s.rope, s.hidden)
         yield whole(blk + "attn_kv_a_norm.weight", att + "kv_a_layernorm.weight", s.kv_lora)
-        yield from _kv_b(s, blk, att + "kv_b_proj.weight", layout, with_parts)
+        yield from _kv_b(s, blk, att + "kv_b_proj.weight", layout)
         yield whole(blk + "attn_output.weight", att + "o_proj.weight", s.hidden, s.n_heads * s.v_head)
         if not s.is_moe(i):
             yield whole(blk + "ffn_gate.weight", hf + "mlp.gate_proj.weight", s.ffn, s.hidden)
@@ -144,7 +142,9 @@ def tensors(s: Shape, layout: str, with_parts: bool = True) -> Iterator[Tensor]:
             ("up", s.moe_ffn, s.hidden),
             ("down", s.hidden, s.moe_ffn),
         ):
-            parts = tuple(Part(f"{hf}mlp.experts.{e}.{kind}_proj.weight", (rows, cols), 0, rows) for e in experts)
+            parts = tuple(
+                Part(f"{hf}mlp.experts.{e}.{kind}_proj.weight", (rows, cols), 0, rows) for e in range(s.n_experts)
+            )
             yield _tensor(f"{blk}ffn_{kind}_exps.weight", (cols, rows, s.n_experts), parts)
         if s.n_shared:
             n = s.n_shared * s.moe_ffn
@@ -153,13 +153,13 @@ def tensors(s: Shape, layout: str, with_parts: bool = True) -> Iterator[Tensor]:
             yield whole(blk + "ffn_down_shexp.weight", hf + "mlp.shared_experts.down_proj.weight", s.hidden, n)
 
 
-def _kv_b(s: Shape, blk: str, source: str, layout: str, with_parts: bool) -> Iterator[Tensor]:
+def _kv_b(s: Shape, blk: str, source: str, layout: str) -> Iterator[Tensor]:
     per_head = s.nope + s.v_head
     shape = (s.n_heads * per_head, s.kv_lora)
     if layout == "kv_b":
         yield _tensor(blk + "attn_kv_b.weight", (s.kv_lora, shape[0]), (Part(source, shape, 0, shape[0]),))
         return
-    heads = range(s.n_heads if with_parts else 0)
+    heads = range(s.n_heads)
     k_parts = tuple(Part(source, shape, h * per_head, s.nope, transposed=True) for h in heads)
     v_parts = tuple(Part(source, shape, h * per_head + s.nope, s.v_head) for h in heads)
     yield _tensor(blk + "attn_k_b.weight", (s.nope, s.kv_lora, s.n_heads), k_parts)
@@ -299,7 +299,7 @@ def build(
     if stored is not None and not s.router_bias:
         # V3's bias is known by topk_method; a checkpoint that has it anyway is believed
         s = s._replace(router_bias=any(n.endswith(".mlp.gate.e_score_correction_bias") for n in stored))
-    out = sorted(tensors(s, options.layout, stored is not None), key=lambda t: output_order(t.name))
+    out = sorted(tensors(s, options.layout), key=lambda t: output_order(t.name))
     total = sum(t.n_elements for t in out)
     if total > _MOST_WEIGHTS:
         raise SourceError(f"{model}: config.json: its sizes make {total:,} weights, more than any model has")
