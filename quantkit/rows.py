@@ -9,8 +9,8 @@ import numpy.typing as npt
 
 from . import kernels
 from .catalogue import Part, Source, SourceTensor, Tensor
-from .errors import WeightError
-from .qtypes import QTYPES
+from .errors import UnsupportedError, WeightError
+from .qtypes import INTEGER_TYPES, QTYPES
 
 _SCALES_KEPT = 16
 
@@ -72,6 +72,8 @@ class RowReader:
             kernels.e4m3_to_f32(stored, self._scale(st.name), row, self.source.block, out, round_bf16)
         elif QTYPES[st.dtype].is_float:
             kernels.float_to_f32(stored, st.dtype, out, round_bf16)
+        elif st.dtype in INTEGER_TYPES:
+            raise UnsupportedError(f"{st.file}: '{st.name}' is {st.dtype}; quantkit quantizes floats and ggml blocks")
         else:
             kernels.dequantize(stored, st.dtype, n_cols, out)
 

@@ -114,3 +114,13 @@ def gguf_file(
     )
     path.write_bytes(header_bytes(head, infos) + b"".join(blobs))
     return path
+
+
+def poke(folder: Path, name: str, at: int, raw: bytes) -> None:
+    """Overwrite bytes of a stored tensor of a checkpoint, from its byte `at` on."""
+    path = shard_of(folder, name)
+    blob = bytearray(path.read_bytes())
+    (n,) = struct.unpack_from("<Q", blob)
+    begin = 8 + n + json.loads(blob[8 : 8 + n])[name]["data_offsets"][0] + at
+    blob[begin : begin + len(raw)] = raw
+    path.write_bytes(blob)

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import Run
-from factory import TINY_V3, checkpoint, edit_json, edit_safetensors, gguf_file, imatrix_for, legacy_imatrix, shard_of
+from factory import TINY_V3, checkpoint, edit_json, edit_safetensors, gguf_file, legacy_imatrix, shard_of
 
 from quantkit import build as builds
 from quantkit import errors
@@ -332,6 +332,12 @@ def test_quantizing_what_is_quantized(place: Place, tmp_path: Path) -> None:
     assert place.build(source, "--allow-requantize").returncode == 0
 
 
+def test_quantizing_integers(place: Place, tmp_path: Path) -> None:
+    source = gguf_file(tmp_path / "x.gguf", {"token_embd.weight": ((256, 2), "I32", bytes(2048))})
+    says = f"{source}: 'token_embd.weight' is I32; quantkit quantizes floats and ggml blocks"
+    place.fails(5, says, source)
+
+
 # ---------------------------------------------------------------- importance matrices
 
 
@@ -350,8 +356,8 @@ def test_no_imatrix(needy: Place, tiny_v3: Path) -> None:
     n = 3 * 4 + 3 + 2 * 6
     needy.fails(
         6,
-        f"'blk.0.attn_kv_a_mqa.weight' as IQ2_S needs an importance matrix, as do {n - 1} more; give one with --imatrix "
-        "FILE",
+        f"'blk.0.attn_kv_a_mqa.weight' as IQ2_S needs an importance matrix, as do {n - 1} more; give one with "
+        "--imatrix FILE",
         tiny_v3,
     )
 
@@ -374,6 +380,12 @@ def shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 
 def dat(path: Path, covered: dict[str, tuple[int, ...]]) -> Path:
     return legacy_imatrix(path, {n: (2, np.ones(s[0] * int(np.prod(s[2:])))) for n, s in covered.items()})
+
+
+def test_an_imatrix_that_fits(place: Place, tiny_v3: Path, tiny_imatrix: Path) -> None:
+    """Those below are damaged."""
+    done = place.build(tiny_v3, "--imatrix", tiny_imatrix)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_an_imatrix_without_an_entry(needy: Place, tiny_v3: Path, tmp_path: Path) -> None:
@@ -470,22 +482,27 @@ def test_a_typo_in_a_recipe(place: Place, tiny_v3: Path, was: str, typed: str, w
 # ---------------------------------------------------------------- the output
 
 
-def test_the_output_exists(place: Place, tiny_v3: Path) -> None:
-    place.out.write_bytes(b"precious")
-    place.fails(7, f"{place.out}: exists; choose another name, or replace it with --force", tiny_v3)
-
-
-def test_a_shard_of_the_output_exists(place: Place, tiny_v3: Path) -> None:
-    shard = place.folder / "m-00001-of-00001.gguf"
-    shard.write_bytes(b"precious")
-    place.fails(
-        7, f"{shard}: exists; choose another name, or replace it with --force", tiny_v3, "--split-max-size", "1G"
-    )
-
-
 def source_gguf(path: Path) -> Path:
     weights = np.linspace(-1, 1, 512, dtype=np.float32)
     return gguf_file(path, {"token_embd.weight": ((256, 2), "F32", weights.tobytes())})
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return source_gguf(tmp_path / "source.gguf")
+
+
+def test_the_output_exists(place: Place, source: Path) -> None:
+    place.out.write_bytes(b"precious")
+    place.fails(7, f"{place.out}: exists; choose another name, or replace it with --force", source)
+
+
+def test_a_shard_of_the_output_exists(place: Place, source: Path) -> None:
+    shard = place.folder / "m-00001-of-00001.gguf"
+    shard.write_bytes(b"precious")
+    place.fails(
+        7, f"{shard}: exists; choose another name, or replace it with --force", source, "--split-max-size", "1G"
+    )
 
 
 @pytest.mark.parametrize("how", ["itself", "symlink", "hard_link"])
@@ -523,29 +540,29 @@ def test_the_output_is_the_imatrix(place: Place, tiny_v3: Path, tiny_imatrix: Pa
     )
 
 
-def test_no_directory_for_the_output(place: Place, tiny_v3: Path) -> None:
+def test_no_directory_for_the_output(place: Place, source: Path) -> None:
     place.out = place.folder / "no" / "m.gguf"
-    place.fails(7, f"{place.out}: there is no directory {place.out.parent}; create it first", tiny_v3)
+    place.fails(7, f"{place.out}: there is no directory {place.out.parent}; create it first", source)
 
 
-def test_a_directory_for_the_output(place: Place, tiny_v3: Path) -> None:
+def test_a_directory_for_the_output(place: Place, source: Path) -> None:
     place.out = place.folder
     place.fails(
         7,
         f"{place.out}: is a directory; give the name of the file to make, such as {place.out / 'model.gguf'}",
-        tiny_v3,
+        source,
     )
 
 
-def test_an_output_in_a_file(place: Place, tiny_v3: Path) -> None:
+def test_an_output_in_a_file(place: Place, source: Path) -> None:
     (place.folder / "file").write_bytes(b"precious")
     place.out = place.folder / "file" / "m.gguf"
-    place.fails(7, f"{place.out}: there is no directory {place.out.parent}; create it first", tiny_v3)
+    place.fails(7, f"{place.out}: there is no directory {place.out.parent}; create it first", source)
 
 
-def test_an_output_with_a_name_too_long(place: Place, tiny_v3: Path) -> None:
+def test_an_output_with_a_name_too_long(place: Place, source: Path) -> None:
     place.out = place.folder / ("m" * 250)
-    done = place.build(tiny_v3)
+    done = place.build(source)
     assert (done.returncode, snapshot(place.folder)) == (7, {})
     assert re.fullmatch(
         rf"error: {place.folder}/\.m{{250}}\.quantkit-\d+: cannot be made: File name too long\n", done.stderr
@@ -733,9 +750,3 @@ def test_a_shard_truncated_during_the_build(place: Place, slow_v3: Path, tmp_pat
         stderr,
     )
     assert snapshot(place.folder) == {}
-
-
-def test_the_demos_imatrix_fits(tmp_path: Path, tiny_v3: Path) -> None:
-    """The matrices above are damaged copies of one that fits."""
-    model = open_model(str(tiny_v3), Options(pre="deepseek-v3"))
-    assert imatrix_for(model, tmp_path / "x.gguf").read_bytes()[:4] == b"GGUF"

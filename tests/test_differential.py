@@ -357,9 +357,8 @@ def test_failure_of_the_binary_is_reported(quantkit: Run, tiny_v3: Path, tmp_pat
     args = ["build", tiny_v3, "-o", tmp_path / "o.gguf", "--recipe", recipe, "--pre", "deepseek-v3", "-q"]
     done = quantkit(*args, "--engine", "llama-quantize", "--llama-quantize", fake)
     assert done.returncode == 10
-    assert done.stderr == (
-        f"error: {fake} failed with exit code 7; its last words:\n  main: build = 1\n  something went wrong with tensor x\n"
-    )
+    last_words = "  main: build = 1\n  something went wrong with tensor x\n"
+    assert done.stderr == f"error: {fake} failed with exit code 7; its last words:\n{last_words}"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["llama-quantize", "r.yaml"]
 
 

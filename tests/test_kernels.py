@@ -471,6 +471,14 @@ def test_no_finite_input_ends_the_process(
         assert name == "MXFP4" or max(np.abs(rows).max(), imatrix.max()) > 1000
 
 
+@pytest.mark.parametrize("name", ["Q4_0", "Q8_0", "Q4_K", "Q6_K", "IQ1_S", "IQ2_XXS"])
+def test_is_valid(name: str) -> None:
+    made = kernels.quantize(ROWS, name, IMATRIX, kernel="ggml")
+    assert kernels.is_valid(made, name)
+    made[3] = 0x7C  # a float16 of 0x7c7c is a NaN
+    assert not kernels.is_valid(made, name)
+
+
 def test_dequantize_refuses() -> None:
     blocks = np.zeros((2, 144), np.uint8)
     for given_, out, message in (

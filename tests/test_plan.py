@@ -21,6 +21,7 @@ from quantkit.models import open_model
 from quantkit.plan import Plan, Planned, check_imatrix, imatrix_status, make_plan
 from quantkit.qtypes import QTYPES
 from quantkit.recipe import Recipe, load, parse, shipped
+from quantkit.report import plan_text
 
 PUBLISHED = json.loads((Path(__file__).parent / "data" / "published_quants.json").read_text("utf-8"))["files"]
 RECIPES = [f["recipe"] for f in PUBLISHED]
@@ -252,9 +253,7 @@ def test_the_first_rule_that_matches_wins() -> None:
 
 def test_layers_take_no_tensor_without_a_layer() -> None:
     plan = make_plan(tiny(), rules('match: "*", layers: all, type: Q6_K', 'match: "*", type: Q8_0'))
-    assert {t.tensor.name for t in plan.tensors if t.type == "Q8_0"} == {"output.weight", "token_embd.weight",
-        "blk.0.attn_k_b.weight", "blk.1.attn_k_b.weight", "blk.2.attn_k_b.weight"} | {
-        t.tensor.name for t in plan.tensors if t.fell_back}  # fmt: skip
+    assert {t.tensor.name for t in plan.tensors if t.requested == "Q8_0"} == {"output.weight", "token_embd.weight"}
 
 
 @pytest.mark.parametrize(
@@ -269,6 +268,19 @@ def test_the_fallback_of_a_shape_is_shown(asked: str, given: str, nbytes: int) -
     assert t.fell_back == (asked != given)
     assert t.why == ("t" if asked == given else f"t ({asked} needs rows of 256s, these have 64: {given})")
     assert t.rule == "r.yaml:5 rules[0]"
+
+
+def test_fallbacks_are_noted_for_people() -> None:
+    text = plan_text(r1_plan("UD-IQ1_S", "k_b+v_b"), [])
+    assert (
+        "\nnote: 61 tensors got another type than asked, since their rows do not divide into its blocks: "
+        "blk.*.attn_k_b.weight Q6_K -> Q8_0"
+    ) in text
+    (line,) = [line for line in text.splitlines() if "attn_k_b" in line and "note" not in line]
+    assert line.split()[:-1] == [
+        "blk.{0-60}.attn_k_b.weight", "61", "128x512x128", "Q8_0", "Q6_K", f"{61 * 128 * 512 * 128 // 32 * 34:,}",
+        "not", "used", "rules[3]",
+    ]  # fmt: skip
 
 
 def test_rows_that_divide_by_nothing_become_f16() -> None:
@@ -400,12 +412,14 @@ WARNED = {
     ),
     "two leave nothing": (
         ['match: "*_exps.weight", layers: "all[:2]", type: Q2_K',
-         'match: "*_exps.weight", layers: "all[2:9]", type: Q2_K', 'match: "*_down_exps.weight", type: Q3_K', EVERYTHING],
+         'match: "*_exps.weight", layers: "all[2:9]", type: Q2_K', 'match: "*_down_exps.weight", type: Q3_K',
+         EVERYTHING],
         ["r.yaml:7 rules[2].match: on a model of 3 layers, r.yaml:5 rules[0], r.yaml:6 rules[1] leave it nothing"],
     ),
     "optional": (
         ['match: "zzz", optional: true, type: Q2_K',
-         'match: "*_exps.weight", layers: "moe[6:]", optional: true, type: Q2_K', EVERYTHING, 'match: "output.weight", optional: true, type: Q6_K'],
+         'match: "*_exps.weight", layers: "moe[6:]", optional: true, type: Q2_K', EVERYTHING,
+         'match: "output.weight", optional: true, type: Q6_K'],
         [],
     ),
     "nothing to warn of": (['match: "*_exps.weight", layers: "moe[1:]", type: Q2_K', EVERYTHING], []),

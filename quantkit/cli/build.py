@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from pathlib import Path
@@ -98,7 +99,9 @@ def run_with_progress(ready: Build, engine: Engine, n_threads: int, quiet: bool)
 
     start = time.monotonic()
     n = ready.plan.n_elements
-    with tqdm(total=n, unit="w", unit_scale=True, disable=quiet, smoothing=0.1, dynamic_ncols=True) as bar:
+    # a line now and then where the bar cannot be redrawn
+    often = 0.1 if sys.stderr.isatty() else 10.0
+    with tqdm(total=n, unit="w", unit_scale=True, disable=quiet, mininterval=often, dynamic_ncols=True) as bar:
         lock = threading.Lock()
 
         def progress(name: str, done: int) -> None:
