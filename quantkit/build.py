@@ -103,6 +103,8 @@ def _check_output(
         for path in used:
             if path.exists() and name.samefile(path):
                 raise OutputError(f"{name}: is a source of this build and would be overwritten; choose another name")
+        if name in names and not name.is_file():
+            raise OutputError(f"{name}: is no regular file and will not be replaced; choose another name")
         if name in names and not force:
             raise OutputError(f"{name}: exists; choose another name, or replace it with --force")
 
@@ -123,17 +125,19 @@ def run(build: Build, engine: Engine, n_threads: int, progress: Progress) -> Non
                 os.replace(path, name)
             _sync(build.out.parent)
         except OSError as e:
-            raise OutputError(f"{build.out}: {e.strerror or e}; nothing was changed") from None
+            raise OutputError(
+                f"{build.out}: {e.strerror or e}; nothing was changed: mend that and build again"
+            ) from None
 
 
 @contextmanager
 def _temporary(build: Build) -> Iterator[tuple[Path, list[Path]]]:
     scratch = build.out.with_name(f".{build.out.name}.quantkit-{os.getpid()}")
     try:
-        scratch.mkdir()
-    except OSError as e:
-        raise OutputError(f"{scratch}: cannot be made: {e.strerror or e}") from None
-    try:
+        try:
+            scratch.mkdir()
+        except OSError as e:
+            raise OutputError(f"{scratch}: cannot be made: {e.strerror or e}; choose another place") from None
         yield scratch, [scratch / name.name for name, _ in build.files]
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

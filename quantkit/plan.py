@@ -161,7 +161,7 @@ def imatrix_status(t: Tensor, given: str, recipe: Recipe, imatrix: Weights | Non
     not used: the type has no use for it · without an imatrix: required or optional.
     """
     qt = QTYPES[given]
-    if not qt.uses_imatrix:
+    if not qt.uses_imatrix or given == t.source_type:  # of the same type already: its blocks are copied
         return "not used"
     needs = must_have_weights(t.name, given, recipe.file_type)
     if imatrix is None:
@@ -193,7 +193,8 @@ def check_imatrix(plan: Plan, given: bool) -> None:
             )
         needs = [t for t in plan.tensors if t.imatrix == "required"]
         if needs:
-            others = f", as do {len(needs) - 1} more" if len(needs) > 1 else ""
+            more = len(needs) - 1
+            others = f", as {'does' if more == 1 else 'do'} {more} more" if more else ""
             raise ImatrixError(
                 f"'{needs[0].tensor.name}' as {needs[0].type} needs an importance matrix{others}; give one with "
                 "--imatrix FILE"

@@ -328,12 +328,12 @@ def test_split_source(tools: Tools, tiny_bf16: Path, tiny_imatrix: Path, stock: 
 
 def perplexity(tools: Tools, model: Path, folder: Path) -> float:
     text = folder / "text.txt"
-    text.write_text("The bits go where they matter, and every token passes through the shared expert. " * 40)
-    command = [str(tools.perplexity), "-m", str(model), "-f", str(text), "-c", "128", "--chunks", "4", "-t", "2"]
-    for _ in range(3):  # its last line is lost now and then on a busy machine
+    text.write_text("The bits go where they matter, and every token passes through the shared expert. " * 80)
+    command = [str(tools.perplexity), "-m", str(model), "-f", str(text), "-c", "128", "--chunks", "8", "-t", "2"]
+    for _ in range(5):  # it loses the last of its output on a busy machine: one chunk of eight is enough
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
         assert done.returncode == 0, done.stderr[-2000:]
-        m = re.search(r"Final estimate: PPL = ([0-9.]+)", done.stdout + done.stderr)
+        m = re.search(r"\[4\]([0-9.]+),", done.stdout + done.stderr)
         if m:
             return float(m[1])
     raise AssertionError(done.stdout[-500:])

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from quantkit import layout
 from quantkit.arch.options import Options
 from quantkit.catalogue import Catalogue, Tensor
 from quantkit.errors import OutputError
@@ -223,12 +224,16 @@ def test_a_whole_file_byte_by_byte() -> None:
     assert file.nbytes == 160 + 288
 
 
-def test_too_many_shards() -> None:
+def test_too_many_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     one = planned("t", (8,), "F32")
     with pytest.raises(OutputError) as e:
         lay_out(plan_of([one] * 65_536), (), 1)
     assert str(e.value) == "--split-max-size 1 makes 65,536 shards, more than 65,535"
     assert e.value.exit_code == 7
+    monkeypatch.setattr(layout, "_MAX_SHARDS", 3)
+    assert len(lay_out(plan_of([one] * 3), (), 1)) == 3
+    with pytest.raises(OutputError):
+        lay_out(plan_of([one] * 4), (), 1)
 
 
 @pytest.mark.parametrize(
@@ -248,10 +253,10 @@ def test_file_names(out: str, n: int, split: bool, names: list[str]) -> None:
 
 
 def test_file_names_of_many_shards() -> None:
-    names = file_names(Path("m.gguf"), 65_535, True)
-    assert (names[8].name, names[9].name) == ("m-00009-of-65535.gguf", "m-00010-of-65535.gguf")
-    assert names[-1].name == "m-65535-of-65535.gguf"
-    assert len(set(names)) == 65_535
+    names = [path.name for path in file_names(Path("m.gguf"), 12_345, True)]
+    assert (names[8], names[9]) == ("m-00009-of-12345.gguf", "m-00010-of-12345.gguf")
+    assert names[-1] == "m-12345-of-12345.gguf"
+    assert names == sorted(set(names))
 
 
 # ---------------------------------------------------------------- keys
@@ -305,10 +310,9 @@ def test_keys_with_an_imatrix() -> None:
 
 
 def test_keys_of_an_imatrix_that_says_little() -> None:
-    assert keys(Imatrix(datasets=(), n_chunks=0))[5:] == [
-        ("quantize.imatrix.file", "imatrix.gguf"),
-        ("quantize.imatrix.entries_count", 2),
-    ]
+    least = [("quantize.imatrix.file", "imatrix.gguf"), ("quantize.imatrix.entries_count", 2)]
+    assert keys(Imatrix(datasets=(), n_chunks=0))[5:] == least
+    assert keys(Imatrix(datasets=(), n_chunks=1))[5:] == [*least, ("quantize.imatrix.chunks_count", 1)]
 
 
 def test_keys_of_a_source_that_was_quantized_are_replaced() -> None:

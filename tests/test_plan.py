@@ -332,6 +332,18 @@ NO_FIT = {
         ['match: "blk.*", type: Q6_K', 'match: "blk.*.attn_output.weight", type: Q4_K', EVERYTHING],
         "r.yaml:6 rules[1].match: all 3 tensors it matches are already taken by r.yaml:5 rules[0]",
     ),
+    "no such name, in no layers": (
+        ['match: "zzz", layers: "moe[6:]", type: Q2_K', EVERYTHING],
+        "r.yaml:5 rules[0].match: 'zzz' matches no tensor",
+    ),
+    "the same twice": (
+        ['match: "blk.2.attn_q_?.*", type: Q6_K', 'match: "blk.2.attn_q_?.*", type: Q5_K', EVERYTHING],
+        "r.yaml:6 rules[1].match: all 2 tensors it matches are already taken by r.yaml:5 rules[0]",
+    ),
+    "one wrong, after one that is optional": (
+        ['match: "zzz", optional: true, type: Q2_K', 'match: "yyy", type: Q2_K', EVERYTHING],
+        "r.yaml:6 rules[1].match: 'yyy' matches no tensor",
+    ),
     "one tensor shadowed": (
         [EVERYTHING, 'match: "output.weight", type: Q6_K'],
         "r.yaml:6 rules[1].match: the only tensor it matches is already taken by r.yaml:5 rules[0]",
@@ -562,6 +574,10 @@ def test_types_that_need_an_imatrix_must_have_one() -> None:
     one = rules('match: "blk.2.ffn_up_exps.weight", type: IQ2_XXS', EVERYTHING)
     assert refused(make_plan(tiny(), one), given=False) == (
         "'blk.2.ffn_up_exps.weight' as IQ2_XXS needs an importance matrix; give one with --imatrix FILE"
+    )
+    two = rules('match: "blk.2.ffn_{up,gate}_exps.weight", type: IQ1_M', EVERYTHING)
+    assert refused(make_plan(tiny(), two), given=False) == (
+        "'blk.2.ffn_gate_exps.weight' as IQ1_M needs an importance matrix, as does 1 more; give one with --imatrix FILE"
     )
     three = rules('match: "blk.2.*_exps.weight", type: IQ2_S', EVERYTHING)
     assert refused(make_plan(tiny(), three), given=False) == (

@@ -366,6 +366,8 @@ def test_load_of_no_such_recipe() -> None:
 def test_load_of_unreadable_files(tmp_path: Path) -> None:
     gone = tmp_path / "gone.yaml"
     assert unloadable(gone) == f"{gone}: cannot be read: No such file or directory"
+    for name in ("gone.yaml", "gone.yml", "gone/UD-IQ1_S"):
+        assert unloadable(name) == f"{name}: cannot be read: No such file or directory"
     folder = tmp_path / "folder.yaml"
     folder.mkdir()
     assert unloadable(folder) == f"{folder}: cannot be read: Is a directory"

@@ -16,12 +16,7 @@ import click
 from quantkit import __version__
 from quantkit.errors import QuantkitError
 
-from .build import build
-from .demo import demo
-from .doctor import doctor
-from .inspect import inspect
-from .plan import plan
-from .toolchain import toolchain
+from . import build, demo, doctor, inspect, plan, toolchain
 
 INTERRUPTED = 130
 _TERMINATED = 143
@@ -39,7 +34,7 @@ def cli() -> None:
     """
 
 
-for _command in (plan, build, inspect, demo, toolchain, doctor):
+for _command in (plan.plan, build.build, inspect.inspect, demo.demo, toolchain.toolchain, doctor.doctor):
     cli.add_command(_command)
 
 
