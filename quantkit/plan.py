@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, Protocol
 
 from .catalogue import Catalogue, Tensor
 from .errors import ImatrixError, KernelError, RecipeError, UnsupportedError, did_you_mean
+from .mixtures import facts, mixture_types
 from .qtypes import ABORT_WITHOUT_IMATRIX, QTYPES, fit, qtype
 from .recipe import Recipe, Rule, expand_braces, glob_regex, pick_layers
 
@@ -121,24 +122,25 @@ def make_plan(catalogue: Catalogue, recipe: Recipe, imatrix: Weights | None = No
     claims, warnings = _claim(catalogue, recipe)
     planned = []
     unruled = []
+    others = _otherwise(catalogue, recipe, imatrix is not None)
     for t, index in zip(catalogue.tensors, claims, strict=True):
         if not t.quantizable:
             nbytes = qtype(t.source_type).row_bytes(t.n_cols) * t.n_rows
             why = "never quantized: norms, router and biases are small and sensitive"
             planned.append(Planned(t, t.source_type, t.source_type, nbytes, "", why, "not used"))
-        elif index is None:
+        elif index is None and t.name not in others:
             unruled.append(t.name)
         else:
-            rule = recipe.rules[index]
-            asked = QTYPES[rule.type]
-            place = recipe.place("rules", index)
+            if index is None:
+                asked, place, why = QTYPES[others[t.name]], recipe.place("otherwise"), "llama-quantize's own choice"
+            else:
+                rule = recipe.rules[index]
+                asked, place, why = QTYPES[rule.type], recipe.place("rules", index), rule.why
             try:
                 given = fit(asked, t.n_cols)
             except KernelError as e:
-                raise RecipeError(
-                    f"{recipe.place('rules', index, 'type')}: '{t.name}': {e}; give it another type in a rule before"
-                ) from None
-            why = rule.why
+                at = place if index is None else recipe.place("rules", index, "type")
+                raise RecipeError(f"{at}: '{t.name}': {e}; give it another type in a rule before") from None
             if given is not asked:
                 why += f" ({asked.name} needs rows of {asked.block}s, these have {t.n_cols}: {given.name})"
             status = imatrix_status(t, given.name, recipe, imatrix)
@@ -151,6 +153,16 @@ def make_plan(catalogue: Catalogue, recipe: Recipe, imatrix: Weights | None = No
             'such as a last one with match: "*.weight"'
         )
     return Plan(catalogue, recipe, tuple(planned), tuple(warnings))
+
+
+def _otherwise(catalogue: Catalogue, recipe: Recipe, has_imatrix: bool) -> dict[str, str]:
+    """What `otherwise: mixture NAME` gives each quantizable tensor; nothing without it. The mixture sees
+    the whole model, also the tensors that rules take, so a rule changes no type but its own tensors'."""
+    if recipe.otherwise is None:
+        return {}
+    numbers = facts(catalogue, has_imatrix or recipe.imatrix == "required")
+    types = mixture_types(recipe.otherwise.removeprefix("mixture "), catalogue.tensors, numbers)
+    return dict(zip((t.name for t in catalogue.tensors if t.quantizable), types, strict=True))
 
 
 def imatrix_status(t: Tensor, given: str, recipe: Recipe, imatrix: Weights | None) -> str:

@@ -25,7 +25,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 
 from .errors import KernelError, RecipeError, did_you_mean
 from .qtypes import FILE_TYPES, INTEGER_TYPES, QTYPES, qtype
@@ -49,6 +57,15 @@ def _known_type(value: str) -> str:
 def _known_file_type(value: str) -> str:
     if value not in FILE_TYPES:
         raise ValueError(f"unknown file type '{value}'{did_you_mean(value, FILE_TYPES)}")
+    return value
+
+
+def _good_otherwise(value: str) -> str:
+    word, _, name = value.partition(" ")
+    if word != "mixture" or not name:
+        raise ValueError(f"'{value:.60}' is not 'mixture NAME', such as mixture Q2_K")
+    if name not in FILE_TYPES:
+        raise ValueError(f"unknown mixture '{name:.60}'{did_you_mean(name, FILE_TYPES)}")
     return value
 
 
@@ -94,7 +111,16 @@ class Recipe(BaseModel):
     arch: Annotated[list[str], Field(min_length=1)]
     file_type: Annotated[str, AfterValidator(_known_file_type)]
     imatrix: Literal["required", "optional"] = "optional"
-    rules: Annotated[list[Rule], Field(min_length=1)]
+    otherwise: Annotated[str, AfterValidator(_good_otherwise)] | None = None
+    """mixture NAME: what llama-quantize itself would choose, for tensors that no rule matches"""
+    rules: list[Rule]
+
+    @field_validator("rules")
+    @classmethod
+    def _some_decision(cls, value: list[Rule], info: ValidationInfo) -> list[Rule]:
+        if not value and info.data.get("otherwise", "wrong") is None:
+            raise ValueError("is empty")
+        return value
 
     _file: str = ""
     _lines: dict[tuple[str | int, ...], int] = {}

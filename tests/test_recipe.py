@@ -68,6 +68,7 @@ def test_a_whole_recipe() -> None:
         "arch": ["deepseek2", "llama"],
         "file_type": "IQ1_S",
         "imatrix": "required",
+        "otherwise": None,
         "rules": [
             {
                 "match": "blk.*.ffn_down_exps.weight", "layers": "moe[:6]", "type": "IQ2_XXS", "why": "early",
@@ -112,7 +113,7 @@ def test_scalars_are_text_as_written() -> None:
 
 # ---------------------------------------------------------------- what is refused
 
-KNOWN = "name, title, description, arch, file_type, imatrix, rules"
+KNOWN = "name, title, description, arch, file_type, imatrix, otherwise, rules"
 KNOWN_IN_RULES = "match, layers, type, why, optional"
 ALIAS = "is an alias, which recipes do without; a pattern that begins with * needs quotes"
 ALL_MISSING = "\n".join(f"r.yaml:1 {key}: is missing" for key in ("name", "arch", "file_type", "rules"))
@@ -677,7 +678,7 @@ def test_indices_are_pythons(group: str, index: int) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "moe[", "moe]", "moe[]", "moe[1,2]", "moe[:::]", "moe[1.5]", "moe[1:2][0]", "moe[1_0]", "moe[0x1]", "MOE",
+    ["", "moe[", "moe]", "moe[]", "moe[1,2]", "moe[1:x]", "moe[:::]", "moe[1.5]", "moe[1:2][0]", "moe[1_0]", "moe[0x1]", "MOE",
      "moe[9999999]", "moe x", "3", "[:3]", "moe[--1]", "all[:6]; x"],
 )  # fmt: skip
 def test_what_is_no_layer_list(text: str) -> None:
