@@ -678,8 +678,8 @@ def test_indices_are_pythons(group: str, index: int) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "moe[", "moe]", "moe[]", "moe[1,2]", "moe[1:x]", "moe[:::]", "moe[1.5]", "moe[1:2][0]", "moe[1_0]", "moe[0x1]", "MOE",
-     "moe[9999999]", "moe x", "3", "[:3]", "moe[--1]", "all[:6]; x"],
+    ["", "moe[", "moe]", "moe[]", "moe[1,2]", "moe[1:x]", "moe[:::]", "moe[1.5]", "moe[1:2][0]", "moe[1_0]", "moe[0x1]",
+     "MOE", "moe[9999999]", "moe x", "3", "[:3]", "moe[--1]", "all[:6]; x"],
 )  # fmt: skip
 def test_what_is_no_layer_list(text: str) -> None:
     with pytest.raises(ValueError, match=r"is not a |unknown layer list"):
