@@ -124,11 +124,8 @@ class Catalogue:
     source: Source | None = None
     notes: tuple[str, ...] = field(default=())
 
-    def layers(self, group: str) -> tuple[int, ...]:
-        """The layer numbers of a named group: all, dense, moe, more_bits."""
-        return self.layer_groups()[group]
-
     def layer_groups(self) -> Mapping[str, tuple[int, ...]]:
+        """The layer numbers of each named group that a recipe's `layers` may slice."""
         n = self.n_layers
         # use_more_bits of src/llama-quant.cpp, integer division included
         more = tuple(i for i in range(n) if i < n // 8 or i >= 7 * n // 8 or (i - n // 8) % 3 == 2)

@@ -451,6 +451,8 @@ PATTERNS = [
     ("[a-]", "-", True),
     ("[-a]", "-", True),
     ("[a^]", "^", True),
+    ("[a-a]", "a", True),
+    ("[a-a]", "-", False),
     ("[\\]", "\\", True),
     ("a+b", "a+b", True),
     ("a+b", "aab", False),
