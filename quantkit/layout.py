@@ -1,7 +1,7 @@
 """Plan -> files, offsets, header bytes, exact sizes. Pure: no I/O, so headers are written before any weight is read.
 
 The keys are what llama-quantize writes: those of the source in order, then general.quantization_version
-and general.file_type, then what it records of the importance matrix. Split files are what
+and general.file_type, the metadata of the recipe, then what it records of the importance matrix. Split files are what
 llama-gguf-split makes of the whole file: a shard is closed when the next tensor would exceed the
 limit (headers not counted), every shard has split.no, split.tensors.count, split.count, and the
 first has all the other keys. Source: src/llama-quant.cpp, tools/gguf-split/gguf-split.cpp.
@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from .errors import OutputError
-from .gguf_format import I32, KV, STRING, U16, U32, header_bytes, kv, pad
+from .gguf_format import BOOL, F32, I32, KV, STRING, U16, U32, header_bytes, kv, pad
 from .plan import Plan, Planned
 from .qtypes import FILE_TYPES
 
 GGML_QUANT_VERSION = 2
 _MAX_VALUE = 127
+#: as llama-quantize writes the values of --override-kv
+_OVERRIDE_TYPES = {"str": STRING, "int": U32, "float": F32, "bool": BOOL}
 _MAX_SHARDS = 65535
 
 
@@ -62,6 +64,7 @@ def output_kvs(plan: Plan, imatrix: ImatrixFacts | None) -> tuple[KV, ...]:
         kv("general.quantization_version", U32, GGML_QUANT_VERSION),
         kv("general.file_type", U32, FILE_TYPES[plan.recipe.file_type]),
     ]
+    added += [kv(o.key, _OVERRIDE_TYPES[o.type], o.value) for o in plan.recipe.metadata]
     if imatrix is not None:
         added.append(kv("quantize.imatrix.file", STRING, _cut(imatrix.typed)))
         if imatrix.datasets:

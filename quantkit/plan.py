@@ -1,24 +1,20 @@
-"""Catalogue x Recipe -> Plan: the type of every tensor, the rule that chose it, its bytes. And lint.
+"""Catalogue x Recipe -> Plan: the type of every tensor, the rule that chose it, its bytes.
 
-A plan is pure data. A rule that cannot do what its author meant is an error here, not a surprise in
-the file: it matches nothing, earlier rules take all it matches, or it names tensors that are never
-quantized. Where only the model's size is to blame (a small sibling has fewer layers than the rule's
-slice), it is a warning.
+A plan is pure data. Which rule takes which tensor, and what is wrong with rules, is in rules.py.
 """
 
 from __future__ import annotations
 
-import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 from .catalogue import Catalogue, Tensor
-from .errors import ImatrixError, KernelError, RecipeError, UnsupportedError, did_you_mean
+from .errors import ImatrixError, KernelError, RecipeError, UnsupportedError
 from .mixtures import facts, mixture_types
-from .qtypes import ABORT_WITHOUT_IMATRIX, QTYPES, fit, qtype
-from .recipe import Recipe, Rule, expand_braces, glob_regex, pick_layers
+from .qtypes import ABORT_WITHOUT_IMATRIX, QTYPES, VERSIONS, fit, qtype
+from .recipe import Recipe
+from .rules import claim
 
 
 class Weights(Protocol):
@@ -56,6 +52,8 @@ class Plan:
     recipe: Recipe
     tensors: tuple[Planned, ...]
     warnings: tuple[str, ...]
+    mixture_version: str = VERSIONS[0]
+    """whose choices `otherwise: mixture` means, and whose fallbacks: current, or 2025 for files made till March 2026"""
 
     @property
     def tensor_bytes(self) -> int:
@@ -83,6 +81,7 @@ class Plan:
             "arch": c.arch,
             "layout": c.layout,
             "recipe": self.recipe.name,
+            "mixture_version": self.mixture_version,
             "tensors": [
                 {
                     "name": t.tensor.name,
@@ -111,7 +110,9 @@ class Plan:
         }
 
 
-def make_plan(catalogue: Catalogue, recipe: Recipe, imatrix: Weights | None = None) -> Plan:
+def make_plan(
+    catalogue: Catalogue, recipe: Recipe, imatrix: Weights | None = None, mixture_version: str = VERSIONS[0]
+) -> Plan:
     """Decide every tensor. Raises RecipeError for rules that cannot work on this model, all of them
     at once, and UnsupportedError when the recipe is not for this arch."""
     if catalogue.arch not in recipe.arch:
@@ -119,49 +120,48 @@ def make_plan(catalogue: Catalogue, recipe: Recipe, imatrix: Weights | None = No
             f"{recipe.place('arch')}: the recipe is for {', '.join(recipe.arch)}, but {catalogue.model} is a "
             f"{catalogue.arch}"
         )
-    claims, warnings = _claim(catalogue, recipe)
+    others = mixture_choice(catalogue, recipe, imatrix is not None, mixture_version)
+    claims, warnings = claim(catalogue, recipe, others)
     planned = []
-    unruled = []
-    others = _otherwise(catalogue, recipe, imatrix is not None)
     for t, index in zip(catalogue.tensors, claims, strict=True):
         if not t.quantizable:
             nbytes = qtype(t.source_type).row_bytes(t.n_cols) * t.n_rows
             why = "never quantized: norms, router and biases are small and sensitive"
             planned.append(Planned(t, t.source_type, t.source_type, nbytes, "", why, "not used"))
-        elif index is None and t.name not in others:
-            unruled.append(t.name)
+            continue
+        if index is None:
+            asked, place, why = QTYPES[others[t.name]], recipe.place("otherwise"), "llama-quantize's own choice"
         else:
-            if index is None:
-                asked, place, why = QTYPES[others[t.name]], recipe.place("otherwise"), "llama-quantize's own choice"
-            else:
-                rule = recipe.rules[index]
-                asked, place, why = QTYPES[rule.type], recipe.place("rules", index), rule.why
-            try:
-                given = fit(asked, t.n_cols)
-            except KernelError as e:
-                at = place if index is None else recipe.place("rules", index, "type")
-                raise RecipeError(f"{at}: '{t.name}': {e}; give it another type in a rule before") from None
-            if given is not asked:
-                why += f" ({asked.name} needs rows of {asked.block}s, these have {t.n_cols}: {given.name})"
-            status = imatrix_status(t, given.name, recipe, imatrix)
-            nbytes = given.row_bytes(t.n_cols) * t.n_rows
-            planned.append(Planned(t, given.name, asked.name, nbytes, place, why, status))
-    if unruled:
-        more = f" (and {len(unruled) - 1} more)" if len(unruled) > 1 else ""
-        raise RecipeError(
-            f"{recipe.place('rules')}: no rule gives a type to '{unruled[0]}'{more}; add a rule that matches it, "
-            'such as a last one with match: "*.weight"'
-        )
-    return Plan(catalogue, recipe, tuple(planned), tuple(warnings))
+            rule = recipe.rules[index]
+            asked, place, why = QTYPES[rule.type], recipe.place("rules", index), rule.why
+        try:
+            given = fit(asked, t.n_cols, mixture_version)
+        except KernelError as e:
+            at = place if index is None else recipe.place("rules", index, "type")
+            raise RecipeError(f"{at}: '{t.name}': {e}; give it another type in a rule before") from None
+        if given is not asked:
+            why += f" ({asked.name} needs rows of {asked.block}s, these have {t.n_cols}: {given.name})"
+        status = imatrix_status(t, given.name, recipe, imatrix)
+        nbytes = given.row_bytes(t.n_cols) * t.n_rows
+        planned.append(Planned(t, given.name, asked.name, nbytes, place, why, status))
+    if recipe.imatrix == "optional" and imatrix is None:
+        needs = [t for t in planned if t.imatrix == "required"]
+        if needs:
+            more = f", as {'does' if len(needs) == 2 else 'do'} {len(needs) - 1} more" if len(needs) > 1 else ""
+            warnings.append(
+                f"{recipe.place('imatrix')}: {needs[0].type} for '{needs[0].tensor.name}' needs an importance matrix"
+                f"{more}; say imatrix: required"
+            )
+    return Plan(catalogue, recipe, tuple(planned), tuple(warnings), mixture_version)
 
 
-def _otherwise(catalogue: Catalogue, recipe: Recipe, has_imatrix: bool) -> dict[str, str]:
+def mixture_choice(catalogue: Catalogue, recipe: Recipe, has_imatrix: bool, version: str) -> dict[str, str]:
     """What `otherwise: mixture NAME` gives each quantizable tensor; nothing without it. The mixture sees
     the whole model, also the tensors that rules take, so a rule changes no type but its own tensors'."""
-    if recipe.otherwise is None:
+    if recipe.mixture is None:
         return {}
-    numbers = facts(catalogue, has_imatrix or recipe.imatrix == "required")
-    types = mixture_types(recipe.otherwise.removeprefix("mixture "), catalogue.tensors, numbers)
+    numbers = facts(catalogue, has_imatrix or recipe.imatrix == "required", version)
+    types = mixture_types(recipe.mixture, catalogue.tensors, numbers)
     return dict(zip((t.name for t in catalogue.tensors if t.quantizable), types, strict=True))
 
 
@@ -222,89 +222,3 @@ def check_imatrix(plan: Plan, given: bool) -> None:
                 f"first '{t.tensor.name}' as {t.type} ({n_mats} x {t.tensor.n_cols} values); is it of this model and "
                 "layout?"
             )
-
-
-# ---------------------------------------------------------------- which rule takes which tensor
-
-
-class _Match(NamedTuple):
-    rule: Rule
-    layers: frozenset[int] | None
-    names: frozenset[str]
-    """quantizable tensors it matches, before earlier rules take theirs"""
-
-
-def _claim(catalogue: Catalogue, recipe: Recipe) -> tuple[list[int | None], list[str]]:
-    """For each tensor the index of the first rule that matches it; and warnings. Raises RecipeError."""
-    groups = catalogue.layer_groups()
-    errors: list[str] = []
-    warnings: list[str] = []
-    matches = [_match(rule, catalogue.tensors, groups) for rule in recipe.rules]
-    owner: dict[str, int] = {}
-    for i, m in enumerate(matches):
-        for name in m.names:
-            owner.setdefault(name, i)
-    won = Counter(owner.values())
-    for i, m in enumerate(matches):
-        never = _never_quantized(m.rule, catalogue.tensors)
-        place = recipe.place("rules", i, "match")
-        if never is not None:
-            errors.append(f"{place}: {never}")
-        elif m.rule.optional:
-            continue
-        elif not m.names:
-            if m.layers is not None and not m.layers and _matches_any(m.rule, catalogue.tensors):
-                warnings.append(
-                    f"{recipe.place('rules', i, 'layers')}: '{m.rule.layers}' takes no layer of this model's "
-                    f"{catalogue.n_layers}; the rule is unused"
-                )
-            else:
-                errors.append(f"{place}: '{m.rule.match}' matches no tensor{_nearest(m, catalogue.tensors)}")
-        elif not won[i]:
-            takers = sorted({owner[name] for name in m.names})
-            by = ", ".join(recipe.place("rules", k) for k in takers)
-            by_unsliced = set().union(*(matches[k].names for k in takers if matches[k].rule.layers is None))
-            if m.names <= by_unsliced:
-                n = len(m.names)
-                them = f"all {n} tensors it matches are" if n > 1 else "the only tensor it matches is"
-                errors.append(f"{place}: {them} already taken by {by}")
-            else:
-                leave = "leave" if len(takers) > 1 else "leaves"
-                warnings.append(f"{place}: on a model of {catalogue.n_layers} layers, {by} {leave} it nothing")
-    if errors:
-        raise RecipeError("\n".join(errors))
-    return [owner.get(t.name) for t in catalogue.tensors], warnings
-
-
-def _match(rule: Rule, tensors: Sequence[Tensor], groups: Mapping[str, Sequence[int]]) -> _Match:
-    layers = None if rule.layers is None else pick_layers(rule.layers, groups)
-    pattern = rule.matcher()
-    names = frozenset(
-        t.name for t in tensors if t.quantizable and (layers is None or t.layer in layers) and pattern.match(t.name)
-    )
-    return _Match(rule, layers, names)
-
-
-def _matches_any(rule: Rule, tensors: Sequence[Tensor]) -> bool:
-    pattern = rule.matcher()
-    return any(t.quantizable and pattern.match(t.name) for t in tensors)
-
-
-def _never_quantized(rule: Rule, tensors: Sequence[Tensor]) -> str | None:
-    """An error when one of the pattern's alternatives names only tensors that are never quantized."""
-    for alternative in expand_braces(rule.match):
-        pattern = re.compile(glob_regex(alternative))
-        hits = [t for t in tensors if pattern.match(t.name)]
-        if hits and not any(t.quantizable for t in hits):
-            return (
-                f"'{alternative}' names tensors that are never quantized, such as '{hits[0].name}' "
-                f"({hits[0].role}, stays {hits[0].source_type})"
-            )
-    return None
-
-
-def _nearest(m: _Match, tensors: Sequence[Tensor]) -> str:
-    if m.layers is not None and _matches_any(m.rule, tensors):
-        return f" in the layers {m.rule.layers} (it does in others)"
-    shapes = {re.sub(r"^blk\.\d+\.", "blk.*.", t.name) for t in tensors if t.quantizable}
-    return did_you_mean(expand_braces(m.rule.match)[0], shapes)

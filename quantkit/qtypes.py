@@ -105,12 +105,18 @@ def qtype(name: str) -> QType:
     return found
 
 
-def fit(asked: QType, n_cols: int) -> QType:
+#: whose choices are followed: those of the pinned llama.cpp, or those from January 2025 to March 2026
+VERSIONS = ("current", "2025")
+
+
+def fit(asked: QType, n_cols: int, version: str = VERSIONS[0]) -> QType:
     """The type that rows of `n_cols` values get when `asked` was asked for: itself, else its
     fallback, else F16. Raises KernelError for types that llama-quantize has no fallback for: those
     of blocks above 32 that name none. Source: src/llama-quant.cpp, tensor_type_fallback."""
     if n_cols % asked.block == 0:
         return asked
+    if version == "2025" and asked.name in ("Q2_K", "Q3_K") and n_cols % 32 == 0:
+        return QTYPES["IQ4_NL"]
     if asked.fallback is None and asked.block > 32:
         raise KernelError(f"{asked.name} needs rows of {asked.block}s, these have {n_cols}, and it has no fallback")
     given = QTYPES[asked.fallback] if asked.fallback else asked

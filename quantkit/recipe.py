@@ -8,410 +8,245 @@
     rules:
       - {match: "blk.*.ffn_down_exps.weight", layers: "moe[:6]", type: IQ2_XXS, why: "…"}
 
-`match` is a glob over whole GGUF names: `*` any run of characters, `?` one, `[ab]`, `[a-z]` and `[!a]`
-one of a set, `{a,b}` alternatives, which are written out before all else. `layers` is a Python slice
-or index over a named list of layers: all, dense, moe, more_bits. A rule with `optional: true` may
-match nothing. Errors end in their place: file:line rules[i].key: what, and what was perhaps meant.
+`RecipeFile` (recipe_file.py) is what a file may hold; `Recipe` is what it comes to: its base's rules
+behind its own, variables replaced by types. Errors end in their place: file:line rules[i].key: what,
+and what was perhaps meant.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from functools import lru_cache
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib.resources import files
-from itertools import count
 from pathlib import Path
-from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
-)
+from pydantic import ValidationError
 
-from .errors import KernelError, RecipeError, did_you_mean
-from .qtypes import FILE_TYPES, INTEGER_TYPES, QTYPES, qtype
+from .errors import RecipeError, did_you_mean
+from .marked_yaml import Marked, read
+from .qtypes import FILE_TYPES, QTYPES
+from .recipe_file import Override, RecipeFile, Rule, known_type, messages, parse_override
 
-LAYER_GROUPS = ("all", "dense", "moe", "more_bits")
 _MAX_BYTES = 1 << 20
-_MAX_ALTERNATIVES = 256
-_MAX_PATTERN = 1000
+SCHEMA_FILE = "recipe.schema.json"
+SCHEMA_LINE = f"# yaml-language-server: $schema={SCHEMA_FILE}"
 
 
-def _known_type(value: str) -> str:
-    try:
-        name = qtype(value).name
-    except KernelError as e:
-        raise ValueError(str(e)) from None
-    if name in INTEGER_TYPES:
-        raise ValueError(f"{name} is not a type to quantize to")
-    return name
+# ---------------------------------------------------------------- what it comes to
 
 
-def _known_file_type(value: str) -> str:
-    if value not in FILE_TYPES:
-        raise ValueError(f"unknown file type '{value}'{did_you_mean(value, FILE_TYPES)}")
-    return value
+@dataclass(frozen=True)
+class Recipe:
+    """A checked recipe, its base and variables resolved."""
 
-
-def _good_otherwise(value: str) -> str:
-    word, _, name = value.partition(" ")
-    if word != "mixture" or not name:
-        raise ValueError(f"'{value:.60}' is not 'mixture NAME', such as mixture Q2_K")
-    if name not in FILE_TYPES:
-        raise ValueError(f"unknown mixture '{name:.60}'{did_you_mean(name, FILE_TYPES)}")
-    return value
-
-
-def _good_pattern(value: str) -> str:
-    for alternative in expand_braces(value):
-        glob_regex(alternative)
-    return value
-
-
-def _good_layers(value: str) -> str:
-    parse_layers(value)
-    return value
-
-
-class Rule(BaseModel):
-    """One rule of a recipe."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-    match: Annotated[str, Field(min_length=1), AfterValidator(_good_pattern)]
-    """a glob with braces over whole GGUF tensor names"""
-    layers: Annotated[str, AfterValidator(_good_layers)] | None = None
-    """only in these layers: all, dense, moe or more_bits, with an optional Python slice or index"""
-    type: Annotated[str, AfterValidator(_known_type)]
-    """the ggml type"""
-    why: Annotated[str, Field(min_length=1)]
-    """the reason, for whoever reads the plan"""
-    optional: bool = False
-    """no error when it matches nothing"""
-
-    def matcher(self) -> re.Pattern[str]:
-        return _matcher(self.match)
-
-
-class Recipe(BaseModel):
-    """A checked recipe."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-    name: Annotated[str, Field(min_length=1)]
-    title: str = ""
-    description: str = ""
-    arch: Annotated[list[str], Field(min_length=1)]
-    file_type: Annotated[str, AfterValidator(_known_file_type)]
-    imatrix: Literal["required", "optional"] = "optional"
-    otherwise: Annotated[str, AfterValidator(_good_otherwise)] | None = None
-    """mixture NAME: what llama-quantize itself would choose, for tensors that no rule matches"""
-    rules: list[Rule]
-
-    @field_validator("rules")
-    @classmethod
-    def _some_decision(cls, value: list[Rule], info: ValidationInfo) -> list[Rule]:
-        if not value and info.data.get("otherwise", "wrong") is None:
-            raise ValueError("is empty")
-        return value
-
-    _file: str = ""
-    _lines: dict[tuple[str | int, ...], int] = {}
+    name: str
+    title: str
+    description: str
+    arch: tuple[str, ...]
+    file_type: str
+    imatrix: str
+    """required | optional"""
+    mixture: str | None
+    """the llama.cpp mixture that decides for tensors no rule matches"""
+    rules: tuple[Rule, ...]
+    """its own, then its base's; every type a ggml type"""
+    n_own: int
+    """how many of the rules are its own"""
+    variables: Mapping[str, str]
+    metadata: tuple[Override, ...]
+    base: str | None
+    _own: Marked = field(repr=False, compare=False)
+    _base: Marked | None = field(repr=False, compare=False)
 
     def place(self, *path: str | int) -> str:
-        """'file:line rules[i].key' of something in this recipe."""
-        return _place(self._file, self._lines, path)
+        """'file:line rules[i].key' of something in this recipe or in its base."""
+        if self._base is not None and path:
+            if path[0] == "rules" and len(path) > 1 and isinstance(path[1], int) and path[1] >= self.n_own:
+                return self._base.place("rules", path[1] - self.n_own, *path[2:])
+            if path[0] not in self._own.value and path[0] in self._base.value:
+                return self._base.place(*path)
+        return self._own.place(*path)
 
 
-# ---------------------------------------------------------------- patterns
-
-
-def expand_braces(pattern: str) -> list[str]:
-    """A glob with {a,b} alternatives as the list of globs without; braces may nest. Raises ValueError."""
-    if len(pattern) > _MAX_PATTERN:
-        raise ValueError(f"'{pattern:.60}…' is longer than {_MAX_PATTERN:,} characters")
-    # for every open brace, the alternatives before the last comma, and those that are being written
-    open_: list[tuple[list[str], list[str]]] = [([], [""])]
-    for token in re.split("([{},])", pattern):
-        done, now = open_[-1]
-        if token == "{":
-            open_.append(([], [""]))
-        elif token == "," and len(open_) > 1:
-            open_[-1] = (done + now, [""])
-        elif token == "}":
-            open_.pop()
-            if not open_:
-                break
-            choices, (done, now) = done + now, open_[-1]
-            if len(done) + len(now) * len(choices) > _MAX_ALTERNATIVES:
-                raise ValueError(f"'{pattern:.60}' has more than {_MAX_ALTERNATIVES} alternatives")
-            open_[-1] = (done, [a + b for a in now for b in choices])
-        else:
-            open_[-1] = (done, [a + token for a in now])
-    if len(open_) != 1:
-        raise ValueError(f"'{pattern:.60}' has a brace without its partner")
-    return open_[0][1]
-
-
-_group = count()
-
-
-def glob_regex(pattern: str) -> str:
-    """A brace-free glob as a regular expression for the whole name. Raises ValueError.
-
-    What stands between two stars is taken where it first occurs, and no second place is tried (it
-    could not match more), so that no pattern takes long: as in the standard library's fnmatch.
-    """
-    pieces = [""]
-    i = 0
-    while i < len(pattern):
-        ch = pattern[i]
-        i += 1
-        if ch == "*":
-            if pieces[-1] or len(pieces) == 1:
-                pieces.append("")
-        elif ch == "?":
-            pieces[-1] += "."
-        elif ch == "[":
-            negated = pattern[i : i + 1] in ("!", "^")
-            end = pattern.find("]", i + negated + 1)
-            if end < 0:
-                raise ValueError(f"'{pattern:.60}' has a '[' without its ']'")
-            pieces[-1] += f"[{'^' * negated}{_set_regex(pattern[i + negated : end], pattern)}]"
-            i = end + 1
-        else:
-            pieces[-1] += re.escape(ch)
-    first, middle, last = pieces[0], pieces[1:-1], pieces[-1] if len(pieces) > 1 else ""
-    names = [f"g{next(_group)}" for _ in middle]
-    once = "".join(f"(?=(?P<{name}>.*?{piece}))(?P={name})" for name, piece in zip(names, middle, strict=True))
-    return f"(?s:{first}{once}{'.*' if len(pieces) > 1 else ''}{last})\\Z"
-
-
-def _set_regex(body: str, pattern: str) -> str:
-    """What stands in the brackets of a set: characters, and ranges such as a-z."""
-    out = ""
-    while body:
-        if len(body) > 2 and body[1] == "-":
-            if body[0] > body[2]:
-                raise ValueError(f"'{pattern:.60}' has a set with the empty range {body[:3]}")
-            out += f"{re.escape(body[0])}-{re.escape(body[2])}"
-            body = body[3:]
-        else:
-            out += re.escape(body[0])
-            body = body[1:]
-    return out
-
-
-@lru_cache(maxsize=1024)
-def _matcher(pattern: str) -> re.Pattern[str]:
-    return re.compile("|".join(glob_regex(p) for p in expand_braces(pattern)))
-
-
-_LAYERS = re.compile(r"(?P<group>\w+)\s*(?:\[\s*(?P<index>[^\]]*?)\s*\])?")
-_NUMBER = re.compile(r"[+-]?\d{1,6}")
-
-
-def parse_layers(text: str) -> tuple[str, int | slice | None]:
-    """'moe[:6]' as ('moe', slice(None, 6)), 'all[-1]' as ('all', -1), 'dense' as ('dense', None). Raises ValueError."""
-    m = _LAYERS.fullmatch(text.strip())
-    if m is None:
-        raise ValueError(f"'{text:.60}' is not a layer list with a slice, such as moe, moe[:6] or all[-1]")
-    if m["group"] not in LAYER_GROUPS:
-        raise ValueError(
-            f"unknown layer list '{m['group']:.60}'{did_you_mean(m['group'], LAYER_GROUPS)}; "
-            f"there are {', '.join(LAYER_GROUPS)}"
+def parse(text: str, file: str, sets: Mapping[str, str] | None = None, folder: Path | None = None) -> Recipe:
+    """A recipe from its text; `file` is for messages, `sets` are --set's, a base is looked for in
+    `folder`. Raises RecipeError with file, line, place and suggestion."""
+    own, given = _read(text, file)
+    base_text = None if given.base is None else _base_text(own, given.base, folder)
+    if base_text is None:
+        return _resolve(own, given, None, None, sets or {})
+    base, below = _read(*base_text)
+    if below.base is not None:
+        raise RecipeError(
+            f"{own.place('base')}: {given.base} has a base itself, {below.base}; one level is allowed: copy its rules"
         )
-    if m["index"] is None:
-        return m["group"], None
-    numbers = [n.strip() for n in m["index"].split(":")]
-    if not all(_NUMBER.fullmatch(n) or (n == "" and len(numbers) > 1) for n in numbers) or len(numbers) > 3:
-        raise ValueError(f"'[{m['index']:.60}]' is not a Python slice or index, such as [:6], [6:] or [-1]")
-    if len(numbers) == 1:
-        return m["group"], int(numbers[0])
-    if len(numbers) == 3 and numbers[2] != "" and int(numbers[2]) == 0:
-        raise ValueError(f"'[{m['index']:.60}]' has a step of 0")
-    return m["group"], slice(*(int(n) if n else None for n in numbers))
+    return _resolve(own, given, base, below, sets or {})
 
 
-def pick_layers(text: str, groups: Mapping[str, Sequence[int]]) -> frozenset[int]:
-    """The layer numbers a selector takes from a model's layer lists; an index beyond the list takes none."""
-    group, index = parse_layers(text)
-    layers = groups[group]
-    if index is None:
-        return frozenset(layers)
-    if isinstance(index, slice):
-        return frozenset(layers[index])
-    return frozenset(layers[index : index + 1 or None])
+def _read(text: str, file: str) -> tuple[Marked, RecipeFile]:
+    marked = read(text, file)
+    if not isinstance(marked.value, dict):
+        raise RecipeError(f"{file}:1 a recipe is a mapping with name, arch, file_type and rules")
+    given, wrong = None, []
+    try:
+        given = RecipeFile.model_validate(marked.value)
+    except ValidationError as e:
+        wrong = list(messages(e, marked))
+    if "base" not in marked.value:
+        wrong += [f"{marked.place(key)}: is missing" for key in ("arch", "file_type") if key not in marked.value]
+        if not marked.value.get("rules", []) and marked.value.get("otherwise") is None:
+            wrong.append(f"{marked.place('rules')}: {'is empty' if 'rules' in marked.value else 'is missing'}")
+    if given is None or wrong:
+        raise RecipeError("\n".join(wrong))
+    return marked, given
 
 
-# ---------------------------------------------------------------- reading
+def _base_text(own: Marked, name: str, folder: Path | None) -> tuple[str, str]:
+    """The text of a recipe's base, and the name of its file."""
+    try:
+        return _text(name, folder)
+    except RecipeError as e:
+        raise RecipeError(f"{own.place('base')}: {e}") from None
+
+
+def _resolve(
+    own: Marked, given: RecipeFile, base: Marked | None, below: RecipeFile | None, sets: Mapping[str, str]
+) -> Recipe:
+    layers = (given,) if below is None else (given, below)
+    variables = {k: v for one in reversed(layers) for k, v in one.vars.items()}
+    for name, value in sets.items():
+        if name not in variables:
+            have = f"; it has {', '.join(variables)}" if variables else "; it has none"
+            raise RecipeError(
+                f"--set {name}: {given.name} has no variable '{name}'{did_you_mean(name, variables)}{have}"
+            )
+        try:
+            variables[name] = known_type(value)
+        except ValueError as e:
+            raise RecipeError(f"--set {name}: {e}") from None
+    metadata = {k: parse_override(k, v) for one in reversed(layers) for k, v in one.metadata.items()}
+    otherwise = next((one.otherwise for one in layers if one.otherwise), None)
+    recipe = Recipe(
+        name=given.name,
+        title=given.title,
+        description=given.description,
+        arch=tuple(next((one.arch for one in layers if one.arch), ())),
+        file_type=next((one.file_type for one in layers if one.file_type), ""),
+        imatrix=next((one.imatrix for one in layers if one.imatrix), "optional"),
+        mixture=otherwise.removeprefix("mixture ") if otherwise else None,
+        rules=tuple(rule for one in layers for rule in one.rules),
+        n_own=len(given.rules),
+        variables=variables,
+        metadata=tuple(metadata.values()),
+        base=given.base,
+        _own=own,
+        _base=base,
+    )
+    wrong, rules, used = [], [], set()
+    for i, written in enumerate(recipe.rules):
+        rule = written
+        if rule.type.startswith("$"):
+            name = rule.type[1:]
+            used.add(name)
+            if name not in variables:
+                wrong.append(
+                    f"{recipe.place('rules', i, 'type')}: no variable '{name}'{did_you_mean(name, variables)}; "
+                    "define it under vars"
+                )
+                continue
+            rule = rule.model_copy(update={"type": variables[name]})
+        if QTYPES.get(recipe.file_type, QTYPES["Q8_0"]).is_float and rule.type != recipe.file_type:
+            wrong.append(
+                f"{recipe.place('rules', i, 'type')}: {rule.type} cannot be had with file_type {recipe.file_type}: "
+                "llama-quantize then ignores all rules; give a quantized file_type"
+            )
+        rules.append(rule)
+    wrong += [
+        f"{recipe.place('vars', name)}: no rule uses the variable '{name}'" for name in variables if name not in used
+    ]
+    if wrong:
+        raise RecipeError("\n".join(wrong))
+    return Recipe(**{**recipe.__dict__, "rules": tuple(rules)})
+
+
+# ---------------------------------------------------------------- by name or path
+
+#: llama-quantize refuses these without an importance matrix, whatever the model
+_MIXTURES_WITH_IMATRIX = frozenset(
+    {"Q2_K_S", "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "IQ3_XXS", "IQ3_XS"}
+)
+
+
+def mixture_recipe(name: str) -> str:
+    """The text of the recipe that is llama.cpp's mixture of that name and nothing else."""
+    return (
+        f"{SCHEMA_LINE}\n"
+        f"# what llama-quantize itself chooses: quantkit plan deepseek-r1 --recipe {name}\n"
+        f"name: {name}\n"
+        f"title: llama.cpp's {name}\n"
+        "arch: [deepseek2, llama, qwen2]\n"
+        f"file_type: {name}\n"
+        f"imatrix: {'required' if name in _MIXTURES_WITH_IMATRIX else 'optional'}\n"
+        f"otherwise: mixture {name}\n"
+    )
 
 
 def shipped() -> dict[str, str]:
-    """Names of the recipes that come with quantkit, and the texts of their files."""
-    folder = files("quantkit.recipes")
-    found = {}
-    for item in folder.iterdir():
-        if item.name.endswith(".yaml"):
-            found[item.name.removesuffix(".yaml")] = item.read_text("utf-8")
-    return dict(sorted(found.items()))
+    """Names of the recipes that come with quantkit, and their texts: the files, then every mixture of
+    llama.cpp that no file describes."""
+    found = {
+        item.name.removesuffix(".yaml"): item.read_text("utf-8")
+        for item in files("quantkit.recipes").iterdir()
+        if item.name.endswith(".yaml")
+    }
+    out = dict(sorted(found.items()))
+    out.update({name: mixture_recipe(name) for name in FILE_TYPES if name not in out})
+    return out
 
 
-def load(name: str) -> Recipe:
+def load(name: str, sets: Mapping[str, str] | None = None) -> Recipe:
     """A recipe by the name of a shipped one, or by the path of a YAML file. Raises RecipeError."""
+    text, file = _text(name, Path())
+    return parse(text, file, sets, Path(name).parent)
+
+
+def text_of(name: str) -> str:
+    """The text of a recipe, by name or path, unchecked. Raises RecipeError."""
+    return _text(name, Path())[0]
+
+
+def _text(name: str, folder: Path | None) -> tuple[str, str]:
+    """The text of a recipe by the name of a shipped one, or by its path from `folder`; and its file's name."""
     path = Path(name)
     looks_like_path = path.suffix in (".yaml", ".yml") or len(path.parts) > 1
-    if not looks_like_path:
+    if not looks_like_path or folder is None:
         known = shipped()
         by_lower = {k.lower(): k for k in known}
         if name.lower() in by_lower:
             key = by_lower[name.lower()]
-            return parse(known[key], f"{key}.yaml")
-        if not path.is_file():
+            return known[key], f"{key}.yaml"
+        if folder is None or not (folder / path).is_file():
             raise RecipeError(
-                f"no shipped recipe is called '{name}'{did_you_mean(name, known)}; there are {', '.join(known)}; "
-                "a recipe of your own is given as a path ending in .yaml"
+                f"no shipped recipe is called '{name:.80}'{did_you_mean(name, known)}; `quantkit recipe list` shows "
+                "them; a recipe of your own is given as a path ending in .yaml"
             )
     try:
-        if path.stat().st_size > _MAX_BYTES:
-            raise RecipeError(
-                f"{name}: {path.stat().st_size:,} bytes are too many for a recipe (at most {_MAX_BYTES:,})"
-            )
-        text = path.read_text("utf-8")
+        size = (folder / path).stat().st_size
+        if size > _MAX_BYTES:
+            raise RecipeError(f"{name}: {size:,} bytes are too many for a recipe (at most {_MAX_BYTES:,})")
+        return (folder / path).read_text("utf-8"), path.name
     except OSError as e:
         raise RecipeError(f"{name}: cannot be read: {e.strerror or e}") from None
     except UnicodeDecodeError as e:
         raise RecipeError(f"{name}: is not UTF-8 text: {e.reason} at byte {e.start}") from None
-    return parse(text, path.name)
 
 
-Lines = dict[tuple[str | int, ...], int]
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML without aliases: a recipe has no use for them, and they are how a small file becomes a large one."""
-
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):
-            event = self.peek_event()  # type: ignore[no-untyped-call]
-            what = f"'*{event.anchor}' is an alias, which recipes do without"
-            raise yaml.composer.ComposerError("while scanning an alias", event.start_mark, what, event.start_mark)
-        return super().compose_node(parent, index)
-
-
-def parse(text: str, file: str) -> Recipe:
-    """A recipe from its text; `file` is for messages. Raises RecipeError with file, line, place and suggestion."""
-    try:
-        node = yaml.compose(text, Loader=_Loader)
-        if node is None:
-            raise RecipeError(f"{file}:1 the recipe is empty")
-        lines: Lines = {}
-        value = _plain(node, (), lines, file)
-    except yaml.reader.ReaderError as e:
-        line = text.count("\n", 0, e.position) + 1
-        raise RecipeError(f"{file}:{line} not valid YAML: the character {chr(e.character)!r} is not allowed") from None
-    except yaml.MarkedYAMLError as e:
-        where = f"{file}:{e.problem_mark.line + 1}" if e.problem_mark is not None else file
-        hint = "; a pattern that begins with * needs quotes" if e.context == "while scanning an alias" else ""
-        raise RecipeError(f"{where} not valid YAML: {e.problem}{hint}") from None
-    except RecursionError:
-        raise RecipeError(f"{file}: nested too deeply for a recipe") from None
-    if not isinstance(value, dict):
-        raise RecipeError(f"{file}:1 a recipe is a mapping with name, arch, file_type and rules")
-    try:
-        recipe = Recipe.model_validate(value)
-    except ValidationError as e:
-        raise RecipeError("\n".join(_messages(e, file, lines))) from None
-    recipe._file, recipe._lines = file, lines
-    if QTYPES.get(recipe.file_type, QTYPES["Q8_0"]).is_float:
-        for i, rule in enumerate(recipe.rules):
-            if rule.type != recipe.file_type:
-                raise RecipeError(
-                    f"{recipe.place('rules', i, 'type')}: {rule.type} cannot be had with file_type {recipe.file_type}: "
-                    "llama-quantize then ignores all rules; give a quantized file_type"
-                )
-    return recipe
-
-
-_TAG = "tag:yaml.org,2002:"
-_RESOLVER = yaml.SafeLoader("")
-
-
-def _plain(node: yaml.Node, path: tuple[str | int, ...], lines: Lines, file: str) -> Any:
-    """A YAML node as plain values, remembering the line of each. Scalars are text as written, but for
-    true, false and null. No tags, no duplicate keys."""
-    lines[path] = node.start_mark.line + 1
-    here = f"{file}:{lines[path]} {_dotted(path)}".rstrip()
-    plain_tag = _RESOLVER.resolve(type(node), node.value, (True, False))  # type: ignore[no-untyped-call]
-    if node.tag not in (_TAG + "str", plain_tag):
-        raise RecipeError(f"{here}: has the tag {node.tag.replace(_TAG, '!!')}, which recipes do without")
-    if isinstance(node, yaml.ScalarNode):
-        if node.tag == _TAG + "bool":
-            return yaml.SafeLoader.bool_values[node.value.lower()]
-        return None if node.tag == _TAG + "null" else node.value
-    if len(path) > 6:
-        raise RecipeError(f"{here}: nested too deeply for a recipe")
-    if isinstance(node, yaml.SequenceNode):
-        return [_plain(child, (*path, i), lines, file) for i, child in enumerate(node.value)]
-    out: dict[str, Any] = {}
-    assert isinstance(node, yaml.MappingNode)
-    for key_node, child in node.value:
-        line, key = key_node.start_mark.line + 1, key_node.value
-        if not isinstance(key, str):
-            raise RecipeError(f"{file}:{line} {_dotted(path)}".rstrip() + ": a key must be text")
-        at = (*path, key)
-        if key in out:
-            raise RecipeError(f"{file}:{line} {_dotted(at)}: occurs twice")
-        out[key] = _plain(child, at, lines, file)
-        lines[at] = line
+def parse_sets(values: Sequence[str]) -> dict[str, str]:
+    """--set NAME=TYPE, each, as a mapping. Raises RecipeError."""
+    out = {}
+    for value in values:
+        name, equals, given = value.partition("=")
+        if not equals or not name or not given:
+            raise RecipeError(f"--set {value:.60}: is not NAME=TYPE, such as down=Q2_K")
+        out[name] = given
     return out
-
-
-def _dotted(path: Sequence[str | int]) -> str:
-    text = ""
-    for step in path:
-        text += f"[{step}]" if isinstance(step, int) else f".{step}" if text else step
-    return text
-
-
-def _place(file: str, lines: Lines, path: Sequence[str | int]) -> str:
-    at = tuple(path)
-    while at and at not in lines:
-        at = at[:-1]
-    return f"{file}:{lines.get(at, 1)} {_dotted(path)}".rstrip()
-
-
-#: what pydantic calls a mistake, in a recipe's words
-_WANTED = {
-    "string_type": "should be text",
-    "bool_type": "should be true or false",
-    "list_type": "should be a list",
-    "model_type": "should be a mapping",
-}
-
-
-def _messages(error: ValidationError, file: str, lines: Lines) -> Iterator[str]:
-    for e in error.errors():
-        path = tuple(e["loc"])
-        here = _place(file, lines, path)
-        fields: Mapping[str, Any] = Rule.model_fields if path[:1] == ("rules",) else Recipe.model_fields
-        kind, last = e["type"], str(path[-1]) if path else ""
-        if kind == "extra_forbidden":
-            yield f"{here}: unknown key '{last}'{did_you_mean(last, fields)}; known are {', '.join(fields)}"
-        elif kind == "missing":
-            yield f"{here}: is missing"
-        elif kind == "value_error":
-            yield f"{here}: {e['ctx']['error']}"
-        elif kind in ("string_too_short", "too_short"):
-            yield f"{here}: is empty"
-        elif kind == "literal_error":
-            yield f"{here}: should be {e['ctx']['expected']}, not {e['input']!r:.60}"
-        else:
-            yield f"{here}: {_WANTED.get(kind, e['msg'])}, not {e['input']!r:.60}"

@@ -11,19 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quantkit.errors import RecipeError
+from quantkit.models import open_model
+from quantkit.patterns import LAYER_GROUPS, expand_braces, glob_regex, parse_layers, pick_layers
+from quantkit.plan import make_plan, must_have_weights
 from quantkit.qtypes import FILE_TYPES, QTYPES
-from quantkit.recipe import (
-    LAYER_GROUPS,
-    Recipe,
-    Rule,
-    expand_braces,
-    glob_regex,
-    load,
-    parse,
-    parse_layers,
-    pick_layers,
-    shipped,
-)
+from quantkit.recipe import Recipe, load, mixture_recipe, parse, shipped
+from quantkit.recipe_file import Rule
 
 HEAD = "name: r\narch: [deepseek2]\nfile_type: Q4_K_M\nrules:\n"
 GOOD = HEAD + '  - {match: "*.weight", type: Q4_K, why: t}\n'
@@ -61,28 +54,19 @@ rules:
 
 def test_a_whole_recipe() -> None:
     recipe = parse(FULL, "mine.yaml")
-    assert recipe.model_dump() == {
-        "name": "Mine",
-        "title": "My first",
-        "description": "Two lines as one",
-        "arch": ["deepseek2", "llama"],
-        "file_type": "IQ1_S",
-        "imatrix": "required",
-        "otherwise": None,
-        "rules": [
-            {
-                "match": "blk.*.ffn_down_exps.weight", "layers": "moe[:6]", "type": "IQ2_XXS", "why": "early",
-                "optional": True,
-            },
-            {"match": "*", "layers": None, "type": "Q4_K", "why": "2025-01-27", "optional": False},
-        ],
-    }  # fmt: skip
+    assert (recipe.name, recipe.title, recipe.description) == ("Mine", "My first", "Two lines as one")
+    assert (recipe.arch, recipe.file_type, recipe.imatrix) == (("deepseek2", "llama"), "IQ1_S", "required")
+    assert (recipe.mixture, recipe.base, recipe.variables, recipe.metadata) == (None, None, {}, ())
+    assert recipe.rules == (
+        Rule(match="blk.*.ffn_down_exps.weight", layers="moe[:6]", type="IQ2_XXS", why="early", optional=True),
+        Rule(match="*", type="Q4_K", why="2025-01-27"),
+    )
 
 
 def test_what_may_be_left_out() -> None:
     recipe = parse(GOOD, "r.yaml")
     assert (recipe.title, recipe.description, recipe.imatrix) == ("", "", "optional")
-    assert recipe.rules == [Rule(match="*.weight", type="Q4_K", why="t")]
+    assert recipe.rules == (Rule(match="*.weight", type="Q4_K", why="t"),)
 
 
 @pytest.mark.parametrize(
@@ -113,7 +97,7 @@ def test_scalars_are_text_as_written() -> None:
 
 # ---------------------------------------------------------------- what is refused
 
-KNOWN = "name, title, description, arch, file_type, imatrix, otherwise, rules"
+KNOWN = "name, title, description, base, arch, file_type, imatrix, vars, metadata, otherwise, rules"
 KNOWN_IN_RULES = "match, layers, type, why, optional"
 ALIAS = "is an alias, which recipes do without; a pattern that begins with * needs quotes"
 ALL_MISSING = "\n".join(f"r.yaml:1 {key}: is missing" for key in ("name", "arch", "file_type", "rules"))
@@ -323,7 +307,7 @@ def test_any_yaml_is_a_recipe_or_an_error_of_ours(text: str) -> None:
             made = parse(whole, "r.yaml")
         except RecipeError:
             continue
-        assert made.arch == ["deepseek2"]
+        assert made.arch == ("deepseek2",)
 
 
 # ---------------------------------------------------------------- files
@@ -332,7 +316,7 @@ def test_any_yaml_is_a_recipe_or_an_error_of_ours(text: str) -> None:
 def test_load_by_name_in_any_case() -> None:
     assert load("UD-IQ1_S") == load("ud-iq1_s")
     assert load("UD-IQ1_S").name == "UD-IQ1_S"
-    assert load("UD-IQ1_S").place("name") == "UD-IQ1_S.yaml:2 name"
+    assert load("UD-IQ1_S").place("name") == "UD-IQ1_S.yaml:3 name"
 
 
 def test_load_by_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -356,9 +340,7 @@ def unloadable(name: str | Path) -> str:
 
 
 def test_load_of_no_such_recipe() -> None:
-    there_are = (
-        "there are UD-IQ1_M, UD-IQ1_S, UD-IQ2_XXS, UD-Q2_K_XL; a recipe of your own is given as a path ending in .yaml"
-    )
+    there_are = "`quantkit recipe list` shows them; a recipe of your own is given as a path ending in .yaml"
     assert unloadable("UD_IQ1S") == f"no shipped recipe is called 'UD_IQ1S' (did you mean UD-IQ1_S?); {there_are}"
     assert unloadable("mine") == f"no shipped recipe is called 'mine'; {there_are}"
     assert unloadable("") == f"no shipped recipe is called ''; {there_are}"
@@ -395,36 +377,50 @@ def test_load_with_a_byte_order_mark(tmp_path: Path) -> None:
 
 # ---------------------------------------------------------------- the shipped ones
 
-SHIPPED = ("UD-IQ1_M", "UD-IQ1_S", "UD-IQ2_XXS", "UD-Q2_K_XL")
+DYNAMIC = ("UD-IQ1_M", "UD-IQ1_S", "UD-IQ2_XXS", "UD-Q2_K_XL")
+BASIC = ("Q2_K_L", "Q2_K_XS", "Q3_K_M", "Q4_K_M", "Q5_K_M", "Q6_K", "Q8_0")
+NAIVE = ("NAIVE-IQ1_M", "NAIVE-IQ1_S", "NAIVE-IQ2_XXS")
+FILES = tuple(sorted((*DYNAMIC, *BASIC, *NAIVE)))
 
 
 def test_which_are_shipped() -> None:
-    assert tuple(shipped()) == SHIPPED
+    """The files, then every mixture that has no file."""
+    assert tuple(shipped()) == (*FILES, *(name for name in FILE_TYPES if name not in FILES))
 
 
-@pytest.mark.parametrize("name", SHIPPED)
+@pytest.mark.parametrize("name", shipped())
 def test_shipped_recipes(name: str) -> None:
     recipe = load(name)
     assert isinstance(recipe, Recipe)
     assert recipe == parse(shipped()[name], f"{name}.yaml")
     assert recipe.name == name
+    assert len(recipe.title) > 10
+    lines = shipped()[name].splitlines()
+    assert lines[0] == "# yaml-language-server: $schema=recipe.schema.json"
+    assert lines[1].endswith(f": quantkit plan deepseek-r1 --recipe {name}")
+
+
+@pytest.mark.parametrize("name", DYNAMIC)
+def test_dynamic_recipes(name: str) -> None:
+    recipe = load(name)
     assert recipe.title.startswith("DeepSeek-R1 dynamic ")
-    assert recipe.arch == ["deepseek2"]
+    assert recipe.arch == ("deepseek2",)
     assert recipe.imatrix == "required"
     assert len({rule.why for rule in recipe.rules}) >= len(recipe.rules) - 1
     for rule in recipe.rules:
         assert len(rule.why) > 20
         assert not rule.optional
-
-
-@pytest.mark.parametrize("name", SHIPPED)
-def test_shipped_recipes_name_the_types_their_title_promises(name: str) -> None:
-    """The first lines of each file say how to see its plan, and the routed experts have its file type."""
-    text = shipped()[name]
-    assert text.splitlines()[0].endswith(f": quantkit plan deepseek-r1 --recipe {name}")
-    recipe = load(name)
     bits = QTYPES[recipe.rules[-1].type].bits
     assert bits == {"UD-IQ1_M": 1.5625, "UD-IQ1_S": 1.5625, "UD-IQ2_XXS": 2.0625, "UD-Q2_K_XL": 2.625}[name]
+
+
+@pytest.mark.parametrize("name", FILE_TYPES)
+def test_a_mixture_requires_an_imatrix_where_llama_quantize_does(name: str) -> None:
+    """Without one some tensor could not be made; with `optional` none is in need."""
+    text = mixture_recipe(name).replace("imatrix: required", "imatrix: optional")
+    plan = make_plan(open_model("deepseek-v2-lite"), parse(text, "r.yaml"))
+    needy = any(must_have_weights(t.tensor.name, t.requested, name) for t in plan.tensors)
+    assert load(name).imatrix == ("required" if needy else "optional")
 
 
 # ---------------------------------------------------------------- patterns

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .options import conversion, default_threads, imatrix_of, source_options
+from .options import conversion, default_threads, imatrix_of, recipe_of, source_options
 
 if TYPE_CHECKING:
     from quantkit.build import Build
@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 def build(
     source: str,
     recipe: str,
+    sets: tuple[str, ...],
+    mixture_version: str,
     layout: str,
     imatrix: str | None,
     pre: str | None,
@@ -63,11 +65,10 @@ def build(
     from quantkit.build import prepare
     from quantkit.models import open_model
     from quantkit.plan import make_plan
-    from quantkit.recipe import load
 
-    rules = load(recipe)
+    rules = recipe_of(recipe, sets)
     weights = imatrix_of(imatrix)
-    made = make_plan(open_model(source, conversion(layout, pre, pad_token)), rules, weights)
+    made = make_plan(open_model(source, conversion(layout, pre, pad_token)), rules, weights, mixture_version)
     chosen = make_engine(engine, binary)
     ready = prepare(made, output, weights, split_max_size, force, allow_requantize, chosen)
     if not quiet:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import click
@@ -12,6 +12,7 @@ import click
 if TYPE_CHECKING:
     from quantkit.arch.options import Options
     from quantkit.imatrix import Imatrix
+    from quantkit.recipe import Recipe
 
 if TYPE_CHECKING:
     _IntParam = click.ParamType[int]
@@ -36,19 +37,34 @@ class Size(_IntParam):
         return int(m[1]) * self._units[m[2]]
 
 
+layout_option = click.option(
+    "--layout",
+    type=click.Choice(["k_b+v_b", "kv_b"]),
+    default="k_b+v_b",
+    show_default=True,
+    help="MLA tensors of a checkpoint: attn_k_b and attn_v_b (now), or attn_kv_b (early 2025).",
+)
+set_option = click.option(
+    "--set", "sets", multiple=True, metavar="NAME=TYPE", help="Set a variable of the recipe (its `vars`)."
+)
+mixture_version_option = click.option(
+    "--mixture-version",
+    type=click.Choice(["current", "2025"]),
+    default="current",
+    show_default=True,
+    help="Whose choices llama.cpp's mixtures mean: today's, or those of files made until March 2026.",
+)
+
+
 def source_options(command: F) -> F:
-    """SOURCE, --recipe, --layout, --imatrix, --pre, --pad-token."""
+    """SOURCE, --recipe, --set, --mixture-version, --layout, --imatrix, --pre, --pad-token, --split-max-size."""
     for decorate in reversed(
         [
             click.argument("source"),
             click.option("-r", "--recipe", required=True, help="Name of a shipped recipe, or path of a YAML file."),
-            click.option(
-                "--layout",
-                type=click.Choice(["k_b+v_b", "kv_b"]),
-                default="k_b+v_b",
-                show_default=True,
-                help="MLA tensors of a checkpoint: attn_k_b and attn_v_b (now), or attn_kv_b (early 2025).",
-            ),
+            set_option,
+            mixture_version_option,
+            layout_option,
             click.option("--imatrix", metavar="FILE", help="Importance matrix of llama-imatrix (GGUF or .dat)."),
             click.option("--pre", metavar="NAME", help="tokenizer.ggml.pre, for a tokenizer that is not recognized."),
             click.option(
@@ -70,6 +86,13 @@ def conversion(layout: str, pre: str | None, pad_token: str | None) -> Options:
     from quantkit.arch.options import Options
 
     return Options(layout, pre, pad_token=pad_token)
+
+
+def recipe_of(name: str, sets: Sequence[str]) -> Recipe:
+    """The recipe by name or path, with --set's."""
+    from quantkit.recipe import load, parse_sets
+
+    return load(name, parse_sets(sets))
 
 
 def imatrix_of(path: str | None) -> Imatrix | None:

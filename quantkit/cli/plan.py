@@ -6,7 +6,7 @@ import json
 
 import click
 
-from .options import conversion, imatrix_of, source_options
+from .options import conversion, imatrix_of, recipe_of, source_options
 
 
 @click.command()
@@ -18,6 +18,8 @@ from .options import conversion, imatrix_of, source_options
 def plan(
     source: str,
     recipe: str,
+    sets: tuple[str, ...],
+    mixture_version: str,
     layout: str,
     imatrix: str | None,
     pre: str | None,
@@ -41,11 +43,10 @@ def plan(
     from quantkit import report
     from quantkit.models import open_model
     from quantkit.plan import make_plan
-    from quantkit.recipe import load
 
-    rules = load(recipe)
+    rules = recipe_of(recipe, sets)
     weights = imatrix_of(imatrix)
-    made = make_plan(open_model(source, conversion(layout, pre, pad_token)), rules, weights)
+    made = make_plan(open_model(source, conversion(layout, pre, pad_token)), rules, weights, mixture_version)
     files = layouts.lay_out(made, layouts.output_kvs(made, weights), split_max_size)
     names = layouts.file_names(
         Path(f"{made.catalogue.model}-{rules.name}.gguf"), len(files), split_max_size is not None

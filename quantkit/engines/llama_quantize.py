@@ -132,6 +132,8 @@ class LlamaQuantizeEngine:
             # with a float as its base type llama-quantize ignores every rule without a word
             command += ["--override-kv", f"general.file_type=int:{FILE_TYPES[base]}"]
             base = "Q8_0"
+        for override in work.plan.recipe.metadata:
+            command += ["--override-kv", override.text]
         command += ["--tensor-type-file", str(rules), str(source), str(made), base, str(work.n_threads)]
         last = deque[str](maxlen=_LAST_WORDS)
         sizes = {t.tensor.name: t.tensor.n_elements for t in tensors}
