@@ -25,3 +25,7 @@ def config(name: str) -> dict[str, Any]:
     text = files("quantkit.arch").joinpath("configs").joinpath(f"{MODELS[name]}.json").read_text("utf-8")
     value: dict[str, Any] = json.loads(text)
     return value
+
+
+#: general.architecture -> the model on which recipes for it are tried
+REFERENCES = {"deepseek2": "deepseek-r1"}
