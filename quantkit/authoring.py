@@ -36,7 +36,11 @@ def lint(
     except RecipeError as e:
         return [Finding("error", line, "") for line in str(e).split("\n")]
     found: list[Finding] = []
-    for catalogue in models(recipe):
+    try:
+        catalogues = models(recipe)
+    except UnsupportedError as e:
+        return [Finding("error", str(e), "")]
+    for catalogue in catalogues:
         try:
             warnings = make_plan(catalogue, recipe, None, version).warnings
         except (RecipeError, UnsupportedError) as e:

@@ -161,9 +161,9 @@ def _resolve(
                 "llama-quantize then ignores all rules; give a quantized file_type"
             )
         rules.append(rule)
-    wrong += [
-        f"{recipe.place('vars', name)}: no rule uses the variable '{name}'" for name in variables if name not in used
-    ]
+    if not wrong:
+        unused = [name for name in variables if name not in used]
+        wrong = [f"{recipe.place('vars', name)}: no rule uses the variable '{name}'" for name in unused]
     if wrong:
         raise RecipeError("\n".join(wrong))
     return Recipe(**{**recipe.__dict__, "rules": tuple(rules)})

@@ -130,7 +130,7 @@ _STARTER = """\
 # See what it does: quantkit recipe lint {file}
 #                   quantkit recipe diff {base} {file} --model {model}
 name: {name}
-title: {base} with better early down_proj
+title: {base} with other early down_proj
 base: {base}  # its rules follow these; what is left out here (arch, file_type, imatrix) is its own
 vars:
   down: {type}  # another with --set down=TYPE
@@ -147,7 +147,8 @@ def starter(name: str, base: str, file: str, schema_path: str, model: str) -> st
     below = load(base)
     if below.base is not None:
         raise RecipeError(f"{base} has a base itself, {below.base}; give one that has none, or copy it with --from")
-    return _STARTER.format(schema=schema_path, file=file, base=base, name=name, model=model, type="Q5_K")
+    type_ = "Q8_0" if below.file_type == "Q6_K" else "Q6_K"  # one that the base does not have there already
+    return _STARTER.format(schema=schema_path, file=file, base=base, name=name, model=model, type=type_)
 
 
 def copy_of(base: str, name: str, schema_path: str) -> str:

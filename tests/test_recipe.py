@@ -15,7 +15,7 @@ from quantkit.models import open_model
 from quantkit.patterns import LAYER_GROUPS, expand_braces, glob_regex, parse_layers, pick_layers
 from quantkit.plan import make_plan, must_have_weights
 from quantkit.qtypes import FILE_TYPES, QTYPES
-from quantkit.recipe import Recipe, load, mixture_recipe, parse, shipped
+from quantkit.recipe import Recipe, load, mixture_recipe, parse, parse_sets, shipped
 from quantkit.recipe_file import Rule
 
 HEAD = "name: r\narch: [deepseek2]\nfile_type: Q4_K_M\nrules:\n"
@@ -694,3 +694,101 @@ def test_any_layers_are_a_list_or_an_error(text: str) -> None:
     except ValueError as e:
         message = str(e)
     assert message == "" or "layer list" in message or "slice or index" in message or "step of 0" in message
+
+
+# ---------------------------------------------------------------- base, vars, metadata
+
+DERIVED = """\
+name: mine
+base: UD-IQ1_S
+vars:
+  down: Q2_K
+rules:
+  - {match: "blk.*.ffn_down_exps.weight", layers: "moe[:2]", type: $down, why: early}
+"""
+
+
+def test_base_appends_its_rules() -> None:
+    recipe, base = parse(DERIVED, "mine.yaml"), load("UD-IQ1_S")
+    assert recipe.rules[1:] == base.rules
+    assert (recipe.n_own, recipe.base, recipe.rules[0].type) == (1, "UD-IQ1_S", "Q2_K")
+    assert (recipe.arch, recipe.file_type, recipe.imatrix) == (base.arch, base.file_type, base.imatrix)
+    assert (recipe.name, recipe.title) == ("mine", "")
+    assert recipe.place("rules", 0, "type") == "mine.yaml:6 rules[0].type"
+    assert recipe.place("rules", 1, "type") == "UD-IQ1_S.yaml:13 rules[0].type"
+    assert recipe.place("arch") == "UD-IQ1_S.yaml:8 arch"
+    assert recipe.place("vars", "down") == "mine.yaml:4 vars.down"
+
+
+def test_own_keys_win_over_the_bases(tmp_path: Path) -> None:
+    """And a base is found beside the recipe, wherever one stands."""
+    (tmp_path / "below.yaml").write_text(
+        "name: below\narch: [deepseek2, llama]\nfile_type: Q4_K_M\nimatrix: required\notherwise: mixture Q4_K_M\n"
+        "vars: {down: Q2_K, up: Q3_K}\nmetadata: {general.author: str:a, general.url: str:u}\nrules:\n"
+        '  - {match: "*down*", type: $down, why: t}\n  - {match: "*up*", type: $up, why: t}\n'
+    )
+    (tmp_path / "above.yaml").write_text(
+        "name: above\nbase: below.yaml\narch: [deepseek2]\nfile_type: Q2_K\nimatrix: optional\n"
+        "otherwise: mixture Q2_K\nvars: {down: Q6_K}\nmetadata: {general.author: str:b}\n"
+    )
+    recipe = load(str(tmp_path / "above.yaml"), {"up": "iq3_s"})
+    assert (recipe.arch, recipe.file_type, recipe.imatrix, recipe.mixture) == (
+        ("deepseek2",),
+        "Q2_K",
+        "optional",
+        "Q2_K",
+    )
+    assert [r.type for r in recipe.rules] == ["Q6_K", "IQ3_S"]
+    assert [o.text for o in recipe.metadata] == ["general.author=str:b", "general.url=str:u"]
+    assert recipe.place("rules", 0) == "below.yaml:9 rules[0]"
+
+
+def test_what_a_base_has_may_be_overridden() -> None:
+    """Rules that are taken whole are errors in one's own recipe, not in its base."""
+    text = DERIVED.replace(', layers: "moe[:2]"', "")
+    plan = make_plan(open_model("deepseek-r1"), parse(text, "mine.yaml"))
+    assert plan.warnings == ()
+    assert {t.type for t in plan.tensors if "ffn_down_exps" in t.tensor.name} == {"Q2_K"}
+
+
+@pytest.mark.parametrize(
+    ("sets", "message"),
+    [
+        (
+            {"dwn": "Q2_K"},
+            "--set dwn: mine has no variable 'dwn' (did you mean down?); it has down",
+        ),
+        ({"down": "Q2"}, "--set down: unknown type 'Q2' (did you mean Q2_K?)"),
+        ({"down": "I8"}, "--set down: I8 is not a type to quantize to"),
+    ],
+)
+def test_sets_that_are_wrong(sets: dict[str, str], message: str) -> None:
+    with pytest.raises(RecipeError) as e:
+        parse(DERIVED, "mine.yaml", sets)
+    assert str(e.value) == message
+
+
+@pytest.mark.parametrize("value", ["down", "=Q2_K", "down="])
+def test_a_set_is_a_name_and_a_type(value: str) -> None:
+    with pytest.raises(RecipeError) as e:
+        parse_sets(["up=Q3_K", value])
+    assert str(e.value) == f"--set {value}: is not NAME=TYPE, such as down=Q2_K"
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("split.no: int:1", "split.no: split.no follows from the build and cannot be set"),
+        ("split.count: int:3", "split.count: split.count follows from the build and cannot be set"),
+        ("'a b': str:x", "a b: 'a b' is not a metadata key, such as general.name"),
+        ("a.b: int:-1", "a.b: '-1' is not an integer from 0 to 4294967295"),
+        ("a.b: int:4294967296", "a.b: '4294967296' is not an integer from 0 to 4294967295"),
+        ("a.b: bool:yes", "a.b: 'yes' is not true or false"),
+        ("a.b: float:1e39", "a.b: '1e39' is not a number that float32 holds"),
+        ("a.b: float:x", "a.b: 'x' is not a number that float32 holds"),
+        ("a.b: i32:1", "a.b: 'i32:1' is not TYPE:VALUE with the type str, int, float or bool, such as str:i32:1"),
+        (f"a.b: str:{'x' * 128}", f"a.b: '{'x' * 60}…' is 128 bytes; llama-quantize takes 127"),
+    ],
+)  # fmt: skip
+def test_metadata_that_is_wrong(line: str, message: str) -> None:
+    assert refused(f"name: r\nbase: UD-IQ1_S\nmetadata:\n  {line}\n") == f"r.yaml:4 metadata.{message}"

@@ -58,7 +58,7 @@ def main() -> None:
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where a shell has it ignored
         signal.signal(signal.SIGINT, _stop)
     try:
-        cli.main(standalone_mode=False)
+        sys.exit(cli.main(standalone_mode=False) or 0)  # what a command gives to ctx.exit or Exit is returned
     except QuantkitError as e:
         click.echo(f"error: {e}", err=True)
         sys.exit(e.exit_code)
