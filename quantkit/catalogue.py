@@ -36,18 +36,25 @@ ROLES = (
 class Part(NamedTuple):
     """Consecutive rows of an output tensor, and where they come from: `n_rows` rows of the 2-D (or
     1-D) source tensor `source`, beginning at row `row`; if `transposed`, the output rows are the
-    columns of that rectangle."""
+    columns of that rectangle. If `interleave` is k > 1, the rows are dealt in turn from k equal
+    runs of source rows: the first of each run, then the second of each, and so on."""
 
     source: str
     shape: tuple[int, ...]
     row: int
     n_rows: int
     transposed: bool = False
+    interleave: int = 1
 
     @property
     def out_rows(self) -> int:
         """How many rows of the output tensor this part makes."""
         return self.shape[-1] if self.transposed else self.n_rows
+
+    def source_row(self, row: int) -> int:
+        """The row of the source that becomes row `row` of a part that is not transposed."""
+        run, at = row % self.interleave, row // self.interleave
+        return self.row + run * (self.n_rows // self.interleave) + at
 
 
 class Tensor(NamedTuple):

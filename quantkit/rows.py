@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterator
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +14,7 @@ from .catalogue import Part, Source, SourceTensor, Tensor
 from .errors import UnsupportedError, WeightError
 from .qtypes import INTEGER_TYPES, QTYPES
 
+_T = TypeVar("_T", np.float32, np.uint8)
 _SCALES_KEPT = 16
 
 
@@ -20,13 +23,20 @@ def stored_row_bytes(dtype: str, n_cols: int) -> int:
     return n_cols if dtype == "F8_E4M3" else QTYPES[dtype].row_bytes(n_cols)
 
 
+def _runs(part: Part, row: int, out: npt.NDArray[_T]) -> Iterator[tuple[int, npt.NDArray[_T]]]:
+    """The runs of consecutive source rows that rows row… of a part are dealt from, as (first source row,
+    the rows of `out` that it fills)."""
+    for i in range(min(part.interleave, len(out))):
+        yield part.source_row(row + i), out[i :: part.interleave]
+
+
 class RowReader:
     """Fills float32 rows of output tensors from a source."""
 
     def __init__(self, source: Source) -> None:
         self.source = source
         self._bytes = np.empty(0, np.uint8)
-        self._rectangle = np.empty(0, np.float32)
+        self._values = np.empty(0, np.float32)
         self._scales: OrderedDict[str, npt.NDArray[np.float32]] = OrderedDict()
 
     def rows(self, tensor: Tensor, part: Part, row: int, out: npt.NDArray[np.float32]) -> None:
@@ -39,17 +49,19 @@ class RowReader:
         st = self.source.tensor(part.source)
         round_bf16 = tensor.source_type == "BF16" and st.dtype != "BF16"
         if part.transposed:
-            shape = (part.n_rows, part.shape[-1])
-            if self._rectangle.size < shape[0] * shape[1]:
-                self._rectangle = np.empty(shape[0] * shape[1], np.float32)
-            rectangle = self._rectangle[: shape[0] * shape[1]].reshape(shape)
+            rectangle = self._scratch(part.n_rows, part.shape[-1])
             self._decode(st, part.row, rectangle, round_bf16)
             np.copyto(out, rectangle[:, row : row + out.shape[0]].T)
+        elif part.interleave > 1:
+            for first, every in _runs(part, row, out):
+                run = self._scratch(*every.shape)
+                self._decode(st, first, run, round_bf16)
+                np.copyto(every, run)
         else:
             self._decode(st, part.row + row, out, round_bf16)
         bad = kernels.first_nonfinite(out)
         if bad is not None:
-            at = (part.row + bad[1], row + bad[0]) if part.transposed else (part.row + row + bad[0], bad[1])
+            at = (part.row + bad[1], row + bad[0]) if part.transposed else (part.source_row(row + bad[0]), bad[1])
             raise WeightError(
                 f"'{tensor.name}' (from {st.file.name}: '{st.name}'), row {at[0]}, column {at[1]} is {out[bad]}; "
                 "llama-quantize refuses such weights too: the checkpoint is damaged, download that shard again"
@@ -58,7 +70,16 @@ class RowReader:
     def raw(self, part: Part, row: int, out: npt.NDArray[np.uint8]) -> None:
         """Fill uint8 `out` [n_rows, row_bytes] with the same rows as they are stored."""
         st = self.source.tensor(part.source)
-        self.source.read(st, (part.row + row) * out.shape[1], out)
+        for first, every in _runs(part, row, out):
+            run = every if part.interleave == 1 else np.empty(every.shape, np.uint8)
+            self.source.read(st, first * out.shape[1], run)
+            if run is not every:
+                np.copyto(every, run)
+
+    def _scratch(self, n_rows: int, n_cols: int) -> npt.NDArray[np.float32]:
+        if self._values.size < n_rows * n_cols:
+            self._values = np.empty(n_rows * n_cols, np.float32)
+        return self._values[: n_rows * n_cols].reshape(n_rows, n_cols)
 
     def _decode(self, st: SourceTensor, row: int, out: npt.NDArray[np.float32], round_bf16: bool) -> None:
         n_rows, n_cols = out.shape

@@ -73,7 +73,7 @@ def test_the_tensors_and_weights_of_known_models(model: str, layout: str, n_tens
 
 def test_every_known_name_opens_in_any_case() -> None:
     assert {name: open_model(name.upper()).n_layers for name in MODELS} == {
-        name: {"deepseek-r1": 61, "deepseek-v2": 60, "deepseek-v2-lite": 27}[MODELS[name]] for name in MODELS
+        name: known_config(name)["num_hidden_layers"] for name in MODELS
     }
 
 
@@ -213,7 +213,7 @@ def test_the_keys_that_the_old_layout_has_otherwise() -> None:
 @pytest.mark.parametrize(
     ("names", "shown"),
     [
-        (["LlamaForCausalLM"], "'LlamaForCausalLM'"),
+        (["GPT2LMHeadModel"], "'GPT2LMHeadModel'"),
         (None, "None"),
         ([], "[]"),
         ([7], "[7]"),
@@ -222,7 +222,8 @@ def test_the_keys_that_the_old_layout_has_otherwise() -> None:
 )
 def test_an_unknown_architecture(names: Any, shown: str) -> None:
     assert sentence(lambda: plan_only(changed(TINY_V3, architectures=names)), UnsupportedError) == (
-        f"m: config.json names the architecture {shown}; quantkit knows DeepseekV2ForCausalLM, DeepseekV3ForCausalLM"
+        f"m: config.json names the architecture {shown}; quantkit knows DeepseekV2ForCausalLM, DeepseekV3ForCausalLM, "
+        "LlamaForCausalLM, Qwen2ForCausalLM"
     )
 
 
@@ -645,7 +646,7 @@ def test_an_unknown_pre_tokenizer(tokenizer: Path) -> None:
     assert says == (
         f"{tokenizer / 'tokenizer.json'}: the pre-tokenizer is not one quantkit recognizes (hash {hash_}…); name it "
         "with --pre, for a DeepSeek-V3 or R1: --pre deepseek-v3 (known: deepseek-coder, deepseek-llm, "
-        "deepseek-r1-qwen, deepseek-v3, kimi-k2)"
+        "deepseek-r1-qwen, deepseek-v3, kimi-k2, llama-bpe, qwen2)"
     )
 
 

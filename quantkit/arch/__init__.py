@@ -1,7 +1,7 @@
 """Model families: names, shapes, expert stacking, metadata and tokenizer, from config.json and headers.
 
 `build(config, …)` picks the family by config.json's architectures and gives its Catalogue.
-Adding a family is a module like deepseek2.py and a row in `FAMILIES`.
+Adding a family is a module like dense.py and a row in `FAMILIES`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from ..catalogue import Catalogue, Source, SourceTensor
 from ..errors import UnsupportedError
-from . import deepseek2
+from . import deepseek2, dense
 from .options import Options
 
 
@@ -32,6 +32,8 @@ class Family(Protocol):
 FAMILIES: dict[str, Family] = {
     "DeepseekV2ForCausalLM": deepseek2,
     "DeepseekV3ForCausalLM": deepseek2,
+    "LlamaForCausalLM": dense,
+    "Qwen2ForCausalLM": dense,
 }
 
 

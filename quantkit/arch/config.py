@@ -19,17 +19,18 @@ class Config:
         self.values = values
         self.prefix = prefix
 
-    def _fail(self, key: str, why: str) -> SourceError:
+    def fail(self, key: str, why: str) -> SourceError:
+        """The error for a senseless value."""
         return SourceError(f"{self.model}: config.json: {self.prefix}{key} {why}; get the model's own config.json")
 
     def int_(self, key: str, default: int | None = None, least: int = 1) -> int:
         value = self.values.get(key)
         if value is None:
             if default is None:
-                raise self._fail(key, "is missing")
+                raise self.fail(key, "is missing")
             return default
         if type(value) is not int or not least <= value < _LARGEST:
-            raise self._fail(key, f"is {value!r:.60}, not an integer from {least} to {_LARGEST - 1}")
+            raise self.fail(key, f"is {value!r:.60}, not an integer from {least} to {_LARGEST - 1}")
         return value
 
     def optional_int(self, key: str) -> int | None:
@@ -39,17 +40,23 @@ class Config:
         value = self.values.get(key)
         if value is None:
             if default is None:
-                raise self._fail(key, "is missing")
+                raise self.fail(key, "is missing")
             return default
         # not <=, rather than >: so NaN is refused too
         if type(value) not in (int, float) or not abs(value) <= _LARGEST_FLOAT:
-            raise self._fail(key, f"is {value!r:.60}, not a number that float32 holds")
+            raise self.fail(key, f"is {value!r:.60}, not a number that float32 holds")
         return float(value)
+
+    def positive(self, key: str) -> float:
+        value = self.float_(key)
+        if value <= 0:
+            raise self.fail(key, f"is {value:g}, not above 0")
+        return value
 
     def flag(self, key: str) -> bool:
         value = self.values.get(key)
         if value is not None and not isinstance(value, bool):
-            raise self._fail(key, f"is {value!r:.60}, not true or false")
+            raise self.fail(key, f"is {value!r:.60}, not true or false")
         return bool(value)
 
     def section(self, key: str) -> Config | None:
@@ -57,5 +64,5 @@ class Config:
         if value is None:
             return None
         if not isinstance(value, dict):
-            raise self._fail(key, f"is {value!r:.60}, not an object")
+            raise self.fail(key, f"is {value!r:.60}, not an object")
         return Config(self.model, value, f"{self.prefix}{key}.")

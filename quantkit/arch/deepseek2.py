@@ -9,33 +9,21 @@ conversion/deepseek.py, and conversion/base.py for the order of the keys.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from ..catalogue import (
-    Catalogue,
-    Part,
-    Source,
-    SourceTensor,
-    Tensor,
-    is_quantizable,
-    layer_of,
-    output_order,
-    role_of,
-)
+from ..catalogue import Catalogue, Part, Source, SourceTensor, Tensor
 from ..errors import SourceError, UnsupportedError
-from ..gguf_format import BOOL, F32, KV, STRING, U32, kv
+from ..gguf_format import BOOL, F32, KV, U32, kv
 from .config import Config
 from .general import general_kvs
 from .options import LAYOUTS, Options
+from .rope import rope_type, scaling_kvs
+from .tensors import FILE_TYPE_BF16, MAX_HEADS, MAX_LAYERS, MAX_PARTS, assembled, check_stored, in_order, whole
 from .tokenizer import tokenizer_kvs
 
 ARCH = "deepseek2"
-FILE_TYPE_BF16 = 32
-#: far beyond any DeepSeek; what config.json may claim before a catalogue of it is made
-_MOST = {"num_hidden_layers": 1024, "n_routed_experts": 4096, "num_attention_heads": 4096}
-_MOST_PARTS, _MOST_WEIGHTS = 1 << 17, 1 << 50
+_MOST = {"num_hidden_layers": MAX_LAYERS, "n_routed_experts": 4096, "num_attention_heads": MAX_HEADS}
 _GATING = {"softmax": 1, "sigmoid": 2}
 
 
@@ -74,7 +62,7 @@ def read_shape(c: Config) -> Shape:
     for n, (key, most) in zip((n_layers, n_experts, n_heads), _MOST.items(), strict=True):
         if n > most:
             raise SourceError(f"{c.model}: config.json: {key} is {n:,}; more than {most:,} is no DeepSeek")
-    if n_layers * max(n_experts, n_heads) > _MOST_PARTS:
+    if n_layers * max(n_experts, n_heads) > MAX_PARTS:
         raise SourceError(
             f"{c.model}: config.json: {n_layers:,} layers of {n_experts:,} experts and {n_heads:,} heads are more "
             "than any DeepSeek has"
@@ -103,12 +91,6 @@ def read_shape(c: Config) -> Shape:
 
 def tensors(s: Shape, layout: str) -> Iterator[Tensor]:
     """The tensors of the output, in no particular order, with the parts they are made from."""
-
-    def whole(name: str, source: str, *shape: int) -> Tensor:
-        """One source tensor, of row-major `shape`, taken as it is."""
-        ne = tuple(reversed(shape))
-        return _tensor(name, ne, (Part(source, shape, 0, shape[0] if len(shape) > 1 else 1),))
-
     yield whole("token_embd.weight", "model.embed_tokens.weight", s.vocab, s.hidden)
     yield whole("output_norm.weight", "model.norm.weight", s.hidden)
     if not s.tied:
@@ -145,7 +127,7 @@ def tensors(s: Shape, layout: str) -> Iterator[Tensor]:
             parts = tuple(
                 Part(f"{hf}mlp.experts.{e}.{kind}_proj.weight", (rows, cols), 0, rows) for e in range(s.n_experts)
             )
-            yield _tensor(f"{blk}ffn_{kind}_exps.weight", (cols, rows, s.n_experts), parts)
+            yield assembled(f"{blk}ffn_{kind}_exps.weight", (cols, rows, s.n_experts), parts)
         if s.n_shared:
             n = s.n_shared * s.moe_ffn
             yield whole(blk + "ffn_gate_shexp.weight", hf + "mlp.shared_experts.gate_proj.weight", n, s.hidden)
@@ -157,54 +139,13 @@ def _kv_b(s: Shape, blk: str, source: str, layout: str) -> Iterator[Tensor]:
     per_head = s.nope + s.v_head
     shape = (s.n_heads * per_head, s.kv_lora)
     if layout == "kv_b":
-        yield _tensor(blk + "attn_kv_b.weight", (s.kv_lora, shape[0]), (Part(source, shape, 0, shape[0]),))
+        yield assembled(blk + "attn_kv_b.weight", (s.kv_lora, shape[0]), (Part(source, shape, 0, shape[0]),))
         return
     heads = range(s.n_heads)
     k_parts = tuple(Part(source, shape, h * per_head, s.nope, transposed=True) for h in heads)
     v_parts = tuple(Part(source, shape, h * per_head + s.nope, s.v_head) for h in heads)
-    yield _tensor(blk + "attn_k_b.weight", (s.nope, s.kv_lora, s.n_heads), k_parts)
-    yield _tensor(blk + "attn_v_b.weight", (s.kv_lora, s.v_head, s.n_heads), v_parts)
-
-
-def _tensor(name: str, ne: tuple[int, ...], parts: tuple[Part, ...]) -> Tensor:
-    quantizable = is_quantizable(name, ne)
-    return Tensor(name, ne, role_of(name), layer_of(name), quantizable, "BF16" if quantizable else "F32", parts)
-
-
-_LAYER = re.compile(r"model\.layers\.(\d+)\.")
-#: buffers of old checkpoints that a converter drops as well
-_DROPPED = (".rotary_emb.inv_freq", ".attention.masked_bias")
-
-
-def check_stored(model: str, s: Shape, wanted: list[Tensor], stored: Mapping[str, SourceTensor]) -> int:
-    """Check that the checkpoint has what the config promises, nothing else, in the promised shapes.
-    Returns how many tensors belong to layers behind the last (MTP)."""
-    needed: dict[str, tuple[int, ...]] = {p.source: p.shape for t in wanted for p in t.parts}
-    for name, shape in needed.items():
-        st = stored.get(name)
-        if st is None:
-            raise SourceError(
-                f"{model}: tensor '{name}' {list(shape)} is in no shard, though config.json calls for it; is this "
-                "config.json the one of the checkpoint?"
-            )
-        if st.shape != shape:
-            raise SourceError(
-                f"{st.file}: '{name}' has the shape {list(st.shape)}, but config.json calls for {list(shape)}; is this "
-                "config.json the one of the checkpoint?"
-            )
-        if st.dtype not in ("F8_E4M3", "BF16", "F16", "F32"):
-            raise UnsupportedError(f"{st.file}: '{name}' is {st.dtype}; weights are read as F8_E4M3, BF16, F16 or F32")
-    n_mtp = 0
-    for name in sorted(stored.keys() - needed.keys()):
-        m = _LAYER.match(name)
-        if m and s.n_layers <= int(m.group(1)) < s.n_layers + s.n_mtp:
-            n_mtp += 1
-        elif not name.endswith(_DROPPED) and not (s.tied and name == "lm_head.weight"):
-            raise SourceError(
-                f"{stored[name].file}: tensor '{name}' {list(stored[name].shape)} has no place in a {ARCH} model "
-                f"of {s.n_layers} layers and {s.n_mtp} for MTP; is this config.json the one of the checkpoint?"
-            )
-    return n_mtp
+    yield assembled(blk + "attn_k_b.weight", (s.nope, s.kv_lora, s.n_heads), k_parts)
+    yield assembled(blk + "attn_v_b.weight", (s.kv_lora, s.v_head, s.n_heads), v_parts)
 
 
 def arch_kvs(c: Config, s: Shape, layout: str) -> list[KV]:
@@ -228,7 +169,11 @@ def arch_kvs(c: Config, s: Shape, layout: str) -> list[KV]:
     u32("attention.head_count_kv", 1 if mla else c.int_("num_key_value_heads", s.n_heads))
     scaling = c.section("rope_scaling")
     if scaling is not None:
-        out += _rope_scaling(scaling)
+        if rope_type(scaling) != "yarn":
+            raise UnsupportedError(
+                f"{c.model}: config.json: rope_scaling has the type {rope_type(scaling)!r:.60}; DeepSeek uses yarn"
+            )
+        out += scaling_kvs(ARCH, scaling)
     f32("rope.freq_base", c.float_("rope_theta", 10000.0))
     f32("attention.layer_norm_rms_epsilon", c.float_("rms_norm_eps", 1e-6))
     if s.n_experts:
@@ -266,24 +211,6 @@ def arch_kvs(c: Config, s: Shape, layout: str) -> list[KV]:
     return out
 
 
-def _rope_scaling(c: Config) -> Iterator[KV]:
-    kind = c.values.get("rope_type", c.values.get("type"))
-    if kind != "yarn":
-        raise UnsupportedError(f"{c.model}: config.json: rope_scaling has the type {kind!r:.60}; DeepSeek uses yarn")
-    prefix = f"{ARCH}.rope.scaling."
-    yield kv(prefix + "type", STRING, "yarn")
-    yield kv(prefix + "factor", F32, c.float_("factor"))
-    yield kv(prefix + "original_context_length", U32, c.int_("original_max_position_embeddings"))
-    for key, ours in (
-        ("extrapolation_factor", "yarn_ext_factor"),
-        ("attention_factor", "yarn_attn_factor"),
-        ("beta_fast", "yarn_beta_fast"),
-        ("beta_slow", "yarn_beta_slow"),
-    ):
-        if c.values.get(key) is not None:
-            yield kv(prefix + ours, F32, c.float_(key))
-
-
 def build(
     model: str,
     config: Mapping[str, Any],
@@ -299,14 +226,13 @@ def build(
     if stored is not None and not s.router_bias:
         # V3's bias is known by topk_method; a checkpoint that has it anyway is believed
         s = s._replace(router_bias=any(n.endswith(".mlp.gate.e_score_correction_bias") for n in stored))
-    out = sorted(tensors(s, options.layout), key=lambda t: output_order(t.name))
-    total = sum(t.n_elements for t in out)
-    if total > _MOST_WEIGHTS:
-        raise SourceError(f"{model}: config.json: its sizes make {total:,} weights, more than any model has")
+    out = in_order(model, tensors(s, options.layout))
     notes = []
     n_mtp = s.n_mtp
     if stored is not None:
-        dropped = check_stored(model, s, out, stored)
+        what = f"a {ARCH} model of {s.n_layers} layers and {n_mtp} for MTP"
+        mtp = range(s.n_layers, s.n_layers + n_mtp)
+        dropped = check_stored(model, what, out, stored, ("lm_head.weight",) if s.tied else (), mtp)
         if dropped:
             notes.append(f"left out: {dropped} tensors of the multi-token-prediction layer (MTP), as llama.cpp does")
     elif n_mtp:

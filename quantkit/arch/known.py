@@ -17,6 +17,13 @@ MODELS = {
     "deepseek-v2": "deepseek-v2",
     "deepseek-v2.5": "deepseek-v2",
     "deepseek-v2-lite": "deepseek-v2-lite",
+    "deepseek-r1-distill-llama-8b": "deepseek-r1-distill-llama-8b",
+    "deepseek-r1-distill-llama-70b": "deepseek-r1-distill-llama-70b",
+    "deepseek-r1-distill-qwen-1.5b": "deepseek-r1-distill-qwen-1.5b",
+    "deepseek-r1-distill-qwen-7b": "deepseek-r1-distill-qwen-7b",
+    "deepseek-r1-distill-qwen-14b": "deepseek-r1-distill-qwen-14b",
+    "deepseek-r1-distill-qwen-32b": "deepseek-r1-distill-qwen-32b",
+    "kimi-k2": "kimi-k2",
 }
 
 

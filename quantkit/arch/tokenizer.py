@@ -26,6 +26,9 @@ PRE_TOKENIZERS = {
     "81212dc7cdb7e0c1074ca62c5aeab0d43c9f52b8a737be7b12a777c953027890": "kimi-k2",
     "049ecf7629871e3041641907f3de7c733e4dbfdc736f57d882ba0b0845599754": "deepseek-llm",
     "347715f544604f9118bb75ed199f68779f423cabb20db6de6f31b908d04d7821": "deepseek-coder",
+    "0ef9807a4087ebef797fc749390439009c3b9eda9ad1a097abbe738f486c01e5": "llama-bpe",
+    "e636dc30a262dcc0d8c323492e32ae2b70728f4df7dfe9737d9f920a282b8aea": "qwen2",
+    "d4540891389ea895b53b399da6ac824becc30f2fba0e9ddbb98f92e55ca0e97c": "qwen2",
 }
 
 #: the text whose tokens identify a pre-tokenizer: a fact of llama.cpp's convert_hf_to_gguf_update.py
@@ -38,7 +41,31 @@ _PROBE = (
     "I've been 'told he's there, 'RE you sure? 'M not sure I'll make it, 'D you like some tea? We'Ve a'lL"
 )
 
+_ONLY_JSON = (
+    "and quantkit reads byte-level BPE from tokenizer.json; convert the model with convert_hf_to_gguf.py --outtype "
+    "bf16, and give the GGUF"
+)
 _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
+
+
+def refuse_sentencepiece(path: Path) -> None:
+    """Raise UnsupportedError for a checkpoint whose tokenizer.model a converter would prefer to tokenizer.json."""
+    if (path / "tokenizer.model").is_file():
+        raise UnsupportedError(f"{path}: has a SentencePiece tokenizer (tokenizer.model), {_ONLY_JSON}")
+
+
+def add_space_prefix(path: Path) -> bool | None:
+    """Whether tokenizer_config.json says that a space goes before a text, and what. Raises SourceError."""
+    file = path / "tokenizer_config.json"
+    if not file.is_file():
+        return None
+    try:
+        value = json.loads(file.read_text("utf-8")).get("add_prefix_space")
+    except (OSError, ValueError, AttributeError, RecursionError) as e:
+        raise SourceError(f"{file}: cannot be read: {one_line(e)}; download it again") from None
+    if value is not None and not isinstance(value, bool):
+        raise SourceError(f"{file}: add_prefix_space is {value!r:.60}, not true or false; download it again")
+    return value
 
 
 def tokenizer_kvs(path: Path, n_vocab: int, options: Options) -> tuple[list[KV], list[str]]:
@@ -53,11 +80,15 @@ def tokenizer_kvs(path: Path, n_vocab: int, options: Options) -> tuple[list[KV],
 
     file = path / "tokenizer.json"
     if not file.is_file():
+        if (path / "tiktoken.model").is_file():
+            raise UnsupportedError(f"{path}: has a tiktoken tokenizer (tiktoken.model), {_ONLY_JSON}")
         raise SourceError(f"{path}: tokenizer.json is missing; download it from the model's repository")
     try:
         tokenizer = Tokenizer.from_file(str(file))
         if not isinstance(tokenizer.model, BPE):
             raise UnsupportedError(f"{file}: is a {type(tokenizer.model).__name__} tokenizer; quantkit reads BPE ones")
+        if tokenizer.model.byte_fallback:
+            raise UnsupportedError(f"{file}: is a SentencePiece tokenizer (byte_fallback is true), {_ONLY_JSON}")
         tokens, types = _vocabulary(file, tokenizer, n_vocab)
     except SourceError:
         raise

@@ -1,0 +1,219 @@
+"""llama.cpp's archs `llama` and `qwen2`: dense models with plain attention, R1's distills among them.
+
+What a converter does, and this module describes: the rows of llama's q and k are reordered, since ggml
+rotates neighbouring values where Hugging Face rotates the halves of a head; Llama 3's rope scaling
+becomes a tensor, rope_freqs; qwen2's q, k and v have biases. Source: llama.cpp's conversion/llama.py
+and conversion/qwen.py, and conversion/base.py for the order of the keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+from ..catalogue import Catalogue, Part, Source, SourceTensor, Tensor
+from ..errors import SourceError, UnsupportedError
+from ..gguf_format import BOOL, F32, KV, U32, kv
+from .config import Config
+from .general import general_kvs
+from .made import WithMade
+from .options import Options
+from .rope import Llama3Scaling, llama3, rope_type, scaling_kvs
+from .tensors import FILE_TYPE_BF16, MAX_HEADS, MAX_LAYERS, MAX_PARTS, assembled, check_stored, in_order, whole
+from .tokenizer import add_space_prefix, refuse_sentencepiece, tokenizer_kvs
+
+#: config.json's architectures[0] -> llama.cpp's
+ARCHS = {"LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2"}
+#: these have one layout only, so `Options.layout` does not matter
+LAYOUT = "as is"
+_ROPE_FREQS = "rope_freqs.weight"
+#: vocabulary sizes by which the converter knows a family
+_CODELLAMA_VOCAB, _GRANITE_VOCAB = 32016, 49152
+
+
+class Shape(NamedTuple):
+    """The numbers of config.json that tensor shapes follow from."""
+
+    arch: str
+    n_layers: int
+    hidden: int
+    ffn: int
+    n_heads: int
+    n_kv_heads: int
+    head: int
+    """values of a head"""
+    vocab: int
+    tied: bool
+    scaling: Config | None
+    """of the rope: linear, yarn or llama3"""
+    theta: float
+    llama3: Llama3Scaling | None
+
+
+def read_shape(c: Config, arch: str) -> Shape:
+    """Check and take the shape from config.json."""
+    n_layers, hidden, n_heads = c.int_("num_hidden_layers"), c.int_("hidden_size"), c.int_("num_attention_heads")
+    # missing: a head each for llama, while Qwen2Config has a number of its own that fits no small model
+    n_kv_heads = c.int_("num_key_value_heads", n_heads if arch == "llama" else None)
+    for key, n, most in (("num_hidden_layers", n_layers, MAX_LAYERS), ("num_attention_heads", n_heads, MAX_HEADS)):
+        if n > most:
+            raise SourceError(f"{c.model}: config.json: {key} is {n:,}; more than {most:,} is no {arch} model")
+    if n_layers * n_heads > MAX_PARTS:
+        raise SourceError(
+            f"{c.model}: config.json: {n_layers:,} layers of {n_heads:,} heads are more than any {arch} model has"
+        )
+    if n_heads % n_kv_heads:
+        raise c.fail("num_key_value_heads", f"is {n_kv_heads}, which does not divide num_attention_heads, {n_heads}")
+    head = c.optional_int("head_dim")
+    if head is None:
+        if hidden % n_heads:
+            raise c.fail("hidden_size", f"is {hidden}, not a multiple of num_attention_heads, {n_heads}")
+        head = hidden // n_heads
+    if head % 2:
+        raise c.fail("head_dim", f"is {head}; rope needs an even number")
+    for key in ("attention_bias", "mlp_bias") if arch == "llama" else ():
+        if c.flag(key):
+            raise UnsupportedError(
+                f"{c.model}: config.json: {key} is true; quantkit converts llama models without biases: convert it "
+                "with convert_hf_to_gguf.py --outtype bf16, and give the GGUF"
+            )
+    # transformers 5 writes rope_parameters, with theta among them, where its elders wrote rope_scaling
+    scaling = c.section("rope_parameters") or c.section("rope_scaling")
+    theta = c.float_("rope_theta", 10000.0)
+    if scaling is not None:
+        theta = scaling.float_("rope_theta", theta)
+        kind = rope_type(scaling)
+        if kind in (None, "default"):
+            scaling = None
+        elif kind not in ("linear", "yarn") and (kind != "llama3" or arch != "llama"):
+            raise UnsupportedError(
+                f"{c.model}: config.json: the rope scaling has the type {kind!r:.60}; quantkit knows linear, yarn"
+                f"{' and llama3' if arch == 'llama' else ''} for {arch}"
+            )
+    is_llama3 = scaling is not None and rope_type(scaling) == "llama3"
+    return Shape(
+        arch=arch,
+        n_layers=n_layers,
+        hidden=hidden,
+        ffn=c.int_("intermediate_size"),
+        n_heads=n_heads,
+        n_kv_heads=n_kv_heads,
+        head=head,
+        vocab=c.int_("vocab_size"),
+        tied=c.flag("tie_word_embeddings"),
+        scaling=scaling,
+        theta=theta,
+        llama3=llama3(scaling, theta, head) if scaling is not None and is_llama3 else None,
+    )
+
+
+def tensors(s: Shape) -> Iterator[Tensor]:
+    """The tensors of the output, in no particular order, with the parts they are made from."""
+    yield whole("token_embd.weight", "model.embed_tokens.weight", s.vocab, s.hidden)
+    yield whole("output_norm.weight", "model.norm.weight", s.hidden)
+    if not s.tied:
+        yield whole("output.weight", "lm_head.weight", s.vocab, s.hidden)
+    if s.llama3 is not None:
+        yield whole(_ROPE_FREQS, _ROPE_FREQS, s.head // 2)
+    q, kv_ = s.n_heads * s.head, s.n_kv_heads * s.head
+    for i in range(s.n_layers):
+        hf, blk = f"model.layers.{i}.", f"blk.{i}."
+        att, mlp = hf + "self_attn.", hf + "mlp."
+        yield whole(blk + "attn_norm.weight", hf + "input_layernorm.weight", s.hidden)
+        yield whole(blk + "ffn_norm.weight", hf + "post_attention_layernorm.weight", s.hidden)
+        for name, rows in (("q", q), ("k", kv_), ("v", kv_)):
+            ours, theirs = f"{blk}attn_{name}", f"{att}{name}_proj"
+            if s.arch == "llama" and name != "v":
+                yield _rotated(ours + ".weight", theirs + ".weight", (rows, s.hidden), s.head)
+            else:
+                yield whole(ours + ".weight", theirs + ".weight", rows, s.hidden)
+            if s.arch == "qwen2":
+                yield whole(ours + ".bias", theirs + ".bias", rows)
+        yield whole(blk + "attn_output.weight", att + "o_proj.weight", s.hidden, q)
+        yield whole(blk + "ffn_gate.weight", mlp + "gate_proj.weight", s.ffn, s.hidden)
+        yield whole(blk + "ffn_up.weight", mlp + "up_proj.weight", s.ffn, s.hidden)
+        yield whole(blk + "ffn_down.weight", mlp + "down_proj.weight", s.hidden, s.ffn)
+
+
+def _rotated(name: str, source: str, shape: tuple[int, int], head: int) -> Tensor:
+    """q or k of llama: in each head the rows of the second half go between those of the first."""
+    parts = tuple(Part(source, shape, row, head, interleave=2) for row in range(0, shape[0], head))
+    return assembled(name, (shape[1], shape[0]), parts)
+
+
+def arch_kvs(c: Config, s: Shape) -> list[KV]:
+    """The keys of the arch, in the order the converter writes them."""
+
+    def u32(key: str, value: int) -> None:
+        out.append(kv(f"{s.arch}.{key}", U32, value))
+
+    out: list[KV] = []
+    u32("block_count", s.n_layers)
+    u32("context_length", c.int_("max_position_embeddings"))
+    u32("embedding_length", s.hidden)
+    u32("feed_forward_length", s.ffn)
+    u32("attention.head_count", s.n_heads)
+    u32("attention.head_count_kv", s.n_kv_heads)
+    if s.scaling is not None and s.llama3 is None:
+        out += scaling_kvs(s.arch, s.scaling)
+    out.append(kv(f"{s.arch}.rope.freq_base", F32, s.theta))
+    out.append(kv(f"{s.arch}.attention.layer_norm_rms_epsilon", F32, c.float_("rms_norm_eps", 1e-6)))
+    # LlamaConfig always has a head_dim, Qwen2Config only what config.json says
+    if s.arch == "llama" or c.optional_int("head_dim") is not None:
+        u32("attention.key_length", s.head)
+        u32("attention.value_length", s.head)
+    out.append(kv("general.file_type", U32, FILE_TYPE_BF16))
+    if s.arch == "llama":
+        u32("vocab_size", s.vocab)
+        u32("rope.dimension_count", s.head)
+    return out
+
+
+def build(
+    model: str,
+    config: Mapping[str, Any],
+    options: Options,
+    source: Source | None,
+    stored: Mapping[str, SourceTensor] | None,
+) -> Catalogue:
+    """See quantkit.arch.build."""
+    c = Config(model, config)
+    arch = ARCHS[config["architectures"][0]]
+    s = read_shape(c, arch)
+    if stored is not None and "lm_head.weight" in stored:
+        s = s._replace(tied=False)  # the converter keeps one that is stored all the same
+    out = in_order(model, tensors(s))
+    if stored is not None:
+        read = [t for t in out if t.name != _ROPE_FREQS]
+        check_stored(model, f"a {arch} model of {s.n_layers} layers", read, stored)
+    kvs = general_kvs(arch, model, out, source)
+    kvs += arch_kvs(c, s)
+    kvs.append(kv("general.quantization_version", U32, 2))
+    notes: list[str] = []
+    if source is not None:
+        tokenizer, notes = _tokenizer_kvs(source, s, options)
+        kvs += tokenizer
+        if s.llama3 is not None:
+            source = WithMade(source, {_ROPE_FREQS: (s.head // 2, s.llama3.factors)})
+    layers = tuple(range(s.n_layers))
+    return Catalogue(
+        model, arch, LAYOUT, s.n_layers, layers, (), tuple(out), tuple(kvs), source is not None, source, tuple(notes)
+    )  # fmt: skip
+
+
+def _tokenizer_kvs(source: Source, s: Shape, options: Options) -> tuple[list[KV], list[str]]:
+    refuse_sentencepiece(source.path)
+    if s.arch != "llama":
+        return tokenizer_kvs(source.path, s.vocab, options)
+    if s.vocab == _CODELLAMA_VOCAB:
+        raise UnsupportedError(
+            f"{source.path}: vocab_size {s.vocab:,} is CodeLlama's, whose tokenizer quantkit does not read; convert it "
+            "with convert_hf_to_gguf.py --outtype bf16, and give the GGUF"
+        )
+    kvs, notes = tokenizer_kvs(source.path, s.vocab, options)
+    if s.vocab == _GRANITE_VOCAB:
+        no_bos = kv("tokenizer.ggml.add_bos_token", BOOL, False)
+        there = any(item.key == no_bos.key for item in kvs)
+        kvs = [no_bos if item.key == no_bos.key else item for item in kvs] if there else [*kvs, no_bos]
+    prefix = add_space_prefix(source.path)
+    return ([] if prefix is None else [kv("tokenizer.ggml.add_space_prefix", BOOL, prefix)]) + kvs, notes
