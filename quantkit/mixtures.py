@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from .catalogue import Catalogue, Tensor
 from .errors import RecipeError, did_you_mean
@@ -75,6 +76,7 @@ def facts(catalogue: Catalogue, has_imatrix: bool, version: str = "current") -> 
     )
 
 
+@lru_cache(maxsize=1 << 16)
 def category(name: str, version: str = "current") -> str:
     """The broad kind that llama-quantize sorts a tensor into by its name; `v` is anything value-like."""
     if name == "output.weight":

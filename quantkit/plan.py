@@ -122,6 +122,8 @@ def make_plan(
         )
     others = mixture_choice(catalogue, recipe, imatrix is not None, mixture_version)
     claims, warnings = claim(catalogue, recipe, others)
+    places = [recipe.place("rules", i) for i in range(len(recipe.rules))]
+    by_mixture = recipe.place("otherwise")
     planned = []
     for t, index in zip(catalogue.tensors, claims, strict=True):
         if not t.quantizable:
@@ -130,10 +132,10 @@ def make_plan(
             planned.append(Planned(t, t.source_type, t.source_type, nbytes, "", why, "not used"))
             continue
         if index is None:
-            asked, place, why = QTYPES[others[t.name]], recipe.place("otherwise"), "llama-quantize's own choice"
+            asked, place, why = QTYPES[others[t.name]], by_mixture, "llama-quantize's own choice"
         else:
             rule = recipe.rules[index]
-            asked, place, why = QTYPES[rule.type], recipe.place("rules", index), rule.why
+            asked, place, why = QTYPES[rule.type], places[index], rule.why
         try:
             given = fit(asked, t.n_cols, mixture_version)
         except KernelError as e:

@@ -9,6 +9,7 @@ blocks of the type asked for (src/llama-quant.cpp, tensor_type_fallback).
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 from .errors import KernelError, did_you_mean
@@ -109,6 +110,7 @@ def qtype(name: str) -> QType:
 VERSIONS = ("current", "2025")
 
 
+@lru_cache(maxsize=1 << 12)
 def fit(asked: QType, n_cols: int, version: str = VERSIONS[0]) -> QType:
     """The type that rows of `n_cols` values get when `asked` was asked for: itself, else its
     fallback, else F16. Raises KernelError for types that llama-quantize has no fallback for: those

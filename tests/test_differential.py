@@ -377,3 +377,26 @@ def test_a_binary_that_does_something_else_is_caught(
     assert "llama-quantize made Q5_0 of" in done.stderr
     assert "for 'output.weight', but the plan says Q4_K of" in done.stderr
     assert not (tmp_path / "o.gguf").exists()
+
+
+@pytest.mark.parametrize("engine", ["native", "llama-quantize"])
+def test_metadata_of_a_recipe_equals_override_kv(tools: Tools, tiny_bf16: Path, tmp_path: Path, engine: str) -> None:
+    """New keys, and one that is there already, which moves to the end."""
+    overrides = {
+        "general.author": "str:somebody: her work",
+        "general.name": "str:Another",
+        "x.int": "int:7",
+        "x.float": "float:0.1",
+        "x.bool": "bool:true",
+    }
+    lines = "".join(f"  {k}: '{v}'\n" for k, v in overrides.items())
+    text = f"name: r\narch: [deepseek2]\nfile_type: Q4_K_M\nmetadata:\n{lines}otherwise: mixture Q4_K_M\n"
+    options = [word for k, v in overrides.items() for word in ("--override-kv", f"{k}={v}")]
+    stock = tmp_path / "stock.gguf"
+    command = [str(tools.quantize), *options, str(tiny_bf16), str(stock), "Q4_K_M", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    out = tmp_path / "ours.gguf"
+    driver = NativeEngine() if engine == "native" else LlamaQuantizeEngine(tools.quantize)
+    build(tiny_bf16, out, parse(text, "r.yaml"), engine=driver)
+    assert out.read_bytes() == stock.read_bytes()

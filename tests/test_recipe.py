@@ -10,6 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from quantkit.arch.known import MODELS
+from quantkit.arch.options import LAYOUTS, Options
 from quantkit.errors import RecipeError
 from quantkit.models import open_model
 from quantkit.patterns import LAYER_GROUPS, expand_braces, glob_regex, parse_layers, pick_layers
@@ -398,6 +400,19 @@ def test_shipped_recipes(name: str) -> None:
     lines = shipped()[name].splitlines()
     assert lines[0] == "# yaml-language-server: $schema=recipe.schema.json"
     assert lines[1].endswith(f": quantkit plan deepseek-r1 --recipe {name}")
+
+
+@pytest.mark.parametrize("model", sorted({v: k for k, v in MODELS.items()}.values()))
+def test_shipped_recipes_on_every_family(model: str) -> None:
+    """No rule fails, is idle or warns, in either layout; the bytes are those of the types."""
+    for layout in LAYOUTS:
+        c = open_model(model, Options(layout))
+        for name in shipped():
+            recipe = load(name)
+            if c.arch in recipe.arch:
+                plan = make_plan(c, recipe)
+                assert plan.warnings == (), name
+                assert 1.5 < plan.bpw < 32.1
 
 
 @pytest.mark.parametrize("name", DYNAMIC)

@@ -35,4 +35,8 @@ def config(name: str) -> dict[str, Any]:
 
 
 #: general.architecture -> the model on which recipes for it are tried
-REFERENCES = {"deepseek2": "deepseek-r1"}
+REFERENCES = {
+    "deepseek2": "deepseek-r1",
+    "llama": "deepseek-r1-distill-llama-8b",
+    "qwen2": "deepseek-r1-distill-qwen-7b",
+}
