@@ -1,9 +1,14 @@
 // Python's view of the kernels: checks shapes, releases the GIL, calls. quantkit/kernels.py is its only importer.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
 
+#include <cstring>
 #include <stdexcept>
+#include <string>
 
+#include "kernels.h"
 #include "rows.h"
 
 namespace nb = nanobind;
@@ -60,6 +65,43 @@ static size_t first_nonfinite(In<float, 1> x) {
     return quantkit::first_nonfinite(x.data(), x.shape(0));
 }
 
+// [(set, [types])] of the kernel sets that this processor can run, best first.
+static nb::list kernel_sets() {
+    nb::list out;
+    size_t n = 0;
+    const quantkit::KernelSet* sets = quantkit::kernel_sets(&n);
+    for (size_t i = 0; i < n; ++i) {
+        if (!sets[i].supported()) continue;
+        nb::list types;
+        for (size_t k = 0; k < sets[i].n_kernels; ++k) types.append(sets[i].kernels[k].type);
+        out.append(nb::make_tuple(sets[i].name, types));
+    }
+    return out;
+}
+
+static void quantize(const std::string& set, const std::string& type, In<float, 2> rows,
+                     std::optional<In<float, 1>> importance, Out<uint8_t, 2> out) {
+    size_t n = 0;
+    const quantkit::KernelSet* sets = quantkit::kernel_sets(&n);
+    for (size_t i = 0; i < n; ++i) {
+        if (set != sets[i].name || !sets[i].supported()) continue;
+        for (size_t k = 0; k < sets[i].n_kernels; ++k) {
+            const quantkit::Kernel& kernel = sets[i].kernels[k];
+            if (type != kernel.type) continue;
+            const size_t n_rows = rows.shape(0), n_cols = rows.shape(1);
+            require(n_cols > 0 && n_cols % kernel.block == 0, "quantize: the columns do not divide into blocks");
+            require(out.shape(0) == n_rows && out.shape(1) == n_cols / kernel.block * kernel.block_bytes,
+                    "quantize: out has not the shape of the blocks");
+            require(!importance || importance->shape(0) == n_cols, "quantize: not an importance for each column");
+            const float* w = importance ? importance->data() : nullptr;
+            nb::gil_scoped_release release;
+            kernel.quantize(rows.data(), out.data(), n_rows, n_cols, w);
+            return;
+        }
+    }
+    throw nb::value_error("quantize: no such kernel");
+}
+
 NB_MODULE(_native, m) {
     m.doc() = "quantkit's compiled kernels; use quantkit.kernels";
     // noconvert: nanobind would copy an array of another type or order, and the results would go to the copy
@@ -69,5 +111,7 @@ NB_MODULE(_native, m) {
     m.def("bf16_to_f32", &bf16_to_f32, array("src"), array("out"));
     m.def("f16_to_f32", &f16_to_f32, array("src"), "round_bf16"_a, array("out"));
     m.def("f32_to_f32", &f32_to_f32, array("src"), "round_bf16"_a, array("out"));
+    m.def("kernel_sets", &kernel_sets);
+    m.def("quantize", &quantize, "set"_a, "type"_a, array("rows"), array("importance").none(), array("out"));
     m.def("first_nonfinite", &first_nonfinite, array("x"));
 }

@@ -1,0 +1,357 @@
+// Q2_K, Q3_K, Q4_K, Q5_K, Q6_K: super-blocks of 256 values in groups of 16 or 32, each group with a small scale
+// (and minimum) of its own, and one half-precision scale (and minimum) for all.
+//
+//   Q2_K   84 bytes: scales[16] (scale | min << 4), qs[64], d, dmin        x = d*scale*q - dmin*min
+//   Q3_K  110 bytes: hmask[32], qs[64], scales[12] (6 bits each), d        x = d*(scale-32)*(q-4)
+//   Q4_K  144 bytes: d, dmin, scales[12] (6 bits each), qs[128]            x = d*scale*q - dmin*min
+//   Q5_K  176 bytes: d, dmin, scales[12], qh[32], qs[128]
+//   Q6_K  210 bytes: ql[128], qh[64], scales[16] (int8), d                 x = d*scale*(q-32)
+//
+// Reproduces quantize_row_q{2..6}_K_ref (without importance) and quantize_row_q{2..6}_K_impl (with) of
+// ggml/src/ggml-quants.c, bit for bit, LANES super-blocks at once.
+#include "blocks.h"
+#include "k_search.h"
+#include "tables.h"
+
+namespace quantkit::QK_ISA {
+
+namespace {
+
+constexpr int QK_K = 256;
+
+// Four levels as the bytes of a word.
+QK_INLINE I bytes(I a, I b, I c, I d) { return a | (b << 8) | (c << 16) | (d << 24); }
+
+// weights of a tile in place of the importance: w = w * sqrt(sigma2 + x*x).
+QK_INLINE void weigh(const F* x, F* w, F sigma2) {
+    for (int k = 0; k < QK_K; ++k) w[k] = w[k] * sqrt_of(sigma2 + x[k] * x[k]);
+}
+
+QK_INLINE F sum_of_squares(const F* x, int n) {
+    F sum{};
+    for (int k = 0; k < n; ++k) sum += x[k] * x[k];
+    return sum;
+}
+
+QK_INLINE F sum_of(const F* w, int n) {
+    F sum{};
+    for (int k = 0; k < n; ++k) sum += w[k];
+    return sum;
+}
+
+// Final levels of a group: clamp(nearest_int((x + dm) / d), 0, NMAX); where d is 0 those of the search stay.
+template <int N, int NMAX>
+QK_INLINE void affine_levels(const F* x, F d, F dm, const Affine& found, I* level) {
+    const I none = I(d == 0.0f);
+    for (int i = 0; i < N; ++i)
+        level[i] = max_of(I{}, min_of(splat(NMAX), nearest_int((x[i] + dm) / d)));
+    if (any(none))
+        for (int i = 0; i < N; ++i) level[i] = select(none, levels_of<NMAX>(found, x[i]), level[i]);
+}
+
+// Levels around 0, NMAX added: clamp(nearest_int(x / d), -NMAX, NMAX - 1) + NMAX; where d is 0 `level` stays.
+template <int N, int NMAX>
+QK_INLINE void symmetric_levels(const F* x, F d, I* level) {
+    const I none = I(d == 0.0f);
+    for (int i = 0; i < N; ++i) {
+        const I l = max_of(splat(-NMAX), min_of(splat(NMAX - 1), nearest_int(x[i] / d))) + NMAX;
+        level[i] = select(none, level[i], l);
+    }
+}
+
+// Two-bit fields of 256 levels: byte l of half h has levels 128h + l, +32, +64, +96.
+QK_INLINE void store_two_bits(const I* level, uint8_t* const* y, int offset) {
+    I words[16];
+    for (int half = 0; half < 2; ++half)
+        for (int t = 0; t < 8; ++t) {
+            I b[4];
+            for (int i = 0; i < 4; ++i) {
+                const I* l = level + 128 * half + 4 * t + i;
+                b[i] = l[0] | (l[32] << 2) | (l[64] << 4) | (l[96] << 6);
+            }
+            words[8 * half + t] = bytes(b[0], b[1], b[2], b[3]);
+        }
+    store_lanes<16>(words, y, offset);
+}
+
+// ---------------------------------------------------------------- Q4_K, Q5_K
+
+// With importance: make_qkx3 searches, then make_qp of scales and minima.
+template <int NMAX>
+QK_INLINE void search_k45_weighted(const F* x, F* w, Affine* found, I* ls, I* lm, F* d, F* dm) {
+    weigh(x, w, 2.0f * sum_of_squares(x, QK_K) / 256.0f);
+    F sw[8], scales[8], mins[8];
+    for (int j = 0; j < 8; ++j) sw[j] = sum_of(w + 32 * j, 32);
+    for (int j = 0; j < 8; j += 2)
+        search_affine<32, NMAX, true, false, 2>(x + 32 * j, w + 32 * j, -0.9f, 0.05f, 36, found + j);
+    for (int j = 0; j < 8; ++j) scales[j] = found[j].scale, mins[j] = found[j].minimum;
+    *d = search_positive<8, 63>(scales, ls, sw);
+    *dm = search_positive<8, 63>(mins, lm, sw);
+}
+
+// Without: make_qkx2 searches, scales and minima in 63 steps of the largest.
+template <int NMAX>
+QK_INLINE void search_k45_plain(const F* x, F* w, float rmin, int nstep, Affine* found, I* ls, I* lm, F* d, F* dm) {
+    for (int j = 0; j < 8; ++j) {
+        const F av_x = sqrt_of(sum_of_squares(x + 32 * j, 32) / 32.0f);
+        for (int l = 0; l < 32; ++l) w[32 * j + l] = av_x + abs_of(x[32 * j + l]);
+    }
+    F max_scale{}, max_min{};
+    for (int j = 0; j < 8; j += 2)
+        search_affine<32, NMAX, false, false, 2>(x + 32 * j, w + 32 * j, rmin, 0.1f, nstep, found + j);
+    for (int j = 0; j < 8; ++j) {
+        max_scale = max_of(found[j].scale, max_scale);
+        max_min = max_of(found[j].minimum, max_min);
+    }
+    const F inv_scale = select(I(max_scale > 0.0f), 63.0f / max_scale, F{});
+    const F inv_min = select(I(max_min > 0.0f), 63.0f / max_min, F{});
+    for (int j = 0; j < 8; ++j) {
+        ls[j] = min_of(splat(63), nearest_int(inv_scale * found[j].scale) & 0xff);
+        lm[j] = min_of(splat(63), nearest_int(inv_min * found[j].minimum) & 0xff);
+    }
+    *d = max_scale / 63.0f;
+    *dm = max_min / 63.0f;
+}
+
+// The 12 bytes of eight 6-bit scales and minima; then they are read back from the bytes, as ggml does.
+QK_INLINE void pack_scales(I* ls, I* lm, I* words) {
+    I q[12];
+    for (int j = 0; j < 4; ++j) {
+        q[j] = (ls[j] | ((ls[j + 4] >> 4) << 6)) & 0xff;
+        q[j + 4] = (lm[j] | ((lm[j + 4] >> 4) << 6)) & 0xff;
+        q[j + 8] = (ls[j + 4] & 0xf) | ((lm[j + 4] & 0xf) << 4);
+    }
+    for (int j = 0; j < 4; ++j) {
+        ls[j] = q[j] & 63;
+        lm[j] = q[j + 4] & 63;
+        ls[j + 4] = (q[j + 8] & 0xf) | ((q[j] >> 6) << 4);
+        lm[j + 4] = (q[j + 8] >> 4) | ((q[j + 4] >> 6) << 4);
+    }
+    for (int i = 0; i < 3; ++i) words[i] = bytes(q[4 * i], q[4 * i + 1], q[4 * i + 2], q[4 * i + 3]);
+}
+
+template <int NMAX, bool WEIGHTS>
+QK_INLINE void tile_k45(const float* const* xs, const float* const* ws, uint8_t* const* y) {
+    alignas(64) F x[QK_K], w[QK_K];
+    load_lanes<QK_K>(xs, x);
+    Affine found[8];
+    I ls[8], lm[8];
+    F d, dm;
+    if constexpr (WEIGHTS) {
+        load_lanes<QK_K>(ws, w);
+        search_k45_weighted<NMAX>(x, w, found, ls, lm, &d, &dm);
+        if constexpr (NMAX == 31)
+            for (int j = 0; j < 8; ++j) ls[j] = min_of(splat(63), ls[j]), lm[j] = min_of(splat(63), lm[j]);
+    } else if constexpr (NMAX == 15) {
+        search_k45_plain<NMAX>(x, w, -1.0f, 20, found, ls, lm, &d, &dm);
+    } else {
+        search_k45_plain<NMAX>(x, w, -0.5f, 15, found, ls, lm, &d, &dm);
+    }
+    I head[3];
+    pack_scales(ls, lm, head);
+    const I hd = to_half(d), hdm = to_half(dm);
+    const F fd = from_half(hd), fdm = from_half(hdm);
+    I words[32], high[32] = {};
+    for (int pair = 0; pair < 4; ++pair) {
+        I level[64];
+        for (int k = 0; k < 2; ++k) {
+            const int j = 2 * pair + k;
+            affine_levels<32, NMAX>(x + 32 * j, fd * to_float(ls[j]), fdm * to_float(lm[j]), found[j], level + 32 * k);
+        }
+        for (int t = 0; t < 8; ++t) {
+            I b[4];
+            for (int i = 0; i < 4; ++i) {
+                const I l1 = level[4 * t + i], l2 = level[4 * t + i + 32];
+                b[i] = (l1 & 15) | ((l2 & 15) << 4);
+                if constexpr (NMAX == 31) high[4 * t + i] |= ((l1 >> 4) | ((l2 >> 4) << 1)) << (2 * pair);
+            }
+            words[8 * pair + t] = bytes(b[0], b[1], b[2], b[3]);
+        }
+    }
+    store_word(hd | (hdm << 16), y, 0);
+    for (int i = 0; i < 3; ++i) store_word(head[i], y, 4 + 4 * i);
+    if constexpr (NMAX == 31) {
+        I qh[8];
+        for (int t = 0; t < 8; ++t) qh[t] = bytes(high[4 * t], high[4 * t + 1], high[4 * t + 2], high[4 * t + 3]);
+        store_lanes<8>(qh, y, 16);
+    }
+    store_lanes<32>(words, y, NMAX == 31 ? 48 : 16);
+}
+
+// ---------------------------------------------------------------- Q2_K
+
+template <bool WEIGHTS>
+QK_INLINE void tile_q2_k(const float* const* xs, const float* const* ws, uint8_t* const* y) {
+    alignas(64) F x[QK_K], w[QK_K];
+    load_lanes<QK_K>(xs, x);
+    Affine found[16];
+    I ls[16], lm[16];
+    F d, dm, scales[16], mins[16];
+    if constexpr (WEIGHTS) {
+        load_lanes<QK_K>(ws, w);
+        weigh(x, w, sum_of_squares(x, QK_K) / 256.0f);
+        F sw[16];
+        for (int j = 0; j < 16; ++j) sw[j] = sum_of(w + 16 * j, 16);
+        for (int j = 0; j < 16; j += 2)
+            search_affine<16, 3, true, false, 2>(x + 16 * j, w + 16 * j, -0.9f, 0.05f, 36, found + j);
+        for (int j = 0; j < 16; ++j) scales[j] = found[j].scale, mins[j] = found[j].minimum;
+        d = search_positive<16, 15>(scales, ls, sw);
+        dm = search_positive<16, 15>(mins, lm, sw);
+    } else {
+        for (int k = 0; k < QK_K; ++k) w[k] = abs_of(x[k]);
+        for (int j = 0; j < 16; j += 2)
+            search_affine<16, 3, false, true, 2>(x + 16 * j, w + 16 * j, -0.5f, 0.1f, 15, found + j);
+        F max_scale{}, max_min{};
+        for (int j = 0; j < 16; ++j) {
+            max_scale = max_of(found[j].scale, max_scale);
+            max_min = max_of(found[j].minimum, max_min);
+        }
+        const I some_scale = I(max_scale > 0.0f), some_min = I(max_min > 0.0f);
+        const F inv_scale = 15.0f / max_scale, inv_min = 15.0f / max_min;
+        for (int j = 0; j < 16; ++j) {
+            ls[j] = select(some_scale, nearest_int(inv_scale * found[j].scale) & 0xff, I{});
+            lm[j] = select(some_min, nearest_int(inv_min * found[j].minimum), I{});
+        }
+        d = select(some_scale, max_scale / 15.0f, F{});
+        dm = select(some_min, max_min / 15.0f, F{});
+    }
+    const I hd = to_half(d), hdm = to_half(dm);
+    const F fd = from_half(hd), fdm = from_half(hdm);
+    I level[QK_K], q[16];
+    for (int j = 0; j < 16; ++j) {
+        q[j] = (ls[j] | (lm[j] << 4)) & 0xff;
+        affine_levels<16, 3>(x + 16 * j, fd * to_float(q[j] & 15), fdm * to_float(q[j] >> 4), found[j], level + 16 * j);
+    }
+    for (int i = 0; i < 4; ++i) store_word(bytes(q[4 * i], q[4 * i + 1], q[4 * i + 2], q[4 * i + 3]), y, 4 * i);
+    store_two_bits(level, y, 16);
+    store_word(hd | (hdm << 16), y, 80);
+}
+
+// ---------------------------------------------------------------- Q3_K
+
+template <bool WEIGHTS>
+QK_INLINE void tile_q3_k(const float* const* xs, const float* const* ws, uint8_t* const* y) {
+    alignas(64) F x[QK_K];
+    load_lanes<QK_K>(xs, x);
+    I level[QK_K], ls[16];
+    F scales[16], d;
+    if constexpr (WEIGHTS) {
+        alignas(64) F w[QK_K];
+        load_lanes<QK_K>(ws, w);
+        weigh(x, w, 2.0f * sum_of_squares(x, QK_K) / 256.0f);
+        F sw[16];
+        for (int j = 0; j < 16; ++j) {
+            sw[j] = sum_of(w + 16 * j, 16);
+            scales[j] = search_symmetric<16, 4, true>(x + 16 * j, level + 16 * j, w + 16 * j);
+        }
+        d = search_symmetric<16, 32, true>(scales, ls, sw);
+    } else {
+        F amax{}, max_scale{};
+        for (int j = 0; j < 16; ++j) {
+            scales[j] = search_q3<16, 4>(x + 16 * j, level + 16 * j);
+            const F a = abs_of(scales[j]);
+            const I more = I(a > amax);
+            amax = select(more, a, amax);
+            max_scale = select(more, scales[j], max_scale);
+        }
+        const I some = I(max_scale != 0.0f);
+        const F iscale = -32.0f / max_scale;
+        for (int j = 0; j < 16; ++j) {
+            // ggml keeps the rounded scale as int8 before it clamps
+            const I l = (nearest_int(iscale * scales[j]) << 24) >> 24;
+            ls[j] = select(some, max_of(splat(-32), min_of(splat(31), l)) + 32, I{});
+        }
+        d = select(some, 1.0f / iscale, F{});
+    }
+    const I hd = to_half(d);
+    const F fd = from_half(hd);
+    I q[12] = {};
+    for (int j = 0; j < 16; ++j) {
+        if (j < 8)
+            q[j] = ls[j] & 0xf;
+        else
+            q[j - 8] |= (ls[j] & 0xf) << 4;
+        q[8 + j % 4] |= ((ls[j] >> 4) & 3) << (2 * (j / 4));
+    }
+    for (int j = 0; j < 16; ++j)
+        symmetric_levels<16, 4>(x + 16 * j, fd * to_float((ls[j] & 63) - 32), level + 16 * j);
+    I high[32] = {};
+    for (int k = 0; k < QK_K; ++k) {
+        high[k % 32] |= (level[k] >> 2) << (k / 32);
+        level[k] &= 3;
+    }
+    I hmask[8];
+    for (int t = 0; t < 8; ++t) hmask[t] = bytes(high[4 * t], high[4 * t + 1], high[4 * t + 2], high[4 * t + 3]);
+    store_lanes<8>(hmask, y, 0);
+    store_two_bits(level, y, 32);
+    for (int i = 0; i < 3; ++i) store_word(bytes(q[4 * i], q[4 * i + 1], q[4 * i + 2], q[4 * i + 3]), y, 96 + 4 * i);
+    store_word(hd, y, 108, 2);
+}
+
+// ---------------------------------------------------------------- Q6_K
+
+template <bool WEIGHTS>
+QK_INLINE void tile_q6_k(const float* const* xs, const float* const* ws, uint8_t* const* y) {
+    alignas(64) F x[QK_K], w[WEIGHTS ? QK_K : 1];
+    load_lanes<QK_K>(xs, x);
+    if constexpr (WEIGHTS) load_lanes<QK_K>(ws, w);
+    I level[QK_K];
+    F scales[16], amax{}, max_scale{};
+    for (int j = 0; j < 16; ++j) {
+        scales[j] = search_symmetric<16, 32, WEIGHTS>(x + 16 * j, level + 16 * j, WEIGHTS ? w + 16 * j : nullptr);
+        const F a = abs_of(scales[j]);
+        const I more = I(a > amax);
+        amax = select(more, a, amax);
+        max_scale = select(more, scales[j], max_scale);
+    }
+    const I zero = I(amax < GROUP_MAX_EPS);  // then the whole block is zero bytes
+    const F iscale = -128.0f / max_scale;
+    const I hd = select(zero, I{}, to_half(1.0f / iscale));
+    const F fd = from_half(hd);
+    I sc[16];
+    for (int j = 0; j < 16; ++j) {
+        const I s = (min_of(splat(127), nearest_int(iscale * scales[j])) << 24) >> 24;
+        sc[j] = select(zero, I{}, s);
+        symmetric_levels<16, 32>(x + 16 * j, fd * to_float(sc[j]), level + 16 * j);
+    }
+    for (int k = 0; k < QK_K; ++k) level[k] = select(zero, I{}, level[k]);
+    I ql[32], qh[16];
+    for (int half = 0; half < 2; ++half)
+        for (int t = 0; t < 8; ++t) {
+            I a[4], b[4], h[4];
+            for (int i = 0; i < 4; ++i) {
+                const I* l = level + 128 * half + 4 * t + i;
+                a[i] = (l[0] & 15) | ((l[64] & 15) << 4);
+                b[i] = (l[32] & 15) | ((l[96] & 15) << 4);
+                h[i] = (l[0] >> 4) | ((l[32] >> 4) << 2) | ((l[64] >> 4) << 4) | ((l[96] >> 4) << 6);
+            }
+            ql[16 * half + t] = bytes(a[0], a[1], a[2], a[3]);
+            ql[16 * half + 8 + t] = bytes(b[0], b[1], b[2], b[3]);
+            qh[8 * half + t] = bytes(h[0], h[1], h[2], h[3]);
+        }
+    store_lanes<32>(ql, y, 0);
+    store_lanes<16>(qh, y, 128);
+    for (int i = 0; i < 4; ++i)
+        store_word(bytes(sc[4 * i] & 0xff, sc[4 * i + 1] & 0xff, sc[4 * i + 2] & 0xff, sc[4 * i + 3] & 0xff), y, 192 + 4 * i);
+    store_word(hd, y, 208, 2);
+}
+
+}  // namespace
+
+#define QK_DEFINE(NAME, BYTES, TILE_W, TILE)                                                                  \
+    void quantize_##NAME(const float* x, uint8_t* y, size_t n_rows, size_t n_cols, const float* w) {          \
+        if (w)                                                                                                \
+            for_each_tile<QK_K, BYTES>(x, y, n_rows, n_cols, w,                                               \
+                                       [](auto xs, auto ws, auto ys) __attribute__((always_inline)) { TILE_W(xs, ws, ys); }); \
+        else                                                                                                  \
+            for_each_tile<QK_K, BYTES>(x, y, n_rows, n_cols, w,                                               \
+                                       [](auto xs, auto ws, auto ys) __attribute__((always_inline)) { TILE(xs, ws, ys); });   \
+    }
+
+QK_DEFINE(q2_k, 84, tile_q2_k<true>, tile_q2_k<false>)
+QK_DEFINE(q3_k, 110, tile_q3_k<true>, tile_q3_k<false>)
+QK_DEFINE(q4_k, 144, (tile_k45<15, true>), (tile_k45<15, false>))
+QK_DEFINE(q5_k, 176, (tile_k45<31, true>), (tile_k45<31, false>))
+QK_DEFINE(q6_k, 210, tile_q6_k<true>, tile_q6_k<false>)
+
+}  // namespace quantkit::QK_ISA

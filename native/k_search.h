@@ -1,0 +1,291 @@
+// The scale searches of ggml's K types, LANES groups at once. Each function names the ggml function whose
+// bytes it reproduces (ggml/src/ggml-quants.c); the order of every float operation is that function's.
+#pragma once
+#include "lanes.h"
+
+namespace quantkit::QK_ISA {
+
+constexpr float GROUP_MAX_EPS = 1e-15f;
+
+// What a search found. The levels themselves are not kept: they follow from `iscale` and `low`, and are needed
+// only in the rare group whose final scale is zero.
+struct Affine {
+    F scale;
+    F minimum;  // ggml's *the_min: minus the group's lowest
+    F iscale;   // of the accepted levels: level = clamp(nearest_int(iscale * (x - low)))
+    F low;
+    I dead;     // no spread: all levels are 0
+};
+
+// Levels of a group under `a`, for x[i]: what ggml left in L.
+template <int NMAX>
+QK_INLINE I levels_of(const Affine& a, F x) {
+    const I l = max_of(I{}, min_of(splat(NMAX), nearest_int(a.iscale * (x - a.low))));
+    return select(a.dead, I{}, l);
+}
+
+// make_qkx3_quants and make_qkx2_quants (N values a group, levels 0..NMAX; weights given), GROUPS groups side by
+// side so that their serial sums overlap. They differ in when a group counts as flat. `use_mad` as theirs.
+// Levels are rounded in float where they provably stay in range, and as ggml does where they may not.
+template <int N, int NMAX, bool QKX3, bool USE_MAD, int GROUPS>
+QK_INLINE void search_affine(const F* x, const F* w, float rmin, float rdelta, int nstep, Affine* out) {
+    constexpr float MAGIC = 12582912.0f;
+    F lo[GROUPS], hi[GROUPS], sum_w[GROUPS], sum_x[GROUPS];
+    F x_lo[GROUPS];
+    for (int g = 0; g < GROUPS; ++g) {
+        const F* xg = x + g * N;
+        const F* wg = w + g * N;
+        F mn = xg[0], mx = xg[0], sw = wg[0], sx = wg[0] * xg[0];
+        for (int i = 1; i < N; ++i) {
+            mn = min_of(xg[i], mn);
+            mx = max_of(xg[i], mx);
+            sw += wg[i];
+            sx += wg[i] * xg[i];
+        }
+        x_lo[g] = mn;
+        lo[g] = select(mn > 0.0f, F{}, mn);
+        hi[g] = mx;
+        sum_w[g] = sw;
+        sum_x[g] = sx;
+    }
+    F best[GROUPS];
+    for (int g = 0; g < GROUPS; ++g) {
+        const F* xg = x + g * N;
+        const F* wg = w + g * N;
+        out[g].dead = QKX3 ? I(hi[g] <= lo[g]) : I(hi[g] == lo[g]);
+        out[g].minimum = -lo[g];
+        const F iscale = static_cast<float>(NMAX) / (hi[g] - lo[g]);
+        const F scale = 1.0f / iscale;
+        F err{};
+        for (int i = 0; i < N; ++i) {
+            const F l = to_float(max_of(I{}, min_of(splat(NMAX), nearest_int(iscale * (xg[i] - lo[g])))));
+            F diff = scale * l + lo[g] - xg[i];
+            diff = USE_MAD ? abs_of(diff) : diff * diff;
+            err += wg[i] * diff;
+        }
+        best[g] = err;
+        out[g].scale = scale;
+        out[g].iscale = iscale;
+        out[g].low = lo[g];
+    }
+    const F nmax = splat(static_cast<float>(NMAX));
+    for (int is = 0; is <= nstep; ++is) {
+        const float numerator = rmin + rdelta * static_cast<float>(is) + static_cast<float>(NMAX);
+        F iscale[GROUPS], sum_l[GROUPS], sum_l2[GROUPS], sum_xl[GROUPS];
+        F level[GROUPS][N];
+        I unsafe{};
+        for (int g = 0; g < GROUPS; ++g) {
+            iscale[g] = numerator / (hi[g] - lo[g]);
+            sum_l[g] = sum_l2[g] = sum_xl[g] = F{};
+            // iscale * (x - lo) is monotone in x: when both ends are in range, all are
+            const F a = abs_of(iscale[g] * (x_lo[g] - lo[g])), b = abs_of(iscale[g] * (hi[g] - lo[g]));
+            unsafe |= ~I(a <= 4194303.0f) | ~I(b <= 4194303.0f);
+        }
+        if (!any(unsafe)) {
+            for (int i = 0; i < N; ++i)
+                for (int g = 0; g < GROUPS; ++g) {
+                    const F xi = x[g * N + i], wi = w[g * N + i];
+                    F l = (iscale[g] * (xi - lo[g]) + MAGIC) - MAGIC;
+                    l = max_of(F{}, min_of(nmax, l));
+                    level[g][i] = l;
+                    const F wl = wi * l;
+                    sum_l[g] += wl;
+                    sum_l2[g] += wl * l;
+                    sum_xl[g] += wl * xi;
+                }
+        } else {
+            for (int i = 0; i < N; ++i)
+                for (int g = 0; g < GROUPS; ++g) {
+                    const F xi = x[g * N + i], wi = w[g * N + i];
+                    const F l = to_float(max_of(I{}, min_of(splat(NMAX), nearest_int(iscale[g] * (xi - lo[g])))));
+                    level[g][i] = l;
+                    const F wl = wi * l;
+                    sum_l[g] += wl;
+                    sum_l2[g] += wl * l;
+                    sum_xl[g] += wl * xi;
+                }
+        }
+        F this_scale[GROUPS], this_min[GROUPS], err[GROUPS];
+        I open[GROUPS];
+        for (int g = 0; g < GROUPS; ++g) {
+            const F d = sum_w[g] * sum_l2[g] - sum_l[g] * sum_l[g];
+            open[g] = I(d > 0.0f);
+            this_scale[g] = (sum_w[g] * sum_xl[g] - sum_x[g] * sum_l[g]) / d;
+            this_min[g] = (sum_l2[g] * sum_x[g] - sum_l[g] * sum_xl[g]) / d;
+            const I above = I(this_min[g] > 0.0f);
+            this_min[g] = select(above, F{}, this_min[g]);
+            this_scale[g] = select(above, sum_xl[g] / sum_l2[g], this_scale[g]);
+            err[g] = F{};
+        }
+        for (int i = 0; i < N; ++i)
+            for (int g = 0; g < GROUPS; ++g) {
+                F diff = this_scale[g] * level[g][i] + this_min[g] - x[g * N + i];
+                diff = USE_MAD ? abs_of(diff) : diff * diff;
+                err[g] += w[g * N + i] * diff;
+            }
+        for (int g = 0; g < GROUPS; ++g) {
+            const I better = open[g] & I(err[g] < best[g]);
+            best[g] = select(better, err[g], best[g]);
+            out[g].scale = select(better, this_scale[g], out[g].scale);
+            out[g].iscale = select(better, iscale[g], out[g].iscale);
+            out[g].low = select(better, lo[g], out[g].low);
+            lo[g] = select(better, this_min[g], lo[g]);
+        }
+    }
+    for (int g = 0; g < GROUPS; ++g) {
+        out[g].scale = select(out[g].dead, F{}, out[g].scale);
+        out[g].minimum = select(out[g].dead, out[g].minimum, -lo[g]);
+    }
+}
+
+// make_qp_quants: N values, levels 0..NMAX kept as ggml's uint8 (which wraps), weights w. Returns the scale.
+template <int N, int NMAX>
+QK_INLINE F search_positive(const F* x, I* level, const F* w) {
+    F mx{};
+    for (int i = 0; i < N; ++i) mx = max_of(mx, x[i]);
+    const I zero = I(mx < GROUP_MAX_EPS);
+    F iscale = static_cast<float>(NMAX) / mx;
+    F scale = 1.0f / iscale;
+    F best{};
+    for (int i = 0; i < N; ++i) {
+        const F l = to_float(nearest_int(iscale * x[i]) & 0xff);
+        const F diff = x[i] - scale * l;
+        best += w[i] * diff * diff;
+    }
+    for (int is = -4; is <= 4; ++is) {
+        if (is == 0) continue;
+        const F iscale_is = (0.1f * static_cast<float>(is) + static_cast<float>(NMAX)) / mx;
+        const F scale_is = 1.0f / iscale_is;
+        F err{};
+        for (int i = 0; i < N; ++i) {
+            const F l = to_float(min_of(splat(NMAX), nearest_int(iscale_is * x[i])));
+            const F diff = x[i] - scale_is * l;
+            err += w[i] * diff * diff;
+        }
+        const I better = I(err < best);
+        best = select(better, err, best);
+        iscale = select(better, iscale_is, iscale);
+    }
+    F sumlx{}, suml2{};
+    for (int i = 0; i < N; ++i) {
+        const I kept = min_of(splat(NMAX), nearest_int(iscale * x[i]));
+        level[i] = kept & 0xff;
+        const F l = to_float(kept);
+        sumlx += w[i] * x[i] * l;
+        suml2 += w[i] * l * l;
+    }
+    I running = ~zero;
+    for (int pass = 0; pass < 5 && any(running); ++pass) {
+        I changed{};
+        for (int i = 0; i < N; ++i) {
+            const F l = to_float(level[i]);
+            F slx = sumlx - w[i] * x[i] * l;
+            F sl2 = suml2 - w[i] * l * l;
+            const I candidate = running & I(slx > 0.0f) & I(sl2 > 0.0f);
+            const I next = min_of(splat(NMAX), nearest_int(x[i] * sl2 / slx));
+            const F nl = to_float(next);
+            slx += w[i] * x[i] * nl;
+            sl2 += w[i] * nl * nl;
+            const I take = candidate & I(next != level[i]) & I(slx * slx * suml2 > sumlx * sumlx * sl2);
+            level[i] = select(take, next & 0xff, level[i]);
+            sumlx = select(take, slx, sumlx);
+            suml2 = select(take, sl2, suml2);
+            changed |= take;
+        }
+        running &= changed;
+    }
+    for (int i = 0; i < N; ++i) level[i] = select(zero, I{}, level[i]);
+    return select(zero | ~I(suml2 > 0.0f), F{}, sumlx / suml2);
+}
+
+// make_qx_quants with rmse_type 1 (N values, levels 0..2*NMAX-1 around NMAX); weights w, or x*x where w is null.
+// `level` receives the levels of the accepted scale. Returns the scale.
+template <int N, int NMAX, bool WEIGHTS>
+QK_INLINE F search_symmetric(const F* x, I* level, const F* w) {
+    F mx{}, amax{};
+    for (int i = 0; i < N; ++i) {
+        const F ax = abs_of(x[i]);
+        const I more = I(ax > amax);
+        amax = select(more, ax, amax);
+        mx = select(more, x[i], mx);
+    }
+    const I zero = I(amax < GROUP_MAX_EPS);
+    const I low = splat(-NMAX), high = splat(NMAX - 1);
+    F kept = -static_cast<float>(NMAX) / mx;
+    F sumlx{}, suml2{};
+    for (int i = 0; i < N; ++i) {
+        const F l = to_float(max_of(low, min_of(high, nearest_int(kept * x[i]))));
+        const F wi = WEIGHTS ? w[i] : x[i] * x[i];
+        sumlx += wi * x[i] * l;
+        suml2 += wi * l * l;
+    }
+    F scale = select(I(suml2 != 0.0f), sumlx / suml2, F{});
+    F best = scale * sumlx;
+    for (int is = -9; is <= 9; ++is) {
+        if (is == 0) continue;
+        const F iscale = -(static_cast<float>(NMAX) + 0.1f * static_cast<float>(is)) / mx;
+        sumlx = suml2 = F{};
+        for (int i = 0; i < N; ++i) {
+            const F l = to_float(max_of(low, min_of(high, nearest_int(iscale * x[i]))));
+            const F wi = WEIGHTS ? w[i] : x[i] * x[i];
+            sumlx += wi * x[i] * l;
+            suml2 += wi * l * l;
+        }
+        const I better = I(suml2 > 0.0f) & I(sumlx * sumlx > best * suml2);
+        kept = select(better, iscale, kept);
+        scale = select(better, sumlx / suml2, scale);
+        best = select(better, scale * sumlx, best);
+    }
+    for (int i = 0; i < N; ++i) {
+        const I l = max_of(low, min_of(high, nearest_int(kept * x[i])));
+        level[i] = select(zero, I{}, l + NMAX);
+    }
+    return select(zero, F{}, scale);
+}
+
+// make_q3_quants with do_rmse (N values, levels 0..2*NMAX-1 around NMAX). Returns the scale.
+template <int N, int NMAX>
+QK_INLINE F search_q3(const F* x, I* level) {
+    F mx{}, amax{};
+    for (int i = 0; i < N; ++i) {
+        const F ax = abs_of(x[i]);
+        const I more = I(ax > amax);
+        amax = select(more, ax, amax);
+        mx = select(more, x[i], mx);
+    }
+    const I zero = I(amax < GROUP_MAX_EPS);
+    const I low = splat(-NMAX), high = splat(NMAX - 1);
+    const F iscale = -static_cast<float>(NMAX) / mx;
+    F sumlx{}, suml2{};
+    for (int i = 0; i < N; ++i) {
+        level[i] = max_of(low, min_of(high, nearest_int(iscale * x[i])));
+        const F l = to_float(level[i]), wi = x[i] * x[i];
+        sumlx += wi * x[i] * l;
+        suml2 += wi * l * l;
+    }
+    I running = ~zero;
+    for (int pass = 0; pass < 5 && any(running); ++pass) {
+        I changed{};
+        for (int i = 0; i < N; ++i) {
+            const F l = to_float(level[i]), wi = x[i] * x[i];
+            F slx = sumlx - wi * x[i] * l;
+            F sl2 = suml2 - wi * l * l;
+            const I candidate = running & I(slx > 0.0f);
+            const I next = max_of(low, min_of(high, nearest_int(x[i] * sl2 / slx)));
+            const F nl = to_float(next);
+            slx += wi * x[i] * nl;
+            sl2 += wi * nl * nl;
+            const I take =
+                candidate & I(next != level[i]) & I(sl2 > 0.0f) & I(slx * slx * suml2 > sumlx * sumlx * sl2);
+            level[i] = select(take, next, level[i]);
+            sumlx = select(take, slx, sumlx);
+            suml2 = select(take, sl2, suml2);
+            changed |= take;
+        }
+        running &= changed;
+    }
+    for (int i = 0; i < N; ++i) level[i] = select(zero, I{}, level[i] + NMAX);
+    return select(zero | ~I(suml2 > 0.0f), F{}, sumlx / suml2);
+}
+
+}  // namespace quantkit::QK_ISA

@@ -1,0 +1,28 @@
+// The table of quantkit's own quantizers, one table an instruction set; see dispatch.cpp.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+namespace quantkit {
+
+// Rows of float32 to ggml blocks: x [n_rows, n_cols], y [n_rows, row bytes], w [n_cols] (the importance of each
+// column) or null. n_cols is a multiple of the type's block.
+using Quantizer = void (*)(const float* x, uint8_t* y, size_t n_rows, size_t n_cols, const float* w);
+
+struct Kernel {
+    const char* type;  // ggml's name of the type, as in Python: "Q4_K"
+    size_t block, block_bytes;
+    Quantizer quantize;
+};
+
+struct KernelSet {
+    const char* name;  // "avx2", …: what QUANTKIT_KERNELS says
+    bool (*supported)();
+    const Kernel* kernels;
+    size_t n_kernels;
+};
+
+// All sets compiled into this build, best first.
+const KernelSet* kernel_sets(size_t* n);
+
+}  // namespace quantkit

@@ -1,0 +1,200 @@
+// Lanes: the same scalar program run for LANES blocks at once, one block a lane.
+//
+// ggml's quantizers are long chains of float operations whose order decides the bytes. A vector that
+// holds the same step of LANES different blocks keeps every block's own order, so each lane computes
+// bit for bit what the scalar code would. Vectors are GCC/Clang vector extensions: the same source
+// compiles to AVX2, AVX-512 and NEON; this file is compiled once for each, in a namespace of its own.
+//
+// Contract: no fused multiply-add (-ffp-contract=off); sqrt and division are the correctly rounded
+// ones; a comparison with NaN is false, as in C.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+#ifndef QK_ISA
+#error "compile with -DQK_ISA=<name of the instruction set>"
+#endif
+
+namespace quantkit::QK_ISA {
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16;
+#else
+constexpr int LANES = 8;
+#endif
+
+typedef float F __attribute__((vector_size(LANES * 4)));
+typedef int32_t I __attribute__((vector_size(LANES * 4)));
+typedef uint32_t U __attribute__((vector_size(LANES * 4)));
+
+#define QK_INLINE inline __attribute__((always_inline))
+
+QK_INLINE F splat(float x) { return x - F{}; }  // minus zero: keeps the sign of -0
+QK_INLINE I splat(int32_t x) { return x - I{}; }
+QK_INLINE I bits_of(F x) { return reinterpret_cast<I>(x); }
+QK_INLINE F float_of(I x) { return reinterpret_cast<F>(x); }
+
+// mask ? a : b, lane by lane; masks are all ones or all zeros.
+QK_INLINE F select(I mask, F a, F b) { return mask ? a : b; }
+QK_INLINE I select(I mask, I a, I b) { return mask ? a : b; }
+
+// ggml's MAX(a, b) and MIN(a, b): the second argument unless the first is really greater (less).
+QK_INLINE F max_of(F a, F b) { return a > b ? a : b; }
+QK_INLINE F min_of(F a, F b) { return a < b ? a : b; }
+QK_INLINE I max_of(I a, I b) { return a > b ? a : b; }
+QK_INLINE I min_of(I a, I b) { return a < b ? a : b; }
+
+QK_INLINE F abs_of(F x) { return float_of(bits_of(x) & 0x7fffffff); }
+
+QK_INLINE F to_float(I x) { return __builtin_convertvector(x, F); }
+
+QK_INLINE F sqrt_of(F x) {
+#if defined(__AVX512F__)
+    return reinterpret_cast<F>(_mm512_sqrt_ps(reinterpret_cast<__m512>(x)));
+#elif defined(__AVX2__)
+    return reinterpret_cast<F>(_mm256_sqrt_ps(reinterpret_cast<__m256>(x)));
+#elif defined(__aarch64__)
+    float32x4_t half[2];
+    std::memcpy(half, &x, sizeof x);
+    half[0] = vsqrtq_f32(half[0]);
+    half[1] = vsqrtq_f32(half[1]);
+    std::memcpy(&x, half, sizeof x);
+    return x;
+#else
+    for (int i = 0; i < LANES; ++i) x[i] = __builtin_sqrtf(x[i]);
+    return x;
+#endif
+}
+
+// Whether any lane of a mask is set.
+QK_INLINE bool any(I mask) {
+#if defined(__AVX512F__)
+    return _mm512_movepi32_mask(reinterpret_cast<__m512i>(mask)) != 0;
+#elif defined(__AVX2__)
+    return _mm256_movemask_ps(reinterpret_cast<__m256>(mask)) != 0;
+#else
+    int32_t all = 0;
+    for (int i = 0; i < LANES; ++i) all |= mask[i];
+    return all != 0;
+#endif
+}
+
+// ggml's nearest_int, out of range included: it wraps, and Inf and NaN give what their bits give.
+QK_INLINE I nearest_int(F x) { return (bits_of(x + 12582912.0f) & 0x007fffff) - 0x00400000; }
+
+// float -> IEEE half, to nearest even, as bits in the low 16 of each lane; and back, exactly.
+QK_INLINE I to_half(F x) {
+#if defined(__AVX512F__)
+    return reinterpret_cast<I>(_mm512_cvtepu16_epi32(_mm512_cvtps_ph(reinterpret_cast<__m512>(x), _MM_FROUND_TO_NEAREST_INT)));
+#elif defined(__AVX2__)
+    return reinterpret_cast<I>(_mm256_cvtepu16_epi32(_mm256_cvtps_ph(reinterpret_cast<__m256>(x), _MM_FROUND_TO_NEAREST_INT)));
+#else
+    I out{};
+    for (int i = 0; i < LANES; ++i) {
+        const __fp16 h = static_cast<__fp16>(x[i]);
+        uint16_t u;
+        std::memcpy(&u, &h, 2);
+        out[i] = u;
+    }
+    return out;
+#endif
+}
+
+QK_INLINE F from_half(I h) {
+#if defined(__AVX512F__)
+    return reinterpret_cast<F>(_mm512_cvtph_ps(_mm512_cvtepi32_epi16(reinterpret_cast<__m512i>(h))));
+#elif defined(__AVX2__)
+    const __m256i v = _mm256_packus_epi32(reinterpret_cast<__m256i>(h), reinterpret_cast<__m256i>(h));
+    return reinterpret_cast<F>(_mm256_cvtph_ps(_mm256_castsi256_si128(_mm256_permute4x64_epi64(v, 0x08))));
+#else
+    F out{};
+    for (int i = 0; i < LANES; ++i) {
+        const uint16_t u = static_cast<uint16_t>(h[i]);
+        __fp16 f;
+        std::memcpy(&f, &u, 2);
+        out[i] = static_cast<float>(f);
+    }
+    return out;
+#endif
+}
+
+// LANES blocks of N floats, one a lane: out[k][lane] = x[lane][k].
+template <int N>
+QK_INLINE void load_lanes(const float* const* x, F* out) {
+#if defined(__AVX2__)
+    for (int half = 0; half < LANES / 8; ++half) {
+        const float* const* p = x + 8 * half;
+        float* to = reinterpret_cast<float*>(out) + 8 * half;
+        for (int k = 0; k < N; k += 8) {
+            __m256 r[8], s[8];
+            for (int i = 0; i < 4; ++i) {
+                r[i] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(p[i] + k)), _mm_loadu_ps(p[i + 4] + k), 1);
+                r[i + 4] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(p[i] + k + 4)),
+                                                _mm_loadu_ps(p[i + 4] + k + 4), 1);
+            }
+            for (int h = 0; h < 8; h += 4) {
+                const __m256 a = _mm256_unpacklo_ps(r[h], r[h + 1]), b = _mm256_unpackhi_ps(r[h], r[h + 1]);
+                const __m256 c = _mm256_unpacklo_ps(r[h + 2], r[h + 3]), d = _mm256_unpackhi_ps(r[h + 2], r[h + 3]);
+                s[h] = _mm256_shuffle_ps(a, c, 0x44);
+                s[h + 1] = _mm256_shuffle_ps(a, c, 0xee);
+                s[h + 2] = _mm256_shuffle_ps(b, d, 0x44);
+                s[h + 3] = _mm256_shuffle_ps(b, d, 0xee);
+            }
+            for (int i = 0; i < 8; ++i) _mm256_storeu_ps(to + (k + i) * LANES, s[i]);
+        }
+    }
+#else
+    for (int k = 0; k < N; ++k)
+        for (int lane = 0; lane < LANES; ++lane) out[k][lane] = x[lane][k];
+#endif
+}
+
+// The reverse for 32-bit words: word k of lane's block goes to y[lane] + offset + 4*k; N words, a multiple of 8.
+template <int N>
+QK_INLINE void store_lanes(const I* words, uint8_t* const* y, int offset) {
+#if defined(__AVX2__)
+    for (int half = 0; half < LANES / 8; ++half) {
+        const float* from = reinterpret_cast<const float*>(words) + 8 * half;
+        for (int k = 0; k < N; k += 8) {
+            __m256 r[8], s[8];
+            for (int i = 0; i < 8; ++i) r[i] = _mm256_loadu_ps(from + (k + i) * LANES);
+            for (int h = 0; h < 8; h += 4) {
+                const __m256 a = _mm256_unpacklo_ps(r[h], r[h + 1]), b = _mm256_unpackhi_ps(r[h], r[h + 1]);
+                const __m256 c = _mm256_unpacklo_ps(r[h + 2], r[h + 3]), d = _mm256_unpackhi_ps(r[h + 2], r[h + 3]);
+                s[h] = _mm256_shuffle_ps(a, c, 0x44);
+                s[h + 1] = _mm256_shuffle_ps(a, c, 0xee);
+                s[h + 2] = _mm256_shuffle_ps(b, d, 0x44);
+                s[h + 3] = _mm256_shuffle_ps(b, d, 0xee);
+            }
+            for (int i = 0; i < 4; ++i) {
+                uint8_t* lo = y[8 * half + i] + offset + 4 * k;
+                uint8_t* hi = y[8 * half + i + 4] + offset + 4 * k;
+                _mm_storeu_ps(reinterpret_cast<float*>(lo), _mm256_castps256_ps128(s[i]));
+                _mm_storeu_ps(reinterpret_cast<float*>(lo + 16), _mm256_castps256_ps128(s[i + 4]));
+                _mm_storeu_ps(reinterpret_cast<float*>(hi), _mm256_extractf128_ps(s[i], 1));
+                _mm_storeu_ps(reinterpret_cast<float*>(hi + 16), _mm256_extractf128_ps(s[i + 4], 1));
+            }
+        }
+    }
+#else
+    for (int k = 0; k < N; ++k)
+        for (int lane = 0; lane < LANES; ++lane) std::memcpy(y[lane] + offset + 4 * k, &words[k][lane], 4);
+#endif
+}
+
+// One word of n <= 4 bytes a lane.
+QK_INLINE void store_word(I word, uint8_t* const* y, int offset, int n_bytes = 4) {
+    for (int lane = 0; lane < LANES; ++lane) {
+        const int32_t w = word[lane];
+        std::memcpy(y[lane] + offset, &w, n_bytes);
+    }
+}
+
+}  // namespace quantkit::QK_ISA
