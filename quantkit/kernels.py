@@ -1,12 +1,14 @@
 """Kernels by name: rows to blocks, and stored rows to float32. The only importer of _native and of ggml.
 
-The embedded quantizers are ggml's own (`ggml_quantize_chunk` of the libggml-python wheel). ggml
-defines the bytes; the contract is the ggml 0.25.3 of llama-cpp-python 0.3.36. The wheel's
-0.20.2 gives the same bytes for every type but IQ1_M, whose search was rewritten since: for that
-type the `ggml-base` library of the installed toolchain is used, and without it quantizing to
-IQ1_M is refused rather than done differently.
+ggml defines the bytes; the contract is the ggml 0.25.3 of llama-cpp-python 0.3.36. quantkit's own
+kernels (native/) give them many times sooner, for the types they have and on processors that have
+the instructions; everything else goes to ggml's own functions (`ggml_quantize_chunk` of the
+libggml-python wheel). The wheel's 0.20.2 gives the same bytes for every type but IQ1_M, whose search
+was rewritten since: where quantkit has no kernel for it, the `ggml-base` library of the installed
+toolchain is used, and without that quantizing to IQ1_M is refused rather than done differently.
 
-Kernel names: `ggml` (the wheel's), `ggml-pinned` (the toolchain's). QUANTKIT_KERNELS forces one.
+Kernel names, best first: `avx512`, `avx2`, `neon` (quantkit's own), `ggml` (the wheel's),
+`ggml-pinned` (the toolchain's). QUANTKIT_KERNELS forces one; types it has no kernel for go to ggml.
 """
 
 from __future__ import annotations
@@ -103,19 +105,28 @@ def wheel_library() -> Path:
     raise KernelError(f"{base}: the package libggml-python holds no libggml-base; reinstall it")
 
 
-KERNELS = ("ggml", "ggml-pinned")
+#: quantkit's own sets that this processor can run, best first -> the types each has
+OWN: dict[str, frozenset[str]] = {name: frozenset(types) for name, types in _native.kernel_sets()}
+KERNELS = ("avx512", "avx2", "neon", "ggml", "ggml-pinned")
 
 
 def select(qt: QType, kernel: str | None = None) -> str:
-    """The name of the kernel that quantizes to this type: the one asked for (argument, then
-    QUANTKIT_KERNELS), else the best that keeps the byte contract. Raises KernelError."""
-    asked = kernel or os.environ.get("QUANTKIT_KERNELS") or None
-    if asked is not None:
-        if asked not in KERNELS:
-            raise KernelError(f"unknown kernel '{asked}'{did_you_mean(asked, KERNELS)}; there are {', '.join(KERNELS)}")
-        if asked == "ggml-pinned" and _pinned_library is None:
-            raise KernelError("the kernel 'ggml-pinned' needs the toolchain; run: quantkit toolchain install")
-        return asked
+    """The name of the kernel that quantizes to this type: the one asked for, else the best that keeps
+    the byte contract; where QUANTKIT_KERNELS names one, that if it has the type. Raises KernelError."""
+    if kernel is not None:
+        _require_known(kernel)
+        if kernel not in ("ggml", "ggml-pinned") and qt.name not in OWN[kernel]:
+            raise KernelError(f"the kernels '{kernel}' have none for {qt.name}")
+        return kernel
+    forced = os.environ.get("QUANTKIT_KERNELS") or None
+    if forced is not None:
+        _require_known(forced)
+        if forced in ("ggml", "ggml-pinned") or qt.name in OWN[forced]:
+            return forced
+    else:
+        for name, types in OWN.items():
+            if qt.name in types:
+                return name
     if qt.name not in DIFFERS_IN_WHEEL:
         return "ggml"
     if _pinned_library is None:
@@ -124,6 +135,15 @@ def select(qt: QType, kernel: str | None = None) -> str:
             "run: quantkit toolchain install"
         )
     return "ggml-pinned"
+
+
+def _require_known(kernel: str) -> None:
+    if kernel not in KERNELS:
+        raise KernelError(f"unknown kernel '{kernel}'{did_you_mean(kernel, KERNELS)}; there are {', '.join(KERNELS)}")
+    if kernel == "ggml-pinned" and _pinned_library is None:
+        raise KernelError("the kernel 'ggml-pinned' needs the toolchain; run: quantkit toolchain install")
+    if kernel not in ("ggml", "ggml-pinned", *OWN):
+        raise KernelError(f"this processor cannot run the kernels '{kernel}'; it can run {', '.join((*OWN, 'ggml'))}")
 
 
 def _library(name: str) -> _Ggml:
@@ -138,7 +158,7 @@ def active() -> dict[str, str]:
             continue
         try:
             kernel = select(qt)
-            out[name] = f"{kernel} {_library(kernel).version}"
+            out[name] = kernel if kernel in OWN else f"{kernel} {_library(kernel).version}"
         except KernelError as e:
             out[name] = f"none: {e}"
     return out
@@ -189,11 +209,15 @@ def quantize(
         raise WeightError(f"row {at[0]}, column {at[1]} is {rows[at]}")
     if qt.name in ABORT_ON_OVERFLOW:
         _require_moderate(rows, imatrix, qt)
-    ggml = _library(select(qt, kernel))
-    weights = imatrix.ctypes.data if imatrix is not None else None
-    written = ggml.quantize_chunk(qt.id, rows.ctypes.data, out.ctypes.data, 0, n_rows, n_cols, weights)
-    if written != out.nbytes:
-        raise KernelError(f"ggml wrote {written} bytes of {qt.name} where {out.nbytes} were due")
+    chosen = select(qt, kernel)
+    ggml = _library(chosen)
+    if chosen in OWN:
+        _native.quantize(chosen, qt.name, rows, imatrix if qt.uses_imatrix else None, out)
+    else:
+        weights = imatrix.ctypes.data if imatrix is not None else None
+        written = ggml.quantize_chunk(qt.id, rows.ctypes.data, out.ctypes.data, 0, n_rows, n_cols, weights)
+        if written != out.nbytes:
+            raise KernelError(f"ggml wrote {written} bytes of {qt.name} where {out.nbytes} were due")
     if not ggml.validate(qt.id, out.ctypes.data, out.nbytes):
         what = "one would be stored as Inf" if qt.is_float else "a block's scale is not valid"
         raise WeightError(f"weights out of the range of {qt.name}: {what}")
