@@ -79,9 +79,9 @@ def read_shape(c: Config, arch: str) -> Shape:
             )
     # transformers 5 writes rope_parameters, with theta among them, where its elders wrote rope_scaling
     scaling = c.section("rope_parameters") or c.section("rope_scaling")
-    theta = c.float_("rope_theta", 10000.0)
+    theta = c.positive("rope_theta", 10000.0)
     if scaling is not None:
-        theta = scaling.float_("rope_theta", theta)
+        theta = scaling.positive("rope_theta", theta)
         kind = rope_type(scaling)
         if kind in (None, "default"):
             scaling = None
