@@ -101,7 +101,7 @@ class Lock(_Model):
 # ---------------------------------------------------------------- groups of tensors
 
 _LAYER = re.compile(r"blk\.(0|[1-9]\d{0,5})\.([^{},]+)")
-_GROUP = re.compile(r"blk\.(?:\{([\d,-]+)\}|(\d+))\.(?:\{([^{}]+)\}|([^{},.]+))((?:\.[^{},]+)?)")
+_GROUP = re.compile(r"blk\.(?:\{([\d,-]+)\}|(0|[1-9]\d{0,5}))\.(?:\{([^{}]+)\}|([^{},.]+))((?:\.[^{},]+)?)")
 
 
 def layer_and_rest(name: str) -> tuple[int | None, str]:
@@ -301,11 +301,15 @@ def _dotted(path: tuple[str | int, ...]) -> str:
 
 # ---------------------------------------------------------------- writing
 
+#: what JSON strings may hold as it is, but YAML, which reads them back, may not
+_NOT_IN_YAML = re.compile("[^\n -~\xa0-\u2027\u202a-\ud7ff\ue000-\ufefe\uff00-\ufffd\U00010000-\U0010ffff]")
+
 
 def dump(lock: Lock, as_json: bool) -> str:
     """The text of a lock; the same lock gives the same text."""
     if as_json:
-        return json.dumps(_values(lock), indent=1, ensure_ascii=False) + "\n"
+        text = json.dumps(_values(lock), indent=1, ensure_ascii=False)
+        return _NOT_IN_YAML.sub(lambda m: f"\\u{ord(m[0]):04x}", text) + "\n"
     out = [
         "# Sizes of recipes x models: `quantkit sizes update` writes this file, `quantkit sizes check` compares.",
         f"version: {lock.version}",

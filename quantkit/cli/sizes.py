@@ -71,8 +71,11 @@ def update(file: str | None, recipes: tuple[str, ...], models: tuple[str, ...], 
 
     from quantkit import size_lock, size_report
     from quantkit import sizes as library
+    from quantkit.errors import OutputError
 
     path = Path(file) if file is not None else library.default_lock()
+    if not path.parent.is_dir():
+        raise OutputError(f"{path}: there is no folder {path.parent}; make it first, or choose another place")
     old = _old_lock(path, needed=not (recipes and models))
     was = old.matrix if old is not None else size_lock.Matrix(recipes=["all"], models=["deepseek-r1"])
     matrix = size_lock.Matrix(
