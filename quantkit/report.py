@@ -255,7 +255,7 @@ def fit_text(w: Weights, answers: Sequence[Answer], about: str, ram: int | None)
             base = sum(x.rest + x.cache for x in w.layers)
             lines.append(
                 f"{a.gpus.text}: no room for all but routed experts: with the KV cache that is {base / GIB:,.1f} GiB; "
-                "take a shorter --ctx or a smaller --cache-type"
+                "take a shorter --ctx, or a smaller --cache-type or --reserve"
             )
         elif a.split is not None and not (a.whole.n_layers == w.n_layers and a.split.n_layers == n_moe):
             lines += [

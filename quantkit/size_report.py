@@ -31,13 +31,17 @@ def render(comparison: Comparison, form: str, when: str) -> str:
     return {"markdown": markdown, "github": github}.get(form, text)(comparison)
 
 
+def _count(n: int) -> str:
+    return f"{n} size{'s' * (n != 1)}"
+
+
 def verdict(c: Comparison) -> str:
     """The comparison in a sentence."""
     tolerated = sum(x.status == "tolerated" for x in c.changes)
     within = f", {tolerated} within the tolerance of {float(100 * c.tolerance):g} %" if tolerated else ""
     if not c.drifted:
-        return f"{len(c.changes)} sizes are as {c.file} has them{within}"
-    return f"{len(c.drifted)} of {len(c.changes)} sizes drifted from {c.file}{within}; {_REDO}"
+        return f"{_count(len(c.changes))} as in {c.file}{within}"
+    return f"{len(c.drifted)} of {_count(len(c.changes))} drifted from {c.file}{within}; {_REDO}"
 
 
 # ---------------------------------------------------------------- a change in words
@@ -285,8 +289,8 @@ def ladder(model: str, layout: str, rungs: Sequence[Rung], notes: Sequence[str],
 def updated(path: Path, before: Mapping[Key, Any] | None, after: Mapping[Key, Any]) -> str:
     """What `sizes update` did, in a sentence."""
     if before is None:
-        return f"{path}: {len(after)} sizes written"
+        return f"{path}: {_count(len(after))} written"
     same = sum(before.get(k) == v for k, v in after.items())
     new = len(after.keys() - before.keys())
     gone = len(before.keys() - after.keys())
-    return f"{path}: {len(after)} sizes: {same} as before, {len(after) - same - new} moved, {new} new, {gone} gone"
+    return f"{path}: {_count(len(after))}: {same} as before, {len(after) - same - new} moved, {new} new, {gone} gone"

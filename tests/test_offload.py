@@ -7,12 +7,14 @@ import json
 import random
 import re
 import struct
+import subprocess
 from bisect import bisect_right
 from pathlib import Path
 
 import factory
 import pytest
 from click.testing import CliRunner
+from conftest import Tools
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -65,9 +67,10 @@ def test_the_published_table(r1_plans: dict[str, Plan], name: str) -> None:
 
 
 def test_the_rule_at_its_ends() -> None:
-    # 24 / 183 x 61 is 8; in floating point too, but 49 / 343 x 7 is 1 and 0.9999999999999999 there
     assert offload.published_rule(24, 183, 61) == 4
-    assert offload.published_rule(49 * 5, 343, 7) == 1
+    # 8 in whole numbers, a little less in floating point
+    assert int(8 / 49 * 49) == 7
+    assert offload.published_rule(8, 49, 49) == 4
     assert offload.published_rule(8, 212, 61) == 0
     assert offload.published_rule(1000, 131, 61) == 61
 
@@ -256,6 +259,28 @@ def test_gpus_are_filled_evenly(r1_plans: dict[str, Plan]) -> None:
     assert max(found.whole.used) < 22 * GIB
 
 
+@pytest.mark.tools
+@pytest.mark.parametrize("cache_type", ["f16", "q8_0"])
+def test_against_llama_cpp_itself(tools: Tools, tiny_bf16: Path, tmp_path: Path, cache_type: str) -> None:
+    """What the real loader says of its KV cache, and of the tensors that -ot takes."""
+    catalogue = open_model(str(tiny_bf16))
+    (tmp_path / "t.txt").write_text("some words to read " * 200)
+    pattern = rf"blk\.{offload.numbers_regex([2])}\.ffn_.*_exps\."
+    command = [tools.perplexity, "-m", tiny_bf16, "-f", tmp_path / "t.txt", "-c", "64", "--chunks", "1", "-v"]
+    command += ["-ctk", cache_type, "-ctv", cache_type, "-ot", f"{pattern}=CPU"]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, errors="replace", check=False)
+    log = done.stdout + done.stderr
+    moved = set(re.findall(r"tensor (\S+) .* buffer type overridden to CPU", log))
+    assert moved == {t.name for t in catalogue.tensors if t.role == "routed expert" and t.layer == 2}
+    m = re.search(
+        r"size = .*\(\s*(\d+) cells, +3 layers, +(\d+)/\d+ seqs\), K \(\w+\): +(\S+) MiB, V \(\w+\): +(\S+) MiB", log
+    )
+    assert m, log[-3000:]
+    cells, n_seqs, k_mib, v_mib = int(m[1]), int(m[2]), float(m[3]), float(m[4])
+    assert (cells, v_mib) == (256, 0.0)
+    assert abs(n_seqs * sum(offload.cache_bytes(catalogue, 64, cache_type)) / 2**20 - k_mib) <= 0.005
+
+
 # ---------------------------------------------------------------- regular expressions
 
 
@@ -287,7 +312,10 @@ def test_fit_as_text() -> None:
     assert re.search(r"^  80  19 of 61 ", text, re.M)
     assert re.search(r"^2x80  42 of 61 ", text, re.M)
     assert text.count("note: the published guide says 32 layers there; its own rule gives 42\n") == 1
-    assert "24: no room for all but routed experts: with the KV cache that is 47.8 GiB; take a shorter --ctx" in text
+    assert (
+        "24: no room for all but routed experts: with the KV cache that is 47.8 GiB; take a shorter --ctx, or a "
+        in text
+    )
     assert "2x80: whole layers; the other 97.0 GiB fit in RAM\n  -c 8192 -ngl 37 -ts 18,19\n" in text
     assert "24: whole layers; 227.4 GiB are left, 127.4 more than RAM has: read from disk (mmap) as needed" in text
 

@@ -124,7 +124,7 @@ def test_the_same_again_is_the_same_text(locked: Path) -> None:
     was = locked.read_text()
     assert good("update") == "quantkit-sizes.yaml: 2 sizes: 2 as before, 0 moved, 0 new, 0 gone\n"
     assert locked.read_text() == was
-    assert good("check") == "2 sizes are as quantkit-sizes.yaml has them\n"
+    assert good("check") == "2 sizes as in quantkit-sizes.yaml\n"
     assert [p.name for p in locked.parent.iterdir() if p.is_file()] == ["quantkit-sizes.yaml"]
 
 
@@ -132,7 +132,7 @@ def test_json_by_the_name(place: Path) -> None:
     good("update", "lock.json", "-r", "recipes/mine.yaml", "-m", "tiny/config.json")
     found = json.loads((place / "lock.json").read_text())
     assert found["cells"][0]["cell"]["layout"] == "k_b+v_b"
-    assert good("check", "lock.json") == "2 sizes are as lock.json has them\n"
+    assert good("check", "lock.json") == "2 sizes as in lock.json\n"
 
 
 def test_paths_are_relative_to_the_lock(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,7 +142,7 @@ def test_paths_are_relative_to_the_lock(place: Path, monkeypatch: pytest.MonkeyP
         recipes=["../recipes/*.yaml"], models=["../tiny/config.json"], layouts=["kv_b"]
     )
     monkeypatch.chdir(place / "tiny")
-    assert good("check", "../data/lock.yaml") == "1 sizes are as ../data/lock.yaml has them\n"
+    assert good("check", "../data/lock.yaml") == "1 size as in ../data/lock.yaml\n"
 
 
 def test_a_gguf_has_a_file_size(place: Path, tiny_bf16: Path, quantkit: Run) -> None:
@@ -234,7 +234,7 @@ def test_one_tensor_is_named(locked: Path) -> None:
         "and commit the lock\n"
     )
     assert good("update") == "quantkit-sizes.yaml: 2 sizes: 0 as before, 2 moved, 0 new, 0 gone\n"
-    assert good("check").startswith("2 sizes are as ")
+    assert good("check").startswith("2 sizes as in ")
 
 
 def test_layers_of_one_change_are_one_line(locked: Path) -> None:
@@ -268,7 +268,7 @@ def test_tolerance_is_a_share_of_the_bytes_before(locked: Path) -> None:
     assert sizes.compare(lock, locked, exact * Fraction(999_999, 1_000_000)).changes[0].status == "moved"
     text = good("check", "--tolerance", "5%")
     assert ": tolerated: " in text
-    assert text.endswith("\n2 sizes are as quantkit-sizes.yaml has them, 2 within the tolerance of 5 %\n")
+    assert text.endswith("\n2 sizes as in quantkit-sizes.yaml, 2 within the tolerance of 5 %\n")
 
 
 @pytest.mark.parametrize("value", ["-1%", "101%", "x", "1e-3", "0.1%%", ""])
@@ -287,7 +287,7 @@ def test_new_and_vanished_recipes(place: Path) -> None:
     assert f"recipes/yours.yaml on tiny/config.json (kv_b): new: {found:,} bytes = 0.0" in done.output
     assert f"recipes/mine.yaml on tiny/config.json (kv_b): vanished: {found:,} bytes = 0.0" in done.output
     assert "2 of 2 sizes drifted" in done.output
-    assert good("update") == "quantkit-sizes.yaml: 1 sizes: 0 as before, 0 moved, 1 new, 1 gone\n"
+    assert good("update") == "quantkit-sizes.yaml: 1 size: 0 as before, 0 moved, 1 new, 1 gone\n"
 
 
 def test_a_recipe_that_no_longer_works(locked: Path) -> None:
@@ -304,7 +304,7 @@ def test_a_recipe_that_no_longer_works(locked: Path) -> None:
     )
     # a comment moves the line, and is no drift
     change("name: mine", "# a comment\nname: mine")
-    assert good("check").startswith("2 sizes are as ")
+    assert good("check").startswith("2 sizes as in ")
     change("ffn_down_expss", "ffn_down_exps")
     assert "(kv_b): can be planned now\n  it could not be planned before: mine.yaml rules[0]" in run("check").output
 
@@ -368,7 +368,7 @@ def test_damaged_locks(locked: Path, old: str, new: str, error: str) -> None:
     # update refuses as well, unless told what to write
     assert isinstance(run("update").exception, SourceError)
     good("update", "-r", "recipes/mine.yaml", "-m", "tiny/config.json")
-    assert good("check").startswith("2 sizes are as ")
+    assert good("check").startswith("2 sizes as in ")
 
 
 @pytest.mark.parametrize(
