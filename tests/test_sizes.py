@@ -25,6 +25,7 @@ from quantkit.arch.known import MODELS
 from quantkit.arch.options import Options
 from quantkit.cli import cli
 from quantkit.errors import OutputError, RecipeError, SourceError
+from quantkit.gguf_format import STRING, kv
 from quantkit.models import open_model
 from quantkit.qtypes import QTYPES
 from quantkit.recipe import shipped
@@ -327,6 +328,28 @@ def test_another_shape_of_the_model(locked: Path) -> None:
     assert "  blk.2.ffn_up_exps.weight: vanished, was Q4_K\n" in run("check").output
 
 
+def test_a_change_of_metadata_alone(place: Path) -> None:
+    def model(name: str) -> None:
+        keys = [kv("general.architecture", STRING, "deepseek2"), kv("general.name", STRING, name)]
+        factory.gguf_file(place / "m.gguf", {"output.weight": ((256, 2), "F32", bytes(2048))}, keys)
+
+    Path("recipes/mine.yaml").write_text(
+        RECIPE.replace('"blk.*.ffn_down_exps.weight"', "blk.*").replace("why: early", "why: e\n    optional: true")
+    )
+    model("short")
+    good("update", "-r", "recipes/mine.yaml", "-m", "m.gguf")
+    (cell,) = size_lock.read(Path("quantkit-sizes.yaml")).cells
+    assert (cell.tensor_bytes, cell.cell.layout) == (2 * 144, "as is")
+    model("a good deal longer, by fifty bytes or thereabouts, all in all")
+    done = run("check")
+    assert done.exit_code == 1
+    assert ": moved: 288 bytes = 0.000 GiB as before, otherwise made up\n" in done.output
+    m = re.search(r"^  the file: ([\d,]+) bytes before, ([\d,]+) bytes now$", done.output, re.M)
+    assert m
+    assert int(m[1].replace(",", "")) == cell.file_bytes
+    assert int(m[2].replace(",", "")) > int(m[1].replace(",", ""))
+
+
 # ---------------------------------------------------------------- a lock that is not right
 
 
@@ -480,6 +503,14 @@ def test_github_without_a_rule(place: Path) -> None:
     assert workflow_command(vanished)[1]["file"] == "quantkit-sizes.yaml"
 
 
+def test_github_says_what_it_does_not_show() -> None:
+    keys = [Key(recipe=f"r{i}", model="m", layout="kv_b") for i in range(12)]
+    changes = tuple(sizes.Change(k, "vanished", Cell(cell=k), None, (), "gone", "") for k in keys)
+    *commands, hidden, _ = size_report.github(sizes.Comparison("f", Fraction(0), changes)).splitlines()
+    assert [workflow_command(c)[1]["title"] for c in commands] == [f"sizes: {k}" for k in keys]
+    assert hidden == "GitHub shows 10 annotations a step: 2 more are in this log and the summary"
+
+
 #: the schema of Ant's JUnit task (JUnit.xsd), which CI systems read: element -> (attributes that must be, that may
 #: be, children in order)
 SCHEMA: dict[str, tuple[set[str], set[str], list[str]]] = {
@@ -601,6 +632,16 @@ def test_table_of_some(place: Path) -> None:
     # six matrices of experts alike, one of them in Q6_K
     assert row["bits"] == round((5 * 4.5 + 6.5625) / 6, 4)
     assert good("table", "deepseek-r1", "-r", "UD-IQ1_?", "--format", "markdown").count("\n") == 4
+
+
+def test_table_of_a_dense_model(place: Path) -> None:
+    config = {k: v for k, v in factory.TINY_V3.items() if k not in ("n_routed_experts", "n_shared_experts")}
+    Path("tiny/config.json").write_text(json.dumps(config))
+    Path("dense.yaml").write_text(RECIPE.replace("ffn_down_exps", "ffn_down").replace("moe[:1]", "dense[:1]"))
+    lines = good("table", "tiny/config.json", "-r", "dense.yaml").splitlines()
+    assert lines[2].endswith("  bits of the ffn")
+    # three layers of three matrices alike, one of them in Q6_K
+    assert lines[4].endswith(f"  {(8 * 4.5 + 6.5625) / 9:.2f}")
 
 
 def test_table_says_what_cannot_be_planned(place: Path) -> None:
