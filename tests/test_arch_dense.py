@@ -402,7 +402,7 @@ def test_a_config_that_cannot_be(
         "num_attention_heads",
         "vocab_size",
         "max_position_embeddings",
-    ],  # fmt: skip
+    ],
 )
 @pytest.mark.parametrize("config", [TINY_LLAMA, TINY_QWEN2], ids=["llama", "qwen2"])
 def test_a_missing_number(config: Mapping[str, Any], key: str) -> None:
