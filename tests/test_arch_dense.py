@@ -402,7 +402,7 @@ def test_a_config_that_cannot_be(
         "num_attention_heads",
         "vocab_size",
         "max_position_embeddings",
-    ],  # fmt: skip
+    ],
 )
 @pytest.mark.parametrize("config", [TINY_LLAMA, TINY_QWEN2], ids=["llama", "qwen2"])
 def test_a_missing_number(config: Mapping[str, Any], key: str) -> None:
@@ -465,6 +465,17 @@ def test_the_vocabulary_of_codellama(tmp_path: Path) -> None:
         open_model(str(model), NAMED)
     assert str(e.value) == (
         f"{model}: vocab_size 32,016 is CodeLlama's, whose tokenizer quantkit does not read; {GIVE_GGUF}"
+    )
+
+
+def test_padding_with_the_end_of_text_in_a_vocabulary_without_deepseeks_padding(tmp_path: Path) -> None:
+    model = dense_checkpoint(tmp_path / "m", TINY_LLAMA)
+    pad = "<\uff5c\u2581pad\u2581\uff5c>"
+    text = (model / "tokenizer.json").read_text("utf-8")
+    (model / "tokenizer.json").write_text(text.replace(pad, "<|finetune_right_pad_id|>"), "utf-8")
+    assert open_model(str(model), NAMED).notes == (
+        "the padding token is the end-of-text token ('<\uff5cend\u2581of\u2581sentence\uff5c>', id 1), which harms "
+        "fine-tuning; --pad-token can name another",
     )
 
 
