@@ -468,6 +468,17 @@ def test_the_vocabulary_of_codellama(tmp_path: Path) -> None:
     )
 
 
+def test_padding_with_the_end_of_text_in_a_vocabulary_without_deepseeks_padding(tmp_path: Path) -> None:
+    model = dense_checkpoint(tmp_path / "m", TINY_LLAMA)
+    pad = "<\uff5c\u2581pad\u2581\uff5c>"
+    text = (model / "tokenizer.json").read_text("utf-8")
+    (model / "tokenizer.json").write_text(text.replace(pad, "<|finetune_right_pad_id|>"), "utf-8")
+    assert open_model(str(model), NAMED).notes == (
+        "the padding token is the end-of-text token ('<\uff5cend\u2581of\u2581sentence\uff5c>', id 1), which harms "
+        "fine-tuning; --pad-token can name another",
+    )
+
+
 @pytest.mark.parametrize(("value", "says"), [('"yes"', "'yes'"), ("1", "1")])
 def test_a_space_prefix_that_is_none(tmp_path: Path, value: str, says: str) -> None:
     model = dense_checkpoint(tmp_path / "m", TINY_LLAMA)

@@ -248,10 +248,13 @@ def _pad_token(
     pad, eos = special.get("pad"), special.get("eos")
     if asked is None:
         if pad is not None and pad == eos:
-            return kvs, [
-                f"the padding token is the end-of-text token ({tokens[pad]!r}, id {pad}), a fault of R1's tokenizer "
-                "that harms fine-tuning; --pad-token '<\uff5c\u2581pad\u2581\uff5c>' mends it"
-            ]
+            own = "<\uff5c\u2581pad\u2581\uff5c>"
+            says = f"the padding token is the end-of-text token ({tokens[pad]!r}, id {pad}), "
+            if own in tokens:
+                says += f"a fault of R1's tokenizer that harms fine-tuning; --pad-token '{own}' mends it"
+            else:
+                says += "which harms fine-tuning; --pad-token can name another"
+            return kvs, [says]
         return kvs, []
     if asked.isascii() and asked.isdecimal() and len(asked) < 20 and int(asked) < len(tokens):
         new = int(asked)
