@@ -16,7 +16,7 @@ import click
 from quantkit import __version__
 from quantkit.errors import QuantkitError
 
-from . import build, demo, doctor, inspect, plan, toolchain
+from . import build, demo, doctor, inspect, plan, recipe, toolchain
 
 INTERRUPTED = 130
 _TERMINATED = 143
@@ -34,7 +34,9 @@ def cli() -> None:
     """
 
 
-for _command in (plan.plan, build.build, inspect.inspect, demo.demo, toolchain.toolchain, doctor.doctor):
+for _command in (
+    plan.plan, build.build, inspect.inspect, demo.demo, toolchain.toolchain, doctor.doctor, recipe.recipe,
+):  # fmt: skip
     cli.add_command(_command)
 
 

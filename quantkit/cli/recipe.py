@@ -1,0 +1,16 @@
+"""quantkit recipe: a stand-in for the group, which comes from another branch."""
+
+from __future__ import annotations
+
+import click
+
+from .transfer import export, from_gguf, import_
+
+
+@click.group("recipe")
+def recipe() -> None:
+    """Clone, import and export recipes."""
+
+
+for _command in (from_gguf, import_, export):
+    recipe.add_command(_command)
