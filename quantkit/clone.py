@@ -53,7 +53,7 @@ class RoundTrip(NamedTuple):
     nbytes: int
 
     def __str__(self) -> str:
-        return f"round trip: {self.n_tensors:,} tensors, {self.nbytes:,} bytes, all equal"
+        return f"round trip: {count(self.n_tensors)}, {self.nbytes:,} bytes, all equal"
 
 
 class Cloned(NamedTuple):
@@ -69,7 +69,7 @@ def clone(catalogue: Catalogue, source: str, stem: str, name: str | None = None)
     .gguf. Raises RecipeError for types that a recipe cannot ask for."""
     types = {t.name: t.source_type for t in catalogue.tensors if t.quantizable}
     if not types:
-        raise RecipeError(f"{source}: none of its {len(catalogue.tensors)} tensors is one that is quantized")
+        raise RecipeError(f"{source}: of its {count(len(catalogue.tensors))} none is ever quantized")
     notes = list(_never_quantized_notes(catalogue))
     file_type, note = _file_type(catalogue, types)
     notes += note
@@ -87,6 +87,11 @@ def clone(catalogue: Catalogue, source: str, stem: str, name: str | None = None)
     )
     text = write(catalogue, types, head)
     return Cloned(text, prove(text, catalogue, types), tuple(notes))
+
+
+def count(n: int) -> str:
+    """1 tensor, 1,086 tensors."""
+    return f"{n:,} tensor{'s' * (n != 1)}"
 
 
 def slug(text: str) -> str:
@@ -131,8 +136,8 @@ def _never_quantized_notes(catalogue: Catalogue) -> Iterator[str]:
     if odd:
         kinds = ", ".join(sorted({f"{_family(t)} {t.source_type}" for t in odd}))
         yield (
-            f"{len(odd)} tensors that llama-quantize never quantizes are not F32 here ({kinds}); a recipe cannot ask "
-            "for that, and a build from a checkpoint gives what its conversion gives"
+            f"not F32, though llama-quantize never quantizes the like: {count(len(odd))} ({kinds}); a recipe cannot "
+            "ask for that, and a build from a checkpoint gives what its conversion gives"
         )
 
 
@@ -194,8 +199,7 @@ def write(catalogue: Catalogue, types: Types, head: Head) -> str:
             within = pick_layers(rule.selector, groups) if rule.selector else None
             rest = [t for t in left if not (glob.match(t.name) and (within is None or t.layer in within))]
             n, left = len(left) - len(rest), rest
-            what = f"{rule.role}, {n} tensor{'s' * (n != 1)}"
-            lines += [f"    type: {rule.type}", f'    why: "{head.verb}: {what}"']
+            lines += [f"    type: {rule.type}", f'    why: "{head.verb}: {rule.role}, {count(n)}"']
     return "\n".join(lines) + "\n"
 
 
@@ -374,7 +378,10 @@ def prove(text: str, catalogue: Catalogue, types: Types) -> RoundTrip:
     plain = replace(
         catalogue, tensors=tuple(t._replace(source_type="BF16") if t.quantizable else t for t in catalogue.tensors)
     )
-    plan = make_plan(plain, parse(text, "the recipe"))
+    try:
+        plan = make_plan(plain, parse(text, "the recipe"))
+    except RecipeError as e:
+        raise RecipeError(f"the round trip fails, since a recipe cannot tell some of these names apart: {e}") from None
     nbytes = 0
     for t, planned in zip(catalogue.tensors, plan.tensors, strict=True):
         want = QTYPES[types.get(t.name, t.source_type)]

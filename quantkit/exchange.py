@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from .catalogue import Catalogue, Tensor
-from .clone import Head, RoundTrip, alternatives, common_file_type, families, needs_imatrix, prove, write
+from .clone import Head, RoundTrip, alternatives, common_file_type, count, families, needs_imatrix, prove, write
 from .errors import KernelError, RecipeError, did_you_mean
 from .mixtures import facts, mixture_types
 from .plan import Plan, Planned
@@ -195,7 +195,7 @@ def import_rules(
     notes = list(_line_notes(lines, hits, owner))
     if unmatched:
         asked |= _from_mixture(catalogue, unmatched, file_type, has_imatrix, source)
-        notes.append(f"{len(unmatched)} tensors match no line and get llama-quantize's choice for {file_type}")
+        notes.append(f"no line matches {count(len(unmatched))}: llama-quantize's choice for {file_type}")
         if form != "tensor-types":
             notes.append(f"that is llama.cpp's choice; ik_llama.cpp may have another for {file_type}")
     types = {}
@@ -209,8 +209,8 @@ def import_rules(
             fell.add(f"{t.name} {asked[t.name]} -> {types[t.name]}")
     if fell:
         notes.append(
-            f"{len(fell)} tensors get another type than asked, since their rows do not divide into its blocks, the "
-            f"first {min(fell)}"
+            f"another type than asked, since rows do not divide into its blocks: {count(len(fell))}, the first "
+            f"{min(fell)}"
         )
     base = file_type or common_file_type(catalogue, types)
     head = Head(
@@ -303,8 +303,8 @@ def _line_notes(lines: Sequence[_Line], hits: Sequence[Sequence[Tensor]], owner:
         elif not quantizable:
             if any(t.source_type != line.type for t in matched):
                 kinds = _list(sorted({t.source_type for t in matched}))
-                n = f"the {len(matched)} tensors" if len(matched) > 1 else "the tensor"
-                yield f"{said} is ignored: llama-quantize never quantizes {n} it matches ({kinds})"
+                n = count(len(matched))
+                yield f"{said} is ignored: llama-quantize never quantizes what it matches ({n}, {kinds})"
         else:
             lost = [t for t in quantizable if owner[t.name] is not line and owner[t.name].type != line.type]
             if lost:

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 from .. import __version__
 from ..errors import SourceError
@@ -82,7 +82,7 @@ def _place(source: str) -> _Place:
         if m is None or not m["name"].endswith(".gguf") or (m["early"] and m["late"]):
             raise SourceError(f"{source}: is not hf://org/repo/file.gguf or hf://org/repo/file.gguf@revision")
         try:
-            url = hf_hub_url(m["repo"], m["folder"] + m["name"], revision=m["early"] or m["late"])
+            url = hf_hub_url(m["repo"], m["folder"] + m["name"], revision=unquote(m["early"] or m["late"] or "main"))
         except HFValidationError as e:
             raise SourceError(f"{source}: {e}") from None
         shown = source[: m.start("name")], source[m.end("name") :]
