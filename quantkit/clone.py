@@ -27,7 +27,7 @@ from .recipe import LAYER_GROUPS, expand_braces, glob_regex, parse, pick_layers
 Types = Mapping[str, str]
 """the type of each quantizable tensor, by its name"""
 
-_BLOCK = re.compile(r"blk\.(0|[1-9]\d*)\.(?=.)")
+_BLOCK = re.compile(r"^blk\.(0|[1-9]\d*)\.(?=.)")
 _LONGEST_MATCH = 400
 _MOST_ALTERNATIVES = 200
 

@@ -149,6 +149,12 @@ def _unsaid(plan: Plan, form: str) -> Iterator[str]:
     c, recipe = plan.catalogue, plan.recipe
     yield f"the file is for {c.model} (layout {c.layout}) only: its layers are written out"
     yield f"the reasons of the recipe's {len(recipe.rules)} rules are left out"
+    fell = [t for t in plan.tensors if t.fell_back]
+    if fell:
+        yield (
+            f"the type that the rows allow, not the one the recipe asks for, is given to {count(len(fell))}, the first "
+            f"{fell[0].tensor.name} {fell[0].requested} -> {fell[0].type}"
+        )
     if recipe.imatrix == "required":
         yield "the recipe requires an importance matrix: give llama-quantize --imatrix FILE"
     base = recipe.file_type

@@ -16,6 +16,7 @@ from .arch.options import Options
 from .catalogue import Catalogue, Part, Tensor, is_quantizable, layer_of, output_order, role_of
 from .errors import SourceError, did_you_mean
 from .gguf_format import STRING, U32, decode, is_utf8
+from .qtypes import QTYPES
 from .sources.gguf_file import GgufFile, GgufHeaders, open_gguf
 from .sources.remote import is_remote, open_remote
 from .sources.safetensors_dir import open_checkpoint, read_json
@@ -132,6 +133,10 @@ def describe_stored(catalogue: Catalogue) -> dict[str, tuple[int, int]]:
     """How a source stores its tensors, scales and left-out layers too: dtype -> (tensors, bytes)."""
     source = catalogue.source
     counts: dict[str, tuple[int, int]] = {}
+    if source is None and catalogue.kvs_complete:  # a GGUF elsewhere
+        for t in catalogue.tensors:
+            n, nbytes = counts.get(t.source_type, (0, 0))
+            counts[t.source_type] = (n + 1, nbytes + QTYPES[t.source_type].row_bytes(t.n_cols) * t.n_rows)
     stored = [*getattr(source, "tensors", {}).values(), *getattr(source, "scales", {}).values()]
     for st in stored:
         kind = f"{st.dtype} (scale)" if st.name.endswith("_scale_inv") else st.dtype

@@ -204,9 +204,12 @@ def tiny(names: Sequence[str], types: Sequence[str]) -> Catalogue:
 
 def test_names_that_end_alike_are_kept_apart() -> None:
     """The star of a glob takes dots too: blk.*.b.weight must not take blk.0.a.b.weight."""
-    names = ["blk.0.b.weight", "blk.11.b.weight", "blk.0.a.b.weight", "blk.3.a.b.weight", "v.blk.0.b.weight"]
-    c = tiny(names, ["Q8_0", "Q8_0", "Q4_0", "Q4_0", "F16"])
-    assert clone(c, "x.gguf", "x").proof.n_tensors == 5
+    names = ["blk.0.b.weight", "blk.11.b.weight", "blk.0.a.b.weight", "blk.3.a.b.weight", "v.blk.0.b.weight",
+             "v.blk.1.b.weight"]  # fmt: skip
+    c = tiny(names, ["Q8_0", "Q8_0", "Q4_0", "Q4_0", "F16", "Q5_0"])
+    made = clone(c, "x.gguf", "x")
+    assert made.proof.n_tensors == 6
+    assert ("v.blk.1.b.weight", None, "Q5_0") in rules(made.text)
 
 
 def test_names_that_only_a_question_mark_can_tell() -> None:
@@ -218,8 +221,8 @@ def test_names_that_a_recipe_cannot_tell_apart() -> None:
     with pytest.raises(RecipeError) as e:
         clone(tiny(["a*b.weight", "a?b.weight"], ["Q8_0", "Q4_0"]), "x.gguf", "x")
     assert str(e.value) == (
-        "the round trip fails, since a recipe cannot tell some of these names apart: the recipe:12 rules[1].match: all 2 "
-        "tensors it matches are already taken by the recipe:9 rules[0]"
+        "the round trip fails, since a recipe cannot tell some of these names apart: the recipe:12 rules[1].match: "
+        "all 2 tensors it matches are already taken by the recipe:9 rules[0]"
     )
 
 

@@ -148,6 +148,8 @@ def test_what_a_format_cannot_say() -> None:
     assert export(make_plan(R1, load("UD-IQ1_S")), "tensor-types").notes == (
         "the file is for deepseek-r1 (layout k_b+v_b) only: its layers are written out",
         "the reasons of the recipe's 11 rules are left out",
+        "the type that the rows allow, not the one the recipe asks for, is given to 61 tensors, the first "
+        "blk.0.attn_k_b.weight Q6_K -> Q8_0",
         "the recipe requires an importance matrix: give llama-quantize --imatrix FILE",
         "general.file_type is no part of the file: give llama-quantize IQ1_S as its type",
     )

@@ -86,8 +86,8 @@ class _Handler(BaseHTTPRequestHandler):
         body = body[: hub.stop_after]
         try:
             for at in range(0, len(body), 1 << 16):
+                hub.sent += len(body[at : at + (1 << 16)])  # before: the client may be done before us
                 self.wfile.write(body[at : at + (1 << 16)])
-                hub.sent += len(body[at : at + (1 << 16)])
         except OSError:  # the client has what it wanted
             pass
 
@@ -204,10 +204,22 @@ def test_the_token_goes_to_the_endpoint_only(hub: Hub, tmp_path: Path, monkeypat
     assert hub.seen == [("/x.gguf", "bytes=0-1048575", None)]
 
 
-def test_any_command_takes_a_remote_source(hub: Hub, tmp_path: Path) -> None:
+def test_other_commands_take_a_remote_source(hub: Hub, tmp_path: Path, quantkit: Run) -> None:
     model(tmp_path)
     catalogue = open_model("hf://org/repo/x.gguf")
     assert (catalogue.model, catalogue.source, len(catalogue.tensors)) == ("x", None, 1)
+    env = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "hf")}
+    found = json.loads(quantkit("inspect", "hf://org/repo/x.gguf", "--json", env=env).stdout)
+    assert (found["files"], found["stored"]) == (["hf://org/repo/x.gguf"], {"F32": {"tensors": 1, "bytes": DATA}})
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text('name: r\narch: [deepseek2]\nfile_type: Q8_0\nrules:\n  - {match: "*", type: Q8_0, why: x}\n')
+    assert quantkit("plan", "hf://org/repo/x.gguf", "-r", recipe, env=env).returncode == 0
+    done = quantkit("build", "hf://org/repo/x.gguf", "-r", recipe, "-o", tmp_path / "out.gguf", env=env)
+    assert (done.returncode, done.stderr) == (
+        4,
+        "error: x: only the header is known, there are no weights to build from; give a checkpoint directory or a "
+        "GGUF\n",
+    )
 
 
 @pytest.mark.parametrize(
