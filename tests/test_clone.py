@@ -24,7 +24,7 @@ from quantkit.gguf_format import KV, STRING, U32, header_bytes, kv, pad, read_he
 from quantkit.mixtures import facts, mixture_types
 from quantkit.plan import make_plan
 from quantkit.qtypes import FILE_TYPES, QTYPES, fit
-from quantkit.recipe import load, parse, shipped
+from quantkit.recipe import load, parse
 from quantkit.sources.gguf_file import open_gguf
 
 R1 = models.open_model("deepseek-r1")
@@ -55,7 +55,7 @@ def rules(text: str) -> list[tuple[str, str | None, str]]:
 
 
 @pytest.mark.parametrize("layout", ["k_b+v_b", "kv_b"])
-@pytest.mark.parametrize("name", sorted(shipped()))
+@pytest.mark.parametrize("name", ["UD-IQ1_S", "UD-IQ1_M", "UD-IQ2_XXS", "UD-Q2_K_XL"])
 def test_a_clone_of_a_shipped_recipes_file_is_as_short_as_the_recipe(name: str, layout: str) -> None:
     c = models.open_model("deepseek-r1", Options(layout))
     recipe = load(name)
@@ -65,7 +65,7 @@ def test_a_clone_of_a_shipped_recipes_file_is_as_short_as_the_recipe(name: str, 
     made = clone(replace(file, kvs=(*file.kvs, kv("quantize.imatrix.file", STRING, "i"))), "f.gguf", "f")
     got = parse(made.text, "f.yaml")
     assert len(got.rules) <= len(recipe.rules)
-    assert (got.file_type, got.imatrix, got.arch) == (recipe.file_type, "required", ["deepseek2"])
+    assert (got.file_type, got.imatrix, list(got.arch)) == (recipe.file_type, "required", ["deepseek2"])
     assert (made.proof.n_tensors, made.proof.nbytes) == (len(c.tensors), plan.tensor_bytes)
     assert {t.tensor.name: t.type for t in make_plan(c, got).tensors} == {t.tensor.name: t.type for t in plan.tensors}
 
