@@ -22,7 +22,7 @@ from quantkit.mixtures import BASE_TYPES, facts, mixture_types
 from quantkit.models import from_gguf, open_model
 from quantkit.plan import make_plan
 from quantkit.qtypes import FILE_TYPES, QTYPES, fit
-from quantkit.recipe import parse
+from quantkit.recipe import load, parse
 from quantkit.sources.gguf_file import open_gguf
 
 MODELS = [("deepseek-r1", "k_b+v_b"), ("deepseek-r1", "kv_b"), ("deepseek-v2-lite", "k_b+v_b"), ("deepseek-v2", "kv_b")]
@@ -216,3 +216,50 @@ def test_otherwise_that_is_wrong(value: str, message: str) -> None:
     with pytest.raises(RecipeError) as e:
         parse(f"name: r\narch: [deepseek2]\nfile_type: Q4_K_M\notherwise: {value}\nrules: []\n", "r.yaml")
     assert str(e.value) == message
+
+
+#: tensor bytes of files published from early 2025 to early 2026, by recipe; logs and cards round them as noted
+PUBLISHED_BYTES = [
+    ("deepseek-r1", "kv_b", "BF16", 1_342_267_742_208),
+    ("deepseek-r1", "kv_b", "Q8_0", 713_281_210_368),
+    ("deepseek-r1", "kv_b", "Q4_K_M", 404_424_884_224),
+    ("deepseek-v3", "kv_b", "Q3_K_M", 319_193_092_608),
+    ("deepseek-v3", "kv_b", "Q2_K_XS", 221_248_384_000),  # by the card's "207 GB" (GiB, rounded up) and description
+    ("deepseek-v3", "kv_b", "Q2_K_L", 244_240_231_424),  # by the card's "228 GB" and description
+    ("deepseek-r1", "k_b+v_b", "Q4_K_M", 404_488_847_360),
+    ("deepseek-v2-lite", "kv_b", "Q4_K_M", 10_360_420_352),
+    ("deepseek-r1-distill-llama-8b", "k_b+v_b", "Q4_K_M", 4_912_898_304),
+    ("deepseek-r1-distill-qwen-7b", "k_b+v_b", "F16", 15_231_899_648),
+]
+
+
+@pytest.mark.parametrize(("model", "layout", "recipe", "nbytes"), PUBLISHED_BYTES)
+def test_published_files_have_the_bytes_of_2025(model: str, layout: str, recipe: str, nbytes: int) -> None:
+    plan = make_plan(open_model(model, Options(layout)), load(recipe), None, "2025")
+    assert plan.tensor_bytes == nbytes
+    assert plan.warnings == ()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "gib"),
+    [("Q2_K_XS", 207), ("Q2_K_L", 228), ("Q3_K_M", 298), ("Q4_K_M", 377), ("Q5_K_M", 443), ("Q6_K", 513)],
+)
+def test_published_cards_round_up_to_gib(recipe: str, gib: int) -> None:
+    plan = make_plan(open_model("deepseek-v3", Options("kv_b")), load(recipe), None, "2025")
+    assert -(-plan.tensor_bytes // 2**30) == gib
+
+
+def test_a_pure_set_of_one_type() -> None:
+    """Every tensor Q4_K, attn_k_b by its fallback: 377,885,689,856 bytes as a published set of V3.1 sums to."""
+    text = 'name: r\narch: [deepseek2]\nfile_type: Q4_K_S\nrules:\n  - {match: "*", type: Q4_K, why: pure}\n'
+    plan = make_plan(open_model("deepseek-v3.1"), parse(text, "r.yaml"))
+    assert plan.tensor_bytes == 377_885_689_856
+    assert plan.types() == {"F32": 361, "Q5_0": 61, "Q4_K": 664}
+
+
+def test_the_current_rules_differ_where_attn_kv_b_counts_as_a_value() -> None:
+    c = open_model("deepseek-r1", Options("kv_b"))
+    now, then = (make_plan(c, load("Q4_K_M"), None, version) for version in ("current", "2025"))
+    moved = {a.tensor.name.split(".")[2] for a, b in zip(now.tensors, then.tensors, strict=True) if a.type != b.type}
+    assert moved == {"attn_kv_b"}
+    assert now.tensor_bytes > then.tensor_bytes
