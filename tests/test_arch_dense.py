@@ -8,6 +8,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,12 +18,13 @@ import pytest
 from conftest import Tools
 from factory import TINY_LLAMA, TINY_QWEN2, TINY_V3, dense_checkpoint, dense_tensors, edit_json
 from test_differential import data, fields, llama_quantize
+from tokenizers import Tokenizer
 
 from quantkit import arch, toolchain
 from quantkit import build as builds
 from quantkit.arch.options import Options
 from quantkit.arch.rope import Llama3Scaling
-from quantkit.arch.tokenizer import PRE_TOKENIZERS
+from quantkit.arch.tokenizer import _PROBE, PRE_TOKENIZERS
 from quantkit.catalogue import Catalogue, Part
 from quantkit.engines import Engine
 from quantkit.engines.llama_quantize import LlamaQuantizeEngine
@@ -488,6 +490,17 @@ def test_a_space_prefix_that_is_none(tmp_path: Path, value: str, says: str) -> N
     assert str(e.value) == (
         f"{model / 'tokenizer_config.json'}: add_prefix_space is {says}, not true or false; download it again"
     )
+
+
+@pytest.mark.parametrize(("adds_bos", "front"), [(True, [0]), (False, []), (None, [])])
+def test_the_bos_token_counts_where_the_config_says_so(tmp_path: Path, adds_bos: bool | None, front: list[int]) -> None:
+    """R1's Qwen distills have Qwen2's tokens and a bos token in front: the hash without it would name Qwen2's."""
+    model = dense_checkpoint(tmp_path / "m", TINY_QWEN2)
+    edit_json(model / "tokenizer_config.json", lambda c: c.update(add_bos_token=adds_bos))
+    probe = Tokenizer.from_file(str(model / "tokenizer.json")).encode(_PROBE, add_special_tokens=False).ids
+    with pytest.raises(SourceError) as e:
+        open_model(str(model))
+    assert f"(hash {sha256(str([*front, *probe]).encode()).hexdigest()[:16]}…)" in str(e.value)
 
 
 @pytest.mark.tools
