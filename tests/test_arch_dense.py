@@ -30,6 +30,7 @@ from quantkit.engines import Engine
 from quantkit.engines.llama_quantize import LlamaQuantizeEngine
 from quantkit.engines.native import NativeEngine
 from quantkit.errors import QuantkitError, SourceError, UnsupportedError, WeightError
+from quantkit.gguf_format import decode
 from quantkit.imatrix import open_imatrix
 from quantkit.models import describe_stored, open_model
 from quantkit.plan import make_plan
@@ -62,9 +63,8 @@ TINY_KIMI: dict[str, Any] = {
 
 MODELS: dict[str, dict[str, Any]] = {
     "llama": TINY_LLAMA,
-    "llama-tied": {**TINY_LLAMA, "tie_word_embeddings": True, "rope_theta": 10000.0},
     # deepseek-coder's scaling; heads narrower than the model is wide
-    "llama-linear": {**TINY_LLAMA, "head_dim": 32, "rope_scaling": LINEAR},
+    "llama-tied": {**TINY_LLAMA, "head_dim": 32, "rope_scaling": LINEAR, "tie_word_embeddings": True},
     "qwen2": TINY_QWEN2,
     "qwen2-yarn": {**TINY_QWEN2, "head_dim": 32, "rope_scaling": YARN, "tie_word_embeddings": False},
     "kimi-k2": TINY_KIMI,
@@ -479,6 +479,14 @@ def test_padding_with_the_end_of_text_in_a_vocabulary_without_deepseeks_padding(
         "the padding token is the end-of-text token ('<\uff5cend\u2581of\u2581sentence\uff5c>', id 1), which harms "
         "fine-tuning; --pad-token can name another",
     )
+
+
+@pytest.mark.parametrize(("vocab_size", "adds_bos"), [(49152, False), (49153, True)])
+def test_the_vocabulary_of_granite(tmp_path: Path, vocab_size: int, adds_bos: bool) -> None:
+    """The converter knows it by its size, and has no bos added whatever the tokenizer says."""
+    small = {"hidden_size": 32, "num_hidden_layers": 1, "tie_word_embeddings": True, "vocab_size": vocab_size}
+    c = open_model(str(dense_checkpoint(tmp_path / "m", TINY_LLAMA | small)), NAMED)
+    assert [decode(item) for item in c.kvs if item.key == "tokenizer.ggml.add_bos_token"] == [adds_bos]
 
 
 @pytest.mark.parametrize(("value", "says"), [('"yes"', "'yes'"), ("1", "1")])
