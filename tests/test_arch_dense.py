@@ -8,6 +8,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,17 +18,19 @@ import pytest
 from conftest import Tools
 from factory import TINY_LLAMA, TINY_QWEN2, TINY_V3, dense_checkpoint, dense_tensors, edit_json
 from test_differential import data, fields, llama_quantize
+from tokenizers import Tokenizer
 
 from quantkit import arch, toolchain
 from quantkit import build as builds
 from quantkit.arch.options import Options
 from quantkit.arch.rope import Llama3Scaling
-from quantkit.arch.tokenizer import PRE_TOKENIZERS
+from quantkit.arch.tokenizer import _PROBE, PRE_TOKENIZERS
 from quantkit.catalogue import Catalogue, Part
 from quantkit.engines import Engine
 from quantkit.engines.llama_quantize import LlamaQuantizeEngine
 from quantkit.engines.native import NativeEngine
 from quantkit.errors import QuantkitError, SourceError, UnsupportedError, WeightError
+from quantkit.gguf_format import decode
 from quantkit.imatrix import open_imatrix
 from quantkit.models import describe_stored, open_model
 from quantkit.plan import make_plan
@@ -60,9 +63,8 @@ TINY_KIMI: dict[str, Any] = {
 
 MODELS: dict[str, dict[str, Any]] = {
     "llama": TINY_LLAMA,
-    "llama-tied": {**TINY_LLAMA, "tie_word_embeddings": True, "rope_theta": 10000.0},
     # deepseek-coder's scaling; heads narrower than the model is wide
-    "llama-linear": {**TINY_LLAMA, "head_dim": 32, "rope_scaling": LINEAR},
+    "llama-tied": {**TINY_LLAMA, "head_dim": 32, "rope_scaling": LINEAR, "tie_word_embeddings": True},
     "qwen2": TINY_QWEN2,
     "qwen2-yarn": {**TINY_QWEN2, "head_dim": 32, "rope_scaling": YARN, "tie_word_embeddings": False},
     "kimi-k2": TINY_KIMI,
@@ -479,6 +481,14 @@ def test_padding_with_the_end_of_text_in_a_vocabulary_without_deepseeks_padding(
     )
 
 
+@pytest.mark.parametrize(("vocab_size", "adds_bos"), [(49152, False), (49153, True)])
+def test_the_vocabulary_of_granite(tmp_path: Path, vocab_size: int, adds_bos: bool) -> None:
+    """The converter knows it by its size, and has no bos added whatever the tokenizer says."""
+    small = {"hidden_size": 32, "num_hidden_layers": 1, "tie_word_embeddings": True, "vocab_size": vocab_size}
+    c = open_model(str(dense_checkpoint(tmp_path / "m", TINY_LLAMA | small)), NAMED)
+    assert [decode(item) for item in c.kvs if item.key == "tokenizer.ggml.add_bos_token"] == [adds_bos]
+
+
 @pytest.mark.parametrize(("value", "says"), [('"yes"', "'yes'"), ("1", "1")])
 def test_a_space_prefix_that_is_none(tmp_path: Path, value: str, says: str) -> None:
     model = dense_checkpoint(tmp_path / "m", TINY_LLAMA)
@@ -488,6 +498,17 @@ def test_a_space_prefix_that_is_none(tmp_path: Path, value: str, says: str) -> N
     assert str(e.value) == (
         f"{model / 'tokenizer_config.json'}: add_prefix_space is {says}, not true or false; download it again"
     )
+
+
+@pytest.mark.parametrize(("adds_bos", "front"), [(True, [0]), (False, []), (None, [])])
+def test_the_bos_token_counts_where_the_config_says_so(tmp_path: Path, adds_bos: bool | None, front: list[int]) -> None:
+    """R1's Qwen distills have Qwen2's tokens and a bos token in front: the hash without it would name Qwen2's."""
+    model = dense_checkpoint(tmp_path / "m", TINY_QWEN2)
+    edit_json(model / "tokenizer_config.json", lambda c: c.update(add_bos_token=adds_bos))
+    probe = Tokenizer.from_file(str(model / "tokenizer.json")).encode(_PROBE, add_special_tokens=False).ids
+    with pytest.raises(SourceError) as e:
+        open_model(str(model))
+    assert f"(hash {sha256(str([*front, *probe]).encode()).hexdigest()[:16]}…)" in str(e.value)
 
 
 @pytest.mark.tools
