@@ -1,0 +1,73 @@
+"""quantkit's own kernels against ggml, byte by byte, on as many weights as asked: every law under every importance.
+
+    python benchmarks/identity.py [TYPE …] --weights 1e9 [--seed N] [--threads N]
+
+Prints a line a type: weights compared, blocks that differ (each of the first ten with its law, seed and place).
+Exits 1 when any differs. 10^9 weights of a slow type take ggml minutes to an hour of processor time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import laws
+import numpy as np
+
+from quantkit import kernels, toolchain
+from quantkit.qtypes import ABORT_WITHOUT_IMATRIX, QTYPES
+
+SHAPE = (32, 4096 + 256)
+
+
+def cell(name: str, weights: str, importance: str, seed: int) -> tuple[int, list[str]]:
+    """Compare one draw in every set; the weights seen and what differs."""
+    rng = np.random.default_rng([seed, *f"{name}{weights}{importance}".encode()])
+    x, w = laws.WEIGHTS[weights](rng, SHAPE), laws.IMPORTANCE[importance](rng, SHAPE[1])
+    if w is None and name in ABORT_WITHOUT_IMATRIX:
+        return 0, []
+    reference = "ggml-pinned" if name in kernels.DIFFERS_IN_WHEEL else "ggml"
+    size = QTYPES[name].block_bytes
+    expected = kernels.quantize(x, name, w, reference).reshape(-1, size)
+    found = []
+    for kernel, types in kernels.OWN.items():
+        if name in types:
+            got = kernels.quantize(x, name, w, kernel).reshape(-1, size)
+            bad = np.flatnonzero((got != expected).any(1))
+            found += [f"{kernel}: {weights}, importance {importance}, seed {seed}: block {i}" for i in bad]
+    return x.size, found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("types", nargs="*", help="all that have a kernel of our own")
+    parser.add_argument("--weights", type=float, default=1e9)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args()
+    kernels.use_pinned_library(toolchain.ggml_library())
+    types = options.types or sorted(set().union(*kernels.OWN.values()), key=lambda t: QTYPES[t].id)
+    failed = False
+    for name in types:
+        start, seen, different = time.monotonic(), 0, list[str]()
+        grid = ((seed, w, i) for seed in itertools.count(options.seed) for w in laws.WEIGHTS for i in laws.IMPORTANCE)
+        with ThreadPoolExecutor(options.threads) as pool:
+            while seen < options.weights:
+                some = list(itertools.islice(grid, 4 * options.threads))
+                for n, found in pool.map(lambda c, name=name: cell(name, c[1], c[2], c[0]), some):
+                    seen += n
+                    different += found
+        for line in different[:10]:
+            print(f"  {name} {line}")
+        took = time.monotonic() - start
+        print(f"{name}: {seen:,} weights in {', '.join(k for k, t in kernels.OWN.items() if name in t)}, "
+              f"{len(different)} blocks differ, {took:.0f} s", flush=True)  # fmt: skip
+        failed |= bool(different)
+    sys.exit(failed)
+
+
+if __name__ == "__main__":
+    main()

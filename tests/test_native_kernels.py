@@ -1,0 +1,146 @@
+"""quantkit's own kernels against ggml's functions, byte by byte, for every instruction set this processor has."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import laws
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from quantkit import kernels, toolchain
+from quantkit.errors import QuantkitError
+from quantkit.qtypes import ABORT_WITHOUT_IMATRIX, QTYPES
+
+F32 = npt.NDArray[np.float32]
+SETS = list(kernels.OWN)
+TYPES = sorted(set().union(*kernels.OWN.values()))
+PAIRS = [(name, kernel) for name in TYPES for kernel in SETS if name in kernels.OWN[kernel]]
+#: weights a type that each set is compared on
+N_WEIGHTS = 10_000_000
+
+pytestmark = pytest.mark.skipif(not SETS, reason="this processor has none of the instruction sets")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _pinned() -> None:
+    kernels.use_pinned_library(toolchain.ggml_library())
+
+
+def reference(name: str) -> str:
+    """The ggml that defines the bytes."""
+    return "ggml-pinned" if name in kernels.DIFFERS_IN_WHEEL else "ggml"
+
+
+def outcome(x: F32, name: str, importance: F32 | None, kernel: str) -> bytes | str:
+    """The blocks, or the sentence they are refused with."""
+    try:
+        return kernels.quantize(x, name, importance, kernel).tobytes()
+    except QuantkitError as e:
+        return f"{type(e).__name__}: {e}"
+
+
+def differing(a: bytes, b: bytes, name: str) -> list[int]:
+    """The first blocks that differ."""
+    size = QTYPES[name].block_bytes
+    x, y = (np.frombuffer(blocks, np.uint8).reshape(-1, size) for blocks in (a, b))
+    return np.flatnonzero((x != y).any(1)).tolist()[:5]
+
+
+def compare(x: F32, name: str, importance: F32 | None, kernel: str, what: str, expected: bytes | str) -> None:
+    got = outcome(x, name, importance, kernel)
+    if isinstance(expected, bytes) and isinstance(got, bytes):
+        assert got == expected, f"{name} {kernel} {what}: blocks {differing(expected, got, name)} differ"
+    else:
+        assert got == expected, f"{name} {kernel} {what}"
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_every_law(name: str) -> None:
+    """All laws of weights under all laws of importance, 10^7 weights or more, in the shape of real rows."""
+    rng = np.random.default_rng(sum(name.encode()))
+    n_cells = len(laws.WEIGHTS) * len(laws.IMPORTANCE)
+    n_cols = 2304  # 9 super-blocks: lanes wrap from row to row
+    n_rows = -(-N_WEIGHTS // (n_cells * n_cols))
+    seen = 0
+    for weights, importance, x, w in laws.cells(rng, n_rows, n_cols):
+        if w is None and name in ABORT_WITHOUT_IMATRIX:
+            continue
+        expected = outcome(x, name, w, reference(name))
+        for kernel in SETS:
+            if name in kernels.OWN[kernel]:
+                compare(x, name, w, kernel, f"{weights}, {importance}", expected)
+        seen += x.size
+    assert seen >= 0.89 * N_WEIGHTS
+
+
+@pytest.mark.parametrize(("name", "kernel"), PAIRS)
+def test_every_tail(name: str, kernel: str) -> None:
+    """Rows and columns that fill no vector; nothing is written beyond the blocks."""
+    rng = np.random.default_rng(5)
+    qt = QTYPES[name]
+    for n_rows, n_blocks in [(1, 1), (1, 3), (3, 1), (2, 5), (7, 3), (17, 1), (5, 7), (1, 33)]:
+        x = laws.WEIGHTS["fp8 normal"](rng, (n_rows, n_blocks * qt.block))
+        w = laws.IMPORTANCE["lognormal 1"](rng, x.shape[1])
+        for importance in (w, None):
+            if importance is None and name in ABORT_WITHOUT_IMATRIX:
+                continue
+            expected = kernels.quantize(x, name, importance, reference(name))
+            guarded = np.full(expected.size + 256, 0xA5, np.uint8)
+            out = guarded[128 : 128 + expected.size].reshape(expected.shape)
+            kernels.quantize(x, name, importance, kernel, out)
+            assert out.tobytes() == expected.tobytes()
+            assert (guarded[:128] == 0xA5).all()
+            assert (guarded[128 + expected.size :] == 0xA5).all()
+
+
+def any_floats(seed: int, shape: tuple[int, int]) -> F32:
+    """Random bit patterns: every exponent as likely as any other. NaN and Inf become zeros."""
+    bits = np.random.default_rng(seed).integers(0, 1 << 32, shape, dtype=np.uint32)
+    x = bits.view(np.float32)
+    return np.where(np.isfinite(x), x, np.float32(0))
+
+
+@pytest.mark.parametrize("name", TYPES)
+@given(seed=st.integers(0, 2**32), narrow=st.integers(0, 30), weighted=st.booleans())
+@settings(max_examples=25, deadline=None)
+def test_any_bits(name: str, seed: int, narrow: int, weighted: bool) -> None:
+    """Exponents spread over up to 2^narrow: the same bytes as ggml, or the same refusal."""
+    x = any_floats(seed, (3, 4 * 256))
+    spread = np.float32(2.0) ** np.clip(np.log2(np.abs(x) + 1e-45), -narrow, narrow)
+    x = np.ascontiguousarray(np.copysign(spread, x), np.float32)
+    w = np.abs(any_floats(seed + 1, (1, x.shape[1]))[0])
+    importance = np.minimum(w, np.float32(2.0**narrow)) if weighted or name in ABORT_WITHOUT_IMATRIX else None
+    expected = outcome(x, name, importance, reference(name))
+    for kernel in SETS:
+        if name in kernels.OWN[kernel]:
+            compare(x, name, importance, kernel, f"seed {seed}", expected)
+
+
+def test_threads_give_the_same() -> None:
+    rng = np.random.default_rng(3)
+    jobs = []
+    for name, kernel in PAIRS:
+        x, w = laws.WEIGHTS["fp8 normal"](rng, (8, 1024)), laws.IMPORTANCE["real"](rng, 1024)
+        jobs.append((x, name, w, kernel))
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda job: outcome(*job), jobs * 4))
+    assert together == [outcome(*job) for job in jobs] * 4
+
+
+@pytest.mark.parametrize("kernel", [*SETS, "ggml"])
+def test_the_kernel_that_is_forced_runs(kernel: str, tmp_path: Path) -> None:
+    """As `active` tells it, in a process of its own."""
+    code = "from quantkit import kernels; print(kernels.select(kernels.QTYPES['Q4_K']))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | {"QUANTKIT_KERNELS": kernel}, capture_output=True, text=True,
+        check=False, cwd=tmp_path,
+    )  # fmt: skip
+    assert (done.stdout, done.stderr) == (f"{kernel}\n", "")
