@@ -11,6 +11,8 @@ QK_DECLARE(q3_k);
 QK_DECLARE(q4_k);
 QK_DECLARE(q5_k);
 QK_DECLARE(q6_k);
+QK_DECLARE(iq4_nl);
+QK_DECLARE(iq4_xs);
 #undef QK_DECLARE
 
 }  // namespace quantkit::QK_ISA
