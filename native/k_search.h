@@ -198,94 +198,140 @@ QK_INLINE F search_positive(const F* x, I* level, const F* w) {
     return select(zero | ~I(suml2 > 0.0f), F{}, sumlx / suml2);
 }
 
-// make_qx_quants with rmse_type 1 (N values, levels 0..2*NMAX-1 around NMAX); weights w, or x*x where w is null.
-// `level` receives the levels of the accepted scale. Returns the scale.
-template <int N, int NMAX, bool WEIGHTS>
-QK_INLINE F search_symmetric(const F* x, I* level, const F* w) {
-    F mx{}, amax{};
-    for (int i = 0; i < N; ++i) {
-        const F ax = abs_of(x[i]);
-        const I more = I(ax > amax);
-        amax = select(more, ax, amax);
-        mx = select(more, x[i], mx);
-    }
-    const I zero = I(amax < GROUP_MAX_EPS);
-    const I low = splat(-NMAX), high = splat(NMAX - 1);
-    F kept = -static_cast<float>(NMAX) / mx;
-    F sumlx{}, suml2{};
-    for (int i = 0; i < N; ++i) {
-        const F l = to_float(max_of(low, min_of(high, nearest_int(kept * x[i]))));
-        const F wi = WEIGHTS ? w[i] : x[i] * x[i];
-        sumlx += wi * x[i] * l;
-        suml2 += wi * l * l;
-    }
-    F scale = select(I(suml2 != 0.0f), sumlx / suml2, F{});
-    F best = scale * sumlx;
-    for (int is = -9; is <= 9; ++is) {
-        if (is == 0) continue;
-        const F iscale = -(static_cast<float>(NMAX) + 0.1f * static_cast<float>(is)) / mx;
-        sumlx = suml2 = F{};
-        for (int i = 0; i < N; ++i) {
-            const F l = to_float(max_of(low, min_of(high, nearest_int(iscale * x[i]))));
-            const F wi = WEIGHTS ? w[i] : x[i] * x[i];
-            sumlx += wi * x[i] * l;
-            suml2 += wi * l * l;
-        }
-        const I better = I(suml2 > 0.0f) & I(sumlx * sumlx > best * suml2);
-        kept = select(better, iscale, kept);
-        scale = select(better, sumlx / suml2, scale);
-        best = select(better, scale * sumlx, best);
-    }
-    for (int i = 0; i < N; ++i) {
-        const I l = max_of(low, min_of(high, nearest_int(kept * x[i])));
-        level[i] = select(zero, I{}, l + NMAX);
-    }
-    return select(zero, F{}, scale);
+// nearest_int of x, clamped to [low, high], as a float. Exact for every x: the range is that of nearest_int's wrap.
+QK_INLINE F nearest_clamped(F x, float low, float high) {
+    constexpr float MAGIC = 12582912.0f;
+    const F u = float_of((bits_of(x + MAGIC) & 0x007fffff) | 0x4b000000);  // nearest_int(x) + MAGIC
+    return max_of(splat(low + MAGIC), min_of(splat(high + MAGIC), u)) - MAGIC;
 }
 
-// make_q3_quants with do_rmse (N values, levels 0..2*NMAX-1 around NMAX). Returns the scale.
-template <int N, int NMAX>
-QK_INLINE F search_q3(const F* x, I* level) {
-    F mx{}, amax{};
+// The largest of N values by magnitude (the first of equals), with its sign; and the magnitude.
+template <int N>
+QK_INLINE void extreme(const F* x, F* mx, F* amax) {
+    *mx = *amax = F{};
     for (int i = 0; i < N; ++i) {
         const F ax = abs_of(x[i]);
-        const I more = I(ax > amax);
-        amax = select(more, ax, amax);
-        mx = select(more, x[i], mx);
+        const M more = less(*amax, ax);
+        *amax = max_of(ax, *amax);
+        *mx = select(more, x[i], *mx);
     }
-    const I zero = I(amax < GROUP_MAX_EPS);
-    const I low = splat(-NMAX), high = splat(NMAX - 1);
-    const F iscale = -static_cast<float>(NMAX) / mx;
-    F sumlx{}, suml2{};
+}
+
+// What search_symmetric found: levels follow from `kept`.
+struct Symmetric {
+    F scale;
+    F kept;   // the inverse scale: level = clamp(nearest_int(kept * x), -NMAX, NMAX - 1) + NMAX
+    I zero;   // nothing but zeros: level 0
+};
+
+template <int NMAX>
+QK_INLINE I levels_of(const Symmetric& s, F x) {
+    const I l = max_of(splat(-NMAX), min_of(splat(NMAX - 1), nearest_int(s.kept * x)));
+    return select(s.zero, I{}, l + NMAX);
+}
+
+// make_qx_quants with rmse_type 1 (N values, levels 0..2*NMAX-1 around NMAX); weights w, or x*x where w is null.
+//
+// Every product iscale * x here is within NMAX + 0.9 (and rounding) of 0, since |x| <= |mx| and |mx| >= 1e-15 (other
+// groups are dropped): levels are rounded in float, and a step that cannot pass a limit does not clamp there.
+template <int N, int NMAX, bool WEIGHTS>
+QK_INLINE Symmetric search_symmetric(const F* x, const F* weights) {
+    constexpr float MAGIC = 12582912.0f;
+    F mx, amax;
+    extreme<N>(x, &mx, &amax);
+    Symmetric out;
+    out.zero = I(amax < GROUP_MAX_EPS);
+    F wx[N], square[WEIGHTS ? 1 : N];
     for (int i = 0; i < N; ++i) {
-        level[i] = max_of(low, min_of(high, nearest_int(iscale * x[i])));
-        const F l = to_float(level[i]), wi = x[i] * x[i];
-        sumlx += wi * x[i] * l;
-        suml2 += wi * l * l;
+        if constexpr (!WEIGHTS) square[i] = x[i] * x[i];
+        wx[i] = (WEIGHTS ? weights[i] : square[i]) * x[i];
     }
-    I running = ~zero;
-    for (int pass = 0; pass < 5 && any(running); ++pass) {
-        I changed{};
+    const F* w = WEIGHTS ? weights : square;
+    const auto sums = [&](F iscale, bool limit_low, bool limit_high, F* sumlx, F* suml2) __attribute__((always_inline)) {
+        F slx{}, sl2{};
         for (int i = 0; i < N; ++i) {
-            const F l = to_float(level[i]), wi = x[i] * x[i];
-            F slx = sumlx - wi * x[i] * l;
-            F sl2 = suml2 - wi * l * l;
-            const I candidate = running & I(slx > 0.0f);
-            const I next = max_of(low, min_of(high, nearest_int(x[i] * sl2 / slx)));
-            const F nl = to_float(next);
-            slx += wi * x[i] * nl;
-            sl2 += wi * nl * nl;
-            const I take =
-                candidate & I(next != level[i]) & I(sl2 > 0.0f) & I(slx * slx * suml2 > sumlx * sumlx * sl2);
-            level[i] = select(take, next, level[i]);
-            sumlx = select(take, slx, sumlx);
-            suml2 = select(take, sl2, suml2);
-            changed |= take;
+            F l = (iscale * x[i] + MAGIC) - MAGIC;
+            if (limit_high) l = min_of(splat(static_cast<float>(NMAX - 1)), l);
+            if (limit_low) l = max_of(splat(-static_cast<float>(NMAX)), l);
+            slx += wx[i] * l;
+            sl2 += w[i] * l * l;
         }
-        running &= changed;
+        *sumlx = slx;
+        *suml2 = sl2;
+    };
+    F sumlx, suml2;
+    out.kept = -static_cast<float>(NMAX) / mx;
+    sums(out.kept, false, true, &sumlx, &suml2);
+    out.scale = select(I(suml2 != 0.0f), sumlx / suml2, F{});
+    F best = out.scale * sumlx;
+    const auto step = [&](int is, bool limit_low, bool limit_high) __attribute__((always_inline)) {
+        const F iscale = -(static_cast<float>(NMAX) + 0.1f * static_cast<float>(is)) / mx;
+        sums(iscale, limit_low, limit_high, &sumlx, &suml2);
+        const M better = less(F{}, suml2) & less(best * suml2, sumlx * sumlx);
+        const F scale = sumlx / suml2;
+        out.kept = select(better, iscale, out.kept);
+        out.scale = select(better, scale, out.scale);
+        best = select(better, scale * sumlx, best);
+    };
+    for (int is = -9; is <= -6; ++is) step(is, false, false);  // at most NMAX - 0.6
+    for (int is = -5; is <= 4; ++is)
+        if (is != 0) step(is, false, true);  // at least -(NMAX + 0.4)
+    for (int is = 5; is <= 9; ++is) step(is, true, true);
+    out.scale = select(out.zero, F{}, out.scale);
+    return out;
+}
+
+// make_q3_quants with do_rmse (N values, levels 0..2*NMAX-1 around NMAX), GROUPS groups side by side. `level`
+// receives the levels as floats around 0. Gives the scales, and whether a group has nothing but zeros (level 0).
+template <int N, int NMAX, int GROUPS>
+QK_INLINE void search_q3(const F* x, F* level, F* scale, I* zero) {
+    constexpr float MAGIC = 12582912.0f;
+    constexpr float LOW = -NMAX, HIGH = NMAX - 1;
+    F w[GROUPS * N], wx[GROUPS * N], sumlx[GROUPS], suml2[GROUPS];
+    M running[GROUPS];
+    for (int g = 0; g < GROUPS; ++g) {
+        F mx, amax;
+        extreme<N>(x + g * N, &mx, &amax);
+        zero[g] = I(amax < GROUP_MAX_EPS);
+        running[g] = ~less(amax, splat(GROUP_MAX_EPS));
+        const F iscale = -static_cast<float>(NMAX) / mx;
+        F slx{}, sl2{};
+        for (int k = g * N; k < (g + 1) * N; ++k) {
+            // |iscale * x| <= NMAX and rounding: the lower limit holds by itself
+            const F l = min_of(splat(HIGH), (iscale * x[k] + MAGIC) - MAGIC);
+            level[k] = l;
+            w[k] = x[k] * x[k];
+            wx[k] = w[k] * x[k];
+            slx += wx[k] * l;
+            sl2 += w[k] * l * l;
+        }
+        sumlx[g] = slx;
+        suml2[g] = sl2;
     }
-    for (int i = 0; i < N; ++i) level[i] = select(zero, I{}, level[i] + NMAX);
-    return select(zero | ~I(suml2 > 0.0f), F{}, sumlx / suml2);
+    for (int pass = 0; pass < 5; ++pass) {
+        M changed[GROUPS] = {};
+        for (int i = 0; i < N; ++i)
+            for (int g = 0; g < GROUPS; ++g) {
+                const int k = g * N + i;
+                const F l = level[k];
+                F slx = sumlx[g] - wx[k] * l;
+                F sl2 = suml2[g] - w[k] * l * l;
+                M take = running[g] & less(F{}, slx);
+                const F next = nearest_clamped(x[k] * sl2 / slx, LOW, HIGH);
+                slx += wx[k] * next;
+                sl2 += w[k] * next * next;
+                take &= differ(next, l) & less(F{}, sl2) & less(sumlx[g] * sumlx[g] * sl2, slx * slx * suml2[g]);
+                level[k] = select(take, next, l);
+                sumlx[g] = select(take, slx, sumlx[g]);
+                suml2[g] = select(take, sl2, suml2[g]);
+                changed[g] |= take;
+            }
+        M more{};
+        for (int g = 0; g < GROUPS; ++g) more |= running[g] &= changed[g];
+        if (!any(more)) break;
+    }
+    for (int g = 0; g < GROUPS; ++g)
+        scale[g] = select(zero[g] | ~I(suml2[g] > 0.0f), F{}, sumlx[g] / suml2[g]);
 }
 
 }  // namespace quantkit::QK_ISA

@@ -189,6 +189,28 @@ QK_INLINE void store_lanes(const I* words, uint8_t* const* y, int offset) {
 #endif
 }
 
+// A mask of lanes as the comparison instructions give it: a bit a lane on AVX-512, all ones or all zeros elsewhere.
+#if defined(__AVX512F__)
+typedef __mmask16 M;
+QK_INLINE M less(F a, F b) {
+    return _mm512_cmp_ps_mask(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b), _CMP_LT_OQ);
+}
+QK_INLINE M differ(F a, F b) {
+    return _mm512_cmp_ps_mask(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b), _CMP_NEQ_UQ);
+}
+QK_INLINE F select(M mask, F a, F b) {
+    return reinterpret_cast<F>(
+        _mm512_mask_blend_ps(mask, reinterpret_cast<__m512>(b), reinterpret_cast<__m512>(a)));
+}
+QK_INLINE bool any(M mask) { return mask != 0; }
+QK_INLINE M mask_of(I mask) { return _mm512_movepi32_mask(reinterpret_cast<__m512i>(mask)); }
+#else
+typedef I M;
+QK_INLINE M less(F a, F b) { return a < b; }
+QK_INLINE M differ(F a, F b) { return a != b; }
+QK_INLINE M mask_of(I mask) { return mask; }
+#endif
+
 // One word of n <= 4 bytes a lane.
 QK_INLINE void store_word(I word, uint8_t* const* y, int offset, int n_bytes = 4) {
     for (int lane = 0; lane < LANES; ++lane) {
