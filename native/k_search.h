@@ -281,57 +281,74 @@ QK_INLINE Symmetric search_symmetric(const F* x, const F* weights) {
     return out;
 }
 
-// make_q3_quants with do_rmse (N values, levels 0..2*NMAX-1 around NMAX), GROUPS groups side by side. `level`
-// receives the levels as floats around 0. Gives the scales, and whether a group has nothing but zeros (level 0).
-template <int N, int NMAX, int GROUPS>
-QK_INLINE void search_q3(const F* x, F* level, F* scale, I* zero) {
+// make_q3_quants with do_rmse (N values, levels 0..2*NMAX-1 around NMAX). `level` receives the levels as floats
+// around 0. Gives the scale, and whether the group has nothing but zeros (level 0).
+//
+// Its refinement asks of every value whether q = x * sl2 / slx, rounded and clamped, is another level than l, and
+// mostly it is not. A value is passed over, in all lanes at once, where (below * slx < p) and (p < above * slx) with
+// p = x * sl2, below = l - 0.499, above = l + 0.499 (u + 0.499 where u > l was clamped to l at first: any level up to
+// u is clamped to l again). Then slx > 0 (below < above), and p / slx is between below and above but for the rounding
+// of the two products and of the quotient, 2^-24 of each: so q rounds to l. Products that are denormal could be off
+// by more; they are not where sumlx > 2^-100: slx is the difference of sumlx and another float, so it is 0 or at
+// least half a unit in the last place of sumlx, 2^-125, and below, above are at least 0.499 in magnitude but for
+// l = 0, where they are +-0.499. What is not passed over takes ggml's own steps.
+//
+// Where sumlx <= 0 at first, nothing changes: the terms of its sum have all the sign of iscale (l has that of
+// iscale * x), the sum of terms none of which is positive is not above any of them, and slx = sumlx - term <= 0.
+template <int N, int NMAX>
+QK_INLINE F search_q3(const F* x, F* level, I* zero) {
     constexpr float MAGIC = 12582912.0f;
     constexpr float LOW = -NMAX, HIGH = NMAX - 1;
-    F w[GROUPS * N], wx[GROUPS * N], sumlx[GROUPS], suml2[GROUPS];
-    M running[GROUPS];
-    for (int g = 0; g < GROUPS; ++g) {
-        F mx, amax;
-        extreme<N>(x + g * N, &mx, &amax);
-        zero[g] = I(amax < GROUP_MAX_EPS);
-        running[g] = ~less(amax, splat(GROUP_MAX_EPS));
-        const F iscale = -static_cast<float>(NMAX) / mx;
-        F slx{}, sl2{};
-        for (int k = g * N; k < (g + 1) * N; ++k) {
-            // |iscale * x| <= NMAX and rounding: the lower limit holds by itself
-            const F l = min_of(splat(HIGH), (iscale * x[k] + MAGIC) - MAGIC);
-            level[k] = l;
-            w[k] = x[k] * x[k];
-            wx[k] = w[k] * x[k];
-            slx += wx[k] * l;
-            sl2 += w[k] * l * l;
+    F mx, amax;
+    extreme<N>(x, &mx, &amax);
+    *zero = I(amax < GROUP_MAX_EPS);
+    const F iscale = -static_cast<float>(NMAX) / mx;
+    F w[N], wx[N], term[N], square[N], below[N], above[N], sumlx{}, suml2{};
+    for (int i = 0; i < N; ++i) {
+        // |iscale * x| <= NMAX and rounding: the lower limit holds by itself
+        const F u = (iscale * x[i] + MAGIC) - MAGIC;
+        const F l = min_of(splat(HIGH), u);
+        w[i] = x[i] * x[i];
+        wx[i] = w[i] * x[i];
+        term[i] = wx[i] * l;
+        square[i] = w[i] * l * l;
+        sumlx += term[i];
+        suml2 += square[i];
+        level[i] = l;
+        below[i] = l - 0.499f;
+        above[i] = u + 0.499f;
+    }
+    M running = less(F{}, sumlx) & ~mask_of(*zero);
+    bool certain = !any(M(running & less(sumlx, splat(0x1p-100f))));
+    for (int pass = 0; pass < 5 && any(running); ++pass) {
+        M changed{};
+        for (int i = 0; i < N; ++i) {
+            F slx = sumlx - term[i];
+            F sl2 = suml2 - square[i];
+            const F p = x[i] * sl2;
+            const M same = less(below[i] * slx, p) & less(p, above[i] * slx);
+            if (certain && !any(M(running & ~same))) continue;
+            const M candidate = running & less(F{}, slx);
+            const F next = nearest_clamped(p / slx, LOW, HIGH);
+            const F next_term = wx[i] * next, next_square = w[i] * next * next;
+            slx += next_term;
+            sl2 += next_square;
+            const M take = candidate & differ(next, level[i]) & less(F{}, sl2) &
+                           less(sumlx * sumlx * sl2, slx * slx * suml2);
+            if (!any(take)) continue;
+            level[i] = select(take, next, level[i]);
+            term[i] = select(take, next_term, term[i]);
+            square[i] = select(take, next_square, square[i]);
+            below[i] = select(take, next - 0.499f, below[i]);
+            above[i] = select(take, next + 0.499f, above[i]);
+            sumlx = select(take, slx, sumlx);
+            suml2 = select(take, sl2, suml2);
+            certain = certain && !any(M(running & less(sumlx, splat(0x1p-100f))));
+            changed |= take;
         }
-        sumlx[g] = slx;
-        suml2[g] = sl2;
+        running &= changed;
     }
-    for (int pass = 0; pass < 5; ++pass) {
-        M changed[GROUPS] = {};
-        for (int i = 0; i < N; ++i)
-            for (int g = 0; g < GROUPS; ++g) {
-                const int k = g * N + i;
-                const F l = level[k];
-                F slx = sumlx[g] - wx[k] * l;
-                F sl2 = suml2[g] - w[k] * l * l;
-                M take = running[g] & less(F{}, slx);
-                const F next = nearest_clamped(x[k] * sl2 / slx, LOW, HIGH);
-                slx += wx[k] * next;
-                sl2 += w[k] * next * next;
-                take &= differ(next, l) & less(F{}, sl2) & less(sumlx[g] * sumlx[g] * sl2, slx * slx * suml2[g]);
-                level[k] = select(take, next, l);
-                sumlx[g] = select(take, slx, sumlx[g]);
-                suml2[g] = select(take, sl2, suml2[g]);
-                changed[g] |= take;
-            }
-        M more{};
-        for (int g = 0; g < GROUPS; ++g) more |= running[g] &= changed[g];
-        if (!any(more)) break;
-    }
-    for (int g = 0; g < GROUPS; ++g)
-        scale[g] = select(zero[g] | ~I(suml2[g] > 0.0f), F{}, sumlx[g] / suml2[g]);
+    return select(*zero | ~I(suml2 > 0.0f), F{}, sumlx / suml2);
 }
 
 }  // namespace quantkit::QK_ISA
