@@ -253,18 +253,20 @@ constexpr int side_by_side(Kind k) { return has_minimum(k) ? 2 : 1; }
 template <Kind K, int N>
 QK_INLINE void search(const F* x, const F* w, uint8_t* const* y) {
     constexpr bool FIVE = largest_level(K) == 31;
+    constexpr int NMAX = has_minimum(K) ? largest_level(K) : (largest_level(K) + 1) / 2;
     I level[32];
     if constexpr (has_minimum(K)) {
         Affine found[N];
-        search_affine<32, largest_level(K), true, false, N>(x, w, -0.9f, 0.05f, 36, found);
+        search_affine<32, NMAX, true, false, N>(x, w, -0.9f, 0.05f, 36, found);
         for (int t = 0; t < N; ++t) {
-            for (int j = 0; j < 32; ++j) level[j] = levels_of<largest_level(K)>(found[t], x[32 * t + j]);
+            for (int j = 0; j < 32; ++j) level[j] = levels_of<NMAX>(found[t], x[32 * t + j]);
             store_blocks32<4, FIVE>(level, to_half(found[t].scale) | (to_half(-found[t].minimum) << 16), y + t * LANES);
         }
     } else {
         for (int t = 0; t < N; ++t) {
-            const F d = search_symmetric<32, (largest_level(K) + 1) / 2, true>(x + 32 * t, level, w + 32 * t);
-            store_blocks32<2, FIVE>(level, to_half(d), y + t * LANES);
+            const Symmetric found = search_symmetric<32, NMAX, true>(x + 32 * t, w + 32 * t);
+            for (int j = 0; j < 32; ++j) level[j] = levels_of<NMAX>(found, x[32 * t + j]);
+            store_blocks32<2, FIVE>(level, to_half(found.scale), y + t * LANES);
         }
     }
 }
