@@ -8,16 +8,16 @@
 //
 // Two things replace best_index_int8, ggml's search of the level nearest to a scaled value:
 //
-// Thresholds. For levels a < b next to each other ggml takes a where fl(v - a) < fl(b - v). Both sides are
-// monotone in v, so there is one v from which on b is taken. It is the midpoint m = (a + b) / 2: near it both
-// differences are exact (the levels are integers below 128 and the differences no larger than 12 times 2^-23
-// needs), so they compare as v and m do. Thresholds checks it for each pair with ggml's own expression. A NaN is
-// below no threshold and gets the last level, as with ggml.
+// Thresholds. For levels a < b next to each other ggml takes a where fl(v - a) < fl(b - v), else b. As v grows the
+// left side never falls and the right side never grows, so there is one float from which on b is taken. It is the
+// midpoint: Levels tries ggml's own expression there (b) and at the float before it (a). A NaN is below no threshold
+// and gets the last level, as with ggml.
 //
 // Two candidates a value. The tries scale by (t + level[0]) / max, t = -7..7. For one x, fl(id * x) is monotone in
 // id, so in all tries it lies between its values at t = -7 and t = 7, which are of one sign and whose ratio is at
-// most (127+7)/(127-7) = 1.117. Neighbouring thresholds of one sign have ratios of 1.2 and more (checked too), so
-// at most one lies between: each try only decides between two levels, whose products are made once.
+// most (127+7)/(127-7) = 1.117. Neighbouring thresholds of one sign have ratios of 1.2 and more (Levels checks
+// this too), so at most one lies between: each try only decides between the level at t = -7 and the next towards
+// zero, whose products are made once.
 #include "blocks.h"
 #include "blocks32.h"
 #include "codebooks.h"
@@ -60,29 +60,39 @@ struct Table8 {
 
 // The levels, and the values from which on the next one is nearest.
 struct Levels {
-    float first;            // level 0, the largest in magnitude
-    float at3, at7, at11;   // thresholds: level k + 1 from at_k on
+    float first;             // level 0, the largest in magnitude
+    float at3, at7, at11;    // thresholds: level k + 1 from at_k on
     Table8 at_odd, at_even;  // [i] = at 4*(i/2)+1; at 2*i
-    Table8 even, odd;       // levels 2*i, 2*i + 1
+    Table8 even, odd;        // levels 2*i, 2*i + 1
+    Table8 even_in, odd_in;  // for each the next level towards zero; for the one that zero has, itself
 
     explicit Levels(const Codebook& book) {
         const int8_t* v = book.values;
         float at[15];
+        bool known = static_cast<float>(v[0] - NTRY) > SPREAD * static_cast<float>(v[0] + NTRY);
         for (int k = 0; k < 15; ++k) {
             const float a = v[k], b = v[k + 1], middle = (a + b) * 0.5f, below = std::nextafterf(middle, -1e9f);
             const float last = k ? at[k - 1] : 0.0f, low = std::fabs(last), high = std::fabs(middle);
             const bool exact = a < b && below - a < b - below && !(middle - a < b - middle);
             const bool apart = last * middle <= 0.0f || std::fmin(low, high) * SPREAD < std::fmax(low, high);
-            if (!exact || !apart) throw std::logic_error("quantize: the codebook IQ4_NL is not ggml's");
+            known &= exact && apart;
             at[k] = middle;
         }
+        if (!known) throw std::logic_error("quantize: the codebook IQ4_NL is not ggml's");
         first = v[0];
         at3 = at[3], at7 = at[7], at11 = at[11];
+        // level k is that of the values from at[k - 1] to at[k]
+        const auto inner = [&](int k) -> float {
+            if (k < 15 && at[k] <= 0.0f) return v[k + 1];
+            return k > 0 && at[k - 1] > 0.0f ? v[k - 1] : v[k];
+        };
         for (int i = 0; i < 8; ++i) {
             at_odd.set(i, at[4 * (i / 2) + 1]);
             at_even.set(i, at[2 * i]);
             even.set(i, v[2 * i]);
             odd.set(i, v[2 * i + 1]);
+            even_in.set(i, inner(2 * i));
+            odd_in.set(i, inner(2 * i + 1));
         }
     }
 };
@@ -102,9 +112,10 @@ QK_INLINE Index index_of(const Levels& levels, F x) {
     return {pair, I(x < levels.at_even[pair])};
 }
 
-QK_INLINE F level_of(const Levels& levels, F x) {
-    const Index i = index_of(levels, x);
-    return select(i.even, levels.even[i.pair], levels.odd[i.pair]);
+QK_INLINE F level_of(const Levels& levels, Index i) { return select(i.even, levels.even[i.pair], levels.odd[i.pair]); }
+
+QK_INLINE F inner_of(const Levels& levels, Index i) {
+    return select(i.even, levels.even_in[i.pair], levels.odd_in[i.pair]);
 }
 
 // A value's two candidates: their products with the weight and the value, and with the weight and the level; and
@@ -141,11 +152,12 @@ QK_INLINE F scale_of(const Levels& levels, const F* x, const F* w) {
     F sumqx{}, sumq2{};
     Candidates candidates[32];
     for (int j = 0; j < 32; ++j) {
-        const F q = level_of(levels, first * x[j]);
+        const F q = level_of(levels, index_of(levels, first * x[j]));
         const F wq = w[j] * q;
         sumqx += wq * x[j];
         sumq2 += wq * q;
-        const F a = level_of(levels, id[0] * x[j]), b = level_of(levels, id[2 * NTRY] * x[j]);
+        const Index outer = index_of(levels, id[0] * x[j]);
+        const F a = level_of(levels, outer), b = inner_of(levels, outer);
         const F low = min_of(a, b), high = max_of(a, b), wl = w[j] * low, wh = w[j] * high;
         candidates[j] = {(low + high) * 0.5f, wl * x[j], wh * x[j], wl * low, wh * high};
     }

@@ -87,7 +87,8 @@ QK_INLINE __m256i levels(const float* x, float low, float id) {
     const __m256i a = _mm256_packs_epi32(q[0], q[1]), b = _mm256_packs_epi32(q[2], q[3]);
     const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
     if constexpr (K == Q8_0) return _mm256_permutevar8x32_epi32(_mm256_packs_epi16(a, b), order);
-    // Inf and NaN convert to -2^31, whose low byte, which ggml keeps, is 0: so is what packus makes of it
+    // Inf and NaN convert to -2^31, whose low byte, which ggml keeps, is 0: so is what packus makes of it.
+    // (Q5_1 has no limit in ggml. It passes none either: (max - min) * id is 31 but for rounding.)
     const __m256i bytes = _mm256_min_epu8(_mm256_packus_epi16(a, b), _mm256_set1_epi8(largest_level(K)));
     return _mm256_permutevar8x32_epi32(bytes, order);
 }
@@ -102,7 +103,8 @@ QK_INLINE void eight_blocks(const float* x, uint8_t* y) {
             if constexpr (!has_minimum(K)) v[i] = abs_of(v[i]);
         }
         part[b] = _mm256_max_ps(_mm256_max_ps(v[0], v[1]), _mm256_max_ps(v[2], v[3]));
-        if constexpr (has_minimum(K)) low_part[b] = _mm256_min_ps(_mm256_min_ps(v[0], v[1]), _mm256_min_ps(v[2], v[3]));
+        if constexpr (has_minimum(K))
+            low_part[b] = _mm256_min_ps(_mm256_min_ps(v[0], v[1]), _mm256_min_ps(v[2], v[3]));
     }
     const __m256 max = reduce8<false>(part);
     alignas(32) float lows[8], ids[8];
