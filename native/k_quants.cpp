@@ -49,14 +49,17 @@ QK_INLINE void affine_levels(const F* x, F d, F dm, const Affine& found, I* leve
         for (int i = 0; i < N; ++i) level[i] = select(none, levels_of<NMAX>(found, x[i]), level[i]);
 }
 
-// Levels around 0, NMAX added: clamp(nearest_int(x / d), -NMAX, NMAX - 1) + NMAX; where d is 0 `level` stays.
-template <int N, int NMAX>
-QK_INLINE void symmetric_levels(const F* x, F d, I* level) {
-    const I none = I(d == 0.0f);
+// Levels around 0, NMAX added: clamp(nearest_int(x / d), -NMAX, NMAX - 1) + NMAX; where d is 0, found(x, i).
+template <int N, int NMAX, typename Found>
+QK_INLINE void symmetric_levels(const F* x, F d, Found found, I* level) {
+    constexpr int ZERO = 0x00400000;  // of nearest_int before it subtracts
     for (int i = 0; i < N; ++i) {
-        const I l = max_of(splat(-NMAX), min_of(splat(NMAX - 1), nearest_int(x[i] / d))) + NMAX;
-        level[i] = select(none, level[i], l);
+        const I l = bits_of(x[i] / d + 12582912.0f) & 0x007fffff;
+        level[i] = max_of(splat(ZERO - NMAX), min_of(splat(ZERO + NMAX - 1), l)) - (ZERO - NMAX);
     }
+    const I none = I(d == 0.0f);
+    if (any(none))
+        for (int i = 0; i < N; ++i) level[i] = select(none, found(x[i], i), level[i]);
 }
 
 // Two-bit fields of 256 levels: byte l of half h has levels 128h + l, +32, +64, +96.
@@ -235,6 +238,9 @@ QK_INLINE void tile_q3_k(const float* const* xs, const float* const* ws, uint8_t
     load_lanes<QK_K>(xs, x);
     I level[QK_K], ls[16];
     F scales[16], d;
+    Symmetric found[WEIGHTS ? 16 : 1];
+    F found_level[WEIGHTS ? 1 : QK_K];
+    I found_zero[WEIGHTS ? 1 : 16];
     if constexpr (WEIGHTS) {
         alignas(64) F w[QK_K];
         load_lanes<QK_K>(ws, w);
@@ -242,13 +248,16 @@ QK_INLINE void tile_q3_k(const float* const* xs, const float* const* ws, uint8_t
         F sw[16];
         for (int j = 0; j < 16; ++j) {
             sw[j] = sum_of(w + 16 * j, 16);
-            scales[j] = search_symmetric<16, 4, true>(x + 16 * j, level + 16 * j, w + 16 * j);
+            found[j] = search_symmetric<16, 4, true>(x + 16 * j, w + 16 * j);
+            scales[j] = found[j].scale;
         }
-        d = search_symmetric<16, 32, true>(scales, ls, sw);
+        const Symmetric block = search_symmetric<16, 32, true>(scales, sw);
+        for (int j = 0; j < 16; ++j) ls[j] = levels_of<32>(block, scales[j]);
+        d = block.scale;
     } else {
         F amax{}, max_scale{};
         for (int j = 0; j < 16; ++j) {
-            scales[j] = search_q3<16, 4>(x + 16 * j, level + 16 * j);
+            scales[j] = search_q3<16, 4>(x + 16 * j, found_level + 16 * j, found_zero + j);
             const F a = abs_of(scales[j]);
             const I more = I(a > amax);
             amax = select(more, a, amax);
@@ -273,8 +282,15 @@ QK_INLINE void tile_q3_k(const float* const* xs, const float* const* ws, uint8_t
             q[j - 8] |= (ls[j] & 0xf) << 4;
         q[8 + j % 4] |= ((ls[j] >> 4) & 3) << (2 * (j / 4));
     }
-    for (int j = 0; j < 16; ++j)
-        symmetric_levels<16, 4>(x + 16 * j, fd * to_float((ls[j] & 63) - 32), level + 16 * j);
+    for (int j = 0; j < 16; ++j) {
+        const auto kept = [&](F at, int i) __attribute__((always_inline)) {
+            if constexpr (WEIGHTS)
+                return levels_of<4>(found[j], at);
+            else
+                return select(found_zero[j], I{}, nearest_int(found_level[16 * j + i]) + 4);
+        };
+        symmetric_levels<16, 4>(x + 16 * j, fd * to_float((ls[j] & 63) - 32), kept, level + 16 * j);
+    }
     I high[32] = {};
     for (int k = 0; k < QK_K; ++k) {
         high[k % 32] |= (level[k] >> 2) << (k / 32);
@@ -296,9 +312,11 @@ QK_INLINE void tile_q6_k(const float* const* xs, const float* const* ws, uint8_t
     load_lanes<QK_K>(xs, x);
     if constexpr (WEIGHTS) load_lanes<QK_K>(ws, w);
     I level[QK_K];
+    Symmetric found[16];
     F scales[16], amax{}, max_scale{};
     for (int j = 0; j < 16; ++j) {
-        scales[j] = search_symmetric<16, 32, WEIGHTS>(x + 16 * j, level + 16 * j, WEIGHTS ? w + 16 * j : nullptr);
+        found[j] = search_symmetric<16, 32, WEIGHTS>(x + 16 * j, WEIGHTS ? w + 16 * j : nullptr);
+        scales[j] = found[j].scale;
         const F a = abs_of(scales[j]);
         const I more = I(a > amax);
         amax = select(more, a, amax);
@@ -312,7 +330,8 @@ QK_INLINE void tile_q6_k(const float* const* xs, const float* const* ws, uint8_t
     for (int j = 0; j < 16; ++j) {
         const I s = (min_of(splat(127), nearest_int(iscale * scales[j])) << 24) >> 24;
         sc[j] = select(zero, I{}, s);
-        symmetric_levels<16, 32>(x + 16 * j, fd * to_float(sc[j]), level + 16 * j);
+        const auto kept = [&](F at, int) __attribute__((always_inline)) { return levels_of<32>(found[j], at); };
+        symmetric_levels<16, 32>(x + 16 * j, fd * to_float(sc[j]), kept, level + 16 * j);
     }
     for (int k = 0; k < QK_K; ++k) level[k] = select(zero, I{}, level[k]);
     I ql[32], qh[16];

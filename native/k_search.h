@@ -198,94 +198,157 @@ QK_INLINE F search_positive(const F* x, I* level, const F* w) {
     return select(zero | ~I(suml2 > 0.0f), F{}, sumlx / suml2);
 }
 
-// make_qx_quants with rmse_type 1 (N values, levels 0..2*NMAX-1 around NMAX); weights w, or x*x where w is null.
-// `level` receives the levels of the accepted scale. Returns the scale.
-template <int N, int NMAX, bool WEIGHTS>
-QK_INLINE F search_symmetric(const F* x, I* level, const F* w) {
-    F mx{}, amax{};
-    for (int i = 0; i < N; ++i) {
-        const F ax = abs_of(x[i]);
-        const I more = I(ax > amax);
-        amax = select(more, ax, amax);
-        mx = select(more, x[i], mx);
-    }
-    const I zero = I(amax < GROUP_MAX_EPS);
-    const I low = splat(-NMAX), high = splat(NMAX - 1);
-    F kept = -static_cast<float>(NMAX) / mx;
-    F sumlx{}, suml2{};
-    for (int i = 0; i < N; ++i) {
-        const F l = to_float(max_of(low, min_of(high, nearest_int(kept * x[i]))));
-        const F wi = WEIGHTS ? w[i] : x[i] * x[i];
-        sumlx += wi * x[i] * l;
-        suml2 += wi * l * l;
-    }
-    F scale = select(I(suml2 != 0.0f), sumlx / suml2, F{});
-    F best = scale * sumlx;
-    for (int is = -9; is <= 9; ++is) {
-        if (is == 0) continue;
-        const F iscale = -(static_cast<float>(NMAX) + 0.1f * static_cast<float>(is)) / mx;
-        sumlx = suml2 = F{};
-        for (int i = 0; i < N; ++i) {
-            const F l = to_float(max_of(low, min_of(high, nearest_int(iscale * x[i]))));
-            const F wi = WEIGHTS ? w[i] : x[i] * x[i];
-            sumlx += wi * x[i] * l;
-            suml2 += wi * l * l;
-        }
-        const I better = I(suml2 > 0.0f) & I(sumlx * sumlx > best * suml2);
-        kept = select(better, iscale, kept);
-        scale = select(better, sumlx / suml2, scale);
-        best = select(better, scale * sumlx, best);
-    }
-    for (int i = 0; i < N; ++i) {
-        const I l = max_of(low, min_of(high, nearest_int(kept * x[i])));
-        level[i] = select(zero, I{}, l + NMAX);
-    }
-    return select(zero, F{}, scale);
+// nearest_int of x, clamped to [low, high], as a float. Exact for every x: the range is that of nearest_int's wrap.
+QK_INLINE F nearest_clamped(F x, float low, float high) {
+    constexpr float MAGIC = 12582912.0f;
+    const F u = float_of((bits_of(x + MAGIC) & 0x007fffff) | 0x4b000000);  // nearest_int(x) + MAGIC
+    return max_of(splat(low + MAGIC), min_of(splat(high + MAGIC), u)) - MAGIC;
 }
 
-// make_q3_quants with do_rmse (N values, levels 0..2*NMAX-1 around NMAX). Returns the scale.
-template <int N, int NMAX>
-QK_INLINE F search_q3(const F* x, I* level) {
-    F mx{}, amax{};
+// The largest of N values by magnitude (the first of equals), with its sign; and the magnitude.
+template <int N>
+QK_INLINE void extreme(const F* x, F* mx, F* amax) {
+    *mx = *amax = F{};
     for (int i = 0; i < N; ++i) {
         const F ax = abs_of(x[i]);
-        const I more = I(ax > amax);
-        amax = select(more, ax, amax);
-        mx = select(more, x[i], mx);
+        const M more = less(*amax, ax);
+        *amax = max_of(ax, *amax);
+        *mx = select(more, x[i], *mx);
     }
-    const I zero = I(amax < GROUP_MAX_EPS);
-    const I low = splat(-NMAX), high = splat(NMAX - 1);
-    const F iscale = -static_cast<float>(NMAX) / mx;
-    F sumlx{}, suml2{};
+}
+
+// What search_symmetric found: levels follow from `kept`.
+struct Symmetric {
+    F scale;
+    F kept;   // the inverse scale: level = clamp(nearest_int(kept * x), -NMAX, NMAX - 1) + NMAX
+    I zero;   // nothing but zeros: level 0
+};
+
+template <int NMAX>
+QK_INLINE I levels_of(const Symmetric& s, F x) {
+    const I l = max_of(splat(-NMAX), min_of(splat(NMAX - 1), nearest_int(s.kept * x)));
+    return select(s.zero, I{}, l + NMAX);
+}
+
+// make_qx_quants with rmse_type 1 (N values, levels 0..2*NMAX-1 around NMAX); weights w, or x*x where w is null.
+//
+// Every product iscale * x here is within NMAX + 0.9 (and rounding) of 0, since |x| <= |mx| and |mx| >= 1e-15 (other
+// groups are dropped): levels are rounded in float, and a step that cannot pass a limit does not clamp there.
+template <int N, int NMAX, bool WEIGHTS>
+QK_INLINE Symmetric search_symmetric(const F* x, const F* weights) {
+    constexpr float MAGIC = 12582912.0f;
+    F mx, amax;
+    extreme<N>(x, &mx, &amax);
+    Symmetric out;
+    out.zero = I(amax < GROUP_MAX_EPS);
+    F wx[N], square[WEIGHTS ? 1 : N];
     for (int i = 0; i < N; ++i) {
-        level[i] = max_of(low, min_of(high, nearest_int(iscale * x[i])));
-        const F l = to_float(level[i]), wi = x[i] * x[i];
-        sumlx += wi * x[i] * l;
-        suml2 += wi * l * l;
+        if constexpr (!WEIGHTS) square[i] = x[i] * x[i];
+        wx[i] = (WEIGHTS ? weights[i] : square[i]) * x[i];
     }
-    I running = ~zero;
-    for (int pass = 0; pass < 5 && any(running); ++pass) {
-        I changed{};
+    const F* w = WEIGHTS ? weights : square;
+    const auto sums = [&](F iscale, bool limit_low, bool limit_high, F* sumlx, F* suml2) __attribute__((always_inline)) {
+        F slx{}, sl2{};
         for (int i = 0; i < N; ++i) {
-            const F l = to_float(level[i]), wi = x[i] * x[i];
-            F slx = sumlx - wi * x[i] * l;
-            F sl2 = suml2 - wi * l * l;
-            const I candidate = running & I(slx > 0.0f);
-            const I next = max_of(low, min_of(high, nearest_int(x[i] * sl2 / slx)));
-            const F nl = to_float(next);
-            slx += wi * x[i] * nl;
-            sl2 += wi * nl * nl;
-            const I take =
-                candidate & I(next != level[i]) & I(sl2 > 0.0f) & I(slx * slx * suml2 > sumlx * sumlx * sl2);
+            F l = (iscale * x[i] + MAGIC) - MAGIC;
+            if (limit_high) l = min_of(splat(static_cast<float>(NMAX - 1)), l);
+            if (limit_low) l = max_of(splat(-static_cast<float>(NMAX)), l);
+            slx += wx[i] * l;
+            sl2 += w[i] * l * l;
+        }
+        *sumlx = slx;
+        *suml2 = sl2;
+    };
+    F sumlx, suml2;
+    out.kept = -static_cast<float>(NMAX) / mx;
+    sums(out.kept, false, true, &sumlx, &suml2);
+    out.scale = select(I(suml2 != 0.0f), sumlx / suml2, F{});
+    F best = out.scale * sumlx;
+    const auto step = [&](int is, bool limit_low, bool limit_high) __attribute__((always_inline)) {
+        const F iscale = -(static_cast<float>(NMAX) + 0.1f * static_cast<float>(is)) / mx;
+        sums(iscale, limit_low, limit_high, &sumlx, &suml2);
+        const M better = less(F{}, suml2) & less(best * suml2, sumlx * sumlx);
+        const F scale = sumlx / suml2;
+        out.kept = select(better, iscale, out.kept);
+        out.scale = select(better, scale, out.scale);
+        best = select(better, scale * sumlx, best);
+    };
+    for (int is = -9; is <= -6; ++is) step(is, false, false);  // at most NMAX - 0.6
+    for (int is = -5; is <= 4; ++is)
+        if (is != 0) step(is, false, true);  // at least -(NMAX + 0.4)
+    for (int is = 5; is <= 9; ++is) step(is, true, true);
+    out.scale = select(out.zero, F{}, out.scale);
+    return out;
+}
+
+// make_q3_quants with do_rmse (N values, levels 0..2*NMAX-1 around NMAX). `level` receives the levels as floats
+// around 0. Gives the scale, and whether the group has nothing but zeros (level 0).
+//
+// Its refinement asks of every value whether q = x * sl2 / slx, rounded and clamped, is another level than l, and
+// mostly it is not. A value is passed over, in all lanes at once, where (below * slx < p) and (p < above * slx) with
+// p = x * sl2, below = l - 0.499, above = l + 0.499 (u + 0.499 where u > l was clamped to l at first: any level up to
+// u is clamped to l again). Then slx > 0 (below < above), and p / slx is between below and above but for the rounding
+// of the two products and of the quotient, 2^-24 of each: so q rounds to l. Products that are denormal could be off
+// by more; they are not where sumlx > 2^-100: slx is the difference of sumlx and another float, so it is 0 or at
+// least half a unit in the last place of sumlx, 2^-125, and below, above are at least 0.499 in magnitude but for
+// l = 0, where they are +-0.499. What is not passed over takes ggml's own steps.
+//
+// Where sumlx <= 0 at first, nothing changes: the terms of its sum have all the sign of iscale (l has that of
+// iscale * x), the sum of terms none of which is positive is not above any of them, and slx = sumlx - term <= 0.
+template <int N, int NMAX>
+QK_INLINE F search_q3(const F* x, F* level, I* zero) {
+    constexpr float MAGIC = 12582912.0f;
+    constexpr float LOW = -NMAX, HIGH = NMAX - 1;
+    F mx, amax;
+    extreme<N>(x, &mx, &amax);
+    *zero = I(amax < GROUP_MAX_EPS);
+    const F iscale = -static_cast<float>(NMAX) / mx;
+    F w[N], wx[N], term[N], square[N], below[N], above[N], sumlx{}, suml2{};
+    for (int i = 0; i < N; ++i) {
+        // |iscale * x| <= NMAX and rounding: the lower limit holds by itself
+        const F u = (iscale * x[i] + MAGIC) - MAGIC;
+        const F l = min_of(splat(HIGH), u);
+        w[i] = x[i] * x[i];
+        wx[i] = w[i] * x[i];
+        term[i] = wx[i] * l;
+        square[i] = w[i] * l * l;
+        sumlx += term[i];
+        suml2 += square[i];
+        level[i] = l;
+        below[i] = l - 0.499f;
+        above[i] = u + 0.499f;
+    }
+    M running = less(F{}, sumlx) & ~mask_of(*zero);
+    bool certain = !any(M(running & less(sumlx, splat(0x1p-100f))));
+    for (int pass = 0; pass < 5 && any(running); ++pass) {
+        M changed{};
+        for (int i = 0; i < N; ++i) {
+            F slx = sumlx - term[i];
+            F sl2 = suml2 - square[i];
+            const F p = x[i] * sl2;
+            const M same = less(below[i] * slx, p) & less(p, above[i] * slx);
+            if (certain && !any(M(running & ~same))) continue;
+            const M candidate = running & less(F{}, slx);
+            const F next = nearest_clamped(p / slx, LOW, HIGH);
+            const F next_term = wx[i] * next, next_square = w[i] * next * next;
+            slx += next_term;
+            sl2 += next_square;
+            const M take = candidate & differ(next, level[i]) & less(F{}, sl2) &
+                           less(sumlx * sumlx * sl2, slx * slx * suml2);
+            if (!any(take)) continue;
             level[i] = select(take, next, level[i]);
+            term[i] = select(take, next_term, term[i]);
+            square[i] = select(take, next_square, square[i]);
+            below[i] = select(take, next - 0.499f, below[i]);
+            above[i] = select(take, next + 0.499f, above[i]);
             sumlx = select(take, slx, sumlx);
             suml2 = select(take, sl2, suml2);
+            certain = certain && !any(M(running & less(sumlx, splat(0x1p-100f))));
             changed |= take;
         }
         running &= changed;
     }
-    for (int i = 0; i < N; ++i) level[i] = select(zero, I{}, level[i] + NMAX);
-    return select(zero | ~I(suml2 > 0.0f), F{}, sumlx / suml2);
+    return select(*zero | ~I(suml2 > 0.0f), F{}, sumlx / suml2);
 }
 
 }  // namespace quantkit::QK_ISA

@@ -46,8 +46,24 @@ QK_INLINE F select(I mask, F a, F b) { return mask ? a : b; }
 QK_INLINE I select(I mask, I a, I b) { return mask ? a : b; }
 
 // ggml's MAX(a, b) and MIN(a, b): the second argument unless the first is really greater (less).
+#if defined(__AVX512F__)
+QK_INLINE F max_of(F a, F b) {
+    return reinterpret_cast<F>(_mm512_max_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b)));
+}
+QK_INLINE F min_of(F a, F b) {
+    return reinterpret_cast<F>(_mm512_min_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b)));
+}
+#elif defined(__AVX2__)  // GCC makes a comparison and a blend of the expression: five micro-operations for one
+QK_INLINE F max_of(F a, F b) {
+    return reinterpret_cast<F>(_mm256_max_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b)));
+}
+QK_INLINE F min_of(F a, F b) {
+    return reinterpret_cast<F>(_mm256_min_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b)));
+}
+#else
 QK_INLINE F max_of(F a, F b) { return a > b ? a : b; }
 QK_INLINE F min_of(F a, F b) { return a < b ? a : b; }
+#endif
 QK_INLINE I max_of(I a, I b) { return a > b ? a : b; }
 QK_INLINE I min_of(I a, I b) { return a < b ? a : b; }
 
@@ -188,6 +204,28 @@ QK_INLINE void store_lanes(const I* words, uint8_t* const* y, int offset) {
         for (int lane = 0; lane < LANES; ++lane) std::memcpy(y[lane] + offset + 4 * k, &words[k][lane], 4);
 #endif
 }
+
+// A mask of lanes as the comparison instructions give it: a bit a lane on AVX-512, all ones or all zeros elsewhere.
+#if defined(__AVX512F__)
+typedef __mmask16 M;
+QK_INLINE M less(F a, F b) {
+    return _mm512_cmp_ps_mask(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b), _CMP_LT_OQ);
+}
+QK_INLINE M differ(F a, F b) {
+    return _mm512_cmp_ps_mask(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b), _CMP_NEQ_UQ);
+}
+QK_INLINE F select(M mask, F a, F b) {
+    return reinterpret_cast<F>(
+        _mm512_mask_blend_ps(mask, reinterpret_cast<__m512>(b), reinterpret_cast<__m512>(a)));
+}
+QK_INLINE bool any(M mask) { return mask != 0; }
+QK_INLINE M mask_of(I mask) { return _mm512_movepi32_mask(reinterpret_cast<__m512i>(mask)); }
+#else
+typedef I M;
+QK_INLINE M less(F a, F b) { return a < b; }
+QK_INLINE M differ(F a, F b) { return a != b; }
+QK_INLINE M mask_of(I mask) { return mask; }
+#endif
 
 // One word of n <= 4 bytes a lane.
 QK_INLINE void store_word(I word, uint8_t* const* y, int offset, int n_bytes = 4) {

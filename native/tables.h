@@ -11,6 +11,13 @@ QK_DECLARE(q3_k);
 QK_DECLARE(q4_k);
 QK_DECLARE(q5_k);
 QK_DECLARE(q6_k);
+QK_DECLARE(q8_0);
+QK_DECLARE(q4_0);
+QK_DECLARE(q4_1);
+QK_DECLARE(q5_0);
+QK_DECLARE(q5_1);
+QK_DECLARE(iq4_nl);
+QK_DECLARE(iq4_xs);
 #undef QK_DECLARE
 
 }  // namespace quantkit::QK_ISA
