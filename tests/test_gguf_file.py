@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from factory import gguf_file
 
+from quantkit.arch.known import MODELS
 from quantkit.catalogue import Part, Tensor
 from quantkit.errors import QuantkitError, SourceError
 from quantkit.gguf_format import F32, I32, KV, STRING, U16, U32, U64, decode, kv
@@ -276,10 +277,7 @@ def test_layers_that_no_model_has(tmp_path: Path, blocks: int, tensor: str, odd:
 
 # ---------------------------------------------------------------- what SOURCE may be
 
-KNOWN = (
-    "deepseek-r1, deepseek-r1-zero, deepseek-r1-0528, deepseek-v3, deepseek-v3-0324, deepseek-v3.1, deepseek-v2, "
-    "deepseek-v2.5, deepseek-v2-lite"
-)
+KNOWN = ", ".join(MODELS)
 
 
 @pytest.mark.parametrize(
