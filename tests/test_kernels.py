@@ -367,7 +367,11 @@ def wrong_quantize() -> Iterator[tuple[str, dict[str, Any], str]]:
     yield "out flat", {"out": np.zeros(288, np.uint8)}, out_is + "uint8 [288]"
     yield "out int8", {"out": np.zeros((2, 144), np.int8)}, out_is + "int8 [2, 144]"
     yield "out strided", {"out": np.zeros((2, 288), np.uint8)[:, ::2]}, out_is + "uint8 [2, 144], not C-ordered"
-    yield "kernel", {"kernel": "gmgl"}, "unknown kernel 'gmgl' (did you mean ggml?); there are ggml, ggml-pinned"
+    yield (
+        "kernel",
+        {"kernel": "gmgl"},
+        "unknown kernel 'gmgl' (did you mean ggml?); there are avx512, avx2, neon, ggml, ggml-pinned",
+    )
 
 
 @pytest.mark.parametrize(("change", "message"), [pytest.param(c, m, id=i) for i, c, m in wrong_quantize()])
@@ -630,29 +634,51 @@ def test_iq1_m_on_the_command_line(quantkit: Any, tiny_v3: Path, tiny_imatrix: P
 
 @pytest.mark.usefixtures("no_toolchain")
 def test_which_kernel_is_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    used = {name: kernels.select(QTYPES[name]) for name in TYPES if name != "IQ1_M"}
-    assert set(used.values()) == {"ggml"}
+    best = next(iter(kernels.OWN), "ggml")
+    for name in TYPES:
+        own = [kernel for kernel, types in kernels.OWN.items() if name in types]
+        if own or name not in kernels.DIFFERS_IN_WHEEL:
+            assert kernels.select(QTYPES[name]) == (own[0] if own else "ggml")
+    assert kernels.select(QTYPES["Q4_K"]) == best
+    assert kernels.select(QTYPES["BF16"]) == "ggml"
     kernels.use_pinned_library(tmp_path / "libggml-base.so")
-    assert kernels.select(QTYPES["IQ1_M"]) == "ggml-pinned"
-    assert kernels.select(QTYPES["Q4_K"]) == "ggml"
     assert kernels.select(QTYPES["Q4_K"], "ggml-pinned") == "ggml-pinned"
     monkeypatch.setenv("QUANTKIT_KERNELS", "ggml-pinned")
     assert kernels.select(QTYPES["Q4_K"]) == "ggml-pinned"
     # an argument goes before the environment, and an empty variable is none
     assert kernels.select(QTYPES["IQ1_M"], "ggml") == "ggml"
     monkeypatch.setenv("QUANTKIT_KERNELS", "")
-    assert kernels.select(QTYPES["Q4_K"]) == "ggml"
-    monkeypatch.setenv("QUANTKIT_KERNELS", "avx2")
+    assert kernels.select(QTYPES["Q4_K"]) == best
+    monkeypatch.setenv("QUANTKIT_KERNELS", "sse9")
     with pytest.raises(KernelError) as e:
         kernels.select(QTYPES["Q4_K"])
-    assert str(e.value) == "unknown kernel 'avx2'; there are ggml, ggml-pinned"
+    assert str(e.value) == "unknown kernel 'sse9'; there are avx512, avx2, neon, ggml, ggml-pinned"
+
+
+@pytest.mark.usefixtures("no_toolchain")
+def test_kernels_of_another_processor() -> None:
+    other = next(kernel for kernel in ("neon", "avx2") if kernel not in kernels.OWN)
+    with pytest.raises(KernelError) as e:
+        kernels.select(QTYPES["Q4_K"], other)
+    assert str(e.value) == (
+        f"this processor cannot run the kernels '{other}'; it can run {', '.join((*kernels.OWN, 'ggml'))}"
+    )
+
+
+def test_a_set_without_the_type() -> None:
+    for kernel in kernels.OWN:
+        with pytest.raises(KernelError) as e:
+            kernels.select(QTYPES["BF16"], kernel)
+        assert str(e.value) == f"the kernels '{kernel}' have none for BF16"
 
 
 @pytest.mark.usefixtures("no_toolchain")
 def test_active_says_what_is_used_for_each_type(ggml: ctypes.CDLL) -> None:
     ggml.ggml_version.restype = ctypes.c_char_p
     wheel = f"ggml {ggml.ggml_version().decode()}"
-    assert kernels.active() == {n: f"none: {NEEDS_PINNED}" if n == "IQ1_M" else wheel for n in TYPES}
+    for name, said in kernels.active().items():
+        own = next((kernel for kernel, types in kernels.OWN.items() if name in types), None)
+        assert said == (own or (f"none: {NEEDS_PINNED}" if name == "IQ1_M" else wheel))
 
 
 @pytest.mark.usefixtures("no_toolchain")
