@@ -321,25 +321,33 @@ QK_INLINE F search_q3(const F* x, F* level, I* zero) {
     M running = less(F{}, sumlx) & ~mask_of(*zero);
     bool certain = !any(M(running & less(sumlx, splat(0x1p-100f))));
     for (int pass = 0; pass < 5 && any(running); ++pass) {
+        const uint32_t mine = lanes_of(running);
+        if (pass > 0 && certain) {
+            M all = ~M{};
+            for (int i = 0; i < N; ++i) {
+                const F slx = sumlx - term[i], p = x[i] * (suml2 - square[i]);
+                all &= less(below[i] * slx, p) & less(p, above[i] * slx);
+            }
+            if ((lanes_of(all) & mine) == mine) break;
+        }
         M changed{};
         for (int i = 0; i < N; ++i) {
             F slx = sumlx - term[i];
             F sl2 = suml2 - square[i];
             const F p = x[i] * sl2;
             const M same = less(below[i] * slx, p) & less(p, above[i] * slx);
-            if (certain && !any(M(running & ~same))) continue;
+            if (certain && (lanes_of(same) & mine) == mine) continue;
             const M candidate = running & less(F{}, slx);
             const F next = nearest_clamped(p / slx, LOW, HIGH);
-            const F next_term = wx[i] * next, next_square = w[i] * next * next;
-            slx += next_term;
-            sl2 += next_square;
+            slx += wx[i] * next;
+            sl2 += w[i] * next * next;
             const M take = candidate & differ(next, level[i]) & less(F{}, sl2) &
                            less(sumlx * sumlx * sl2, slx * slx * suml2);
-            if (!any(take)) continue;
-            level[i] = select(take, next, level[i]);
-            term[i] = select(take, next_term, term[i]);
-            square[i] = select(take, next_square, square[i]);
-            below[i] = select(take, next - 0.499f, below[i]);
+            const F l = select(take, next, level[i]);
+            level[i] = l;
+            term[i] = wx[i] * l;
+            square[i] = w[i] * l * l;
+            below[i] = l - 0.499f;
             above[i] = select(take, next + 0.499f, above[i]);
             sumlx = select(take, slx, sumlx);
             suml2 = select(take, sl2, suml2);

@@ -42,8 +42,18 @@ QK_INLINE I bits_of(F x) { return reinterpret_cast<I>(x); }
 QK_INLINE F float_of(I x) { return reinterpret_cast<F>(x); }
 
 // mask ? a : b, lane by lane; masks are all ones or all zeros.
+#if defined(__AVX2__) && !defined(__AVX512F__)  // of the expression GCC compares the mask with 0 once more
+QK_INLINE F select(I mask, F a, F b) {
+    return reinterpret_cast<F>(_mm256_blendv_ps(reinterpret_cast<__m256>(b), reinterpret_cast<__m256>(a),
+                                                reinterpret_cast<__m256>(mask)));
+}
+QK_INLINE I select(I mask, I a, I b) {
+    return reinterpret_cast<I>(select(mask, reinterpret_cast<F>(a), reinterpret_cast<F>(b)));
+}
+#else
 QK_INLINE F select(I mask, F a, F b) { return mask ? a : b; }
 QK_INLINE I select(I mask, I a, I b) { return mask ? a : b; }
+#endif
 
 // ggml's MAX(a, b) and MIN(a, b): the second argument unless the first is really greater (less).
 #if defined(__AVX512F__)
@@ -220,11 +230,21 @@ QK_INLINE F select(M mask, F a, F b) {
 }
 QK_INLINE bool any(M mask) { return mask != 0; }
 QK_INLINE M mask_of(I mask) { return _mm512_movepi32_mask(reinterpret_cast<__m512i>(mask)); }
+QK_INLINE uint32_t lanes_of(M mask) { return mask; }
 #else
 typedef I M;
 QK_INLINE M less(F a, F b) { return a < b; }
 QK_INLINE M differ(F a, F b) { return a != b; }
 QK_INLINE M mask_of(I mask) { return mask; }
+QK_INLINE uint32_t lanes_of(M mask) {  // a bit a lane
+#if defined(__AVX2__)
+    return static_cast<uint32_t>(_mm256_movemask_ps(reinterpret_cast<__m256>(mask)));
+#else
+    uint32_t bits = 0;
+    for (int i = 0; i < LANES; ++i) bits |= static_cast<uint32_t>(mask[i] & 1) << i;
+    return bits;
+#endif
+}
 #endif
 
 // One word of n <= 4 bytes a lane.
