@@ -68,53 +68,58 @@ QK_INLINE void search_affine(const F* x, const F* w, float rmin, float rdelta, i
         out[g].iscale = iscale;
         out[g].low = lo[g];
     }
-    const F nmax = splat(static_cast<float>(NMAX));
     for (int is = 0; is <= nstep; ++is) {
         const float numerator = rmin + rdelta * static_cast<float>(is) + static_cast<float>(NMAX);
         F iscale[GROUPS], sum_l[GROUPS], sum_l2[GROUPS], sum_xl[GROUPS];
         F level[GROUPS][N];
-        I unsafe{};
+        I far{}, negative{};
         for (int g = 0; g < GROUPS; ++g) {
             iscale[g] = numerator / (hi[g] - lo[g]);
             sum_l[g] = sum_l2[g] = sum_xl[g] = F{};
             // iscale * (x - lo) is monotone in x: when both ends are in range, all are
-            const F a = abs_of(iscale[g] * (x_lo[g] - lo[g])), b = abs_of(iscale[g] * (hi[g] - lo[g]));
-            unsafe |= ~I(a <= 4194303.0f) | ~I(b <= 4194303.0f);
+            const F a = iscale[g] * (x_lo[g] - lo[g]), b = iscale[g] * (hi[g] - lo[g]);
+            far |= ~(I(a >= -4194303.0f) & I(b <= 4194303.0f)) & ~out[g].dead;
+            negative |= I(a < -0.5f);
         }
-        if (!any(unsafe)) {
+        // rounds to levels and adds up; Round gives the level of iscale * (x - lo)
+        const auto sums = [&](auto round) __attribute__((always_inline)) {
             for (int i = 0; i < N; ++i)
                 for (int g = 0; g < GROUPS; ++g) {
                     const F xi = x[g * N + i], wi = w[g * N + i];
-                    F l = (iscale[g] * (xi - lo[g]) + MAGIC) - MAGIC;
-                    l = max_of(F{}, min_of(nmax, l));
+                    const F l = round(iscale[g] * (xi - lo[g]));
                     level[g][i] = l;
                     const F wl = wi * l;
                     sum_l[g] += wl;
                     sum_l2[g] += wl * l;
                     sum_xl[g] += wl * xi;
                 }
+        };
+        const F nmax = splat(static_cast<float>(NMAX));
+        // b is the numerator but for rounding, where it is in range
+        const bool limit_high = numerator > static_cast<float>(NMAX) + 0.49f, limit_low = any(negative);
+        if (any(far)) {
+            sums([](F v) { return to_float(max_of(I{}, min_of(splat(NMAX), nearest_int(v)))); });
+        } else if (limit_low && limit_high) {
+            sums([=](F v) { return max_of(F{}, min_of(nmax, (v + MAGIC) - MAGIC)); });
+        } else if (limit_low) {
+            sums([=](F v) { return max_of(F{}, (v + MAGIC) - MAGIC); });
+        } else if (limit_high) {
+            sums([=](F v) { return min_of(nmax, (v + MAGIC) - MAGIC); });
         } else {
-            for (int i = 0; i < N; ++i)
-                for (int g = 0; g < GROUPS; ++g) {
-                    const F xi = x[g * N + i], wi = w[g * N + i];
-                    const F l = to_float(max_of(I{}, min_of(splat(NMAX), nearest_int(iscale[g] * (xi - lo[g])))));
-                    level[g][i] = l;
-                    const F wl = wi * l;
-                    sum_l[g] += wl;
-                    sum_l2[g] += wl * l;
-                    sum_xl[g] += wl * xi;
-                }
+            sums([=](F v) { return (v + MAGIC) - MAGIC; });
         }
         F this_scale[GROUPS], this_min[GROUPS], err[GROUPS];
-        I open[GROUPS];
+        M open[GROUPS];
         for (int g = 0; g < GROUPS; ++g) {
             const F d = sum_w[g] * sum_l2[g] - sum_l[g] * sum_l[g];
-            open[g] = I(d > 0.0f);
+            open[g] = less(F{}, d);
             this_scale[g] = (sum_w[g] * sum_xl[g] - sum_x[g] * sum_l[g]) / d;
             this_min[g] = (sum_l2[g] * sum_x[g] - sum_l[g] * sum_xl[g]) / d;
-            const I above = I(this_min[g] > 0.0f);
-            this_min[g] = select(above, F{}, this_min[g]);
-            this_scale[g] = select(above, sum_xl[g] / sum_l2[g], this_scale[g]);
+            const M above = less(F{}, this_min[g]);
+            if (any(above)) {
+                this_min[g] = select(above, F{}, this_min[g]);
+                this_scale[g] = select(above, sum_xl[g] / sum_l2[g], this_scale[g]);
+            }
             err[g] = F{};
         }
         for (int i = 0; i < N; ++i)
@@ -124,7 +129,7 @@ QK_INLINE void search_affine(const F* x, const F* w, float rmin, float rdelta, i
                 err[g] += w[g * N + i] * diff;
             }
         for (int g = 0; g < GROUPS; ++g) {
-            const I better = open[g] & I(err[g] < best[g]);
+            const M better = open[g] & less(err[g], best[g]);
             best[g] = select(better, err[g], best[g]);
             out[g].scale = select(better, this_scale[g], out[g].scale);
             out[g].iscale = select(better, iscale[g], out[g].iscale);
