@@ -1,6 +1,8 @@
 // The scale searches of ggml's K types, LANES groups at once. Each function names the ggml function whose
 // bytes it reproduces (ggml/src/ggml-quants.c); the order of every float operation is that function's.
 #pragma once
+#include <type_traits>
+
 #include "lanes.h"
 
 namespace quantkit::QK_ISA {
@@ -235,13 +237,30 @@ QK_INLINE I levels_of(const Symmetric& s, F x) {
     return select(s.zero, I{}, l + NMAX);
 }
 
+// For S inverse scales side by side: the sums of w*x*l and w*l*l over N values, l = iscale * x rounded and clamped.
+template <int N, int NMAX, int S>
+QK_INLINE void symmetric_sums(const F* x, const F* wx, const F* w, const F* iscale, bool limit_low, bool limit_high,
+                              F* sumlx, F* suml2) {
+    constexpr float MAGIC = 12582912.0f;
+    F slx[S] = {}, sl2[S] = {};
+    for (int i = 0; i < N; ++i)
+        for (int s = 0; s < S; ++s) {
+            F l = (iscale[s] * x[i] + MAGIC) - MAGIC;
+            if (limit_high) l = min_of(splat(static_cast<float>(NMAX - 1)), l);
+            if (limit_low) l = max_of(splat(-static_cast<float>(NMAX)), l);
+            slx[s] += wx[i] * l;
+            sl2[s] += w[i] * l * l;
+        }
+    for (int s = 0; s < S; ++s) sumlx[s] = slx[s], suml2[s] = sl2[s];
+}
+
 // make_qx_quants with rmse_type 1 (N values, levels 0..2*NMAX-1 around NMAX); weights w, or x*x where w is null.
 //
 // Every product iscale * x here is within NMAX + 0.9 (and rounding) of 0, since |x| <= |mx| and |mx| >= 1e-15 (other
-// groups are dropped): levels are rounded in float, and a step that cannot pass a limit does not clamp there.
+// groups are dropped): levels are rounded in float, and steps that cannot pass a limit do not clamp there.
 template <int N, int NMAX, bool WEIGHTS>
 QK_INLINE Symmetric search_symmetric(const F* x, const F* weights) {
-    constexpr float MAGIC = 12582912.0f;
+    constexpr int S = LANES >= 16 ? 4 : 2;  // steps side by side
     F mx, amax;
     extreme<N>(x, &mx, &amax);
     Symmetric out;
@@ -252,36 +271,41 @@ QK_INLINE Symmetric search_symmetric(const F* x, const F* weights) {
         wx[i] = (WEIGHTS ? weights[i] : square[i]) * x[i];
     }
     const F* w = WEIGHTS ? weights : square;
-    const auto sums = [&](F iscale, bool limit_low, bool limit_high, F* sumlx, F* suml2) __attribute__((always_inline)) {
-        F slx{}, sl2{};
-        for (int i = 0; i < N; ++i) {
-            F l = (iscale * x[i] + MAGIC) - MAGIC;
-            if (limit_high) l = min_of(splat(static_cast<float>(NMAX - 1)), l);
-            if (limit_low) l = max_of(splat(-static_cast<float>(NMAX)), l);
-            slx += wx[i] * l;
-            sl2 += w[i] * l * l;
+    F best;
+    // ggml's is = 0 is the scale it starts from; the others follow in order
+    const auto steps = [&](auto count, int first, bool limit_low, bool limit_high) __attribute__((always_inline)) {
+        constexpr int C = decltype(count)::value;
+        F iscale[C], sumlx[C], suml2[C];
+        for (int s = 0; s < C; ++s) {
+            const int at = first + s, is = at == 0 ? 0 : at < 10 ? at - 10 : at - 9;
+            iscale[s] = -(static_cast<float>(NMAX) + 0.1f * static_cast<float>(is)) / mx;
         }
-        *sumlx = slx;
-        *suml2 = sl2;
+        symmetric_sums<N, NMAX, C>(x, wx, w, iscale, limit_low, limit_high, sumlx, suml2);
+        for (int s = 0; s < C; ++s) {
+            const F scale = sumlx[s] / suml2[s];
+            if (first + s == 0) {
+                out.kept = iscale[s];
+                out.scale = select(I(suml2[s] != 0.0f), scale, F{});
+                best = out.scale * sumlx[s];
+                continue;
+            }
+            const M better = less(F{}, suml2[s]) & less(best * suml2[s], sumlx[s] * sumlx[s]);
+            out.kept = select(better, iscale[s], out.kept);
+            out.scale = select(better, scale, out.scale);
+            best = select(better, scale * sumlx[s], best);
+        }
     };
-    F sumlx, suml2;
-    out.kept = -static_cast<float>(NMAX) / mx;
-    sums(out.kept, false, true, &sumlx, &suml2);
-    out.scale = select(I(suml2 != 0.0f), sumlx / suml2, F{});
-    F best = out.scale * sumlx;
-    const auto step = [&](int is, bool limit_low, bool limit_high) __attribute__((always_inline)) {
-        const F iscale = -(static_cast<float>(NMAX) + 0.1f * static_cast<float>(is)) / mx;
-        sums(iscale, limit_low, limit_high, &sumlx, &suml2);
-        const M better = less(F{}, suml2) & less(best * suml2, sumlx * sumlx);
-        const F scale = sumlx / suml2;
-        out.kept = select(better, iscale, out.kept);
-        out.scale = select(better, scale, out.scale);
-        best = select(better, scale * sumlx, best);
-    };
-    for (int is = -9; is <= -6; ++is) step(is, false, false);  // at most NMAX - 0.6
-    for (int is = -5; is <= 4; ++is)
-        if (is != 0) step(is, false, true);  // at least -(NMAX + 0.4)
-    for (int is = 5; is <= 9; ++is) step(is, true, true);
+    // numbers 0; 1..9 for is = -9..-1; 10..18 for is = 1..9
+    constexpr std::integral_constant<int, S> SOME;
+    steps(SOME, 0, false, true);
+    if constexpr (S == 2) {
+        steps(SOME, 2, false, false);                                  // is = -8, -7: at most NMAX - 0.7
+        for (int at = 4; at <= 12; at += S) steps(SOME, at, false, true);  // is <= 4: at least -(NMAX + 0.4)
+    } else {
+        for (int at = S; at < 12; at += S) steps(SOME, at, false, true);  // is <= 2
+    }
+    for (int at = S == 2 ? 14 : 12; at + S <= 19; at += S) steps(SOME, at, true, true);
+    steps(std::integral_constant<int, 19 % S>(), 19 - 19 % S, true, true);
     out.scale = select(out.zero, F{}, out.scale);
     return out;
 }
