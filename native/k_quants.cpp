@@ -18,6 +18,7 @@ namespace quantkit::QK_ISA {
 namespace {
 
 constexpr int QK_K = 256;
+constexpr int SIDE = 4;  // groups searched side by side
 
 // Four levels as the bytes of a word.
 QK_INLINE I bytes(I a, I b, I c, I d) { return a | (b << 8) | (c << 16) | (d << 24); }
@@ -85,8 +86,8 @@ QK_INLINE void search_k45_weighted(const F* x, F* w, Affine* found, I* ls, I* lm
     weigh(x, w, 2.0f * sum_of_squares(x, QK_K) / 256.0f);
     F sw[8], scales[8], mins[8];
     for (int j = 0; j < 8; ++j) sw[j] = sum_of(w + 32 * j, 32);
-    for (int j = 0; j < 8; j += 2)
-        search_affine<32, NMAX, true, false, 2>(x + 32 * j, w + 32 * j, -0.9f, 0.05f, 36, found + j);
+    for (int j = 0; j < 8; j += SIDE)
+        search_affine<32, NMAX, true, false, SIDE>(x + 32 * j, w + 32 * j, -0.9f, 0.05f, 36, found + j);
     for (int j = 0; j < 8; ++j) scales[j] = found[j].scale, mins[j] = found[j].minimum;
     *d = search_positive<8, 63>(scales, ls, sw);
     *dm = search_positive<8, 63>(mins, lm, sw);
@@ -100,8 +101,8 @@ QK_INLINE void search_k45_plain(const F* x, F* w, float rmin, int nstep, Affine*
         for (int l = 0; l < 32; ++l) w[32 * j + l] = av_x + abs_of(x[32 * j + l]);
     }
     F max_scale{}, max_min{};
-    for (int j = 0; j < 8; j += 2)
-        search_affine<32, NMAX, false, false, 2>(x + 32 * j, w + 32 * j, rmin, 0.1f, nstep, found + j);
+    for (int j = 0; j < 8; j += SIDE)
+        search_affine<32, NMAX, false, false, SIDE>(x + 32 * j, w + 32 * j, rmin, 0.1f, nstep, found + j);
     for (int j = 0; j < 8; ++j) {
         max_scale = max_of(found[j].scale, max_scale);
         max_min = max_of(found[j].minimum, max_min);
@@ -195,15 +196,15 @@ QK_INLINE void tile_q2_k(const float* const* xs, const float* const* ws, uint8_t
         weigh(x, w, sum_of_squares(x, QK_K) / 256.0f);
         F sw[16];
         for (int j = 0; j < 16; ++j) sw[j] = sum_of(w + 16 * j, 16);
-        for (int j = 0; j < 16; j += 2)
-            search_affine<16, 3, true, false, 2>(x + 16 * j, w + 16 * j, -0.9f, 0.05f, 36, found + j);
+        for (int j = 0; j < 16; j += SIDE)
+            search_affine<16, 3, true, false, SIDE>(x + 16 * j, w + 16 * j, -0.9f, 0.05f, 36, found + j);
         for (int j = 0; j < 16; ++j) scales[j] = found[j].scale, mins[j] = found[j].minimum;
         d = search_positive<16, 15>(scales, ls, sw);
         dm = search_positive<16, 15>(mins, lm, sw);
     } else {
         for (int k = 0; k < QK_K; ++k) w[k] = abs_of(x[k]);
-        for (int j = 0; j < 16; j += 2)
-            search_affine<16, 3, false, true, 2>(x + 16 * j, w + 16 * j, -0.5f, 0.1f, 15, found + j);
+        for (int j = 0; j < 16; j += SIDE)
+            search_affine<16, 3, false, true, SIDE>(x + 16 * j, w + 16 * j, -0.5f, 0.1f, 15, found + j);
         F max_scale{}, max_min{};
         for (int j = 0; j < 16; ++j) {
             max_scale = max_of(found[j].scale, max_scale);
@@ -256,8 +257,9 @@ QK_INLINE void tile_q3_k(const float* const* xs, const float* const* ws, uint8_t
         d = block.scale;
     } else {
         F amax{}, max_scale{};
+        for (int j = 0; j < 16; j += 2)
+            search_q3<16, 4, 2>(x + 16 * j, found_level + 16 * j, scales + j, found_zero + j);
         for (int j = 0; j < 16; ++j) {
-            scales[j] = search_q3<16, 4>(x + 16 * j, found_level + 16 * j, found_zero + j);
             const F a = abs_of(scales[j]);
             const I more = I(a > amax);
             amax = select(more, a, amax);

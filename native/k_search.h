@@ -215,13 +215,15 @@ QK_INLINE F nearest_clamped(F x, float low, float high) {
 // The largest of N values by magnitude (the first of equals), with its sign; and the magnitude.
 template <int N>
 QK_INLINE void extreme(const F* x, F* mx, F* amax) {
-    *mx = *amax = F{};
-    for (int i = 0; i < N; ++i) {
-        const F ax = abs_of(x[i]);
-        const M more = less(*amax, ax);
-        *amax = max_of(ax, *amax);
-        *mx = select(more, x[i], *mx);
-    }
+    F m[2] = {}, a[2] = {};  // of the first and the second half
+    for (int i = 0; i < N / 2; ++i)
+        for (int h = 0; h < 2; ++h) {
+            const F xi = x[i + h * (N / 2)], ax = abs_of(xi);
+            m[h] = select(less(a[h], ax), xi, m[h]);
+            a[h] = max_of(ax, a[h]);
+        }
+    *mx = select(less(a[0], a[1]), m[1], m[0]);
+    *amax = max_of(a[1], a[0]);
 }
 
 // What search_symmetric found: levels follow from `kept`.
@@ -310,82 +312,93 @@ QK_INLINE Symmetric search_symmetric(const F* x, const F* weights) {
     return out;
 }
 
-// make_q3_quants with do_rmse (N values, levels 0..2*NMAX-1 around NMAX). `level` receives the levels as floats
-// around 0. Gives the scale, and whether the group has nothing but zeros (level 0).
+// make_q3_quants with do_rmse (N values, levels 0..2*NMAX-1 around NMAX), GROUPS groups one after the other. `level`
+// receives the levels as floats around 0. Gives the scales, and whether a group has nothing but zeros (level 0).
 //
 // Its refinement asks of every value whether q = x * sl2 / slx, rounded and clamped, is another level than l, and
 // mostly it is not. A value is passed over, in all lanes at once, where (below * slx < p) and (p < above * slx) with
 // p = x * sl2, below = l - 0.499, above = l + 0.499 (u + 0.499 where u > l was clamped to l at first: any level up to
 // u is clamped to l again). Then slx > 0 (below < above), and p / slx is between below and above but for the rounding
-// of the two products and of the quotient, 2^-24 of each: so q rounds to l. Products that are denormal could be off
-// by more; they are not where sumlx > 2^-100: slx is the difference of sumlx and another float, so it is 0 or at
-// least half a unit in the last place of sumlx, 2^-125, and below, above are at least 0.499 in magnitude but for
-// l = 0, where they are +-0.499. What is not passed over takes ggml's own steps.
+// of the two products and of the quotient, 2^-24 of each: so q gives l. (Products that are denormal could be off by
+// more. They are not where sumlx > 2^-100: slx is the difference of sumlx and another float, so it is 0 or at least
+// half a unit in the last place of sumlx, 2^-125, and an error of 2^-149 is nothing against 0.001 * slx.)
 //
 // Where sumlx <= 0 at first, nothing changes: the terms of its sum have all the sign of iscale (l has that of
 // iscale * x), the sum of terms none of which is positive is not above any of them, and slx = sumlx - term <= 0.
-template <int N, int NMAX>
-QK_INLINE F search_q3(const F* x, F* level, I* zero) {
+template <int N, int NMAX, int GROUPS>
+QK_INLINE void search_q3(const F* x, F* level, F* scale, I* zero) {
     constexpr float MAGIC = 12582912.0f;
     constexpr float LOW = -NMAX, HIGH = NMAX - 1;
-    F mx, amax;
-    extreme<N>(x, &mx, &amax);
-    *zero = I(amax < GROUP_MAX_EPS);
-    const F iscale = -static_cast<float>(NMAX) / mx;
-    F w[N], wx[N], term[N], square[N], below[N], above[N], sumlx{}, suml2{};
-    for (int i = 0; i < N; ++i) {
-        // |iscale * x| <= NMAX and rounding: the lower limit holds by itself
-        const F u = (iscale * x[i] + MAGIC) - MAGIC;
-        const F l = min_of(splat(HIGH), u);
-        w[i] = x[i] * x[i];
-        wx[i] = w[i] * x[i];
-        term[i] = wx[i] * l;
-        square[i] = w[i] * l * l;
-        sumlx += term[i];
-        suml2 += square[i];
-        level[i] = l;
-        below[i] = l - 0.499f;
-        above[i] = u + 0.499f;
-    }
-    M running = less(F{}, sumlx) & ~mask_of(*zero);
-    bool certain = !any(M(running & less(sumlx, splat(0x1p-100f))));
-    for (int pass = 0; pass < 5 && any(running); ++pass) {
-        const uint32_t mine = lanes_of(running);
-        if (pass > 0 && certain) {
-            M all = ~M{};
-            for (int i = 0; i < N; ++i) {
-                const F slx = sumlx - term[i], p = x[i] * (suml2 - square[i]);
-                all &= less(below[i] * slx, p) & less(p, above[i] * slx);
-            }
-            if ((lanes_of(all) & mine) == mine) break;
-        }
-        M changed{};
+    struct Value {
+        F x, w, wx, term, square, below, above, level;
+    } values[GROUPS][N];
+    F sumlx_of[GROUPS], suml2_of[GROUPS];
+    for (int g = 0; g < GROUPS; ++g) {
+        F mx, amax;
+        extreme<N>(x + g * N, &mx, &amax);
+        zero[g] = I(amax < GROUP_MAX_EPS);
+        const F iscale = -static_cast<float>(NMAX) / mx;
+        F sumlx{}, suml2{};
         for (int i = 0; i < N; ++i) {
-            F slx = sumlx - term[i];
-            F sl2 = suml2 - square[i];
-            const F p = x[i] * sl2;
-            const M same = less(below[i] * slx, p) & less(p, above[i] * slx);
-            if (certain && (lanes_of(same) & mine) == mine) continue;
-            const M candidate = running & less(F{}, slx);
-            const F next = nearest_clamped(p / slx, LOW, HIGH);
-            slx += wx[i] * next;
-            sl2 += w[i] * next * next;
-            const M take = candidate & differ(next, level[i]) & less(F{}, sl2) &
-                           less(sumlx * sumlx * sl2, slx * slx * suml2);
-            const F l = select(take, next, level[i]);
-            level[i] = l;
-            term[i] = wx[i] * l;
-            square[i] = w[i] * l * l;
-            below[i] = l - 0.499f;
-            above[i] = select(take, next + 0.499f, above[i]);
-            sumlx = select(take, slx, sumlx);
-            suml2 = select(take, sl2, suml2);
-            certain = certain && !any(M(running & less(sumlx, splat(0x1p-100f))));
-            changed |= take;
+            Value& v = values[g][i];
+            v.x = x[g * N + i];
+            // |iscale * x| <= NMAX and rounding: the lower limit holds by itself
+            const F u = (iscale * v.x + MAGIC) - MAGIC;
+            v.level = min_of(splat(HIGH), u);
+            v.w = v.x * v.x;
+            v.wx = v.w * v.x;
+            v.term = v.wx * v.level;
+            v.square = v.w * v.level * v.level;
+            sumlx += v.term;
+            suml2 += v.square;
+            v.below = v.level - 0.499f;
+            v.above = u + 0.499f;
         }
-        running &= changed;
+        sumlx_of[g] = sumlx;
+        suml2_of[g] = suml2;
     }
-    return select(*zero | ~I(suml2 > 0.0f), F{}, sumlx / suml2);
+    for (int g = 0; g < GROUPS; ++g) {
+        F sumlx = sumlx_of[g], suml2 = suml2_of[g];
+        M running = less(F{}, sumlx) & ~mask_of(zero[g]);
+        bool certain = !any(M(running & less(sumlx, splat(0x1p-100f))));
+        for (int pass = 0; pass < 5 && any(running); ++pass) {
+            const uint32_t mine = lanes_of(running);
+            if (pass > 0 && certain) {
+                M all = ~M{};
+                for (const Value& v : values[g]) {
+                    const F slx = sumlx - v.term, p = v.x * (suml2 - v.square);
+                    all &= less(v.below * slx, p) & less(p, v.above * slx);
+                }
+                if ((lanes_of(all) & mine) == mine) break;
+            }
+            M changed{};
+            for (Value& v : values[g]) {
+                F slx = sumlx - v.term;
+                F sl2 = suml2 - v.square;
+                const F p = v.x * sl2;
+                const M same = less(v.below * slx, p) & less(p, v.above * slx);
+                if (certain && (lanes_of(same) & mine) == mine) continue;
+                const M candidate = running & less(F{}, slx);
+                const F next = nearest_clamped(p / slx, LOW, HIGH);
+                slx += v.wx * next;
+                sl2 += v.w * next * next;
+                const M take = candidate & differ(next, v.level) & less(F{}, sl2) &
+                               less(sumlx * sumlx * sl2, slx * slx * suml2);
+                v.level = select(take, next, v.level);
+                v.term = v.wx * v.level;
+                v.square = v.w * v.level * v.level;
+                v.below = v.level - 0.499f;
+                v.above = select(take, next + 0.499f, v.above);
+                sumlx = select(take, slx, sumlx);
+                suml2 = select(take, sl2, suml2);
+                certain = certain && !any(M(running & less(sumlx, splat(0x1p-100f))));
+                changed |= take;
+            }
+            running &= changed;
+        }
+        for (int i = 0; i < N; ++i) level[g * N + i] = values[g][i].level;
+        scale[g] = select(zero[g] | ~I(suml2 > 0.0f), F{}, sumlx / suml2);
+    }
 }
 
 }  // namespace quantkit::QK_ISA
