@@ -299,15 +299,13 @@ QK_INLINE Symmetric search_symmetric(const F* x, const F* weights) {
     };
     // numbers 0; 1..9 for is = -9..-1; 10..18 for is = 1..9
     constexpr std::integral_constant<int, S> SOME;
-    steps(SOME, 0, false, true);
-    if constexpr (S == 2) {
-        steps(SOME, 2, false, false);                                  // is = -8, -7: at most NMAX - 0.7
-        for (int at = 4; at <= 12; at += S) steps(SOME, at, false, true);  // is <= 4: at least -(NMAX + 0.4)
-    } else {
-        for (int at = S; at < 12; at += S) steps(SOME, at, false, true);  // is <= 2
-    }
-    for (int at = S == 2 ? 14 : 12; at + S <= 19; at += S) steps(SOME, at, true, true);
-    steps(std::integral_constant<int, 19 % S>(), 19 - 19 % S, true, true);
+    constexpr std::integral_constant<int, 1> ONE;
+    constexpr std::integral_constant<int, 2> TWO;
+    steps(ONE, 0, false, true);
+    for (int at = 1; at <= 4; at += S) steps(SOME, at, false, false);  // is <= -6: at most NMAX - 0.6
+    for (int at = 5; at <= 12; at += S) steps(SOME, at, false, true);  // is <= 3: at least -(NMAX + 0.3)
+    for (int at = 13; at + S <= 19; at += S) steps(SOME, at, true, true);
+    if constexpr (S == 4) steps(TWO, 17, true, true);
     out.scale = select(out.zero, F{}, out.scale);
     return out;
 }

@@ -151,9 +151,9 @@ QK_INLINE F from_half(I h) {
 #endif
 }
 
-// LANES blocks of N floats, one a lane: out[k][lane] = x[lane][k].
+// LANES blocks of N floats, one a lane: out[k][lane] = x[lane][first + k].
 template <int N>
-QK_INLINE void load_lanes(const float* const* x, F* out) {
+QK_INLINE void load_lanes(const float* const* x, F* out, int first = 0) {
 #if defined(__AVX2__)
     for (int half = 0; half < LANES / 8; ++half) {
         const float* const* p = x + 8 * half;
@@ -161,9 +161,9 @@ QK_INLINE void load_lanes(const float* const* x, F* out) {
         for (int k = 0; k < N; k += 8) {
             __m256 r[8], s[8];
             for (int i = 0; i < 4; ++i) {
-                r[i] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(p[i] + k)), _mm_loadu_ps(p[i + 4] + k), 1);
-                r[i + 4] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(p[i] + k + 4)),
-                                                _mm_loadu_ps(p[i + 4] + k + 4), 1);
+                const float *a = p[i] + first + k, *b = p[i + 4] + first + k;
+                r[i] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(a)), _mm_loadu_ps(b), 1);
+                r[i + 4] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(a + 4)), _mm_loadu_ps(b + 4), 1);
             }
             for (int h = 0; h < 8; h += 4) {
                 const __m256 a = _mm256_unpacklo_ps(r[h], r[h + 1]), b = _mm256_unpackhi_ps(r[h], r[h + 1]);
@@ -178,7 +178,7 @@ QK_INLINE void load_lanes(const float* const* x, F* out) {
     }
 #else
     for (int k = 0; k < N; ++k)
-        for (int lane = 0; lane < LANES; ++lane) out[k][lane] = x[lane][k];
+        for (int lane = 0; lane < LANES; ++lane) out[k][lane] = x[lane][first + k];
 #endif
 }
 
