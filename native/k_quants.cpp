@@ -18,24 +18,35 @@ namespace quantkit::QK_ISA {
 namespace {
 
 constexpr int QK_K = 256;
+constexpr int SIDE = 4;  // groups searched side by side
 
 // Four levels as the bytes of a word.
 QK_INLINE I bytes(I a, I b, I c, I d) { return a | (b << 8) | (c << 16) | (d << 24); }
 
-// weights of a tile in place of the importance: w = w * sqrt(sigma2 + x*x).
-QK_INLINE void weigh(const F* x, F* w, F sigma2) {
-    for (int k = 0; k < QK_K; ++k) w[k] = w[k] * sqrt_of(sigma2 + x[k] * x[k]);
+// Weights of N values in place of the importance: w = w * sqrt(sigma2 + x*x). Returns their sum.
+template <int N>
+QK_INLINE F weigh(const F* x, F* w, F sigma2) {
+    F sum{};
+    for (int k = 0; k < N; ++k) {
+        w[k] = w[k] * sqrt_of(sigma2 + x[k] * x[k]);
+        sum += w[k];
+    }
+    return sum;
+}
+
+// The importance of a tile to w; returns the sum of squares of x, a long chain of additions that goes on meanwhile.
+QK_INLINE F load_importance(const float* const* ws, F* w, const F* x) {
+    F sum{};
+    for (int j = 0; j < QK_K; j += 16) {
+        load_lanes<16>(ws, w + j, j);
+        for (int k = j; k < j + 16; ++k) sum += x[k] * x[k];
+    }
+    return sum;
 }
 
 QK_INLINE F sum_of_squares(const F* x, int n) {
     F sum{};
     for (int k = 0; k < n; ++k) sum += x[k] * x[k];
-    return sum;
-}
-
-QK_INLINE F sum_of(const F* w, int n) {
-    F sum{};
-    for (int k = 0; k < n; ++k) sum += w[k];
     return sum;
 }
 
@@ -81,12 +92,11 @@ QK_INLINE void store_two_bits(const I* level, uint8_t* const* y, int offset) {
 
 // With importance: make_qkx3 searches, then make_qp of scales and minima.
 template <int NMAX>
-QK_INLINE void search_k45_weighted(const F* x, F* w, Affine* found, I* ls, I* lm, F* d, F* dm) {
-    weigh(x, w, 2.0f * sum_of_squares(x, QK_K) / 256.0f);
+QK_INLINE void search_k45_weighted(const F* x, F* w, F sum_x2, Affine* found, I* ls, I* lm, F* d, F* dm) {
     F sw[8], scales[8], mins[8];
-    for (int j = 0; j < 8; ++j) sw[j] = sum_of(w + 32 * j, 32);
-    for (int j = 0; j < 8; j += 2)
-        search_affine<32, NMAX, true, false, 2>(x + 32 * j, w + 32 * j, -0.9f, 0.05f, 36, found + j);
+    for (int j = 0; j < 8; ++j) sw[j] = weigh<32>(x + 32 * j, w + 32 * j, 2.0f * sum_x2 / 256.0f);
+    for (int j = 0; j < 8; j += SIDE)
+        search_affine<32, NMAX, true, false, SIDE>(x + 32 * j, w + 32 * j, -0.9f, 0.05f, 36, found + j);
     for (int j = 0; j < 8; ++j) scales[j] = found[j].scale, mins[j] = found[j].minimum;
     *d = search_positive<8, 63>(scales, ls, sw);
     *dm = search_positive<8, 63>(mins, lm, sw);
@@ -100,8 +110,8 @@ QK_INLINE void search_k45_plain(const F* x, F* w, float rmin, int nstep, Affine*
         for (int l = 0; l < 32; ++l) w[32 * j + l] = av_x + abs_of(x[32 * j + l]);
     }
     F max_scale{}, max_min{};
-    for (int j = 0; j < 8; j += 2)
-        search_affine<32, NMAX, false, false, 2>(x + 32 * j, w + 32 * j, rmin, 0.1f, nstep, found + j);
+    for (int j = 0; j < 8; j += SIDE)
+        search_affine<32, NMAX, false, false, SIDE>(x + 32 * j, w + 32 * j, rmin, 0.1f, nstep, found + j);
     for (int j = 0; j < 8; ++j) {
         max_scale = max_of(found[j].scale, max_scale);
         max_min = max_of(found[j].minimum, max_min);
@@ -141,8 +151,8 @@ QK_INLINE void tile_k45(const float* const* xs, const float* const* ws, uint8_t*
     I ls[8], lm[8];
     F d, dm;
     if constexpr (WEIGHTS) {
-        load_lanes<QK_K>(ws, w);
-        search_k45_weighted<NMAX>(x, w, found, ls, lm, &d, &dm);
+        const F sum_x2 = load_importance(ws, w, x);
+        search_k45_weighted<NMAX>(x, w, sum_x2, found, ls, lm, &d, &dm);
         if constexpr (NMAX == 31)
             for (int j = 0; j < 8; ++j) ls[j] = min_of(splat(63), ls[j]), lm[j] = min_of(splat(63), lm[j]);
     } else if constexpr (NMAX == 15) {
@@ -191,19 +201,18 @@ QK_INLINE void tile_q2_k(const float* const* xs, const float* const* ws, uint8_t
     I ls[16], lm[16];
     F d, dm, scales[16], mins[16];
     if constexpr (WEIGHTS) {
-        load_lanes<QK_K>(ws, w);
-        weigh(x, w, sum_of_squares(x, QK_K) / 256.0f);
+        const F sum_x2 = load_importance(ws, w, x);
         F sw[16];
-        for (int j = 0; j < 16; ++j) sw[j] = sum_of(w + 16 * j, 16);
-        for (int j = 0; j < 16; j += 2)
-            search_affine<16, 3, true, false, 2>(x + 16 * j, w + 16 * j, -0.9f, 0.05f, 36, found + j);
+        for (int j = 0; j < 16; ++j) sw[j] = weigh<16>(x + 16 * j, w + 16 * j, sum_x2 / 256.0f);
+        for (int j = 0; j < 16; j += SIDE)
+            search_affine<16, 3, true, false, SIDE>(x + 16 * j, w + 16 * j, -0.9f, 0.05f, 36, found + j);
         for (int j = 0; j < 16; ++j) scales[j] = found[j].scale, mins[j] = found[j].minimum;
         d = search_positive<16, 15>(scales, ls, sw);
         dm = search_positive<16, 15>(mins, lm, sw);
     } else {
         for (int k = 0; k < QK_K; ++k) w[k] = abs_of(x[k]);
-        for (int j = 0; j < 16; j += 2)
-            search_affine<16, 3, false, true, 2>(x + 16 * j, w + 16 * j, -0.5f, 0.1f, 15, found + j);
+        for (int j = 0; j < 16; j += SIDE)
+            search_affine<16, 3, false, true, SIDE>(x + 16 * j, w + 16 * j, -0.5f, 0.1f, 15, found + j);
         F max_scale{}, max_min{};
         for (int j = 0; j < 16; ++j) {
             max_scale = max_of(found[j].scale, max_scale);
@@ -243,11 +252,10 @@ QK_INLINE void tile_q3_k(const float* const* xs, const float* const* ws, uint8_t
     I found_zero[WEIGHTS ? 1 : 16];
     if constexpr (WEIGHTS) {
         alignas(64) F w[QK_K];
-        load_lanes<QK_K>(ws, w);
-        weigh(x, w, 2.0f * sum_of_squares(x, QK_K) / 256.0f);
+        const F sum_x2 = load_importance(ws, w, x);
         F sw[16];
         for (int j = 0; j < 16; ++j) {
-            sw[j] = sum_of(w + 16 * j, 16);
+            sw[j] = weigh<16>(x + 16 * j, w + 16 * j, 2.0f * sum_x2 / 256.0f);
             found[j] = search_symmetric<16, 4, true>(x + 16 * j, w + 16 * j);
             scales[j] = found[j].scale;
         }
@@ -256,8 +264,9 @@ QK_INLINE void tile_q3_k(const float* const* xs, const float* const* ws, uint8_t
         d = block.scale;
     } else {
         F amax{}, max_scale{};
+        for (int j = 0; j < 16; j += 2)
+            search_q3<16, 4, 2>(x + 16 * j, found_level + 16 * j, scales + j, found_zero + j);
         for (int j = 0; j < 16; ++j) {
-            scales[j] = search_q3<16, 4>(x + 16 * j, found_level + 16 * j, found_zero + j);
             const F a = abs_of(scales[j]);
             const I more = I(a > amax);
             amax = select(more, a, amax);

@@ -1,6 +1,8 @@
 // The scale searches of ggml's K types, LANES groups at once. Each function names the ggml function whose
 // bytes it reproduces (ggml/src/ggml-quants.c); the order of every float operation is that function's.
 #pragma once
+#include <type_traits>
+
 #include "lanes.h"
 
 namespace quantkit::QK_ISA {
@@ -68,53 +70,58 @@ QK_INLINE void search_affine(const F* x, const F* w, float rmin, float rdelta, i
         out[g].iscale = iscale;
         out[g].low = lo[g];
     }
-    const F nmax = splat(static_cast<float>(NMAX));
     for (int is = 0; is <= nstep; ++is) {
         const float numerator = rmin + rdelta * static_cast<float>(is) + static_cast<float>(NMAX);
         F iscale[GROUPS], sum_l[GROUPS], sum_l2[GROUPS], sum_xl[GROUPS];
         F level[GROUPS][N];
-        I unsafe{};
+        I far{}, negative{};
         for (int g = 0; g < GROUPS; ++g) {
             iscale[g] = numerator / (hi[g] - lo[g]);
             sum_l[g] = sum_l2[g] = sum_xl[g] = F{};
             // iscale * (x - lo) is monotone in x: when both ends are in range, all are
-            const F a = abs_of(iscale[g] * (x_lo[g] - lo[g])), b = abs_of(iscale[g] * (hi[g] - lo[g]));
-            unsafe |= ~I(a <= 4194303.0f) | ~I(b <= 4194303.0f);
+            const F a = iscale[g] * (x_lo[g] - lo[g]), b = iscale[g] * (hi[g] - lo[g]);
+            far |= ~(I(a >= -4194303.0f) & I(b <= 4194303.0f)) & ~out[g].dead;
+            negative |= I(a < -0.5f);
         }
-        if (!any(unsafe)) {
+        // rounds to levels and adds up; Round gives the level of iscale * (x - lo)
+        const auto sums = [&](auto round) __attribute__((always_inline)) {
             for (int i = 0; i < N; ++i)
                 for (int g = 0; g < GROUPS; ++g) {
                     const F xi = x[g * N + i], wi = w[g * N + i];
-                    F l = (iscale[g] * (xi - lo[g]) + MAGIC) - MAGIC;
-                    l = max_of(F{}, min_of(nmax, l));
+                    const F l = round(iscale[g] * (xi - lo[g]));
                     level[g][i] = l;
                     const F wl = wi * l;
                     sum_l[g] += wl;
                     sum_l2[g] += wl * l;
                     sum_xl[g] += wl * xi;
                 }
+        };
+        const F nmax = splat(static_cast<float>(NMAX));
+        // b is the numerator but for rounding, where it is in range
+        const bool limit_high = numerator > static_cast<float>(NMAX) + 0.49f, limit_low = any(negative);
+        if (any(far)) {
+            sums([](F v) { return to_float(max_of(I{}, min_of(splat(NMAX), nearest_int(v)))); });
+        } else if (limit_low && limit_high) {
+            sums([=](F v) { return max_of(F{}, min_of(nmax, (v + MAGIC) - MAGIC)); });
+        } else if (limit_low) {
+            sums([=](F v) { return max_of(F{}, (v + MAGIC) - MAGIC); });
+        } else if (limit_high) {
+            sums([=](F v) { return min_of(nmax, (v + MAGIC) - MAGIC); });
         } else {
-            for (int i = 0; i < N; ++i)
-                for (int g = 0; g < GROUPS; ++g) {
-                    const F xi = x[g * N + i], wi = w[g * N + i];
-                    const F l = to_float(max_of(I{}, min_of(splat(NMAX), nearest_int(iscale[g] * (xi - lo[g])))));
-                    level[g][i] = l;
-                    const F wl = wi * l;
-                    sum_l[g] += wl;
-                    sum_l2[g] += wl * l;
-                    sum_xl[g] += wl * xi;
-                }
+            sums([=](F v) { return (v + MAGIC) - MAGIC; });
         }
         F this_scale[GROUPS], this_min[GROUPS], err[GROUPS];
-        I open[GROUPS];
+        M open[GROUPS];
         for (int g = 0; g < GROUPS; ++g) {
             const F d = sum_w[g] * sum_l2[g] - sum_l[g] * sum_l[g];
-            open[g] = I(d > 0.0f);
+            open[g] = less(F{}, d);
             this_scale[g] = (sum_w[g] * sum_xl[g] - sum_x[g] * sum_l[g]) / d;
             this_min[g] = (sum_l2[g] * sum_x[g] - sum_l[g] * sum_xl[g]) / d;
-            const I above = I(this_min[g] > 0.0f);
-            this_min[g] = select(above, F{}, this_min[g]);
-            this_scale[g] = select(above, sum_xl[g] / sum_l2[g], this_scale[g]);
+            const M above = less(F{}, this_min[g]);
+            if (any(above)) {
+                this_min[g] = select(above, F{}, this_min[g]);
+                this_scale[g] = select(above, sum_xl[g] / sum_l2[g], this_scale[g]);
+            }
             err[g] = F{};
         }
         for (int i = 0; i < N; ++i)
@@ -124,7 +131,7 @@ QK_INLINE void search_affine(const F* x, const F* w, float rmin, float rdelta, i
                 err[g] += w[g * N + i] * diff;
             }
         for (int g = 0; g < GROUPS; ++g) {
-            const I better = open[g] & I(err[g] < best[g]);
+            const M better = open[g] & less(err[g], best[g]);
             best[g] = select(better, err[g], best[g]);
             out[g].scale = select(better, this_scale[g], out[g].scale);
             out[g].iscale = select(better, iscale[g], out[g].iscale);
@@ -208,13 +215,15 @@ QK_INLINE F nearest_clamped(F x, float low, float high) {
 // The largest of N values by magnitude (the first of equals), with its sign; and the magnitude.
 template <int N>
 QK_INLINE void extreme(const F* x, F* mx, F* amax) {
-    *mx = *amax = F{};
-    for (int i = 0; i < N; ++i) {
-        const F ax = abs_of(x[i]);
-        const M more = less(*amax, ax);
-        *amax = max_of(ax, *amax);
-        *mx = select(more, x[i], *mx);
-    }
+    F m[2] = {}, a[2] = {};  // of the first and the second half
+    for (int i = 0; i < N / 2; ++i)
+        for (int h = 0; h < 2; ++h) {
+            const F xi = x[i + h * (N / 2)], ax = abs_of(xi);
+            m[h] = select(less(a[h], ax), xi, m[h]);
+            a[h] = max_of(ax, a[h]);
+        }
+    *mx = select(less(a[0], a[1]), m[1], m[0]);
+    *amax = max_of(a[1], a[0]);
 }
 
 // What search_symmetric found: levels follow from `kept`.
@@ -230,13 +239,30 @@ QK_INLINE I levels_of(const Symmetric& s, F x) {
     return select(s.zero, I{}, l + NMAX);
 }
 
+// For S inverse scales side by side: the sums of w*x*l and w*l*l over N values, l = iscale * x rounded and clamped.
+template <int N, int NMAX, int S>
+QK_INLINE void symmetric_sums(const F* x, const F* wx, const F* w, const F* iscale, bool limit_low, bool limit_high,
+                              F* sumlx, F* suml2) {
+    constexpr float MAGIC = 12582912.0f;
+    F slx[S] = {}, sl2[S] = {};
+    for (int i = 0; i < N; ++i)
+        for (int s = 0; s < S; ++s) {
+            F l = (iscale[s] * x[i] + MAGIC) - MAGIC;
+            if (limit_high) l = min_of(splat(static_cast<float>(NMAX - 1)), l);
+            if (limit_low) l = max_of(splat(-static_cast<float>(NMAX)), l);
+            slx[s] += wx[i] * l;
+            sl2[s] += w[i] * l * l;
+        }
+    for (int s = 0; s < S; ++s) sumlx[s] = slx[s], suml2[s] = sl2[s];
+}
+
 // make_qx_quants with rmse_type 1 (N values, levels 0..2*NMAX-1 around NMAX); weights w, or x*x where w is null.
 //
 // Every product iscale * x here is within NMAX + 0.9 (and rounding) of 0, since |x| <= |mx| and |mx| >= 1e-15 (other
-// groups are dropped): levels are rounded in float, and a step that cannot pass a limit does not clamp there.
+// groups are dropped): levels are rounded in float, and steps that cannot pass a limit do not clamp there.
 template <int N, int NMAX, bool WEIGHTS>
 QK_INLINE Symmetric search_symmetric(const F* x, const F* weights) {
-    constexpr float MAGIC = 12582912.0f;
+    constexpr int S = LANES >= 16 ? 4 : 2;  // steps side by side
     F mx, amax;
     extreme<N>(x, &mx, &amax);
     Symmetric out;
@@ -247,108 +273,130 @@ QK_INLINE Symmetric search_symmetric(const F* x, const F* weights) {
         wx[i] = (WEIGHTS ? weights[i] : square[i]) * x[i];
     }
     const F* w = WEIGHTS ? weights : square;
-    const auto sums = [&](F iscale, bool limit_low, bool limit_high, F* sumlx, F* suml2) __attribute__((always_inline)) {
-        F slx{}, sl2{};
-        for (int i = 0; i < N; ++i) {
-            F l = (iscale * x[i] + MAGIC) - MAGIC;
-            if (limit_high) l = min_of(splat(static_cast<float>(NMAX - 1)), l);
-            if (limit_low) l = max_of(splat(-static_cast<float>(NMAX)), l);
-            slx += wx[i] * l;
-            sl2 += w[i] * l * l;
+    F best;
+    // ggml's is = 0 is the scale it starts from; the others follow in order
+    const auto steps = [&](auto count, int first, bool limit_low, bool limit_high) __attribute__((always_inline)) {
+        constexpr int C = decltype(count)::value;
+        F iscale[C], sumlx[C], suml2[C];
+        for (int s = 0; s < C; ++s) {
+            const int at = first + s, is = at == 0 ? 0 : at < 10 ? at - 10 : at - 9;
+            iscale[s] = -(static_cast<float>(NMAX) + 0.1f * static_cast<float>(is)) / mx;
         }
-        *sumlx = slx;
-        *suml2 = sl2;
+        symmetric_sums<N, NMAX, C>(x, wx, w, iscale, limit_low, limit_high, sumlx, suml2);
+        for (int s = 0; s < C; ++s) {
+            const F scale = sumlx[s] / suml2[s];
+            if (first + s == 0) {
+                out.kept = iscale[s];
+                out.scale = select(I(suml2[s] != 0.0f), scale, F{});
+                best = out.scale * sumlx[s];
+                continue;
+            }
+            const M better = less(F{}, suml2[s]) & less(best * suml2[s], sumlx[s] * sumlx[s]);
+            out.kept = select(better, iscale[s], out.kept);
+            out.scale = select(better, scale, out.scale);
+            best = select(better, scale * sumlx[s], best);
+        }
     };
-    F sumlx, suml2;
-    out.kept = -static_cast<float>(NMAX) / mx;
-    sums(out.kept, false, true, &sumlx, &suml2);
-    out.scale = select(I(suml2 != 0.0f), sumlx / suml2, F{});
-    F best = out.scale * sumlx;
-    const auto step = [&](int is, bool limit_low, bool limit_high) __attribute__((always_inline)) {
-        const F iscale = -(static_cast<float>(NMAX) + 0.1f * static_cast<float>(is)) / mx;
-        sums(iscale, limit_low, limit_high, &sumlx, &suml2);
-        const M better = less(F{}, suml2) & less(best * suml2, sumlx * sumlx);
-        const F scale = sumlx / suml2;
-        out.kept = select(better, iscale, out.kept);
-        out.scale = select(better, scale, out.scale);
-        best = select(better, scale * sumlx, best);
-    };
-    for (int is = -9; is <= -6; ++is) step(is, false, false);  // at most NMAX - 0.6
-    for (int is = -5; is <= 4; ++is)
-        if (is != 0) step(is, false, true);  // at least -(NMAX + 0.4)
-    for (int is = 5; is <= 9; ++is) step(is, true, true);
+    // numbers 0; 1..9 for is = -9..-1; 10..18 for is = 1..9
+    constexpr std::integral_constant<int, S> SOME;
+    constexpr std::integral_constant<int, 1> ONE;
+    constexpr std::integral_constant<int, 2> TWO;
+    steps(ONE, 0, false, true);
+    for (int at = 1; at <= 4; at += S) steps(SOME, at, false, false);  // is <= -6: at most NMAX - 0.6
+    for (int at = 5; at <= 12; at += S) steps(SOME, at, false, true);  // is <= 3: at least -(NMAX + 0.3)
+    for (int at = 13; at + S <= 19; at += S) steps(SOME, at, true, true);
+    if constexpr (S == 4) steps(TWO, 17, true, true);
     out.scale = select(out.zero, F{}, out.scale);
     return out;
 }
 
-// make_q3_quants with do_rmse (N values, levels 0..2*NMAX-1 around NMAX). `level` receives the levels as floats
-// around 0. Gives the scale, and whether the group has nothing but zeros (level 0).
+// make_q3_quants with do_rmse (N values, levels 0..2*NMAX-1 around NMAX), GROUPS groups one after the other. `level`
+// receives the levels as floats around 0. Gives the scales, and whether a group has nothing but zeros (level 0).
 //
 // Its refinement asks of every value whether q = x * sl2 / slx, rounded and clamped, is another level than l, and
 // mostly it is not. A value is passed over, in all lanes at once, where (below * slx < p) and (p < above * slx) with
 // p = x * sl2, below = l - 0.499, above = l + 0.499 (u + 0.499 where u > l was clamped to l at first: any level up to
 // u is clamped to l again). Then slx > 0 (below < above), and p / slx is between below and above but for the rounding
-// of the two products and of the quotient, 2^-24 of each: so q rounds to l. Products that are denormal could be off
-// by more; they are not where sumlx > 2^-100: slx is the difference of sumlx and another float, so it is 0 or at
-// least half a unit in the last place of sumlx, 2^-125, and below, above are at least 0.499 in magnitude but for
-// l = 0, where they are +-0.499. What is not passed over takes ggml's own steps.
+// of the two products and of the quotient, 2^-24 of each: so q gives l. (Products that are denormal could be off by
+// more. They are not where sumlx > 2^-100: slx is the difference of sumlx and another float, so it is 0 or at least
+// half a unit in the last place of sumlx, 2^-125, and an error of 2^-149 is nothing against 0.001 * slx.)
 //
 // Where sumlx <= 0 at first, nothing changes: the terms of its sum have all the sign of iscale (l has that of
 // iscale * x), the sum of terms none of which is positive is not above any of them, and slx = sumlx - term <= 0.
-template <int N, int NMAX>
-QK_INLINE F search_q3(const F* x, F* level, I* zero) {
+template <int N, int NMAX, int GROUPS>
+QK_INLINE void search_q3(const F* x, F* level, F* scale, I* zero) {
     constexpr float MAGIC = 12582912.0f;
     constexpr float LOW = -NMAX, HIGH = NMAX - 1;
-    F mx, amax;
-    extreme<N>(x, &mx, &amax);
-    *zero = I(amax < GROUP_MAX_EPS);
-    const F iscale = -static_cast<float>(NMAX) / mx;
-    F w[N], wx[N], term[N], square[N], below[N], above[N], sumlx{}, suml2{};
-    for (int i = 0; i < N; ++i) {
-        // |iscale * x| <= NMAX and rounding: the lower limit holds by itself
-        const F u = (iscale * x[i] + MAGIC) - MAGIC;
-        const F l = min_of(splat(HIGH), u);
-        w[i] = x[i] * x[i];
-        wx[i] = w[i] * x[i];
-        term[i] = wx[i] * l;
-        square[i] = w[i] * l * l;
-        sumlx += term[i];
-        suml2 += square[i];
-        level[i] = l;
-        below[i] = l - 0.499f;
-        above[i] = u + 0.499f;
-    }
-    M running = less(F{}, sumlx) & ~mask_of(*zero);
-    bool certain = !any(M(running & less(sumlx, splat(0x1p-100f))));
-    for (int pass = 0; pass < 5 && any(running); ++pass) {
-        M changed{};
+    struct Value {
+        F x, w, wx, term, square, below, above, level;
+    } values[GROUPS][N];
+    F sumlx_of[GROUPS], suml2_of[GROUPS];
+    for (int g = 0; g < GROUPS; ++g) {
+        F mx, amax;
+        extreme<N>(x + g * N, &mx, &amax);
+        zero[g] = I(amax < GROUP_MAX_EPS);
+        const F iscale = -static_cast<float>(NMAX) / mx;
+        F sumlx{}, suml2{};
         for (int i = 0; i < N; ++i) {
-            F slx = sumlx - term[i];
-            F sl2 = suml2 - square[i];
-            const F p = x[i] * sl2;
-            const M same = less(below[i] * slx, p) & less(p, above[i] * slx);
-            if (certain && !any(M(running & ~same))) continue;
-            const M candidate = running & less(F{}, slx);
-            const F next = nearest_clamped(p / slx, LOW, HIGH);
-            const F next_term = wx[i] * next, next_square = w[i] * next * next;
-            slx += next_term;
-            sl2 += next_square;
-            const M take = candidate & differ(next, level[i]) & less(F{}, sl2) &
-                           less(sumlx * sumlx * sl2, slx * slx * suml2);
-            if (!any(take)) continue;
-            level[i] = select(take, next, level[i]);
-            term[i] = select(take, next_term, term[i]);
-            square[i] = select(take, next_square, square[i]);
-            below[i] = select(take, next - 0.499f, below[i]);
-            above[i] = select(take, next + 0.499f, above[i]);
-            sumlx = select(take, slx, sumlx);
-            suml2 = select(take, sl2, suml2);
-            certain = certain && !any(M(running & less(sumlx, splat(0x1p-100f))));
-            changed |= take;
+            Value& v = values[g][i];
+            v.x = x[g * N + i];
+            // |iscale * x| <= NMAX and rounding: the lower limit holds by itself
+            const F u = (iscale * v.x + MAGIC) - MAGIC;
+            v.level = min_of(splat(HIGH), u);
+            v.w = v.x * v.x;
+            v.wx = v.w * v.x;
+            v.term = v.wx * v.level;
+            v.square = v.w * v.level * v.level;
+            sumlx += v.term;
+            suml2 += v.square;
+            v.below = v.level - 0.499f;
+            v.above = u + 0.499f;
         }
-        running &= changed;
+        sumlx_of[g] = sumlx;
+        suml2_of[g] = suml2;
     }
-    return select(*zero | ~I(suml2 > 0.0f), F{}, sumlx / suml2);
+    for (int g = 0; g < GROUPS; ++g) {
+        F sumlx = sumlx_of[g], suml2 = suml2_of[g];
+        M running = less(F{}, sumlx) & ~mask_of(zero[g]);
+        bool certain = !any(M(running & less(sumlx, splat(0x1p-100f))));
+        for (int pass = 0; pass < 5 && any(running); ++pass) {
+            const uint32_t mine = lanes_of(running);
+            if (pass > 0 && certain) {
+                M all = ~M{};
+                for (const Value& v : values[g]) {
+                    const F slx = sumlx - v.term, p = v.x * (suml2 - v.square);
+                    all &= less(v.below * slx, p) & less(p, v.above * slx);
+                }
+                if ((lanes_of(all) & mine) == mine) break;
+            }
+            M changed{};
+            for (Value& v : values[g]) {
+                F slx = sumlx - v.term;
+                F sl2 = suml2 - v.square;
+                const F p = v.x * sl2;
+                const M same = less(v.below * slx, p) & less(p, v.above * slx);
+                if (certain && (lanes_of(same) & mine) == mine) continue;
+                const M candidate = running & less(F{}, slx);
+                const F next = nearest_clamped(p / slx, LOW, HIGH);
+                slx += v.wx * next;
+                sl2 += v.w * next * next;
+                const M take = candidate & differ(next, v.level) & less(F{}, sl2) &
+                               less(sumlx * sumlx * sl2, slx * slx * suml2);
+                v.level = select(take, next, v.level);
+                v.term = v.wx * v.level;
+                v.square = v.w * v.level * v.level;
+                v.below = v.level - 0.499f;
+                v.above = select(take, next + 0.499f, v.above);
+                sumlx = select(take, slx, sumlx);
+                suml2 = select(take, sl2, suml2);
+                certain = certain && !any(M(running & less(sumlx, splat(0x1p-100f))));
+                changed |= take;
+            }
+            running &= changed;
+        }
+        for (int i = 0; i < N; ++i) level[g * N + i] = values[g][i].level;
+        scale[g] = select(zero[g] | ~I(suml2 > 0.0f), F{}, sumlx / suml2);
+    }
 }
 
 }  // namespace quantkit::QK_ISA

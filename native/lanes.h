@@ -42,8 +42,18 @@ QK_INLINE I bits_of(F x) { return reinterpret_cast<I>(x); }
 QK_INLINE F float_of(I x) { return reinterpret_cast<F>(x); }
 
 // mask ? a : b, lane by lane; masks are all ones or all zeros.
+#if defined(__AVX2__) && !defined(__AVX512F__)  // of the expression GCC compares the mask with 0 once more
+QK_INLINE F select(I mask, F a, F b) {
+    return reinterpret_cast<F>(_mm256_blendv_ps(reinterpret_cast<__m256>(b), reinterpret_cast<__m256>(a),
+                                                reinterpret_cast<__m256>(mask)));
+}
+QK_INLINE I select(I mask, I a, I b) {
+    return reinterpret_cast<I>(select(mask, reinterpret_cast<F>(a), reinterpret_cast<F>(b)));
+}
+#else
 QK_INLINE F select(I mask, F a, F b) { return mask ? a : b; }
 QK_INLINE I select(I mask, I a, I b) { return mask ? a : b; }
+#endif
 
 // ggml's MAX(a, b) and MIN(a, b): the second argument unless the first is really greater (less).
 #if defined(__AVX512F__)
@@ -141,9 +151,9 @@ QK_INLINE F from_half(I h) {
 #endif
 }
 
-// LANES blocks of N floats, one a lane: out[k][lane] = x[lane][k].
+// LANES blocks of N floats, one a lane: out[k][lane] = x[lane][first + k].
 template <int N>
-QK_INLINE void load_lanes(const float* const* x, F* out) {
+QK_INLINE void load_lanes(const float* const* x, F* out, int first = 0) {
 #if defined(__AVX2__)
     for (int half = 0; half < LANES / 8; ++half) {
         const float* const* p = x + 8 * half;
@@ -151,9 +161,9 @@ QK_INLINE void load_lanes(const float* const* x, F* out) {
         for (int k = 0; k < N; k += 8) {
             __m256 r[8], s[8];
             for (int i = 0; i < 4; ++i) {
-                r[i] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(p[i] + k)), _mm_loadu_ps(p[i + 4] + k), 1);
-                r[i + 4] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(p[i] + k + 4)),
-                                                _mm_loadu_ps(p[i + 4] + k + 4), 1);
+                const float *a = p[i] + first + k, *b = p[i + 4] + first + k;
+                r[i] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(a)), _mm_loadu_ps(b), 1);
+                r[i + 4] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(a + 4)), _mm_loadu_ps(b + 4), 1);
             }
             for (int h = 0; h < 8; h += 4) {
                 const __m256 a = _mm256_unpacklo_ps(r[h], r[h + 1]), b = _mm256_unpackhi_ps(r[h], r[h + 1]);
@@ -168,7 +178,7 @@ QK_INLINE void load_lanes(const float* const* x, F* out) {
     }
 #else
     for (int k = 0; k < N; ++k)
-        for (int lane = 0; lane < LANES; ++lane) out[k][lane] = x[lane][k];
+        for (int lane = 0; lane < LANES; ++lane) out[k][lane] = x[lane][first + k];
 #endif
 }
 
@@ -220,11 +230,21 @@ QK_INLINE F select(M mask, F a, F b) {
 }
 QK_INLINE bool any(M mask) { return mask != 0; }
 QK_INLINE M mask_of(I mask) { return _mm512_movepi32_mask(reinterpret_cast<__m512i>(mask)); }
+QK_INLINE uint32_t lanes_of(M mask) { return mask; }
 #else
 typedef I M;
 QK_INLINE M less(F a, F b) { return a < b; }
 QK_INLINE M differ(F a, F b) { return a != b; }
 QK_INLINE M mask_of(I mask) { return mask; }
+QK_INLINE uint32_t lanes_of(M mask) {  // a bit a lane
+#if defined(__AVX2__)
+    return static_cast<uint32_t>(_mm256_movemask_ps(reinterpret_cast<__m256>(mask)));
+#else
+    uint32_t bits = 0;
+    for (int i = 0; i < LANES; ++i) bits |= static_cast<uint32_t>(mask[i] & 1) << i;
+    return bits;
+#endif
+}
 #endif
 
 // One word of n <= 4 bytes a lane.
