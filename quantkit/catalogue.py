@@ -8,7 +8,7 @@ dimension first; shapes of source tensors are row-major, as their files have the
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -147,6 +147,17 @@ def layer_of(name: str) -> int | None:
     """The layer number in a GGUF tensor name (blk.N.…), or None."""
     m = _BLOCK.match(name)
     return int(m.group(1)) if m else None
+
+
+def ranges(numbers: Iterable[int]) -> str:
+    """3,4,5,8 as '3-5,8'."""
+    out: list[list[int]] = []
+    for n in sorted(numbers):
+        if out and n == out[-1][1] + 1:
+            out[-1][1] = n
+        else:
+            out.append([n, n])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in out)
 
 
 def output_order(name: str) -> tuple[int, bytes]:

@@ -19,7 +19,7 @@ import stat
 import struct
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from .errors import SourceError
 from .qtypes import BY_ID, QTYPES
@@ -171,14 +171,23 @@ def header_bytes(
 # ---------------------------------------------------------------- reading
 
 
-class _Cursor:
-    """Reads a file's header piece by piece and never past its end."""
+class PrefixTooShortError(Exception):
+    """The first bytes of a file end before its header does; `needed` is where the reading stopped."""
 
-    def __init__(self, path: Path, file: io.BufferedReader, size: int) -> None:
-        self.path, self.file, self.size, self.at = path, file, size, 0
+    def __init__(self, needed: int) -> None:
+        super().__init__(f"the header needs {needed:,} bytes or more")
+        self.needed = needed
+
+
+class _Cursor:
+    """Reads a header piece by piece and never past the end of its file, which has `size` bytes; of
+    those, `file` may hold the first ones only."""
+
+    def __init__(self, where: str | Path, file: BinaryIO, size: int, is_prefix: bool = False) -> None:
+        self.where, self.file, self.size, self.is_prefix, self.at = where, file, size, is_prefix, 0
 
     def fail(self, what: str) -> SourceError:
-        return SourceError(f"{self.path}: not a usable GGUF file: {what}")
+        return SourceError(f"{self.where}: not a usable GGUF file: {what}")
 
     def take(self, n: int, what: str) -> bytes:
         if n > self.size - self.at:
@@ -192,6 +201,8 @@ class _Cursor:
             )
         got = self.file.read(n)
         if len(got) != n:
+            if self.is_prefix:
+                raise PrefixTooShortError(self.at + n)
             raise self.fail(f"{what} at {self.at:,}: only {len(got):,} of {n:,} bytes could be read")
         self.at += n
         return got
@@ -260,6 +271,12 @@ def read_header(path: Path) -> Header:
             return _read(_Cursor(path, file, info.st_size))
     except OSError as e:
         raise SourceError(f"{path}: cannot be read: {e.strerror or e}") from None
+
+
+def parse_header(where: str, prefix: bytes, file_bytes: int) -> Header:
+    """The header of a GGUF of `file_bytes` bytes of which `prefix` is the beginning, checked as `read_header`
+    does; `where` is for messages. Raises PrefixTooShortError where more is needed, else SourceError."""
+    return _read(_Cursor(where, io.BytesIO(prefix), file_bytes, is_prefix=True))
 
 
 def _read(c: _Cursor) -> Header:

@@ -1,7 +1,7 @@
 """SOURCE on the command line, whatever it is, to a Catalogue.
 
-A checkpoint directory, a GGUF file, a config.json, the name of a known model, or the id of a
-repository that `hf download` has brought here.
+A checkpoint directory, a GGUF file (here, or its headers only at hf://… or https://…), a config.json,
+the name of a known model, or the id of a repository that `hf download` has brought here.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from .arch.options import Options
 from .catalogue import Catalogue, Part, Tensor, is_quantizable, layer_of, output_order, role_of
 from .errors import SourceError, did_you_mean
 from .gguf_format import STRING, U32, decode, is_utf8
-from .sources.gguf_file import GgufFile, open_gguf
+from .qtypes import QTYPES
+from .sources.gguf_file import GgufFile, GgufHeaders, open_gguf
+from .sources.remote import is_remote, open_remote
 from .sources.safetensors_dir import open_checkpoint, read_json
 
 _MAX_LAYERS = 4096
@@ -26,6 +28,8 @@ _MAX_TITLE = 200
 def open_model(source: str, options: Options | None = None) -> Catalogue:
     """The catalogue of whatever `source` names. Raises SourceError, with what was perhaps meant."""
     opts = options or Options()
+    if is_remote(source):
+        return from_gguf(open_remote(source))
     path = _expand(source)
     if not is_utf8(str(path.absolute())):
         raise SourceError(f"{source!a}: the path gives the model its name, but is not UTF-8; rename the folder or file")
@@ -78,7 +82,7 @@ def _downloaded(repo: str) -> Path | None:
         return None
 
 
-def from_gguf(file: GgufFile) -> Catalogue:
+def from_gguf(file: GgufHeaders) -> Catalogue:
     """The catalogue of a GGUF: its tensors as they are, sorted as llama-quantize sorts them."""
     kvs = {item.key: item for item in file.kvs}
 
@@ -92,9 +96,9 @@ def from_gguf(file: GgufFile) -> Catalogue:
     if arch_name is None or not re.fullmatch(r"[\w.-]{1,64}", arch_name):
         what = "has no general.architecture" if arch_name is None else f"general.architecture is {arch_name!r:.60}"
         kind = text("general.type")
-        raise SourceError(f"{file.path}: {what}; it is {f'an {kind}, not' if kind == 'imatrix' else 'not'} a model")
+        raise SourceError(f"{file.where}: {what}; it is {f'an {kind}, not' if kind == 'imatrix' else 'not'} a model")
     if not file.infos:
-        raise SourceError(f"{file.path}: has no tensors, only metadata; give the file that holds the weights")
+        raise SourceError(f"{file.where}: has no tensors, only metadata; give the file that holds the weights")
     tensors = []
     for info in file.infos:
         n_rows = 1
@@ -111,16 +115,17 @@ def from_gguf(file: GgufFile) -> Catalogue:
     if not all(0 <= n < _MAX_LAYERS for n in (n_layers, *found)):
         odd = next(n for n in (n_layers, *found) if not 0 <= n < _MAX_LAYERS)
         raise SourceError(
-            f"{file.path}: layer number or count {odd:,} is beyond {_MAX_LAYERS:,}; the header is corrupt"
+            f"{file.where}: layer number or count {odd:,} is beyond {_MAX_LAYERS:,}; the header is corrupt"
         )
     moe = sorted({t.layer for t in tensors if t.layer is not None and t.role == "routed expert"})
     dense = sorted(set(found) - set(moe))
     names = {t.name.rpartition(".attn_")[2] for t in tensors}
     layout = "k_b+v_b" if "k_b.weight" in names else "kv_b" if "kv_b.weight" in names else "as is"
     name = text("general.name") or ""
-    name = name if name.isprintable() and 0 < len(name) <= _MAX_TITLE else file.path.stem
+    name = name if name.isprintable() and 0 < len(name) <= _MAX_TITLE else file.stem
     return Catalogue(
-        name, arch_name, layout, n_layers, tuple(dense), tuple(moe), tuple(tensors), file.kvs, True, file
+        name, arch_name, layout, n_layers, tuple(dense), tuple(moe), tuple(tensors), file.kvs, True,
+        file if isinstance(file, GgufFile) else None,
     )  # fmt: skip
 
 
@@ -128,6 +133,10 @@ def describe_stored(catalogue: Catalogue) -> dict[str, tuple[int, int]]:
     """How a source stores its tensors, scales and left-out layers too: dtype -> (tensors, bytes)."""
     source = catalogue.source
     counts: dict[str, tuple[int, int]] = {}
+    if source is None and catalogue.kvs_complete:  # a GGUF elsewhere
+        for t in catalogue.tensors:
+            n, nbytes = counts.get(t.source_type, (0, 0))
+            counts[t.source_type] = (n + 1, nbytes + QTYPES[t.source_type].row_bytes(t.n_cols) * t.n_rows)
     stored = [*getattr(source, "tensors", {}).values(), *getattr(source, "scales", {}).values()]
     for st in stored:
         kind = f"{st.dtype} (scale)" if st.name.endswith("_scale_inv") else st.dtype

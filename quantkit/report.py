@@ -6,12 +6,14 @@ GiB is 2^30 bytes and GB 10^9, and every table says which.
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from .authoring import Change, Difference, Explanation
-from .catalogue import ROLES, Catalogue
+from .catalogue import ROLES, Catalogue, ranges
 from .gguf_format import ARRAY, F32, KV, STRING, TYPE_NAMES, array_head, decode
+from .offload import GIB, Answer, Fit, Weights
 from .plan import Plan, Planned
 from .qtypes import QTYPES
 from .recipe import Recipe
@@ -46,17 +48,6 @@ def size(nbytes: int) -> str:
 
 def shape_text(shape: Sequence[int]) -> str:
     return "x".join(str(n) for n in shape)
-
-
-def ranges(numbers: Iterable[int]) -> str:
-    """3,4,5,8 as '3-5,8'."""
-    out: list[list[int]] = []
-    for n in sorted(numbers):
-        if out and n == out[-1][1] + 1:
-            out[-1][1] = n
-        else:
-            out.append([n, n])
-    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in out)
 
 
 def plan_text(plan: Plan, files: Sequence[tuple[str, int]], every_tensor: bool = False) -> str:
@@ -294,3 +285,59 @@ def inspection_text(found: Mapping[str, Any], every_tensor: bool) -> str:
     if found["notes"]:
         parts.append("\n".join(f"note: {n}" for n in found["notes"]))
     return "\n\n".join(parts)
+
+
+# ---------------------------------------------------------------- fit
+
+
+def fit_text(w: Weights, answers: Sequence[Answer], about: str, ram: int | None) -> str:
+    """What fits on GPUs, for people. `about`: the context and its cache in words. `ram`: bytes there are, or None."""
+    n_moe = sum(1 for x in w.layers if x.experts)
+    of = f" as {w.recipe}" if w.recipe else ""
+    parts = [
+        f"{w.model}{of}: {size(w.tensor_bytes)}, {w.n_layers} layers and the output head\n"
+        f"{about}: {gib(sum(x.cache for x in w.layers))} GiB; each GPU of N GB taken as N GiB"
+    ]
+    rows = []
+    for a in answers:
+        row = [a.gpus.text, f"{a.rule} of {w.n_layers}", f"{a.whole.n_layers} of {w.n_layers}", *_fit_cells(a.whole)]
+        if n_moe:
+            row += ["no room", "", ""] if a.split is None else [f"{a.split.n_layers} of {n_moe}", *_fit_cells(a.split)]
+        rows.append(row)
+    head = ["VRAM", "published rule", "whole layers", "GPU GiB", "RAM GiB"]
+    if n_moe:
+        head += ["or experts of", "GPU GiB", "RAM GiB"]
+    parts.append(table(rows, head, right=(0, 3, 4, 6, 7)[: 5 if n_moe else 3]))
+    for a in answers:
+        lines = [f"{a.gpus.text}: whole layers{_ram_text(a.whole, ram)}", f"  {shlex.join(a.whole.flags)}"]
+        if a.split is None and n_moe:
+            base = sum(x.rest + x.cache for x in w.layers)
+            lines.append(
+                f"{a.gpus.text}: no room for all but routed experts: with the KV cache that is {base / GIB:,.1f} GiB; "
+                "take a shorter --ctx, or a smaller --cache-type or --reserve"
+            )
+        elif a.split is not None and not (a.whole.n_layers == w.n_layers and a.split.n_layers == n_moe):
+            lines += [
+                f"{a.gpus.text}: all but routed experts, and experts of {a.split.n_layers} of {n_moe} layers"
+                + _ram_text(a.split, ram),
+                f"  {shlex.join(a.split.flags)}",
+            ]
+        if a.note:
+            lines.append(f"  note: {a.note}")
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
+def _fit_cells(f: Fit) -> list[str]:
+    used = [f"{n / GIB:,.1f}" for n in f.used]
+    text = " + ".join(used) if len(used) < 3 else f"{len(used)} of {min(f.used) / GIB:,.1f} to {max(f.used) / GIB:,.1f}"
+    return [text, f"{f.ram / GIB:,.1f}"]
+
+
+def _ram_text(f: Fit, ram: int | None) -> str:
+    if ram is None:
+        return f"; {f.ram / GIB:,.1f} GiB stay in RAM"
+    if f.ram <= ram:
+        return f"; the other {f.ram / GIB:,.1f} GiB fit in RAM"
+    over = (f.ram - ram) / GIB
+    return f"; {f.ram / GIB:,.1f} GiB are left, {over:,.1f} more than RAM has: read from disk (mmap) as needed"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +44,101 @@ TINY_V2: dict[str, Any] = {
     "topk_method": "greedy",
 }
 
+#: Llama 3's peculiarities: grouped heads, its own kind of rope scaling, untied embeddings
+TINY_LLAMA: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "attention_bias": False,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "hidden_act": "silu",
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "max_position_embeddings": 131072,
+    "mlp_bias": False,
+    "model_type": "llama",
+    "num_attention_heads": 4,
+    "num_hidden_layers": 4,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": {
+        "factor": 8.0,
+        "high_freq_factor": 4.0,
+        "low_freq_factor": 1.0,
+        "original_max_position_embeddings": 8192,
+        "rope_type": "llama3",
+    },
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "vocab_size": 384,
+}
+
+#: Qwen2.5's peculiarities: biases, tied embeddings, no rope scaling
+TINY_QWEN2: dict[str, Any] = {
+    **{k: v for k, v in TINY_LLAMA.items() if k not in ("attention_bias", "mlp_bias", "rope_scaling")},
+    "architectures": ["Qwen2ForCausalLM"],
+    "model_type": "qwen2",
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 1000000.0,
+    "sliding_window": 131072,
+    "tie_word_embeddings": True,
+    "use_sliding_window": False,
+}
+
 
 def checkpoint(folder: Path, config: Mapping[str, Any] = TINY_V3, seed: int = 7, n_shards: int = 2) -> Path:
     """A checkpoint directory with random weights."""
     folder.mkdir(parents=True, exist_ok=True)
     demo.make_checkpoint(folder, config, seed, n_shards)
+    return folder
+
+
+def dense_tensors(c: Mapping[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Names and row-major shapes of a llama or qwen2 checkpoint's tensors."""
+    hidden, ffn, n_heads = c["hidden_size"], c["intermediate_size"], c["num_attention_heads"]
+    head = c.get("head_dim") or hidden // n_heads
+    yield "model.embed_tokens.weight", (c["vocab_size"], hidden)
+    for i in range(c["num_hidden_layers"]):
+        p = f"model.layers.{i}."
+        yield p + "input_layernorm.weight", (hidden,)
+        yield p + "post_attention_layernorm.weight", (hidden,)
+        for name, n in (("q", n_heads), ("k", c["num_key_value_heads"]), ("v", c["num_key_value_heads"])):
+            yield f"{p}self_attn.{name}_proj.weight", (n * head, hidden)
+            if c["model_type"] == "qwen2":
+                yield f"{p}self_attn.{name}_proj.bias", (n * head,)
+        yield p + "self_attn.o_proj.weight", (hidden, n_heads * head)
+        yield p + "mlp.gate_proj.weight", (ffn, hidden)
+        yield p + "mlp.up_proj.weight", (ffn, hidden)
+        yield p + "mlp.down_proj.weight", (hidden, ffn)
+    yield "model.norm.weight", (hidden,)
+    if not c["tie_word_embeddings"]:
+        yield "lm_head.weight", (c["vocab_size"], hidden)
+
+
+def dense_checkpoint(
+    folder: Path, config: Mapping[str, Any], dtypes: Sequence[str] = ("bfloat16",), seed: int = 7
+) -> Path:
+    """A llama or qwen2 checkpoint directory with random weights, a shard for each of torch's `dtypes`."""
+    import torch
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    shards: list[dict[str, Any]] = [{} for _ in dtypes]
+    for i, (name, shape) in enumerate(dense_tensors(config)):
+        rng = np.random.default_rng([seed, *name.encode()])
+        values = rng.standard_normal(shape, np.float32) / np.float32(shape[-1] ** 0.5) + ("norm" in name)
+        # so that each dtype has tensors of every kind
+        at = i % len(dtypes)
+        shards[at][name] = torch.from_numpy(values.astype(np.float32)).to(getattr(torch, dtypes[at]))
+    weight_map: dict[str, str] = {}
+    for i, tensors in enumerate(shards):
+        file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        save_file(tensors, folder / file, {"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, file)
+    index = {"metadata": {}, "weight_map": dict(sorted(weight_map.items()))}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "config.json").write_text(json.dumps(config))
+    demo.make_tokenizer(folder, int(config["vocab_size"]))
     return folder
 
 

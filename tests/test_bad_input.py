@@ -294,7 +294,7 @@ def test_a_hostile_gguf(place: Place, tmp_path: Path) -> None:
             {"vocab_size": 385},
             "'lm_head.weight' has the shape [384, 256], but config.json calls for [385, 256]",
         ),
-        (5, {"architectures": ["LlamaForCausalLM"]}, "config.json names the architecture 'LlamaForCausalLM'"),
+        (5, {"architectures": ["GPT2LMHeadModel"]}, "config.json names the architecture 'GPT2LMHeadModel'"),
     ],
     ids=["of_another_model", "of_another_architecture"],
 )
@@ -303,7 +303,10 @@ def test_a_config(place: Place, v3: Path, code: int, changes: dict[str, Any], sa
     if code == 4:
         says = f"{shard_of(v3, 'lm_head.weight')}: {says}; is this config.json the one of the checkpoint?"
     else:
-        says = f"Tiny-V3: {says}; quantkit knows DeepseekV2ForCausalLM, DeepseekV3ForCausalLM"
+        says = (
+            f"Tiny-V3: {says}; quantkit knows DeepseekV2ForCausalLM, DeepseekV3ForCausalLM, LlamaForCausalLM, "
+            "Qwen2ForCausalLM"
+        )
     place.fails(code, says, v3)
 
 

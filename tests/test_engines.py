@@ -28,9 +28,10 @@ from quantkit import build as builds
 from quantkit import kernels
 from quantkit.arch.options import Options
 from quantkit.catalogue import Part, Tensor
-from quantkit.engines.llama_quantize import _batches, tensor_type_file
+from quantkit.engines.llama_quantize import _batches
 from quantkit.engines.native import NativeEngine, slabs
 from quantkit.errors import KernelError, OutputError, QuantkitError, WeightError
+from quantkit.exchange import tensor_type_file
 from quantkit.gguf_format import STRING, U32, kv, read_header
 from quantkit.imatrix import open_imatrix
 from quantkit.layout import Placed

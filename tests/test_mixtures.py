@@ -5,23 +5,39 @@ from __future__ import annotations
 import re
 import subprocess
 from collections import Counter
+from math import prod
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import Tools
 
-from quantkit import demo
+from quantkit import arch, demo
+from quantkit.arch.known import config as known_config
 from quantkit.arch.options import Options
 from quantkit.catalogue import Catalogue
 from quantkit.errors import RecipeError
-from quantkit.gguf_format import header_bytes, pad
+from quantkit.gguf_format import F32, STRING, U32, header_bytes, kv, pad
 from quantkit.mixtures import BASE_TYPES, facts, mixture_types
-from quantkit.models import open_model
+from quantkit.models import from_gguf, open_model
 from quantkit.plan import make_plan
 from quantkit.qtypes import FILE_TYPES, QTYPES, fit
-from quantkit.recipe import parse
+from quantkit.recipe import load, parse
+from quantkit.sources.gguf_file import open_gguf
 
 MODELS = [("deepseek-r1", "k_b+v_b"), ("deepseek-r1", "kv_b"), ("deepseek-v2-lite", "k_b+v_b"), ("deepseek-v2", "kv_b")]
+#: grouped heads, the 70B rule, rows that no 256-block divides
+DENSE = [f"deepseek-r1-distill-{size}" for size in ("llama-8b", "llama-70b", "qwen-7b", "qwen-1.5b")]
+#: no output.weight, and rows of 896 values
+QWEN_05B = known_config("deepseek-r1-distill-qwen-1.5b") | {
+    "hidden_size": 896,
+    "intermediate_size": 4864,
+    "num_attention_heads": 14,
+    "num_hidden_layers": 24,
+    "tie_word_embeddings": True,
+}
+#: 80 layers without grouped heads, which the 70B rule is not for
+LLAMA_65B = known_config("deepseek-r1-distill-llama-70b") | {"num_key_value_heads": 64}
 
 
 def header_only(c: Catalogue, path: Path) -> Path:
@@ -35,6 +51,43 @@ def header_only(c: Catalogue, path: Path) -> Path:
         f.write(header)
         f.truncate(len(header) + at)
     return path
+
+
+def mixtral(path: Path) -> Catalogue:
+    """Mixtral 8x7B's shape, for which the rules for eight experts were made."""
+    n_layers, n_kv_heads = 32, 8
+    numbers = {
+        "block_count": n_layers,
+        "context_length": 32768,
+        "embedding_length": 4096,
+        "feed_forward_length": 14336,
+        "attention.head_count": 32,
+        "attention.head_count_kv": n_kv_heads,
+        "expert_count": 8,
+        "expert_used_count": 2,
+        "rope.dimension_count": 128,
+        "vocab_size": 32000,
+    }
+    kvs = [kv("general.architecture", STRING, "llama"), *(kv(f"llama.{k}", U32, n) for k, n in numbers.items())]
+    kvs += [kv("llama.attention.layer_norm_rms_epsilon", F32, 1e-5), kv("general.file_type", U32, 32)]
+    shapes = {"token_embd": (4096, 32000), "output": (4096, 32000), "output_norm": (4096,)}
+    layer = {
+        "attn_q": (4096, 4096), "attn_k": (4096, 128 * n_kv_heads), "attn_v": (4096, 128 * n_kv_heads),
+        "attn_output": (4096, 4096), "attn_norm": (4096,), "ffn_norm": (4096,), "ffn_gate_inp": (4096, 8),
+        "ffn_gate_exps": (4096, 14336, 8), "ffn_up_exps": (4096, 14336, 8), "ffn_down_exps": (14336, 4096, 8),
+    }  # fmt: skip
+    for i in range(n_layers):
+        shapes |= {f"blk.{i}.{name}": shape for name, shape in layer.items()}
+    infos, at = [], 0
+    for name, shape in shapes.items():
+        type_ = "BF16" if len(shape) > 1 and "gate_inp" not in name else "F32"
+        infos.append((f"{name}.weight", shape, type_, at))
+        at += pad(QTYPES[type_].row_bytes(shape[0]) * prod(shape[1:]))
+    header = header_bytes(kvs, infos)
+    with open(path, "wb") as f:
+        f.write(header)
+        f.truncate(len(header) + at)
+    return from_gguf(open_gguf(path))
 
 
 def dry_run(tools: Tools, model: Path, file_type: str, imatrix: Path | None) -> dict[str, str]:
@@ -57,18 +110,42 @@ def our_types(c: Catalogue, file_type: str, has_imatrix: bool, version: str = "c
     return {t.name: fit(QTYPES[asked[t.name]], t.n_cols).name for t in c.tensors}
 
 
-@pytest.mark.tools
-@pytest.mark.parametrize(("model", "layout"), MODELS)
-def test_every_mixture_is_llama_quantizes_own(tools: Tools, tmp_path: Path, model: str, layout: str) -> None:
-    c = open_model(model, Options(layout))
-    file = header_only(c, tmp_path / "model.gguf")
-    imatrix = tmp_path / "imatrix.gguf"
+def compare(tools: Tools, c: Catalogue, file: Path) -> None:
+    """Every mixture, with and without an importance matrix."""
+    imatrix = file.with_name("imatrix.gguf")
     demo.make_imatrix(imatrix, {"blk.0.some.weight": (32,)})
     for file_type in BASE_TYPES:
         for given in (None, imatrix):
             theirs = dry_run(tools, file, file_type, given)
             assert len(theirs) == len(c.tensors)
             assert our_types(c, file_type, given is not None) == theirs, (file_type, given)
+
+
+@pytest.mark.tools
+@pytest.mark.parametrize(("model", "layout"), MODELS)
+def test_every_mixture_is_llama_quantizes_own(tools: Tools, tmp_path: Path, model: str, layout: str) -> None:
+    c = open_model(model, Options(layout))
+    compare(tools, c, header_only(c, tmp_path / "model.gguf"))
+
+
+@pytest.mark.tools
+@pytest.mark.parametrize("model", DENSE)
+def test_every_mixture_of_dense_models(tools: Tools, tmp_path: Path, model: str) -> None:
+    c = open_model(model)
+    compare(tools, c, header_only(c, tmp_path / "model.gguf"))
+
+
+@pytest.mark.tools
+@pytest.mark.parametrize("config", [QWEN_05B, LLAMA_65B], ids=["tied", "65B"])
+def test_every_mixture_of_other_shapes(tools: Tools, tmp_path: Path, config: dict[str, Any]) -> None:
+    c = arch.build("m", config, Options())
+    compare(tools, c, header_only(c, tmp_path / "model.gguf"))
+
+
+@pytest.mark.tools
+def test_every_mixture_of_eight_experts(tools: Tools, tmp_path: Path) -> None:
+    file = tmp_path / "model.gguf"
+    compare(tools, mixtral(file), file)
 
 
 def test_every_file_type_is_a_mixture() -> None:
@@ -89,6 +166,21 @@ PUBLISHED = [
 @pytest.mark.parametrize(("model", "layout", "file_type", "types"), PUBLISHED)
 def test_published_files_have_the_types_of_2025(model: str, layout: str, file_type: str, types: dict[str, int]) -> None:
     assert Counter(our_types(open_model(model, Options(layout)), file_type, False, "2025").values()) == types
+
+
+@pytest.mark.parametrize(
+    ("model", "file_type", "types", "nbytes"),
+    [
+        ("llama-8b", "Q4_K_M", {"F32": 66, "Q4_K": 193, "Q6_K": 33}, 4_912_898_304),
+        ("qwen-7b", "F16", {"F32": 141, "F16": 198}, 15_231_899_648),
+    ],
+)
+def test_published_distills(model: str, file_type: str, types: dict[str, int], nbytes: int) -> None:
+    """Types, and bytes of tensor data."""
+    c = open_model(f"deepseek-r1-distill-{model}")
+    ours = our_types(c, file_type, False)
+    assert Counter(ours.values()) == types
+    assert sum(QTYPES[ours[t.name]].row_bytes(t.n_cols) * t.n_rows for t in c.tensors) == nbytes
 
 
 def test_an_unknown_mixture() -> None:
@@ -124,3 +216,50 @@ def test_otherwise_that_is_wrong(value: str, message: str) -> None:
     with pytest.raises(RecipeError) as e:
         parse(f"name: r\narch: [deepseek2]\nfile_type: Q4_K_M\notherwise: {value}\nrules: []\n", "r.yaml")
     assert str(e.value) == message
+
+
+#: tensor bytes of files published from early 2025 to early 2026, by recipe; logs and cards round them as noted
+PUBLISHED_BYTES = [
+    ("deepseek-r1", "kv_b", "BF16", 1_342_267_742_208),
+    ("deepseek-r1", "kv_b", "Q8_0", 713_281_210_368),
+    ("deepseek-r1", "kv_b", "Q4_K_M", 404_424_884_224),
+    ("deepseek-v3", "kv_b", "Q3_K_M", 319_193_092_608),
+    ("deepseek-v3", "kv_b", "Q2_K_XS", 221_248_384_000),  # by the card's "207 GB" (GiB, rounded up) and description
+    ("deepseek-v3", "kv_b", "Q2_K_L", 244_240_231_424),  # by the card's "228 GB" and description
+    ("deepseek-r1", "k_b+v_b", "Q4_K_M", 404_488_847_360),
+    ("deepseek-v2-lite", "kv_b", "Q4_K_M", 10_360_420_352),
+    ("deepseek-r1-distill-llama-8b", "k_b+v_b", "Q4_K_M", 4_912_898_304),
+    ("deepseek-r1-distill-qwen-7b", "k_b+v_b", "F16", 15_231_899_648),
+]
+
+
+@pytest.mark.parametrize(("model", "layout", "recipe", "nbytes"), PUBLISHED_BYTES)
+def test_published_files_have_the_bytes_of_2025(model: str, layout: str, recipe: str, nbytes: int) -> None:
+    plan = make_plan(open_model(model, Options(layout)), load(recipe), None, "2025")
+    assert plan.tensor_bytes == nbytes
+    assert plan.warnings == ()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "gib"),
+    [("Q2_K_XS", 207), ("Q2_K_L", 228), ("Q3_K_M", 298), ("Q4_K_M", 377), ("Q5_K_M", 443), ("Q6_K", 513)],
+)
+def test_published_cards_round_up_to_gib(recipe: str, gib: int) -> None:
+    plan = make_plan(open_model("deepseek-v3", Options("kv_b")), load(recipe), None, "2025")
+    assert -(-plan.tensor_bytes // 2**30) == gib
+
+
+def test_a_pure_set_of_one_type() -> None:
+    """Every tensor Q4_K, attn_k_b by its fallback: 377,885,689,856 bytes as a published set of V3.1 sums to."""
+    text = 'name: r\narch: [deepseek2]\nfile_type: Q4_K_S\nrules:\n  - {match: "*", type: Q4_K, why: pure}\n'
+    plan = make_plan(open_model("deepseek-v3.1"), parse(text, "r.yaml"))
+    assert plan.tensor_bytes == 377_885_689_856
+    assert plan.types() == {"F32": 361, "Q5_0": 61, "Q4_K": 664}
+
+
+def test_the_current_rules_differ_where_attn_kv_b_counts_as_a_value() -> None:
+    c = open_model("deepseek-r1", Options("kv_b"))
+    now, then = (make_plan(c, load("Q4_K_M"), None, version) for version in ("current", "2025"))
+    moved = {a.tensor.name.split(".")[2] for a, b in zip(now.tensors, then.tensors, strict=True) if a.type != b.type}
+    assert moved == {"attn_kv_b"}
+    assert now.tensor_bytes > then.tensor_bytes

@@ -47,8 +47,8 @@ class Config:
             raise self.fail(key, f"is {value!r:.60}, not a number that float32 holds")
         return float(value)
 
-    def positive(self, key: str) -> float:
-        value = self.float_(key)
+    def positive(self, key: str, default: float | None = None) -> float:
+        value = self.float_(key, default)
         if value <= 0:
             raise self.fail(key, f"is {value:g}, not above 0")
         return value

@@ -24,6 +24,7 @@ from .tokenizer import tokenizer_kvs
 
 ARCH = "deepseek2"
 _MOST = {"num_hidden_layers": MAX_LAYERS, "n_routed_experts": 4096, "num_attention_heads": MAX_HEADS}
+_KNOWN_TO_TRANSFORMERS = ("deepseek_v2", "deepseek_v3")
 _GATING = {"softmax": 1, "sigmoid": 2}
 
 
@@ -158,6 +159,10 @@ def arch_kvs(c: Config, s: Shape, layout: str) -> list[KV]:
     def f32(key: str, value: float) -> None:
         out.append(kv(f"{ARCH}.{key}", F32, value))
 
+    def lengths() -> None:
+        u32("attention.key_length", s.kv_lora + s.rope if mla else s.nope + s.rope)
+        u32("attention.value_length", s.kv_lora if mla else s.v_head)
+
     out: list[KV] = []
     mla = layout != "kv_b"
     u32("block_count", s.n_layers)
@@ -188,13 +193,18 @@ def arch_kvs(c: Config, s: Shape, layout: str) -> list[KV]:
                 f"{c.model}: config.json: scoring_func is {scoring!r:.60}, not one of {list(_GATING)}"
             )
         u32("expert_gating_func", _GATING[scoring])
-    u32("attention.key_length", s.kv_lora + s.rope if mla else s.nope + s.rope)
-    u32("attention.value_length", s.kv_lora if mla else s.v_head)
+    # the configs that transformers has a class for have a head_dim, which makes the converter begin
+    # these two here; Kimi-K2's has not
+    early = c.values.get("model_type") in _KNOWN_TO_TRANSFORMERS
+    if early:
+        lengths()
     u32("general.file_type", FILE_TYPE_BF16)
     u32("leading_dense_block_count", s.first_dense if s.n_experts else s.n_layers)
     u32("vocab_size", s.vocab)
     u32("attention.q_lora_rank", s.q_lora)
     u32("attention.kv_lora_rank", s.kv_lora)
+    if not early:
+        lengths()
     if mla:
         u32("attention.key_length_mla", s.nope + s.rope)
         u32("attention.value_length_mla", s.v_head)

@@ -20,7 +20,7 @@ from .made import WithMade
 from .options import Options
 from .rope import Llama3Scaling, llama3, rope_type, scaling_kvs
 from .tensors import FILE_TYPE_BF16, MAX_HEADS, MAX_LAYERS, MAX_PARTS, assembled, check_stored, in_order, whole
-from .tokenizer import add_space_prefix, refuse_sentencepiece, tokenizer_kvs
+from .tokenizer import flag, refuse_sentencepiece, tokenizer_kvs
 
 #: config.json's architectures[0] -> llama.cpp's
 ARCHS = {"LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2"}
@@ -79,9 +79,9 @@ def read_shape(c: Config, arch: str) -> Shape:
             )
     # transformers 5 writes rope_parameters, with theta among them, where its elders wrote rope_scaling
     scaling = c.section("rope_parameters") or c.section("rope_scaling")
-    theta = c.float_("rope_theta", 10000.0)
+    theta = c.positive("rope_theta", 10000.0)
     if scaling is not None:
-        theta = scaling.float_("rope_theta", theta)
+        theta = scaling.positive("rope_theta", theta)
         kind = rope_type(scaling)
         if kind in (None, "default"):
             scaling = None
@@ -215,5 +215,5 @@ def _tokenizer_kvs(source: Source, s: Shape, options: Options) -> tuple[list[KV]
         no_bos = kv("tokenizer.ggml.add_bos_token", BOOL, False)
         there = any(item.key == no_bos.key for item in kvs)
         kvs = [no_bos if item.key == no_bos.key else item for item in kvs] if there else [*kvs, no_bos]
-    prefix = add_space_prefix(source.path)
+    prefix = flag(source.path, "add_prefix_space")
     return ([] if prefix is None else [kv("tokenizer.ggml.add_space_prefix", BOOL, prefix)]) + kvs, notes

@@ -54,17 +54,17 @@ def refuse_sentencepiece(path: Path) -> None:
         raise UnsupportedError(f"{path}: has a SentencePiece tokenizer (tokenizer.model), {_ONLY_JSON}")
 
 
-def add_space_prefix(path: Path) -> bool | None:
-    """Whether tokenizer_config.json says that a space goes before a text, and what. Raises SourceError."""
+def flag(path: Path, key: str) -> bool | None:
+    """What tokenizer_config.json says of `key`, or None where it says nothing. Raises SourceError."""
     file = path / "tokenizer_config.json"
     if not file.is_file():
         return None
     try:
-        value = json.loads(file.read_text("utf-8")).get("add_prefix_space")
+        value = json.loads(file.read_text("utf-8")).get(key)
     except (OSError, ValueError, AttributeError, RecursionError) as e:
         raise SourceError(f"{file}: cannot be read: {one_line(e)}; download it again") from None
     if value is not None and not isinstance(value, bool):
-        raise SourceError(f"{file}: add_prefix_space is {value!r:.60}, not true or false; download it again")
+        raise SourceError(f"{file}: {key} is {value!r:.60}, not true or false; download it again")
     return value
 
 
@@ -226,9 +226,12 @@ def _pre(file: Path, tokenizer: Any, bos: int | None, options: Options) -> str:
         whole, plain = tokenizer.encode(_PROBE).ids, tokenizer.encode(_PROBE, add_special_tokens=False).ids
     except Exception as e:  # the package raises nothing narrower
         raise SourceError(f"{file}: not a usable tokenizer: {one_line(e)}; download it again") from None
-    # transformers puts the bos token in front for tokenizers that say add_bos_token; the published
-    # hashes are of what it returns
-    variants = [whole, plain] + ([[bos, *plain]] if bos is not None else [])
+    # the published hashes are of what transformers returns: bos in front for a tokenizer that says
+    # add_bos_token, else what the post-processor does. In this order, since without its bos the
+    # tokenizer of R1's Qwen distills is Qwen2's
+    variants = [whole, plain]
+    if bos is not None:
+        variants.insert(0 if flag(file.parent, "add_bos_token") else 2, [bos, *plain])
     hashes = [sha256(str(ids).encode()).hexdigest() for ids in variants]
     for h in hashes:
         if h in PRE_TOKENIZERS:
@@ -236,7 +239,7 @@ def _pre(file: Path, tokenizer: Any, bos: int | None, options: Options) -> str:
     if options.pre is not None:
         return options.pre
     raise SourceError(
-        f"{file}: the pre-tokenizer is not one quantkit recognizes (hash {hashes[-1][:16]}…); name it with --pre, for "
+        f"{file}: the pre-tokenizer is not one quantkit recognizes (hash {hashes[0][:16]}…); name it with --pre, for "
         f"a DeepSeek-V3 or R1: --pre deepseek-v3 (known: {', '.join(sorted(set(PRE_TOKENIZERS.values())))})"
     )
 
@@ -248,10 +251,13 @@ def _pad_token(
     pad, eos = special.get("pad"), special.get("eos")
     if asked is None:
         if pad is not None and pad == eos:
-            return kvs, [
-                f"the padding token is the end-of-text token ({tokens[pad]!r}, id {pad}), a fault of R1's tokenizer "
-                "that harms fine-tuning; --pad-token '<\uff5c\u2581pad\u2581\uff5c>' mends it"
-            ]
+            own = "<\uff5c\u2581pad\u2581\uff5c>"
+            says = f"the padding token is the end-of-text token ({tokens[pad]!r}, id {pad}), "
+            if own in tokens:
+                says += f"a fault of R1's tokenizer that harms fine-tuning; --pad-token '{own}' mends it"
+            else:
+                says += "which harms fine-tuning; --pad-token can name another"
+            return kvs, [says]
         return kvs, []
     if asked.isascii() and asked.isdecimal() and len(asked) < 20 and int(asked) < len(tokens):
         new = int(asked)

@@ -16,7 +16,7 @@ import click
 from quantkit import __version__
 from quantkit.errors import QuantkitError
 
-from . import build, demo, doctor, inspect, plan, recipe, toolchain
+from . import build, demo, doctor, fit, inspect, plan, recipe, sizes, toolchain
 
 INTERRUPTED = 130
 _TERMINATED = 143
@@ -35,8 +35,16 @@ def cli() -> None:
 
 
 for _command in (
-    plan.plan, build.build, inspect.inspect, recipe.recipe, demo.demo, toolchain.toolchain, doctor.doctor,
-):  # fmt: skip
+    plan.plan,
+    build.build,
+    inspect.inspect,
+    recipe.recipe,
+    sizes.sizes,
+    fit.fit,
+    demo.demo,
+    toolchain.toolchain,
+    doctor.doctor,
+):
     cli.add_command(_command)
 
 

@@ -24,10 +24,15 @@ def inspect(source: str, every_tensor: bool, as_json: bool, pre: str | None) -> 
     from quantkit import report
     from quantkit.arch.options import Options
     from quantkit.models import describe_stored, open_model
+    from quantkit.sources.remote import is_remote
 
     # a tokenizer nobody knows is no reason not to look
     catalogue = open_model(source, Options(pre=pre or "(not recognized)", recognize=pre is None))
-    paths = [str(p) for p in catalogue.source.files] if catalogue.source else ["(config only)"]
+    paths = (
+        [str(p) for p in catalogue.source.files]
+        if catalogue.source
+        else [source if is_remote(source) else "(config only)"]
+    )
     found = report.inspection(catalogue, describe_stored(catalogue), paths)
     click.echo(
         json.dumps(found, indent=1, ensure_ascii=False) if as_json else report.inspection_text(found, every_tensor)

@@ -1,4 +1,4 @@
-"""quantkit recipe: list, show, lint, explain, diff, new, schema."""
+"""quantkit recipe: list, show, lint, explain, diff, new, schema; from-gguf, import and export are in transfer.py."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from . import transfer
 from .options import imatrix_of, layout_option, mixture_version_option, recipe_of, set_option
 
 if TYPE_CHECKING:
@@ -253,6 +254,10 @@ def schema(form: str) -> None:
 
     text = json.dumps(recipe_docs.schema(), indent=1) + "\n" if form == "json" else recipe_docs.page()
     click.echo(text, nl=False)
+
+
+for _command in (transfer.from_gguf, transfer.import_, transfer.export):
+    recipe.add_command(_command)
 
 
 def _schema_file() -> Path:

@@ -23,6 +23,7 @@ import numpy.typing as npt
 from .. import kernels
 from ..catalogue import Source, Tensor
 from ..errors import InternalCheckError, OutputError, ToolError
+from ..exchange import tensor_type_file
 from ..gguf_format import KV, TensorInfo, header_bytes, pad, read_header
 from ..layout import Placed
 from ..plan import Plan, Planned
@@ -37,17 +38,6 @@ _SLAB_VALUES = 1 << 20
 BATCH_BYTES = 4 << 30
 _COPY_BYTES = 1 << 24
 _LAST_WORDS = 6
-
-
-def tensor_type_file(tensors: Sequence[Planned]) -> str:
-    """A --tensor-type-file with one anchored rule for each quantizable tensor: total, so that
-    llama-quantize's own mixture and its counters decide nothing."""
-    lines = []
-    for t in tensors:
-        if t.tensor.quantizable:
-            name = re.sub(r"([.\\+*?\[\]^$(){}|])", r"\\\1", t.tensor.name)
-            lines.append(f"^{name}$={t.type.lower()}")
-    return "\n".join(lines) + "\n"
 
 
 class LlamaQuantizeEngine:

@@ -134,21 +134,25 @@ class NativeEngine:
         return 0
 
     def run(self, work: Work) -> None:
-        jobs = (s for path, layout in work.files for p in layout.tensors for s in slabs(path, p, self.slab_values))
+        every = (s for path, layout in work.files for p in layout.tensors for s in slabs(path, p, self.slab_values))
+        jobs = enumerate(every)
         next_job = threading.Lock()
         stop = threading.Event()
         fds: dict[Path, int] = {}
+        failures: list[tuple[int, BaseException]] = []
 
         def labour() -> None:
             worker = _Worker(work, fds)
+            number = -1
             try:
                 while not stop.is_set():
                     with next_job:
-                        slab = next(jobs, None)
+                        number, slab = next(jobs, (number, None))
                     if slab is None:
                         return
                     worker.do(slab)
-            except BaseException:
+            except BaseException as e:
+                failures.append((number, e))
                 stop.set()
                 raise
 
@@ -166,6 +170,6 @@ class NativeEngine:
         finally:
             for fd in fds.values():
                 os.close(fd)
-        failures = [e for e in (f.exception() for f in futures) if e is not None]
         if failures:
-            raise next((e for e in failures if isinstance(e, QuantkitError)), failures[0])
+            # slabs are taken in order and finished once taken, so the first bad one is the same whatever the threads
+            raise min(failures, key=lambda f: (not isinstance(f[1], QuantkitError), f[0]))[1]

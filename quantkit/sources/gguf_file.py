@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,15 +18,21 @@ _SHARD = re.compile(r"^(?P<prefix>.*)-(?P<no>\d{5})-of-(?P<count>\d{5})\.gguf$")
 SPLIT_KEYS = ("split.no", "split.count", "split.tensors.count")
 
 
-class GgufFile:
-    """A checked GGUF: `tensors` by name in file order, `kvs` without the split keys."""
+class GgufHeaders:
+    """The checked headers of a GGUF, wherever it is: `infos` in file order, `kvs` without the split keys."""
+
+    def __init__(self, where: str, stem: str, kvs: tuple[KV, ...], infos: list[TensorInfo]) -> None:
+        self.where, self.stem, self.kvs, self.infos = where, stem, kvs, infos
+
+
+class GgufFile(GgufHeaders):
+    """A GGUF whose weights can be read: `tensors` by name in file order."""
 
     block = (1, 1)
 
     def __init__(self, path: Path, kvs: tuple[KV, ...], infos: list[tuple[Path, TensorInfo]]) -> None:
+        super().__init__(str(path), path.stem, kvs, [info for _, info in infos])
         self.path = path
-        self.kvs = kvs
-        self.infos = [info for _, info in infos]
         self.tensors = {
             i.name: SourceTensor(i.name, i.type, tuple(reversed(i.shape)), file, i.offset, i.nbytes)
             for file, i in infos
@@ -44,63 +51,82 @@ class GgufFile:
         raise SourceError(f"{self.path}: '{name}' has no scales; GGUF blocks carry their own")
 
 
-def _split(path: Path, header: Header) -> dict[str, int]:
+def _split(where: str, header: Header) -> dict[str, int]:
     found = {}
     for item in header.kvs:
         if item.key in SPLIT_KEYS:
             if item.type not in INTEGERS:
-                raise SourceError(f"{path}: {item.key} is of type {TYPE_NAMES[item.type]}, not an integer")
+                raise SourceError(f"{where}: {item.key} is of type {TYPE_NAMES[item.type]}, not an integer")
             found[item.key] = int(decode(item))
     return found
 
 
 def open_gguf(path: Path) -> GgufFile:
     """Open a GGUF; for a split one give the first shard. Raises SourceError for anything inconsistent."""
-    first = read_header(path)
-    split = _split(path, first)
+
+    def header(name: str) -> Header:
+        if name != path.name and not path.with_name(name).exists():
+            raise FileNotFoundError
+        return read_header(path.with_name(name))
+
+    kvs, infos = read_shards(path.name, lambda name: str(path.with_name(name)), header)
+    return GgufFile(path, kvs, [(path.with_name(name), info) for name, info in infos])
+
+
+def read_shards(
+    first_name: str, where: Callable[[str], str], read: Callable[[str], Header]
+) -> tuple[tuple[KV, ...], list[tuple[str, TensorInfo]]]:
+    """The keys (without the split ones) and the tensors, each with the name of its file, of a GGUF whose
+    first or only file is called `first_name`. `where` gives the place of a file for messages; `read` gives
+    its header, or raises FileNotFoundError. Raises SourceError for shards that do not fit together."""
+    first = read(first_name)
+    split = _split(where(first_name), first)
     count = split.get("split.count", 0)
-    headers = [(path, first)]
+    headers = [(first_name, first)]
     if count > 1:
-        m = _SHARD.match(path.name)
+        m = _SHARD.match(first_name)
         if split.get("split.no", 0) != 0 or (m and int(m["no"]) != 1):
             want = f"{m['prefix']}-00001-of-{m['count']}.gguf" if m else "the one with split.no = 0"
             raise SourceError(
-                f"{path}: this is shard {split.get('split.no', 0) + 1} of {count}; give the first, {want}"
+                f"{where(first_name)}: this is shard {split.get('split.no', 0) + 1} of {count}; give the first, {want}"
             )
         if not m or int(m["count"]) != count:
             raise SourceError(
-                f"{path}: is the first of {count} shards, but not named …-00001-of-{count:05d}.gguf; give it and the "
-                "others their names back"
+                f"{where(first_name)}: is the first of {count} shards, but not named …-00001-of-{count:05d}.gguf; "
+                "give it and the others their names back"
             )
         for no in range(2, count + 1):
-            shard = path.with_name(f"{m['prefix']}-{no:05d}-of-{count:05d}.gguf")
-            if not shard.exists():
-                raise SourceError(f"{shard}: shard {no} of {count} is missing; get it and put it beside the first")
-            header = read_header(shard)
-            got = _split(shard, header)
+            shard = f"{m['prefix']}-{no:05d}-of-{count:05d}.gguf"
+            try:
+                header = read(shard)
+            except FileNotFoundError:
+                raise SourceError(
+                    f"{where(shard)}: shard {no} of {count} is missing; get it and put it beside the first"
+                ) from None
+            got = _split(where(shard), header)
             if got.get("split.no") != no - 1 or got.get("split.count") != count:
                 says = ", ".join(f"{k} {v}" for k, v in got.items()) or "nothing"
                 raise SourceError(
-                    f"{shard}: its name says shard {no} of {count}, but its split keys say {says}; get it again"
+                    f"{where(shard)}: its name says shard {no} of {count}, but its split keys say {says}; get it again"
                 )
             headers.append((shard, header))
-    for file, header in headers:
+    for name, header in headers:
         if header.alignment != ALIGNMENT:
             raise SourceError(
-                f"{file}: general.alignment is {header.alignment}; llama-quantize copies that key and aligns to "
+                f"{where(name)}: general.alignment is {header.alignment}; llama-quantize copies that key and aligns to "
                 f"{ALIGNMENT}, which breaks the file: convert the model again without it"
             )
-    infos = [(file, info) for file, header in headers for info in header.tensors]
+    infos = [(name, info) for name, header in headers for info in header.tensors]
     names = {info.name for _, info in infos}
     if len(names) != len(infos):
         raise SourceError(
-            f"{path}: {len(infos) - len(names)} tensor names occur in more than one shard; are all of one model?"
+            f"{where(first_name)}: {len(infos) - len(names)} tensor names occur in more than one shard; are all of one "
+            "model?"
         )
     total = split.get("split.tensors.count")
     if count > 1 and total is not None and total != len(infos):
         raise SourceError(
-            f"{path}: split.tensors.count says {total} tensors, the {count} shards hold {len(infos)}; are all of one "
-            "model?"
+            f"{where(first_name)}: split.tensors.count says {total} tensors, the {count} shards hold {len(infos)}; are "
+            "all of one model?"
         )
-    kvs = tuple(item for item in first.kvs if item.key not in SPLIT_KEYS)
-    return GgufFile(path, kvs, infos)
+    return tuple(item for item in first.kvs if item.key not in SPLIT_KEYS), infos

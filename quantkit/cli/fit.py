@@ -1,0 +1,108 @@
+"""quantkit fit."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from quantkit.offload import Gpus
+
+    _GpusParam = click.ParamType[tuple[Gpus, ...]]
+else:
+    _GpusParam = click.ParamType  # generic in newer releases only
+
+
+class GpuList(_GpusParam):
+    """24,80,2x80: several answers, each for one GPU or for so many alike."""
+
+    name = "gpus"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[Gpus, ...]:
+        from quantkit.offload import Gpus
+
+        out = []
+        for item in str(value).split(","):
+            m = re.fullmatch(r"(?:([1-9]|1[0-6])x)?([1-9]\d{0,3})", item.strip().lower())
+            if m is None:
+                self.fail(f"{item!r} is not VRAM in GiB such as 24, or 2x80 for two GPUs (at most 16)", param, ctx)
+            out.append(Gpus(item.strip().lower(), (int(m[2]),) * int(m[1] or 1)))
+        return tuple(out)
+
+
+@click.command()
+@click.argument("model")
+@click.option("-r", "--recipe", help="Shipped recipe, or path of a YAML file. A quantized GGUF needs none.")
+@click.option("--vram", type=GpuList(), required=True, metavar="LIST", help="GiB of each GPU, such as 24,80,2x80.")
+@click.option("--ram", type=click.FloatRange(min=0), metavar="GIB", help="RAM for the rest.")
+@click.option(
+    "--ctx", "context", type=click.IntRange(1, 1 << 24), default=8192, show_default=True, help="Context, in tokens."
+)
+@click.option(
+    "--cache-type",
+    type=click.Choice(["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl"]),
+    default="f16",
+    show_default=True,
+    help="Type of the KV cache.",
+)
+@click.option(
+    "--reserve",
+    type=click.FloatRange(min=0, max=9999),
+    default=1.0,
+    show_default=True,
+    metavar="GIB",
+    help="Kept free on each GPU, for compute buffers.",
+)
+@click.option(
+    "--layout",
+    type=click.Choice(["k_b+v_b", "kv_b"]),
+    default="k_b+v_b",
+    show_default=True,
+    help="MLA tensors of a checkpoint.",
+)
+@click.option("--json", "as_json", is_flag=True, help="The answers as JSON.")
+def fit(
+    model: str,
+    recipe: str | None,
+    vram: tuple[Gpus, ...],
+    ram: float | None,
+    context: int,
+    cache_type: str,
+    reserve: float,
+    layout: str,
+    as_json: bool,
+) -> None:
+    """Show how many layers fit on GPUs, and the llama.cpp flags for it.
+
+    Three answers for each VRAM: the published rule (VRAM / size x layers - 4), whole layers by their real bytes
+    and their KV cache, and all layers but the routed experts, with the experts of as many layers as fit.
+
+    \b
+    quantkit fit deepseek-r1 --recipe UD-IQ1_S --vram 24,80,2x80
+    quantkit fit deepseek-r1 --recipe UD-Q2_K_XL --vram 24 --ram 256 --ctx 32768 --cache-type q8_0
+    """
+    import json
+
+    from quantkit import offload, report
+    from quantkit.arch.options import Options
+    from quantkit.models import open_model
+    from quantkit.plan import make_plan
+    from quantkit.recipe import load
+
+    catalogue = open_model(model, Options(layout))
+    if recipe is None and not all(t.parts and t.parts[0].source == t.name for t in catalogue.tensors):
+        raise click.UsageError(f"{model} is not a GGUF, so --recipe must say which types it gets")
+    plan = None if recipe is None else make_plan(catalogue, load(recipe))
+    weights = offload.weigh(catalogue, plan, context, cache_type)
+    common = ["-c", str(context)]
+    if cache_type != "f16":
+        common += ["-ctk", cache_type, "-ctv", cache_type]
+    answers = [offload.answer(weights, gpus, round(reserve * offload.GIB), common) for gpus in vram]
+    ram_bytes = None if ram is None else round(ram * offload.GIB)
+    if as_json:
+        click.echo(json.dumps(offload.to_json(weights, answers, ram_bytes), indent=1, ensure_ascii=False))
+    else:
+        about = f"KV cache of {context:,} tokens in {cache_type}"
+        click.echo(report.fit_text(weights, answers, about, ram_bytes))

@@ -1,0 +1,182 @@
+"""quantkit sizes: update, check, table."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from fractions import Fraction
+    from pathlib import Path
+
+    from quantkit.size_lock import Lock
+
+    _FractionParam = click.ParamType[Fraction]
+else:
+    _FractionParam = click.ParamType  # generic in newer releases only
+
+
+class Percent(_FractionParam):
+    """0.1% (or 0.1) as a share."""
+
+    name = "percent"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Fraction:
+        import re
+        from fractions import Fraction
+
+        if isinstance(value, Fraction):
+            return value
+        m = re.fullmatch(r"(\d{1,3}(?:\.\d{1,12})?)\s*%?", str(value).strip())
+        if m is None or Fraction(m[1]) > 100:
+            self.fail(f"{value!r} is not a percentage from 0 to 100, such as 0.1%", param, ctx)
+        return Fraction(m[1]) / 100
+
+
+_LAYOUTS = click.Choice(["k_b+v_b", "kv_b"])
+
+
+@click.group()
+def sizes() -> None:
+    """Lock the sizes of recipes, find what moved them, and print the ladder of a model.
+
+    \b
+    quantkit sizes table deepseek-r1
+    quantkit sizes update -r all -m deepseek-r1
+    quantkit sizes check --tolerance 0.1%
+    """
+
+
+@sizes.command()
+@click.argument("file", required=False)
+@click.option(
+    "-r", "--recipe", "recipes", multiple=True, help="Shipped recipe, glob of them, `all`, or path of a YAML file."
+)
+@click.option("-m", "--model", "models", multiple=True, help="Known model, `all`, config.json, checkpoint or GGUF.")
+@click.option("--layout", "layouts", multiple=True, type=_LAYOUTS, help="MLA layouts.  [default: both]")
+def update(file: str | None, recipes: tuple[str, ...], models: tuple[str, ...], layouts: tuple[str, ...]) -> None:
+    """Write the lock: the sizes of every recipe on every model it is for.
+
+    FILE is quantkit-sizes.yaml unless given (JSON, when its name ends in .json). What -r, -m or --layout do not
+    say is as in the file, or, where there is none, all shipped recipes on deepseek-r1 in both layouts. The file
+    keeps the names as given, so a new recipe that `all` or a glob takes in is a drift until the next update.
+
+    \b
+    quantkit sizes update
+    quantkit sizes update quantkit-sizes.yaml -r 'UD-*' -r recipes/mine.yaml -m deepseek-r1 -m deepseek-v2
+    """
+    from pathlib import Path
+
+    from quantkit import size_lock, size_report
+    from quantkit import sizes as library
+    from quantkit.errors import OutputError
+
+    path = Path(file) if file is not None else library.default_lock()
+    if not path.parent.is_dir():
+        raise OutputError(f"{path}: there is no folder {path.parent}; make it first, or choose another place")
+    old = _old_lock(path, needed=not (recipes and models))
+    was = old.matrix if old is not None else size_lock.Matrix(recipes=["all"], models=["deepseek-r1"])
+    matrix = size_lock.Matrix(
+        recipes=[library.relative_recipe(r, path.parent) for r in recipes] or was.recipes,
+        models=[library.relative_model(m, path.parent) for m in models] or was.models,
+        layouts=list(layouts) or was.layouts,
+    )
+    new = library.make_lock(matrix, path.parent)
+    size_lock.write(new, path)
+    for cell in new.cells:
+        if cell.error is not None:
+            click.echo(f"warning: {cell.cell} cannot be planned, and is locked so: {cell.error}", err=True)
+    before = None if old is None else {c.cell: c for c in old.cells}
+    click.echo(size_report.updated(path, before, {c.cell: c for c in new.cells}))
+
+
+def _old_lock(path: Path, needed: bool) -> Lock | None:
+    """The lock that is there; a damaged one is an error only where its matrix is needed."""
+    from quantkit.errors import SourceError
+    from quantkit.size_lock import read
+
+    if not path.exists():
+        return None
+    try:
+        return read(path)
+    except SourceError:
+        if needed:
+            raise
+        return None
+
+
+@sizes.command()
+@click.argument("file", required=False)
+@click.option(
+    "--tolerance",
+    type=Percent(),
+    default="0",
+    metavar="N%",
+    help="Let the tensor bytes of a recipe on a model move by so much.  [default: 0, nothing may change]",
+)
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["text", "json", "markdown", "github", "junit"]),
+    default="text",
+    show_default=True,
+    help="github: workflow commands, and the Markdown in $GITHUB_STEP_SUMMARY.",
+)
+@click.option("-o", "--output", metavar="REPORT", help="Write the report to a file; print the text.")
+def check(file: str | None, tolerance: Fraction, form: str, output: str | None) -> None:
+    """Compare sizes with the lock; exit 1 when any moved, and say by how much and by which rule.
+
+    \b
+    quantkit sizes check
+    quantkit sizes check quantkit-sizes.yaml --tolerance 0.1% --format junit -o sizes.xml
+    """
+    import os
+    from datetime import datetime, timezone
+    from pathlib import Path
+
+    from quantkit import size_lock, size_report
+    from quantkit import sizes as library
+
+    path = Path(file) if file is not None else library.default_lock()
+    found = library.compare(size_lock.read(path), path, tolerance)
+    when = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%S")
+    report = size_report.render(found, form, when)
+    if output is not None:
+        size_lock.write_text(Path(output), report + "\n")
+        report = size_report.text(found)
+    click.echo(report)
+    summary = os.environ.get("GITHUB_STEP_SUMMARY")
+    if form == "github" and summary:
+        try:
+            with open(summary, "a", encoding="utf-8") as f:
+                f.write(size_report.markdown(found) + "\n")
+        except OSError as e:
+            click.echo(f"warning: {summary}: the summary cannot be written: {e.strerror or e}", err=True)
+    if found.drifted:
+        sys.exit(1)
+
+
+@sizes.command(name="table")
+@click.argument("model")
+@click.option("-r", "--recipe", "recipes", multiple=True, help="Shipped recipe, glob, or path.  [default: all shipped]")
+@click.option("--layout", type=_LAYOUTS, default="k_b+v_b", show_default=True, help="MLA tensors of a checkpoint.")
+@click.option(
+    "--format", "form", type=click.Choice(["text", "markdown", "json"]), default="text", show_default=True, help="Form."
+)
+def table_(model: str, recipes: tuple[str, ...], layout: str, form: str) -> None:
+    """Print the ladder of a model: recipes by size, with bits a weight.
+
+    \b
+    quantkit sizes table deepseek-r1 --layout kv_b
+    quantkit sizes table deepseek-r1 -r 'UD-*' --format markdown
+    """
+    from quantkit import size_report
+    from quantkit import sizes as library
+    from quantkit.arch.options import Options
+    from quantkit.models import open_model
+
+    catalogue = open_model(model, Options(layout))
+    rungs, notes = library.ladder(catalogue, recipes or ("all",))
+    click.echo(size_report.ladder(catalogue.model, catalogue.layout, rungs, notes, form))

@@ -1,0 +1,191 @@
+"""quantkit recipe from-gguf, import and export: recipes from and to the outside."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .options import conversion
+
+_FORMATS = ("tensor-types", "custom-q", "thireus")
+_MAX_BYTES = 1 << 22
+
+_form = click.option("--format", "form", type=click.Choice(_FORMATS), required=True, help="The other tool's format.")
+_model = click.option(
+    "--model", required=True, metavar="MODEL", help="Any SOURCE of `quantkit plan`; only its headers are read."
+)
+_layout = click.option(
+    "--layout",
+    type=click.Choice(["k_b+v_b", "kv_b"]),
+    default="k_b+v_b",
+    show_default=True,
+    help="MLA tensors of a checkpoint: attn_k_b and attn_v_b (now), or attn_kv_b (early 2025).",
+)
+_output = click.option(
+    "-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="Write to a file, not to standard output."
+)
+_force = click.option("--force", is_flag=True, help="Overwrite the output file.")
+
+
+@click.command("from-gguf")
+@click.argument("source")
+@_output
+@click.option("--name", metavar="NAME", help="The recipe's name; else the file's.")
+@_force
+@click.option("--json", "as_json", is_flag=True, help="Recipe, notes and round trip as JSON on standard output.")
+def from_gguf(source: str, output: Path | None, name: str | None, force: bool, as_json: bool) -> None:
+    """Write the recipe of a GGUF's own types, and prove that it gives them back.
+
+    SOURCE is a GGUF (the first shard of a split one), or one elsewhere: hf://org/repo/file.gguf[@revision] or
+    https://…; of those only the headers are fetched.
+
+    \b
+    quantkit recipe from-gguf R1-UD-IQ1_S-00001-of-00003.gguf -o my.yaml
+    quantkit recipe from-gguf hf://unsloth/DeepSeek-R1-GGUF/DeepSeek-R1-UD-IQ1_S/DeepSeek-R1-UD-IQ1_S-00001-of-00003.gguf
+    """
+    from quantkit import models
+    from quantkit.clone import clone
+    from quantkit.sources.gguf_file import open_gguf
+    from quantkit.sources.remote import is_remote, open_remote
+
+    _check_output(output, force)
+    file = open_remote(source) if is_remote(source) else open_gguf(Path(source))
+    made = clone(models.from_gguf(file), source, file.stem, name)
+    proof = {"tensors": made.proof.n_tensors, "bytes": made.proof.nbytes, "equal": True}
+    _give(made.text, output, [*(f"note: {n}" for n in made.notes), str(made.proof)], as_json,
+          {"notes": made.notes, "round_trip": proof})  # fmt: skip
+
+
+@click.command("import")
+@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@_form
+@_model
+@_layout
+@click.option(
+    "--file-type", metavar="NAME", help="What llama-quantize is given as its type, for tensors no rule names."
+)
+@click.option("--with-imatrix", is_flag=True, help="That type's mixture is the one of a run with an importance matrix.")
+@click.option(
+    "--map", "maps", multiple=True, metavar="TYPE=TYPE", help="Read a type that ggml does not have as another."
+)
+@click.option("--name", metavar="NAME", help="The recipe's name; else the file's.")
+@_output
+@_force
+@click.option("--json", "as_json", is_flag=True, help="Recipe, notes and round trip as JSON on standard output.")
+def import_(
+    file: Path,
+    form: str,
+    model: str,
+    layout: str,
+    file_type: str | None,
+    with_imatrix: bool,
+    maps: tuple[str, ...],
+    name: str | None,
+    output: Path | None,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """Write another tool's rules as a recipe: the types they give the tensors of a model.
+
+    \b
+    quantkit recipe import types.txt --format tensor-types --model deepseek-r1 --file-type Q4_K_M
+    quantkit recipe import R1.recipe --format thireus --model deepseek-r1 --map iq4_ks=IQ4_XS -o R1.yaml
+    """
+    from quantkit.clone import slug
+    from quantkit.errors import RecipeError, did_you_mean
+    from quantkit.exchange import import_rules
+    from quantkit.models import open_model
+    from quantkit.qtypes import FILE_TYPES
+
+    _check_output(output, force)
+    if file_type is not None and file_type.upper() not in FILE_TYPES:
+        raise click.BadParameter(f"unknown file type '{file_type}'{did_you_mean(file_type, FILE_TYPES)}")
+    renamed = dict(_renaming(text) for text in maps)
+    try:
+        if file.stat().st_size > _MAX_BYTES:
+            raise RecipeError(f"{file}: {file.stat().st_size:,} bytes are too many for a list of rules")
+        text = file.read_text("utf-8")
+    except OSError as e:
+        raise RecipeError(f"{file}: cannot be read: {e.strerror or e}") from None
+    except UnicodeDecodeError as e:
+        raise RecipeError(f"{file}: is not UTF-8 text: {e.reason} at byte {e.start}") from None
+    made = import_rules(
+        text, form, open_model(model, conversion(layout, None, None)), name or slug(file.stem), file.name,
+        file_type.upper() if file_type else None, with_imatrix, renamed,
+    )  # fmt: skip
+    proof = {"tensors": made.proof.n_tensors, "bytes": made.proof.nbytes, "equal": True}
+    _give(made.text, output, [*(f"note: {n}" for n in made.notes), str(made.proof)], as_json,
+          {"notes": made.notes, "round_trip": proof})  # fmt: skip
+
+
+@click.command()
+@click.argument("recipe")
+@_form
+@_model
+@_layout
+@_output
+@_force
+def export(recipe: str, form: str, model: str, layout: str, output: Path | None, force: bool) -> None:
+    """Write a recipe's types for one model in another tool's format: every tensor, by anchored rules.
+
+    What the format cannot say goes to standard error.
+
+    \b
+    quantkit recipe export UD-IQ1_S --format tensor-types --model deepseek-r1 -o types.txt
+    quantkit recipe export UD-IQ1_S --format custom-q --model deepseek-r1
+    """
+    from quantkit import exchange
+    from quantkit.models import open_model
+    from quantkit.plan import make_plan
+    from quantkit.recipe import load
+
+    _check_output(output, force)
+    plan = make_plan(open_model(model, conversion(layout, None, None)), load(recipe))
+    made = exchange.export(plan, form)
+    _give(made.text, output, [f"note: {n}" for n in made.notes], False, {})
+
+
+def _renaming(text: str) -> tuple[str, str]:
+    from quantkit.qtypes import qtype
+
+    before, _, after = text.partition("=")
+    if not before or not after:
+        raise click.BadParameter(f"'{text}' is not TYPE=TYPE, such as iq4_ks=IQ4_XS", param_hint="--map")
+    return before, qtype(after).name
+
+
+def _check_output(output: Path | None, force: bool) -> None:
+    from quantkit.errors import OutputError
+
+    if output is not None and output.exists() and not force:
+        raise OutputError(f"{output}: exists already; choose another name, or overwrite it with --force")
+
+
+def _give(text: str, output: Path | None, said: list[str], as_json: bool, facts: dict[str, Any]) -> None:
+    """Print or write the text; what is said with it goes to standard error, unless it is part of the JSON."""
+    import os
+
+    from quantkit.errors import OutputError
+
+    if output is not None:
+        partial = output.with_name(f".{output.name}.{os.getpid()}.part")
+        try:
+            try:
+                partial.write_text(text, "utf-8")
+                os.replace(partial, output)
+            finally:
+                partial.unlink(missing_ok=True)
+        except OSError as e:
+            raise OutputError(f"{output}: cannot be written: {e.strerror or e}") from None
+    if as_json:
+        click.echo(
+            json.dumps({"recipe": text, "output": output and str(output), **facts}, indent=1, ensure_ascii=False)
+        )
+        return
+    for line in said:
+        click.echo(line, err=True)
+    if output is None:
+        click.echo(text, nl=False)

@@ -1,0 +1,323 @@
+"""Recipes as other tools write them: out of a plan, and back into a recipe.
+
+    tensor-types   llama-quantize --tensor-type-file: pattern=type, separated by white space, no comments;
+                   patterns are lower-cased; any type name, in any case
+    custom-q       ik_llama.cpp's llama-quantize --custom-q: pattern=type, separated by commas; types in the
+                   case that ggml writes them (q4_K)
+    thireus        .recipe of Thireus' GGUF Tool Suite: a line pattern=type, comments with #
+
+In all three the first `=` ends the pattern, a pattern is a regular expression (ECMAScript) searched
+anywhere in the name, and the first match wins. None can say why, which layers of another model are meant,
+or that an importance matrix is required. Sources: tools/quantize/quantize.cpp and src/llama-quant.cpp of
+llama.cpp b11434; pull request 244 and src/llama-quantize.cpp of ikawrakow/ik_llama.cpp; quant_downloader.sh
+and published recipes of Thireus/GGUF-Tool-Suite.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+from .catalogue import Catalogue, Tensor
+from .clone import Head, RoundTrip, alternatives, common_file_type, count, families, needs_imatrix, prove, write
+from .errors import KernelError, RecipeError, did_you_mean
+from .mixtures import facts, mixture_types
+from .plan import Plan, Planned
+from .qtypes import FILE_TYPES, INTEGER_TYPES, QTYPES, fit
+
+FORMATS = ("tensor-types", "custom-q", "thireus")
+_MAX_PATTERN = 1000
+_TOOLS = {
+    "tensor-types": "llama-quantize --tensor-type-file",
+    "custom-q": "ik_llama.cpp's --custom-q",
+    "thireus": "a Thireus .recipe",
+}
+
+#: ggml's types that ik_llama.cpp has too
+_IN_IK = frozenset(QTYPES) - INTEGER_TYPES - {"TQ1_0", "TQ2_0", "NVFP4", "Q1_0", "Q2_0"}
+#: types that ik_llama.cpp has and ggml has not, row-interleaved ones (…_R4) besides
+_IK_ONLY = re.compile(
+    r"IQ1_BN|IQ1_KT|IQ2_BN|IQ2_KT|IQ2_KS|IQ2_K|IQ2_KL|IQ3_KT|IQ3_KS|IQ3_K|IQ4_KSS|IQ4_KT|IQ4_KS|IQ4_K|IQ5_KS|IQ5_K"
+    r"|IQ6_K|Q6_0|Q8_KV|Q8_K|Q8_1|\w+_R(4|8|16)|Q4_0_\d_\d"
+)
+
+
+class Exported(NamedTuple):
+    """A file's text, and what it does not say."""
+
+    text: str
+    notes: tuple[str, ...]
+
+
+class Imported(NamedTuple):
+    """A recipe's text, and what has to be said of the file it came from."""
+
+    text: str
+    proof: RoundTrip
+    notes: tuple[str, ...]
+
+
+class _Line(NamedTuple):
+    place: str
+    written: str
+    pattern: re.Pattern[str]
+    type: str
+
+
+def ggml_name(type_: str) -> str:
+    """A type as ggml_type_name writes it: q4_K, iq2_xxs, bf16."""
+    return re.sub(r"^(q\d)_k$", r"\1_K", type_.lower())
+
+
+# ---------------------------------------------------------------- export
+
+
+def tensor_type_file(tensors: Sequence[Planned]) -> str:
+    """A --tensor-type-file with one anchored rule for each quantizable tensor: total, so that
+    llama-quantize's own mixture and its counters decide nothing."""
+    lines = [f"^{_escape(t.tensor.name)}$={t.type.lower()}" for t in tensors if t.tensor.quantizable]
+    return "\n".join(lines) + "\n"
+
+
+def export(plan: Plan, form: str) -> Exported:
+    """A plan's types in another tool's words, total and anchored. Raises RecipeError for names and types
+    that the tool cannot be told."""
+    said = [t for t in plan.tensors if t.tensor.quantizable or form == "thireus"]
+    forbidden = {"tensor-types": r"[A-Z\s=]", "custom-q": r"[\s=,'\"]", "thireus": r"[\s=]"}[form]
+    for t in said:
+        bad = re.search(forbidden, t.tensor.name)
+        if bad:
+            raise RecipeError(f"'{t.tensor.name}': {_TOOLS[form]} has no way to write a name with {bad[0]!r}")
+        if form != "tensor-types" and t.type not in _IN_IK:
+            raise RecipeError(
+                f"'{t.tensor.name}' is {t.type}, which is not among the types of ik_llama.cpp; give it another type, "
+                "or export as tensor-types"
+            )
+    notes = list(_unsaid(plan, form))
+    if form == "tensor-types":
+        return Exported(tensor_type_file(plan.tensors), tuple(notes))
+    rules = list(_compact(said))
+    if form == "custom-q":
+        return Exported(",".join(f"{pattern}={ggml_name(t.type)}" for pattern, t in rules) + "\n", tuple(notes))
+    return Exported(_thireus(plan, rules), tuple(notes))
+
+
+def _escape(name: str) -> str:
+    return re.sub(r"([.\\+*?\[\]^$(){}|])", r"\\\1", name)
+
+
+def _compact(tensors: Sequence[Planned]) -> Iterator[tuple[str, Planned]]:
+    """One anchored pattern for the layers of a family that have one type; no two match the same name."""
+    by_name = {t.tensor.name: t for t in tensors}
+    for family, members in families(t.tensor for t in tensors).items():
+        by_type: dict[str, list[Tensor]] = {}
+        for m in members:
+            by_type.setdefault(by_name[m.name].type, []).append(m)
+        for same in by_type.values():
+            first = by_name[same[0].name]
+            if not family.startswith("blk.*.") or same[0].layer is None:
+                yield f"^{_escape(same[0].name)}$", first
+                continue
+            numbers = alternatives(t.layer for t in same if t.layer is not None)
+            layers = numbers[0] if len(numbers) == 1 else f"({'|'.join(numbers)})"
+            yield rf"^blk\.{layers}\.{_escape(family.removeprefix('blk.*.'))}$", first
+
+
+def _thireus(plan: Plan, rules: Sequence[tuple[str, Planned]]) -> str:
+    lines = [
+        f"## {plan.recipe.name}" + (f": {_one_line(plan.recipe.title)}" if plan.recipe.title else ""),
+        f"# Model: {_one_line(plan.catalogue.model)} ({plan.catalogue.arch}, layout {plan.catalogue.layout})",
+        f"# {plan.tensor_bytes:,} bytes of tensors, {plan.bpw:.4f} BPW; imatrix {plan.recipe.imatrix}",
+        "# Written by quantkit recipe export: every tensor, each by one line",
+    ]
+    role = ""
+    for pattern, t in sorted(rules, key=lambda r: not r[1].tensor.quantizable):
+        if (now := t.tensor.role if t.tensor.quantizable else "never quantized") != role:
+            lines += ["", f"## {now}"]
+            role = now
+        lines.append(f"{pattern}={ggml_name(t.type)}")
+    return "\n".join(lines) + "\n"
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _unsaid(plan: Plan, form: str) -> Iterator[str]:
+    """What the recipe says and the file cannot."""
+    c, recipe = plan.catalogue, plan.recipe
+    yield f"the file is for {c.model} (layout {c.layout}) only: its layers are written out"
+    yield f"the reasons of the recipe's {len(recipe.rules)} rules are left out"
+    fell = [t for t in plan.tensors if t.fell_back]
+    if fell:
+        yield (
+            f"the type that the rows allow, not the one the recipe asks for, is given to {count(len(fell))}, the first "
+            f"{fell[0].tensor.name} {fell[0].requested} -> {fell[0].type}"
+        )
+    if recipe.imatrix == "required":
+        yield "the recipe requires an importance matrix: give llama-quantize --imatrix FILE"
+    base = recipe.file_type
+    if form != "thireus" and QTYPES.get(base, QTYPES["Q8_0"]).is_float:
+        yield (
+            f"with {base} as its type llama-quantize ignores every rule: give it Q8_0, and --override-kv "
+            f"general.file_type=int:{FILE_TYPES[base]}"
+        )
+    elif form != "thireus":
+        yield f"general.file_type is no part of the file: give llama-quantize {base} as its type"
+
+
+# ---------------------------------------------------------------- import
+
+
+def import_rules(
+    text: str,
+    form: str,
+    catalogue: Catalogue,
+    name: str,
+    source: str,
+    file_type: str | None = None,
+    has_imatrix: bool = False,
+    renamed: Mapping[str, str] | None = None,
+) -> Imported:
+    """A recipe that gives the tensors of a model the types that the file's rules do.
+
+    Tensors that no rule matches get what llama-quantize gives them for `file_type`: its mixture, the
+    counters of which pass over tensors that rules take. `renamed`: types of the file -> types of ggml.
+    Raises RecipeError with the line of what cannot be read, and for unmatched tensors without a file type."""
+    lines = [_line(place, token, form, renamed or {}) for place, token in _tokens(text, form, source)]
+    if not lines:
+        raise RecipeError(f"{source}: has no rule pattern=type")
+    if file_type is not None and QTYPES.get(file_type, QTYPES["Q8_0"]).is_float:
+        raise RecipeError(f"with {file_type} as its type llama-quantize ignores every rule; give a quantized one")
+    hits = [[t for t in catalogue.tensors if line.pattern.search(t.name)] for line in lines]
+    owner: dict[str, _Line] = {}
+    for line, matched in zip(lines, hits, strict=True):
+        for t in matched:
+            owner.setdefault(t.name, line)
+    quantizable = [t for t in catalogue.tensors if t.quantizable]
+    asked = {t.name: owner[t.name].type for t in quantizable if t.name in owner}
+    unmatched = [t for t in quantizable if t.name not in owner]
+    notes = list(_line_notes(lines, hits, owner))
+    if unmatched:
+        asked |= _from_mixture(catalogue, unmatched, file_type, has_imatrix, source)
+        notes.append(f"no line matches {count(len(unmatched))}: llama-quantize's choice for {file_type}")
+        if form != "tensor-types":
+            notes.append(f"that is llama.cpp's choice; ik_llama.cpp may have another for {file_type}")
+    types = {}
+    fell = set()
+    for t in quantizable:
+        try:
+            types[t.name] = fit(QTYPES[asked[t.name]], t.n_cols).name
+        except KernelError as e:
+            raise RecipeError(f"{owner[t.name].place if t.name in owner else source}: '{t.name}': {e}") from None
+        if types[t.name] != asked[t.name]:
+            fell.add(f"{t.name} {asked[t.name]} -> {types[t.name]}")
+    if fell:
+        notes.append(
+            f"another type than asked, since rows do not divide into its blocks: {count(len(fell))}, the first "
+            f"{min(fell)}"
+        )
+    base = file_type or common_file_type(catalogue, types)
+    head = Head(
+        name, base, has_imatrix or needs_imatrix(types, base), catalogue.model, "",
+        f"imported from {source if source.isprintable() else form} ({form}) by quantkit recipe import",
+        "imported",
+    )  # fmt: skip
+    written = write(catalogue, types, head)
+    return Imported(written, prove(written, catalogue, types), tuple(notes))
+
+
+def _from_mixture(
+    catalogue: Catalogue, unmatched: Sequence[Tensor], file_type: str | None, has_imatrix: bool, source: str
+) -> dict[str, str]:
+    if file_type is None:
+        more = f" (and {len(unmatched) - 1} more)" if len(unmatched) > 1 else ""
+        raise RecipeError(
+            f"{source}: no line matches '{unmatched[0].name}'{more}; say with --file-type what llama-quantize was "
+            "given as its type, such as Q4_K_M"
+        )
+    names = {t.name for t in unmatched}
+    seen = [t if t.name in names else t._replace(quantizable=False) for t in catalogue.tensors]
+    chosen = mixture_types(file_type, seen, facts(catalogue, has_imatrix))
+    return dict(zip((t.name for t in unmatched), chosen, strict=True))
+
+
+def _tokens(text: str, form: str, source: str) -> Iterator[tuple[str, str]]:
+    """Rules with their places."""
+    for n, line in enumerate(text.splitlines(), 1):
+        place = f"{source}:{n}"
+        if form == "thireus":
+            if line.strip() and not line.lstrip().startswith("#"):
+                yield place, line.strip()
+        elif form == "tensor-types":
+            for token in line.split():
+                yield place, token
+        else:
+            tokens = line.strip().strip("\"'").split(",")
+            yield from ((f"{place} rule {i}", token) for i, token in enumerate(tokens, 1) if token)
+
+
+def _line(place: str, token: str, form: str, renamed: Mapping[str, str]) -> _Line:
+    written, equals, type_ = token.partition("=")
+    if not (written and equals and type_):
+        hint = "; llama-quantize knows no comments there" if "#" in token and form == "tensor-types" else ""
+        raise RecipeError(f"{place}: '{token:.60}' is not pattern=type{hint}")
+    return _Line(place, written, _regex(place, written, form), _type(place, type_, renamed))
+
+
+def _type(place: str, type_: str, renamed: Mapping[str, str]) -> str:
+    name = {k.upper(): v.upper() for k, v in renamed.items()}.get(type_.upper(), type_.upper())
+    if name in QTYPES and name not in INTEGER_TYPES:
+        return name
+    if _IK_ONLY.fullmatch(name):
+        raise RecipeError(
+            f"{place}: {type_:.60} is a type of ik_llama.cpp that ggml does not have; say what to take for it with "
+            f"--map {type_}=TYPE, such as one of like size"
+        )
+    raise RecipeError(f"{place}: unknown type '{type_:.60}'{did_you_mean(name, set(QTYPES) - INTEGER_TYPES)}")
+
+
+#: what Python's re knows and ECMAScript does not, or means otherwise
+_FOREIGN = re.compile(r"\\\\|(?P<bad>\(\?(?![:=!])|\\[AZz]|[*+?}]\+|\[[:.=]|\{,)|\\.")
+
+
+def _regex(place: str, written: str, form: str) -> re.Pattern[str]:
+    """A pattern as std::regex (ECMAScript) takes it."""
+    if len(written) > _MAX_PATTERN:
+        raise RecipeError(f"{place}: '{written:.60}…' is longer than {_MAX_PATTERN:,} characters")
+    # llama-quantize lower-cases the whole pattern, so \S becomes \s
+    pattern = re.sub("[A-Z]", lambda m: m[0].lower(), written) if form == "tensor-types" else written
+    for m in _FOREIGN.finditer(pattern):
+        if m["bad"]:
+            raise RecipeError(f"{place}: '{written:.60}' has '{m['bad']}', which quantkit does not read; write it out")
+    try:
+        return re.compile(pattern, re.ASCII)
+    except (re.error, OverflowError, RecursionError) as e:
+        raise RecipeError(f"{place}: '{written:.60}' is not a regular expression: {e}") from None
+
+
+def _line_notes(lines: Sequence[_Line], hits: Sequence[Sequence[Tensor]], owner: Mapping[str, _Line]) -> Iterator[str]:
+    """What became of lines that did nothing, or less than they say."""
+    for line, matched in zip(lines, hits, strict=True):
+        said = f"{line.place}: '{line.written:.80}'"
+        if line.pattern.pattern != line.written:
+            yield f"{said} is read as llama-quantize does, in lower case: '{line.pattern.pattern:.80}'"
+        quantizable = [t for t in matched if t.quantizable]
+        if not matched:
+            yield f"{said} matches no tensor of this model"
+        elif not quantizable:
+            if any(t.source_type != line.type for t in matched):
+                kinds = _list(sorted({t.source_type for t in matched}))
+                n = count(len(matched))
+                yield f"{said} is ignored: llama-quantize never quantizes what it matches ({n}, {kinds})"
+        else:
+            lost = [t for t in quantizable if owner[t.name] is not line and owner[t.name].type != line.type]
+            if lost:
+                takers = _list(dict.fromkeys(owner[t.name].place for t in lost))
+                yield f"{said}: {len(lost)} of the {len(quantizable)} it matches are taken before, by {takers}"
+
+
+def _list(words: Iterable[str]) -> str:
+    every = list(words)
+    return ", ".join(every[:3]) + (", …" if len(every) > 3 else "")
