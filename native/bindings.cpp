@@ -8,6 +8,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "codebooks.h"
 #include "kernels.h"
 #include "rows.h"
 
@@ -102,6 +103,10 @@ static void quantize(const std::string& set, const std::string& type, In<float, 
     throw nb::value_error("quantize: no such kernel");
 }
 
+static void set_codebook(const std::string& name, In<int8_t, 2> values) {
+    quantkit::set_codebook(name.c_str(), values.data(), values.shape(0), values.shape(1));
+}
+
 NB_MODULE(_native, m) {
     m.doc() = "quantkit's compiled kernels; use quantkit.kernels";
     // noconvert: nanobind would copy an array of another type or order, and the results would go to the copy
@@ -113,5 +118,6 @@ NB_MODULE(_native, m) {
     m.def("f32_to_f32", &f32_to_f32, array("src"), "round_bf16"_a, array("out"));
     m.def("kernel_sets", &kernel_sets);
     m.def("quantize", &quantize, "set"_a, "type"_a, array("rows"), array("importance").none(), array("out"));
+    m.def("set_codebook", &set_codebook, "name"_a, array("values"));
     m.def("first_nonfinite", &first_nonfinite, array("x"));
 }

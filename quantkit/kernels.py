@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import ctypes
 import os
-from functools import lru_cache
+from functools import cache, lru_cache
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,24 @@ def wheel_library() -> Path:
 #: quantkit's own sets that this processor can run, best first -> the types each has
 OWN: dict[str, frozenset[str]] = {name: frozenset(types) for name, types in _native.kernel_sets()}
 KERNELS = ("avx512", "avx2", "neon", "ggml", "ggml-pinned")
+
+#: types whose levels come from a table -> the class of gguf.quants that has it
+CODEBOOKS = {
+    "IQ1_S": "IQ1_S", "IQ1_M": "IQ1_S", "IQ2_XXS": "IQ2_XXS", "IQ2_XS": "IQ2_XS", "IQ2_S": "IQ2_S",
+    "IQ3_XXS": "IQ3_XXS", "IQ3_S": "IQ3_S", "IQ4_NL": "IQ4_NL", "IQ4_XS": "IQ4_NL",
+}  # fmt: skip
+
+
+@cache
+def set_codebook(name: str) -> None:
+    """Hand quantkit's own kernels a table of levels: int8 [entries, values an entry], in ggml's order."""
+    table = getattr(import_module("gguf.quants"), name)
+    if hasattr(table, "kvalues"):
+        values = np.array([table.kvalues], np.int8)
+    else:
+        table.init_grid()
+        values = table.grid.reshape(-1, table.grid.shape[-1]).astype(np.int8)
+    _native.set_codebook(name, values)
 
 
 def select(qt: QType, kernel: str | None = None) -> str:
@@ -212,6 +231,8 @@ def quantize(
     chosen = select(qt, kernel)
     ggml = _library(chosen)
     if chosen in OWN:
+        if qt.name in CODEBOOKS:
+            set_codebook(CODEBOOKS[qt.name])
         _native.quantize(chosen, qt.name, rows, imatrix if qt.uses_imatrix else None, out)
     else:
         weights = imatrix.ctypes.data if imatrix is not None else None
