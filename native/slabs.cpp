@@ -66,9 +66,11 @@ void decode(const RowKernels& kernels, const StoredRows& rows, float* out) {
     for (size_t i = 0; i < rows.n_rows; ++i) decode_row(kernels, rows, i, out + i * rows.n_cols);
 }
 
-bool quantize(const RowKernels& kernels, const StoredRows& rows, const Kernel& kernel, const float* importance,
+bool quantize(const RowKernels& kernels, const StoredRows& stored, const Kernel& kernel, const float* importance,
               Limits limits, uint8_t* out) {
     static thread_local Buffer buffer;
+    StoredRows rows = stored;
+    if (std::strcmp(kernel.type, "BF16") == 0) rows.round_bf16 = false;  // it rounds, and twice is as once
     const size_t n_cols = rows.n_cols, step = rows_a_turn(n_cols, kernel.block);
     const size_t row_bytes = n_cols / kernel.block * kernel.block_bytes;
     double most = 0;
