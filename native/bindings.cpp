@@ -29,8 +29,20 @@ static void require(bool ok, const char* what) {
 
 static size_t blocks(size_t n, size_t block) { return n / block + (n % block != 0); }
 
-static void e4m3_to_f32(In<uint8_t, 2> src, In<float, 2> scale, size_t row0, size_t block_rows, size_t block_cols,
-                        bool round_bf16, Out<float, 2> out) {
+static const quantkit::KernelSet& set_of(const std::string& name) {
+    const quantkit::KernelSet* set = quantkit::find_set(name.c_str());
+    require(set != nullptr, "no such kernels");
+    return *set;
+}
+
+// Row kernels by the name of their set; the best if it is empty.
+static const quantkit::RowKernels& rows_of(const std::string& set) {
+    if (set.empty()) return quantkit::best_rows();
+    return set == "plain" ? quantkit::PLAIN_ROWS : *set_of(set).rows;
+}
+
+static void e4m3_to_f32(In<uint8_t, 2> src, In<float, 2> scale, uint64_t row0, size_t block_rows, size_t block_cols,
+                        bool round_bf16, Out<float, 2> out, const std::string& set) {
     const size_t n_rows = src.shape(0), n_cols = src.shape(1);
     require(block_rows > 0 && block_cols > 0, "e4m3_to_f32: the blocks are empty");
     require(block_rows <= MAX_BLOCK && block_cols <= MAX_BLOCK, "e4m3_to_f32: the blocks are too large");
@@ -38,32 +50,39 @@ static void e4m3_to_f32(In<uint8_t, 2> src, In<float, 2> scale, size_t row0, siz
     require(scale.shape(1) == blocks(n_cols, block_cols), "e4m3_to_f32: scale has not a column for each block");
     require(row0 <= SIZE_MAX - n_rows && blocks(row0 + n_rows, block_rows) <= scale.shape(0),
             "e4m3_to_f32: scale has too few rows");
+    const quantkit::RowKernels& kernels = rows_of(set);
     nb::gil_scoped_release release;
-    quantkit::e4m3_to_f32(src.data(), n_rows, n_cols, n_cols, scale.data(), scale.shape(1), row0, block_rows,
-                          block_cols, round_bf16, out.data());
+    quantkit::decode(kernels,
+                     {quantkit::Stored::E4M3, src.data(), n_rows, n_cols, round_bf16, &row0, 1, scale.data(),
+                      scale.shape(1), block_rows, block_cols},
+                     out.data());
 }
 
-static void bf16_to_f32(In<uint16_t, 1> src, Out<float, 1> out) {
+static void bf16_to_f32(In<uint16_t, 1> src, Out<float, 1> out, const std::string& set) {
     require(out.shape(0) == src.shape(0), "bf16_to_f32: out has not the length of src");
+    const quantkit::RowKernels& kernels = rows_of(set);
     nb::gil_scoped_release release;
-    quantkit::bf16_to_f32(src.data(), src.shape(0), out.data());
+    kernels.bf16(reinterpret_cast<const uint8_t*>(src.data()), src.shape(0), false, out.data());
 }
 
-static void f16_to_f32(In<uint16_t, 1> src, bool round_bf16, Out<float, 1> out) {
+static void f16_to_f32(In<uint16_t, 1> src, bool round_bf16, Out<float, 1> out, const std::string& set) {
     require(out.shape(0) == src.shape(0), "f16_to_f32: out has not the length of src");
+    const quantkit::RowKernels& kernels = rows_of(set);
     nb::gil_scoped_release release;
-    quantkit::f16_to_f32(src.data(), src.shape(0), round_bf16, out.data());
+    kernels.f16(reinterpret_cast<const uint8_t*>(src.data()), src.shape(0), round_bf16, out.data());
 }
 
-static void f32_to_f32(In<float, 1> src, bool round_bf16, Out<float, 1> out) {
+static void f32_to_f32(In<float, 1> src, bool round_bf16, Out<float, 1> out, const std::string& set) {
     require(out.shape(0) == src.shape(0), "f32_to_f32: out has not the length of src");
+    const quantkit::RowKernels& kernels = rows_of(set);
     nb::gil_scoped_release release;
-    quantkit::f32_to_f32(src.data(), src.shape(0), round_bf16, out.data());
+    kernels.f32(reinterpret_cast<const uint8_t*>(src.data()), src.shape(0), round_bf16, out.data());
 }
 
-static size_t first_nonfinite(In<float, 1> x) {
+static size_t first_nonfinite(In<float, 1> x, const std::string& set) {
+    const quantkit::RowKernels& kernels = rows_of(set);
     nb::gil_scoped_release release;
-    return quantkit::first_nonfinite(x.data(), x.shape(0));
+    return quantkit::first_nonfinite(kernels, x.data(), x.shape(0));
 }
 
 // [(set, [types])] of the kernel sets that this processor can run, best first.
@@ -80,27 +99,69 @@ static nb::list kernel_sets() {
     return out;
 }
 
+// The kernel, when rows of that length divide into its blocks and `out` has their shape.
+static const quantkit::Kernel& kernel_of(const quantkit::KernelSet& set, const std::string& type, size_t n_rows,
+                                         size_t n_cols, const std::optional<In<float, 1>>& importance,
+                                         const Out<uint8_t, 2>& out) {
+    const quantkit::Kernel* kernel = quantkit::find_kernel(set, type.c_str());
+    require(kernel != nullptr, "quantize: no such kernel");
+    require(n_cols > 0 && n_cols % kernel->block == 0, "quantize: the columns do not divide into blocks");
+    require(out.shape(0) == n_rows && out.shape(1) == n_cols / kernel->block * kernel->block_bytes,
+            "quantize: out has not the shape of the blocks");
+    require(!importance || importance->shape(0) == n_cols, "quantize: not an importance for each column");
+    return *kernel;
+}
+
 static void quantize(const std::string& set, const std::string& type, In<float, 2> rows,
                      std::optional<In<float, 1>> importance, Out<uint8_t, 2> out) {
-    size_t n = 0;
-    const quantkit::KernelSet* sets = quantkit::kernel_sets(&n);
-    for (size_t i = 0; i < n; ++i) {
-        if (set != sets[i].name || !sets[i].supported()) continue;
-        for (size_t k = 0; k < sets[i].n_kernels; ++k) {
-            const quantkit::Kernel& kernel = sets[i].kernels[k];
-            if (type != kernel.type) continue;
-            const size_t n_rows = rows.shape(0), n_cols = rows.shape(1);
-            require(n_cols > 0 && n_cols % kernel.block == 0, "quantize: the columns do not divide into blocks");
-            require(out.shape(0) == n_rows && out.shape(1) == n_cols / kernel.block * kernel.block_bytes,
-                    "quantize: out has not the shape of the blocks");
-            require(!importance || importance->shape(0) == n_cols, "quantize: not an importance for each column");
-            const float* w = importance ? importance->data() : nullptr;
-            nb::gil_scoped_release release;
-            kernel.quantize(rows.data(), out.data(), n_rows, n_cols, w);
-            return;
+    const size_t n_rows = rows.shape(0), n_cols = rows.shape(1);
+    const quantkit::Kernel& kernel = kernel_of(set_of(set), type, n_rows, n_cols, importance, out);
+    const float* w = importance ? importance->data() : nullptr;
+    nb::gil_scoped_release release;
+    kernel.quantize(rows.data(), out.data(), n_rows, n_cols, w);
+}
+
+static quantkit::Stored stored_of(const std::string& dtype) {
+    using quantkit::Stored;
+    if (dtype == "F8_E4M3") return Stored::E4M3;
+    if (dtype == "BF16") return Stored::BF16;
+    if (dtype == "F16") return Stored::F16;
+    require(dtype == "F32", "quantize_rows: no such stored type");
+    return Stored::F32;
+}
+
+static bool quantize_rows(const std::string& set, const std::string& type, const std::string& dtype,
+                          In<uint8_t, 2> stored, size_t n_cols, bool round_bf16, In<uint64_t, 1> first_rows,
+                          std::optional<In<float, 2>> scale, size_t block_rows, size_t block_cols,
+                          std::optional<In<float, 1>> importance, double largest_weight, double largest_product,
+                          Out<uint8_t, 2> out) {
+    const size_t n_rows = stored.shape(0), n_runs = first_rows.shape(0);
+    const quantkit::KernelSet& kernels = set_of(set);
+    const quantkit::Kernel& kernel = kernel_of(kernels, type, n_rows, n_cols, importance, out);
+    quantkit::StoredRows rows{stored_of(dtype), stored.data(), n_rows, n_cols, round_bf16, first_rows.data(), n_runs,
+                              nullptr,          0,             1,      1};
+    require(n_runs > 0, "quantize_rows: no runs");
+    require(n_cols <= SIZE_MAX / 4 && stored.shape(1) == rows.row_bytes(), "quantize_rows: not the bytes of the columns");
+    if (rows.dtype == quantkit::Stored::E4M3) {
+        require(scale.has_value(), "quantize_rows: no scales");
+        require(block_rows > 0 && block_cols > 0, "quantize_rows: the blocks are empty");
+        require(block_rows <= MAX_BLOCK && block_cols <= MAX_BLOCK, "quantize_rows: the blocks are too large");
+        require(scale->shape(1) == blocks(n_cols, block_cols), "quantize_rows: scale has not a column for each block");
+        const size_t longest = blocks(n_rows, n_runs);
+        for (size_t run = 0; run < n_runs; ++run) {
+            const uint64_t row = first_rows.data()[run];
+            require(row <= SIZE_MAX - longest && blocks(row + n_rows / n_runs + (run < n_rows % n_runs), block_rows) <=
+                                                     scale->shape(0),
+                    "quantize_rows: scale has too few rows");
         }
+        rows.scale = scale->data();
+        rows.scale_stride = scale->shape(1);
+        rows.block_rows = block_rows;
+        rows.block_cols = block_cols;
     }
-    throw nb::value_error("quantize: no such kernel");
+    const float* w = importance ? importance->data() : nullptr;
+    nb::gil_scoped_release release;
+    return quantkit::quantize(*kernels.rows, rows, kernel, w, {largest_weight, largest_product}, out.data());
 }
 
 static void set_codebook(const std::string& name, In<int8_t, 2> values) {
@@ -112,12 +173,15 @@ NB_MODULE(_native, m) {
     // noconvert: nanobind would copy an array of another type or order, and the results would go to the copy
     const auto array = [](const char* name) { return nb::arg(name).noconvert(); };
     m.def("e4m3_to_f32", &e4m3_to_f32, array("src"), array("scale"), "row0"_a, "block_rows"_a, "block_cols"_a,
-          "round_bf16"_a, array("out"));
-    m.def("bf16_to_f32", &bf16_to_f32, array("src"), array("out"));
-    m.def("f16_to_f32", &f16_to_f32, array("src"), "round_bf16"_a, array("out"));
-    m.def("f32_to_f32", &f32_to_f32, array("src"), "round_bf16"_a, array("out"));
+          "round_bf16"_a, array("out"), "set"_a = "");
+    m.def("bf16_to_f32", &bf16_to_f32, array("src"), array("out"), "set"_a = "");
+    m.def("f16_to_f32", &f16_to_f32, array("src"), "round_bf16"_a, array("out"), "set"_a = "");
+    m.def("f32_to_f32", &f32_to_f32, array("src"), "round_bf16"_a, array("out"), "set"_a = "");
     m.def("kernel_sets", &kernel_sets);
     m.def("quantize", &quantize, "set"_a, "type"_a, array("rows"), array("importance").none(), array("out"));
+    m.def("quantize_rows", &quantize_rows, "set"_a, "type"_a, "dtype"_a, array("stored"), "n_cols"_a, "round_bf16"_a,
+          array("first_rows"), array("scale").none(), "block_rows"_a, "block_cols"_a, array("importance").none(),
+          "largest_weight"_a, "largest_product"_a, array("out"));
     m.def("set_codebook", &set_codebook, "name"_a, array("values"));
-    m.def("first_nonfinite", &first_nonfinite, array("x"));
+    m.def("first_nonfinite", &first_nonfinite, array("x"), "set"_a = "");
 }

@@ -5,6 +5,7 @@
 namespace quantkit::QK_ISA {
 
 extern const Kernel KERNELS[] = {
+    {"F32", 1, 4, quantize_f32}, {"F16", 1, 2, quantize_f16}, {"BF16", 1, 2, quantize_bf16},
     {"Q2_K", 256, 84, quantize_q2_k},   {"Q3_K", 256, 110, quantize_q3_k}, {"Q4_K", 256, 144, quantize_q4_k},
     {"Q5_K", 256, 176, quantize_q5_k}, {"Q6_K", 256, 210, quantize_q6_k},
     {"Q8_0", 32, 34, quantize_q8_0},    {"Q4_0", 32, 18, quantize_q4_0},   {"Q4_1", 32, 20, quantize_q4_1},

@@ -15,14 +15,24 @@ struct Kernel {
     Quantizer quantize;
 };
 
+struct RowKernels;  // rows.h
+
 struct KernelSet {
     const char* name;  // "avx2", …: what QUANTKIT_KERNELS says
     bool (*supported)();
     const Kernel* kernels;
     size_t n_kernels;
+    const RowKernels* rows;
 };
 
 // All sets compiled into this build, best first.
 const KernelSet* kernel_sets(size_t* n);
+
+// The one of that name if this processor can run it, else null.
+const KernelSet* find_set(const char* name);
+const Kernel* find_kernel(const KernelSet& set, const char* type);
+
+// The best row kernels that this processor can run; plain C++ if there are none.
+const RowKernels& best_rows();
 
 }  // namespace quantkit

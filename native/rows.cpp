@@ -1,7 +1,5 @@
-// Rows of a checkpoint to float32: see rows.h for the formats and the contract.
-//
-// The arithmetic is that of the reference converter: float32(weight) * scale, one rounding,
-// then (for tensors that pass through a BF16 file) round to nearest even bfloat16.
+// Stored rows to float32, a value at a time: see rows.h for the formats and the contract, rows_simd.cpp for the same
+// with vectors.
 #include "rows.h"
 
 #include <algorithm>
@@ -25,14 +23,26 @@ float float_of(uint32_t u) {
     return x;
 }
 
-float round_to_bf16(float x) { return float_of(static_cast<uint32_t>(f32_to_bf16(x)) << 16); }
+template <typename T>
+T load(const uint8_t* p) {
+    T value;
+    std::memcpy(&value, p, sizeof value);
+    return value;
+}
+
+// To nearest even; a NaN stays a NaN (quiet, sign kept).
+float round_to_bf16(float x) {
+    const uint32_t u = bits_of(x);
+    if ((u & 0x7fffffffu) > INF_BITS) return float_of((u | 0x00400000u) & 0xffff0000u);
+    return float_of((u + (0x7fffu + ((u >> 16) & 1u))) & 0xffff0000u);
+}
 
 // IEEE binary16: exact in float32, subnormals, infinities and NaN payloads included.
 float f16_value(uint16_t h) {
     const uint32_t sign = static_cast<uint32_t>(h & 0x8000u) << 16;
     const uint32_t exponent = (h >> 10) & 0x1fu;
     const uint32_t mantissa = h & 0x3ffu;
-    if (exponent == 0x1f) return float_of(sign | 0x7f800000u | (mantissa << 13));
+    if (exponent == 0x1f) return float_of(sign | INF_BITS | (mantissa << 13));
     if (exponent == 0) {
         const float magnitude = static_cast<float>(mantissa) * 0x1p-24f;
         return float_of(sign | bits_of(magnitude));
@@ -57,87 +67,49 @@ std::array<float, 256> make_e4m3_values() {
     return values;
 }
 
+// out[i] = value(i), rounded if asked; the largest magnitude.
+template <typename Value>
+uint32_t fill(size_t n, bool round_bf16, float* out, Value value) {
+    uint32_t largest = 0;
+    for (size_t i = 0; i < n; ++i) {
+        const float x = value(i);
+        out[i] = round_bf16 ? round_to_bf16(x) : x;
+        largest = std::max(largest, bits_of(out[i]) & 0x7fffffffu);
+    }
+    return largest;
+}
+
+uint32_t e4m3(const uint8_t* src, size_t n, const float* scale, size_t block_cols, bool round_bf16, float* out) {
+    static const std::array<float, 256> values = make_e4m3_values();
+    uint32_t largest = 0;
+    for (size_t c = 0; c < n; c += block_cols, ++scale) {
+        const uint8_t* codes = src + c;
+        const auto value = [codes, s = *scale](size_t i) { return values[codes[i]] * s; };
+        largest = std::max(largest, fill(std::min(block_cols, n - c), round_bf16, out + c, value));
+    }
+    return largest;
+}
+
+uint32_t bf16(const uint8_t* src, size_t n, bool, float* out) {
+    return fill(n, false, out, [src](size_t i) { return float_of(uint32_t{load<uint16_t>(src + 2 * i)} << 16); });
+}
+
+uint32_t f16(const uint8_t* src, size_t n, bool round_bf16, float* out) {
+    return fill(n, round_bf16, out, [src](size_t i) { return f16_value(load<uint16_t>(src + 2 * i)); });
+}
+
+uint32_t f32(const uint8_t* src, size_t n, bool round_bf16, float* out) {
+    return fill(n, round_bf16, out, [src](size_t i) { return load<float>(src + 4 * i); });
+}
+
+uint32_t largest_of(const float* x, size_t n) {
+    uint32_t largest = 0;
+    for (size_t i = 0; i < n; ++i) largest = std::max(largest, bits_of(x[i]) & 0x7fffffffu);
+    return largest;
+}
+
 }  // namespace
 
-const float* e4m3_values() {
-    static const std::array<float, 256> values = make_e4m3_values();
-    return values.data();
-}
-
-uint16_t f32_to_bf16(float x) {
-    const uint32_t u = bits_of(x);
-    if ((u & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>((u >> 16) | 64u);
-    return static_cast<uint16_t>((u + (0x7fffu + ((u >> 16) & 1u))) >> 16);
-}
-
-void e4m3_to_f32(const uint8_t* src, size_t n_rows, size_t n_cols, size_t src_stride, const float* scale,
-                 size_t scale_stride, size_t row0, size_t block_rows, size_t block_cols, bool round_bf16, float* out) {
-    const float* values = e4m3_values();
-    float table[256];
-    size_t r = 0;
-    while (r < n_rows) {
-        // All rows of this rectangle that lie in one row of blocks, block by block: the 256 products
-        // of a block are made once, and every weight is then a look-up.
-        const size_t block_row = (row0 + r) / block_rows;
-        const size_t r_end = std::min(n_rows, (block_row + 1) * block_rows - row0);
-        for (size_t c0 = 0; c0 < n_cols; c0 += block_cols) {
-            const size_t c_end = std::min(n_cols, c0 + block_cols);
-            const float s = scale[block_row * scale_stride + c0 / block_cols];
-            if ((r_end - r) * (c_end - c0) >= 512) {
-                for (int code = 0; code < 256; ++code) {
-                    const float product = values[code] * s;
-                    table[code] = round_bf16 ? round_to_bf16(product) : product;
-                }
-                for (size_t i = r; i < r_end; ++i) {
-                    const uint8_t* in = src + i * src_stride;
-                    float* to = out + i * n_cols;
-                    for (size_t c = c0; c < c_end; ++c) to[c] = table[in[c]];
-                }
-            } else {
-                for (size_t i = r; i < r_end; ++i) {
-                    const uint8_t* in = src + i * src_stride;
-                    float* to = out + i * n_cols;
-                    for (size_t c = c0; c < c_end; ++c) {
-                        const float product = values[in[c]] * s;
-                        to[c] = round_bf16 ? round_to_bf16(product) : product;
-                    }
-                }
-            }
-        }
-        r = r_end;
-    }
-}
-
-void bf16_to_f32(const uint16_t* src, size_t n, float* out) {
-    for (size_t i = 0; i < n; ++i) out[i] = float_of(static_cast<uint32_t>(src[i]) << 16);
-}
-
-void f16_to_f32(const uint16_t* src, size_t n, bool round_bf16, float* out) {
-    for (size_t i = 0; i < n; ++i) {
-        const float x = f16_value(src[i]);
-        out[i] = round_bf16 ? round_to_bf16(x) : x;
-    }
-}
-
-void f32_to_f32(const float* src, size_t n, bool round_bf16, float* out) {
-    if (!round_bf16) {
-        std::memcpy(out, src, n * sizeof(float));
-        return;
-    }
-    for (size_t i = 0; i < n; ++i) out[i] = round_to_bf16(src[i]);
-}
-
-size_t first_nonfinite(const float* x, size_t n) {
-    constexpr size_t chunk = 4096;
-    for (size_t i = 0; i < n; i += chunk) {
-        const size_t end = std::min(n, i + chunk);
-        uint32_t bad = 0;
-        for (size_t j = i; j < end; ++j) bad |= (bits_of(x[j]) & 0x7f800000u) == 0x7f800000u;
-        if (!bad) continue;
-        for (size_t j = i; j < end; ++j)
-            if (!std::isfinite(x[j])) return j;
-    }
-    return n;
-}
+const RowKernels PLAIN_ROWS = {e4m3, bf16, f16, f32, largest_of};
 
 }  // namespace quantkit

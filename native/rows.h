@@ -1,32 +1,70 @@
-// Rows of a checkpoint to float32. Plain C++ for the lowest processor; no Python in here.
+// Rows of a checkpoint to float32, whatever they are stored as, and from there to blocks. No Python in here.
+//
+//   E4M3 (OCP FP8, "fn": no infinities, 0x7f and 0xff are NaN), with a float32 scale for each block of the matrix
+//     bit 7 sign | bits 6..3 exponent, bias 7 | bits 2..0 mantissa
+//     exponent 0: mantissa * 2^-9 (subnormal); otherwise (1 + mantissa/8) * 2^(exponent-7)
+//   BF16, F16 (IEEE binary16), F32: little-endian
+//
+// The arithmetic is that of the reference converter: float32(weight) * scale, one rounding, then (for tensors that
+// pass through a BF16 file) round to nearest even bfloat16.
 #pragma once
 #include <cstddef>
 #include <cstdint>
 
+#include "kernels.h"
+
 namespace quantkit {
 
-// The value of every E4M3 code (OCP FP8, "fn": no infinities, 0x7f and 0xff are NaN).
-//   bit 7 sign | bits 6..3 exponent, bias 7 | bits 2..0 mantissa
-//   exponent 0: mantissa * 2^-9 (subnormal); otherwise (1 + mantissa/8) * 2^(exponent-7)
-const float* e4m3_values();
+// One row, or n values of one, to float32. Each returns the largest magnitude of what it made, as bits: from INF_BITS
+// on there is an infinity or a NaN among them. With `round_bf16` every value is rounded to bfloat16. A NaN stays one.
+struct RowKernels {
+    // scale: of the row's blocks, `block_cols` columns each, the last may be partial
+    uint32_t (*e4m3)(const uint8_t* src, size_t n, const float* scale, size_t block_cols, bool round_bf16, float* out);
+    uint32_t (*bf16)(const uint8_t* src, size_t n, bool round_bf16, float* out);
+    uint32_t (*f16)(const uint8_t* src, size_t n, bool round_bf16, float* out);
+    uint32_t (*f32)(const uint8_t* src, size_t n, bool round_bf16, float* out);
+    // Of float32 values as they are.
+    uint32_t (*largest)(const float* x, size_t n);
+};
 
-// float32 -> bfloat16, round to nearest even; a NaN stays a NaN (quiet, sign kept).
-uint16_t f32_to_bf16(float x);
+constexpr uint32_t INF_BITS = 0x7f800000u;
 
-// A rectangle of a block-scaled E4M3 matrix, dequantized: out[r][c] = value(src[r][c]) * scale of its block.
-//   src        n_rows x n_cols bytes, rows `src_stride` bytes apart
-//   scale      the scales of the whole matrix, `scale_stride` of them in a row of blocks
-//   row0       the matrix row that src starts at (blocks are counted from the matrix's row 0); columns start at 0
-//   block_*    128 x 128 in DeepSeek-V3; blocks at the edges may be partial
-//   round_bf16 round every product to bfloat16, as a converter to a BF16 file does
-void e4m3_to_f32(const uint8_t* src, size_t n_rows, size_t n_cols, size_t src_stride, const float* scale,
-                 size_t scale_stride, size_t row0, size_t block_rows, size_t block_cols, bool round_bf16, float* out);
+// In plain C++: the reference for the others, and what runs where none of them can.
+extern const RowKernels PLAIN_ROWS;
 
-void bf16_to_f32(const uint16_t* src, size_t n, float* out);
-void f16_to_f32(const uint16_t* src, size_t n, bool round_bf16, float* out);
-void f32_to_f32(const float* src, size_t n, bool round_bf16, float* out);
+enum class Stored { E4M3, BF16, F16, F32 };
+
+// Rows as a source stores them. They were dealt in turn from `n_runs` runs of consecutive source rows (one, mostly):
+// row i is number i / n_runs of run i % n_runs. `data` holds the runs one after the other.
+struct StoredRows {
+    Stored dtype;
+    const uint8_t* data;
+    size_t n_rows, n_cols;
+    bool round_bf16;
+    const uint64_t* first_rows;  // of each run, in the matrix, whose row 0 is where blocks of scales begin
+    size_t n_runs;
+    // E4M3 only: the scales of the whole matrix, `scale_stride` of them in a row of blocks
+    const float* scale;
+    size_t scale_stride, block_rows, block_cols;
+
+    size_t row_bytes() const { return n_cols * (dtype == Stored::E4M3 ? 1 : dtype == Stored::F32 ? 4 : 2); }
+};
+
+// All rows to float32 out [n_rows, n_cols].
+void decode(const RowKernels& kernels, const StoredRows& rows, float* out);
+
+// What the values may be for a kernel to be called: finite, at most `weight`, and with |x| and the largest importance
+// w, w * |x| * max(1, |x|^2) at most `product`.
+struct Limits {
+    double weight, product;
+};
+
+// All rows to blocks, a few rows at a time. False, with the blocks unfinished, when a value is not within the limits
+// or an importance is negative, NaN or Inf.
+bool quantize(const RowKernels& kernels, const StoredRows& rows, const Kernel& kernel, const float* importance,
+              Limits limits, uint8_t* out);
 
 // Index of the first value that is NaN or Inf, or n when all are finite.
-size_t first_nonfinite(const float* x, size_t n);
+size_t first_nonfinite(const RowKernels& kernels, const float* x, size_t n);
 
 }  // namespace quantkit

@@ -6,6 +6,9 @@
 namespace quantkit::QK_ISA {
 
 #define QK_DECLARE(NAME) void quantize_##NAME(const float* x, uint8_t* y, size_t n_rows, size_t n_cols, const float* w)
+QK_DECLARE(f32);
+QK_DECLARE(f16);
+QK_DECLARE(bf16);
 QK_DECLARE(q2_k);
 QK_DECLARE(q3_k);
 QK_DECLARE(q4_k);

@@ -19,7 +19,7 @@ from functools import cache, lru_cache
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -165,8 +165,13 @@ def _require_known(kernel: str) -> None:
         raise KernelError(f"this processor cannot run the kernels '{kernel}'; it can run {', '.join((*OWN, 'ggml'))}")
 
 
+@cache
+def _wheel() -> _Ggml:
+    return _load(wheel_library())
+
+
 def _library(name: str) -> _Ggml:
-    return _load(_pinned_library if name == "ggml-pinned" and _pinned_library else wheel_library())
+    return _load(_pinned_library) if name == "ggml-pinned" and _pinned_library else _wheel()
 
 
 def active() -> dict[str, str]:
@@ -231,8 +236,7 @@ def quantize(
     chosen = select(qt, kernel)
     ggml = _library(chosen)
     if chosen in OWN:
-        if qt.name in CODEBOOKS:
-            set_codebook(CODEBOOKS[qt.name])
+        _prepare(qt)
         _native.quantize(chosen, qt.name, rows, imatrix if qt.uses_imatrix else None, out)
     else:
         weights = imatrix.ctypes.data if imatrix is not None else None
@@ -243,6 +247,56 @@ def quantize(
         what = "one would be stored as Inf" if qt.is_float else "a block's scale is not valid"
         raise WeightError(f"weights out of the range of {qt.name}: {what}")
     return out
+
+
+def _prepare(qt: QType) -> None:
+    """What quantkit's own kernels need once before the first use of a type."""
+    if qt.name in CODEBOOKS:
+        set_codebook(CODEBOOKS[qt.name])
+
+
+class StoredRows(NamedTuple):
+    """Rows as a source stores them, uint8 [n_rows, row_bytes]. They may have been dealt in turn from k runs
+    of consecutive rows of the source's matrix (row i is number i // k of run i % k): `stored` holds the
+    runs one after the other, and `first_rows`, uint64 [k], their first rows in the matrix."""
+
+    stored: U8
+    dtype: str
+    """one of FUSED"""
+    n_cols: int
+    first_rows: npt.NDArray[np.uint64]
+    scale: F32 | None
+    """FP8's, of the whole matrix, one for each `block`"""
+    block: tuple[int, int]
+    round_bf16: bool
+    """round each value to bfloat16 first, as on the way through a BF16 file"""
+
+
+#: what quantize_stored can start from
+FUSED = frozenset({"F8_E4M3", "BF16", "F16", "F32"})
+
+
+def quantize_stored(rows: StoredRows, qtype_name: str, imatrix: F32 | None, out: U8) -> bool:
+    """Quantize stored rows in one pass, a few rows at a time: what decoding them to float32 and `quantize`
+    give, without the float32 in between. `imatrix` and `out` are those of `quantize`.
+
+    False, with `out` unfinished, where quantkit has no kernel of its own or would not quantize these
+    weights: then go the long way, which says what is wrong.
+    """
+    qt = qtype(qtype_name)
+    try:
+        chosen = select(qt)
+    except KernelError:
+        return False
+    if chosen not in OWN or rows.dtype not in FUSED or (imatrix is None and qt.name in ABORT_WITHOUT_IMATRIX):
+        return False
+    _prepare(qt)
+    limits = (_LARGEST_WEIGHT, _LARGEST_PRODUCT) if qt.name in ABORT_ON_OVERFLOW else (np.inf, np.inf)
+    done = _native.quantize_rows(
+        chosen, qt.name, rows.dtype, rows.stored, rows.n_cols, rows.round_bf16, rows.first_rows, rows.scale,
+        *rows.block, imatrix if qt.uses_imatrix else None, *limits, out,
+    )  # fmt: skip
+    return done and bool(_library(chosen).validate(qt.id, out.ctypes.data, out.nbytes))
 
 
 def _require_moderate(rows: F32, imatrix: F32 | None, qt: QType) -> None:

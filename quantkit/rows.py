@@ -67,6 +67,32 @@ class RowReader:
                 "llama-quantize refuses such weights too: the checkpoint is damaged, download that shard again"
             )
 
+    def quantize(
+        self, tensor: Tensor, part: Part, row: int, qtype: str, imatrix: npt.NDArray[np.float32] | None,
+        out: npt.NDArray[np.uint8],
+    ) -> bool:  # fmt: skip
+        """Quantize rows row… of a part to blocks `out` [n_rows, row_bytes] without their float32 in memory.
+
+        False where that cannot be done, or the rows are not fit to be quantized: `rows` and kernels.quantize
+        do it then, or say what is wrong.
+        """
+        st = self.source.tensor(part.source)
+        if part.transposed or st.dtype not in kernels.FUSED:
+            return False
+        n_rows, row_bytes = len(out), stored_row_bytes(st.dtype, tensor.n_cols)
+        stored = self._stored(n_rows, row_bytes)
+        first_rows, at = [], 0
+        for first, every in _runs(part, row, out):
+            self.source.read(st, first * row_bytes, stored[at : at + len(every)])
+            first_rows.append(first)
+            at += len(every)
+        rows = kernels.StoredRows(
+            stored, st.dtype, tensor.n_cols, np.array(first_rows, np.uint64),
+            self._scale(st.name) if st.dtype == "F8_E4M3" else None, self.source.block,
+            tensor.source_type == "BF16" and st.dtype != "BF16",
+        )  # fmt: skip
+        return kernels.quantize_stored(rows, qtype, imatrix, out)
+
     def raw(self, part: Part, row: int, out: npt.NDArray[np.uint8]) -> None:
         """Fill uint8 `out` [n_rows, row_bytes] with the same rows as they are stored."""
         st = self.source.tensor(part.source)
@@ -81,13 +107,15 @@ class RowReader:
             self._values = np.empty(n_rows * n_cols, np.float32)
         return self._values[: n_rows * n_cols].reshape(n_rows, n_cols)
 
+    def _stored(self, n_rows: int, row_bytes: int) -> npt.NDArray[np.uint8]:
+        if self._bytes.size < n_rows * row_bytes:
+            self._bytes = np.empty(n_rows * row_bytes, np.uint8)
+        return self._bytes[: n_rows * row_bytes].reshape(n_rows, row_bytes)
+
     def _decode(self, st: SourceTensor, row: int, out: npt.NDArray[np.float32], round_bf16: bool) -> None:
         n_rows, n_cols = out.shape
         row_bytes = stored_row_bytes(st.dtype, n_cols)
-        n_bytes = n_rows * row_bytes
-        if self._bytes.size < n_bytes:
-            self._bytes = np.empty(n_bytes, np.uint8)
-        stored = self._bytes[:n_bytes].reshape(n_rows, row_bytes)
+        stored = self._stored(n_rows, row_bytes)
         self.source.read(st, row * row_bytes, stored)
         if st.dtype == "F8_E4M3":
             kernels.e4m3_to_f32(stored, self._scale(st.name), row, self.source.block, out, round_bf16)

@@ -1,10 +1,11 @@
 """The native engine: one pass from the source's bytes to quantized blocks at their final offset.
 
 Work is cut into slabs: consecutive rows of one part of one tensor (an expert, a head, a matrix), at
-most SLAB_VALUES values. A worker reads a slab's stored bytes, turns them into float32, quantizes
-them with its expert's slice of the importance matrix, and writes the blocks with pwrite; it needs a
-few buffers of a slab's size and nothing else, so memory is threads x slab whatever the tensor's
-size. Rows are independent, so results do not depend on slab size or threads.
+most SLAB_VALUES values. A worker reads a slab's stored bytes, quantizes them with its expert's
+slice of the importance matrix, and writes the blocks with pwrite. Where quantkit has a kernel of its
+own that is one call, in which a few rows at a time become float32; else the slab becomes float32
+first. A worker needs a few buffers of a slab's size and nothing else, so memory is threads x slab
+whatever the tensor's size. Rows are independent, so results do not depend on slab size or threads.
 """
 
 from __future__ import annotations
@@ -69,6 +70,8 @@ class _Worker:
         self.reader = RowReader(work.plan.catalogue.source)
         self.rows = np.empty(0, np.float32)
         self.blocks = np.empty(0, np.uint8)
+        self.weights = np.empty(0, np.float32)
+        self.weights_of = ("", 0)
 
     def do(self, slab: Slab) -> None:
         planned = slab.placed.planned
@@ -85,19 +88,35 @@ class _Worker:
                     f"{slab.out_row + slab.n_rows - 1}; the file is damaged, get it again"
                 )
         else:
-            rows = self._rows(slab.n_rows * n_cols).reshape(slab.n_rows, n_cols)
-            self.reader.rows(tensor, slab.part, slab.row, rows)
-            weights = None
-            if planned.imatrix == "used" and self.work.imatrix is not None:
-                mat = slab.out_row // tensor.shape[1] if len(tensor.shape) > 2 else 0
-                weights = self.work.imatrix.weights(tensor.name, mat, n_cols)
-            try:
-                kernels.quantize(rows, qt.name, weights, out=blocks)
-            except (WeightError, KernelError) as e:
-                last = slab.out_row + slab.n_rows - 1
-                raise type(e)(f"'{tensor.name}', rows {slab.out_row} to {last}: {e}") from None
+            weights = self._weights(slab)
+            if not self.reader.quantize(tensor, slab.part, slab.row, qt.name, weights, blocks):
+                self._by_way_of_f32(slab, qt.name, weights, blocks)
         self._write(slab, blocks, slab.placed.offset + slab.out_row * row_bytes)
         self.work.progress(tensor.name, slab.n_rows * n_cols)
+
+    def _by_way_of_f32(
+        self, slab: Slab, qtype: str, weights: npt.NDArray[np.float32] | None, blocks: npt.NDArray[np.uint8]
+    ) -> None:
+        tensor = slab.placed.planned.tensor
+        rows = self._rows(slab.n_rows * tensor.n_cols).reshape(slab.n_rows, tensor.n_cols)
+        self.reader.rows(tensor, slab.part, slab.row, rows)
+        try:
+            kernels.quantize(rows, qtype, weights, out=blocks)
+        except (WeightError, KernelError) as e:
+            last = slab.out_row + slab.n_rows - 1
+            raise type(e)(f"'{tensor.name}', rows {slab.out_row} to {last}: {e}") from None
+
+    def _weights(self, slab: Slab) -> npt.NDArray[np.float32] | None:
+        """The importance of a slab's columns, as kernels.quantize has it; read once for slabs that share it."""
+        planned = slab.placed.planned
+        if planned.imatrix != "used" or self.work.imatrix is None:
+            return None
+        tensor = planned.tensor
+        mat = slab.out_row // tensor.shape[1] if len(tensor.shape) > 2 else 0
+        if self.weights_of != (tensor.name, mat):
+            self.weights = self.work.imatrix.weights(tensor.name, mat, tensor.n_cols)
+            self.weights_of = (tensor.name, mat)
+        return self.weights
 
     def _rows(self, n: int) -> npt.NDArray[np.float32]:
         if self.rows.size < n:

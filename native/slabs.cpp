@@ -1,0 +1,113 @@
+// A slab of stored rows to float32, or in one go to blocks: a few rows at a time are turned into float32, which stay
+// in the nearest caches until the kernel has read them.
+#include <algorithm>
+#include <cfloat>
+#include <cstring>
+#include <memory>
+#include <new>
+#include <numeric>
+
+#include "rows.h"
+
+namespace quantkit {
+
+namespace {
+
+// Floats that a thread keeps between slabs, at a cache line's start.
+class Buffer {
+public:
+    float* of(size_t n) {
+        if (n > size_) {
+            size_ = 0;
+            data_.reset(static_cast<float*>(::operator new(n * sizeof(float), LINE)));
+            size_ = n;
+        }
+        return data_.get();
+    }
+
+private:
+    static constexpr std::align_val_t LINE{64};
+    struct Delete {
+        void operator()(float* p) const { ::operator delete(p, LINE); }
+    };
+    std::unique_ptr<float, Delete> data_;
+    size_t size_ = 0;
+};
+
+uint32_t decode_row(const RowKernels& kernels, const StoredRows& rows, size_t i, float* out) {
+    const size_t run = i % rows.n_runs, at = i / rows.n_runs;
+    // the first n_rows % n_runs runs have a row more
+    const size_t before = run * (rows.n_rows / rows.n_runs) + std::min(run, rows.n_rows % rows.n_runs);
+    const uint8_t* src = rows.data + (before + at) * rows.row_bytes();
+    switch (rows.dtype) {
+        case Stored::E4M3: {
+            const float* scale = rows.scale + (rows.first_rows[run] + at) / rows.block_rows * rows.scale_stride;
+            return kernels.e4m3(src, rows.n_cols, scale, rows.block_cols, rows.round_bf16, out);
+        }
+        case Stored::BF16: return kernels.bf16(src, rows.n_cols, rows.round_bf16, out);
+        case Stored::F16: return kernels.f16(src, rows.n_cols, rows.round_bf16, out);
+        case Stored::F32: break;
+    }
+    return kernels.f32(src, rows.n_cols, rows.round_bf16, out);
+}
+
+// Rows a turn: enough to fill a kernel's lanes, of which no set has more than 16, and not much more than half a
+// first-level cache; rows too long for both fill the lanes well enough alone.
+size_t rows_a_turn(size_t n_cols, size_t block) {
+    constexpr size_t few = 6 << 10, many = 64 << 10;  // values
+    const size_t step = 16 / std::gcd<size_t>(n_cols / block, 16);
+    if (step * n_cols <= few) return few / (step * n_cols) * step;
+    return step * n_cols <= many ? step : std::max<size_t>(1, many / n_cols);
+}
+
+}  // namespace
+
+void decode(const RowKernels& kernels, const StoredRows& rows, float* out) {
+    for (size_t i = 0; i < rows.n_rows; ++i) decode_row(kernels, rows, i, out + i * rows.n_cols);
+}
+
+bool quantize(const RowKernels& kernels, const StoredRows& stored, const Kernel& kernel, const float* importance,
+              Limits limits, uint8_t* out) {
+    static thread_local Buffer buffer;
+    StoredRows rows = stored;
+    if (std::strcmp(kernel.type, "BF16") == 0) rows.round_bf16 = false;  // it rounds, and twice is as once
+    const size_t n_cols = rows.n_cols, step = rows_a_turn(n_cols, kernel.block);
+    const size_t row_bytes = n_cols / kernel.block * kernel.block_bytes;
+    double most = 0;
+    if (importance) {
+        float largest = 0;
+        bool ok = true;
+        for (size_t c = 0; c < n_cols; ++c) {
+            ok &= importance[c] >= 0 && importance[c] <= FLT_MAX;
+            largest = std::max(largest, importance[c]);
+        }
+        if (!ok) return false;
+        most = largest;
+    }
+    for (size_t i = 0; i < rows.n_rows; i += step) {
+        const size_t n = std::min(step, rows.n_rows - i);
+        float* x = buffer.of(step * n_cols);
+        uint32_t bits = 0;
+        for (size_t r = 0; r < n; ++r) bits = std::max(bits, decode_row(kernels, rows, i + r, x + r * n_cols));
+        if (bits >= INF_BITS) return false;
+        float largest;
+        std::memcpy(&largest, &bits, sizeof largest);
+        const double v = largest;
+        if (v > limits.weight || most * v * std::max(1.0, v * v) > limits.product) return false;
+        kernel.quantize(x, out + i * row_bytes, n, n_cols, importance);
+    }
+    return true;
+}
+
+size_t first_nonfinite(const RowKernels& kernels, const float* x, size_t n) {
+    constexpr size_t chunk = 4096;
+    for (size_t i = 0; i < n; i += chunk) {
+        const size_t end = std::min(n, i + chunk);
+        if (kernels.largest(x + i, end - i) < INF_BITS) continue;
+        for (size_t j = i; j < end; ++j)
+            if (kernels.largest(x + j, 1) >= INF_BITS) return j;
+    }
+    return n;
+}
+
+}  // namespace quantkit
