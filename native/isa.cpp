@@ -7,6 +7,8 @@ namespace quantkit::QK_ISA {
 extern const Kernel KERNELS[] = {
     {"Q2_K", 256, 84, quantize_q2_k},   {"Q3_K", 256, 110, quantize_q3_k}, {"Q4_K", 256, 144, quantize_q4_k},
     {"Q5_K", 256, 176, quantize_q5_k}, {"Q6_K", 256, 210, quantize_q6_k},
+    {"IQ2_XXS", 256, 66, quantize_iq2_xxs}, {"IQ2_XS", 256, 74, quantize_iq2_xs}, {"IQ2_S", 256, 82, quantize_iq2_s},
+    {"IQ3_XXS", 256, 98, quantize_iq3_xxs}, {"IQ3_S", 256, 110, quantize_iq3_s},
 };
 extern const size_t N_KERNELS = sizeof KERNELS / sizeof *KERNELS;
 

@@ -11,6 +11,11 @@ QK_DECLARE(q3_k);
 QK_DECLARE(q4_k);
 QK_DECLARE(q5_k);
 QK_DECLARE(q6_k);
+QK_DECLARE(iq2_xxs);
+QK_DECLARE(iq2_xs);
+QK_DECLARE(iq2_s);
+QK_DECLARE(iq3_xxs);
+QK_DECLARE(iq3_s);
 #undef QK_DECLARE
 
 }  // namespace quantkit::QK_ISA
