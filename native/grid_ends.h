@@ -6,6 +6,8 @@
 //
 // Ends<DIM> holds the terms at the scales `a` and `b`; a Costs is W neighbours' costs at both.
 #pragma once
+#include <type_traits>
+
 #include "grids.h"
 #include "lanes.h"
 
@@ -250,60 +252,88 @@ struct Ends {
 
 #endif
 
-// The first of the least of n neighbours at each scale, and whether each is ahead of all others by more than `margin`.
+// Of a list of neighbours at both scales: the first of the least; whether each is ahead of all others by more than
+// `margin`; and how far the other scale's choice is behind at each.
 struct Found {
     uint16_t a, b;
     bool clear;
+    float behind_a, behind_b;
 };
 
-QK_INLINE bool single(uint64_t bits) { return (bits & (bits - 1)) == 0; }
+template <typename T>
+QK_INLINE bool single(T bits) {
+    return (bits & (bits - 1)) == 0;
+}
+
+// `cost`: the list's, W at scale a and W at scale b in turn.
+template <int W>
+QK_INLINE Found found(const float* cost, const uint16_t* list, int a, int b, bool clear) {
+    const int in_a = a / W * 2 * W + a % W, in_b = b / W * 2 * W + b % W;
+    return {list[a], list[b], clear, cost[in_b] - cost[in_a], cost[in_a + W] - cost[in_b + W]};
+}
 
 // N_VECTORS * W >= n > (N_VECTORS - 1) * W, at most 64
 template <int DIM, int N_VECTORS>
 QK_INLINE Found nearest(const Ends<DIM>& ends, const uint16_t* list, int n, float margin) {
     typedef Ends<DIM> E;
+    typedef std::conditional_t<N_VECTORS * E::W <= 32, uint32_t, uint64_t> Mask;
     static_assert(N_VECTORS * E::W <= 64);
     typename E::Costs cost[N_VECTORS];
-    for (int v = 0; v < N_VECTORS; ++v) cost[v] = ends.costs(list + v * E::W);
+    alignas(64) float stored[N_VECTORS * 2 * E::W];
+    for (int v = 0; v < N_VECTORS; ++v) {
+        cost[v] = ends.costs(list + v * E::W);
+        std::memcpy(stored + v * 2 * E::W, &cost[v], sizeof cost[v]);
+    }
     typename E::Costs m = cost[0];
     for (int v = 1; v < N_VECTORS; ++v) m = E::least(m, cost[v]);
     m = E::least_of(m);
     const typename E::Costs limit = E::plus(m, margin);
-    uint64_t first_a = uint64_t{1} << (n - 1), first_b = first_a, near_a = 0, near_b = 0;
+    Mask first_a = Mask{1} << (n - 1), first_b = first_a, near_a = 0, near_b = 0;
+    const Mask real = 2 * first_a - 1;
     for (int v = 0; v < N_VECTORS; ++v) {
         const Bits equal = E::equal(cost[v], m), near = E::not_above(cost[v], limit);
-        first_a |= static_cast<uint64_t>(equal.a) << (v * E::W);
-        first_b |= static_cast<uint64_t>(equal.b) << (v * E::W);
-        near_a |= static_cast<uint64_t>(near.a) << (v * E::W);
-        near_b |= static_cast<uint64_t>(near.b) << (v * E::W);
+        first_a |= static_cast<Mask>(equal.a) << (v * E::W);
+        first_b |= static_cast<Mask>(equal.b) << (v * E::W);
+        near_a |= static_cast<Mask>(near.a) << (v * E::W);
+        near_b |= static_cast<Mask>(near.b) << (v * E::W);
     }
-    const uint64_t real = ~uint64_t{0} >> (64 - n);
-    return {list[__builtin_ctzll(first_a)], list[__builtin_ctzll(first_b)], single(near_a & real) && single(near_b & real)};
+    int a, b;
+    if constexpr (sizeof(Mask) == 4)
+        a = __builtin_ctz(first_a), b = __builtin_ctz(first_b);
+    else
+        a = __builtin_ctzll(first_a), b = __builtin_ctzll(first_b);
+    return found<E::W>(stored, list, a, b, single<Mask>(near_a & real) & single<Mask>(near_b & real) ? true : false);
 }
 
 // Any n up to 1024.
 template <int DIM>
 __attribute__((noinline)) Found nearest_of_many(const Ends<DIM>& ends, const uint16_t* list, int n, float margin) {
     typedef Ends<DIM> E;
-    typename E::Costs cost[1024 / E::W];
+    alignas(64) float stored[2 * 1024];
+    const auto at = [&stored](int v) {
+        typename E::Costs c;
+        std::memcpy(&c, stored + v * 2 * E::W, sizeof c);
+        return c;
+    };
     const int n_vectors = (n + E::W - 1) / E::W;
-    typename E::Costs m = cost[0] = ends.costs(list);
-    for (int v = 1; v < n_vectors; ++v) {
-        cost[v] = ends.costs(list + v * E::W);
-        m = E::least(m, cost[v]);
+    typename E::Costs m{};
+    for (int v = 0; v < n_vectors; ++v) {
+        const typename E::Costs c = ends.costs(list + v * E::W);
+        std::memcpy(stored + v * 2 * E::W, &c, sizeof c);
+        m = v ? E::least(m, c) : c;
     }
     m = E::least_of(m);
     const typename E::Costs limit = E::plus(m, margin);
     int first_a = n - 1, first_b = n - 1, near_a = 0, near_b = 0;
     for (int v = n_vectors - 1; v >= 0; --v) {
         const uint32_t real = v == n_vectors - 1 ? (1u << (n - v * E::W)) - 1 : ~0u;
-        const Bits equal = E::equal(cost[v], m), near = E::not_above(cost[v], limit);
-        if (equal.a) first_a = v * E::W + __builtin_ctz(equal.a);
-        if (equal.b) first_b = v * E::W + __builtin_ctz(equal.b);
+        const Bits equal = E::equal(at(v), m), near = E::not_above(at(v), limit);
+        if (equal.a & real) first_a = v * E::W + __builtin_ctz(equal.a);
+        if (equal.b & real) first_b = v * E::W + __builtin_ctz(equal.b);
         near_a += __builtin_popcount(near.a & real);
         near_b += __builtin_popcount(near.b & real);
     }
-    return {list[first_a], list[first_b], near_a <= 1 && near_b <= 1};
+    return found<E::W>(stored, list, first_a, first_b, near_a <= 1 && near_b <= 1);
 }
 
 }  // namespace quantkit::QK_ISA

@@ -93,19 +93,29 @@ struct Slab {
     static constexpr int QUEUE = 512;                // a queue is worked off when it might overflow
     static constexpr int MOST = LANES * (STEPS + 1);  // pushed between two looks at it
 
+    // One search: steps a..b have the same cell. The rest says where the group's values are.
     struct Item {
         uint32_t list;
         uint16_t n;
-        uint8_t lane, k, a, b;  // steps a..b have the same cell
+        uint8_t a, b;
+        uint16_t row, scale, word;
+    };
+    // Steps a and b are won by different points: where they cross is to be found.
+    struct Probe {
+        Item item;
+        uint16_t point_a, point_b;
+        float behind_a, behind_b;
     };
 
     const Grid* grid;
+    const uint16_t* words;  // of the grid
     F x[SLAB], w[SLAB], root[SLAB];  // values without sign, weights, their square roots
     F scale[STEPS + 1][G], inverse[STEPS + 1][G];
     F margin[K];
     I word[STEPS + 1][K];
     alignas(64) float row_x[LANES][SLAB], row_root[LANES][SLAB];
     Item queue[UNROLLED + 1][QUEUE + MOST];
+    Probe probes[QUEUE + MOST];
     int count[UNROLLED + 1];
 
     static constexpr int group_of(int k) { return k / (K / G); }
@@ -116,40 +126,78 @@ struct Slab {
         const Cell& from = risky ? grid->full[cell] : c;
         const int n_vectors = (from.n + W - 1) / W;
         const int q = n_vectors > UNROLLED ? UNROLLED : n_vectors ? n_vectors - 1 : 0;
-        queue[q][count[q]] = {from.list,           from.n, static_cast<uint8_t>(lane), static_cast<uint8_t>(k), static_cast<uint8_t>(a),
-                              static_cast<uint8_t>(b)};
+        queue[q][count[q]] = {from.list,
+                              from.n,
+                              static_cast<uint8_t>(a),
+                              static_cast<uint8_t>(b),
+                              static_cast<uint16_t>(lane * SLAB + k * DIM),
+                              static_cast<uint16_t>(group_of(k) * LANES + lane),
+                              static_cast<uint16_t>(k * LANES + lane)};
         count[q] += from.n != 0;
     }
 
     static QK_INLINE int32_t& lane_of(I& v, int lane) { return reinterpret_cast<int32_t*>(&v)[lane]; }
     static QK_INLINE float lane_of(const F& v, int lane) { return reinterpret_cast<const float*>(&v)[lane]; }
 
+    // The search at steps a and b of an item's group.
     template <int N_VECTORS>
-    void work_off(int q) {
+    QK_INLINE Found search_at(const Item& it, int a, int b) const {
+        const float* const scales = reinterpret_cast<const float*>(scale) + it.scale;
+        const Ends<DIM> ends(row_x[0] + it.row, row_root[0] + it.row, scales[a * G * LANES], scales[b * G * LANES]);
+        const float m = reinterpret_cast<const float*>(margin)[it.word];
+        if constexpr (N_VECTORS > UNROLLED)
+            return nearest_of_many<DIM>(ends, words + it.list, it.n, m);
+        else
+            return nearest<DIM, N_VECTORS>(ends, words + it.list, it.n, m);
+    }
+
+    // Without branches but the loops': what the searches find is not predictable.
+    template <int N_VECTORS>
+    __attribute__((noinline)) void work_off(int q) {
         Item* const items = queue[q];
         int n = count[q];
         while (n) {
-            int left = 0;
+            int left = 0, n_probes = 0;
             for (int i = 0; i < n; ++i) {
                 const Item it = items[i];
-                const int g = group_of(it.k), at = it.k * DIM;
-                const Ends<DIM> ends(row_x[it.lane] + at, row_root[it.lane] + at, lane_of(scale[it.a][g], it.lane),
-                                     lane_of(scale[it.b][g], it.lane));
-                const float m = lane_of(margin[it.k], it.lane);
-                const uint16_t* list = grid->words + it.list;
-                Found f;
-                if constexpr (N_VECTORS > UNROLLED)
-                    f = nearest_of_many<DIM>(ends, list, it.n, m);
-                else
-                    f = nearest<DIM, N_VECTORS>(ends, list, it.n, m);
-                const bool same = f.clear & (f.a == f.b);
-                lane_of(word[it.b][it.k], it.lane) = same ? AS_BEFORE : f.b;
-                lane_of(word[it.a][it.k], it.lane) = f.a;
-                // the ends differ, or are too close to call: search between them
+                const Found f = search_at<N_VECTORS>(it, it.a, it.b);
+                int32_t* const to = reinterpret_cast<int32_t*>(word) + it.word;
+                const int same = static_cast<int>(f.clear) & static_cast<int>(f.a == f.b);
+                to[it.b * K * LANES] = f.b | -same;  // AS_BEFORE
+                to[it.a * K * LANES] = f.a;
+                const int inner = static_cast<int>(it.b - it.a >= 2) & (same ^ 1);
+                probes[n_probes] = {it, f.a, f.b, f.behind_a, f.behind_b};
+                n_probes += inner & static_cast<int>(f.clear);
+                // too close to call: the steps between anew
                 items[left] = it;
                 items[left].a = static_cast<uint8_t>(it.a + 1);
                 items[left].b = static_cast<uint8_t>(it.b - 1);
-                left += !same & (it.b - it.a >= 2);
+                left += inner & static_cast<int>(!f.clear);
+            }
+            // c_g/s^2 of the two winners are lines over the steps: search at both sides of where they cross
+            for (int i = 0; i < n_probes; ++i) {
+                const Probe p = probes[i];
+                const Item& it = p.item;
+                const float* const inverses = reinterpret_cast<const float*>(inverse) + it.scale;
+                const float id_a = inverses[it.a * G * LANES], id_b = inverses[it.b * G * LANES];
+                const float line_a = p.behind_a * id_a * id_a, line_b = p.behind_b * id_b * id_b;
+                float part = line_a / (line_a + line_b);
+                part = part > 0.0f ? part : 0.0f;
+                part = part < 1.0f ? part : 1.0f;
+                int m = it.a + static_cast<int>(part * static_cast<float>(it.b - it.a));
+                m = m < it.b ? m : it.b - 1;
+                const Found f = search_at<N_VECTORS>(it, m, m + 1);
+                int32_t* const to = reinterpret_cast<int32_t*>(word) + it.word;
+                const int as_a = static_cast<int>(f.clear) & static_cast<int>(f.a == p.point_a);
+                const int as_b = static_cast<int>(f.clear) & static_cast<int>(f.b == p.point_b);
+                to[(m + 1) * K * LANES] = f.b;
+                to[m * K * LANES] = f.a | -(as_a & static_cast<int>(m > it.a));
+                const int left_known = as_a | static_cast<int>(m - it.a <= 1);
+                const int right_known = as_b | static_cast<int>(it.b - m <= 2);
+                items[left] = it;
+                items[left].a = static_cast<uint8_t>(it.a + 1);
+                items[left].b = static_cast<uint8_t>(it.b - 1);
+                left += (left_known & right_known) ^ 1;
             }
             n = left;
         }
@@ -246,7 +294,9 @@ struct Slab {
     // Fits each group: the steps' inverse scales are (TOP + i*STEP) / fit. `x` and `w` are set; `found` holds the
     // scale to start from and becomes the scale found (negative possible), `point` the grid points. Lanes of groups
     // that are not alive keep `found` and get the lowest point; their `fit` must leave fit's steps finite.
-    QK_INLINE void search(const F* fit, const I* alive, F* found, I* point) {
+    QK_INLINE void search(const Grid& type_grid, const F* fit, const I* alive, F* found, I* point) {
+        grid = &type_grid;
+        words = type_grid.words;
         uint8_t* rows_x[LANES];
         uint8_t* rows_root[LANES];
         for (int lane = 0; lane < LANES; ++lane) {

@@ -143,7 +143,6 @@ QK_INLINE void tile_iq2_xxs(const Grid& grid, Slab<Iq2Xxs>& slab, const float* c
     take_signs<true>(x, w, signs);
     F scales[SLABS];
     for (int s = 0; s < SLABS; s += 4) search_positive_scale<SLAB, 4, 4>(x + s * SLAB, w + s * SLAB, scales + s);
-    slab.grid = &grid;
     I packed[SLABS];
     for (int s = 0; s < SLABS; ++s) {
         std::memcpy(slab.x, x + s * SLAB, sizeof slab.x);
@@ -155,7 +154,7 @@ QK_INLINE void tile_iq2_xxs(const Grid& grid, Slab<Iq2Xxs>& slab, const float* c
         fit = select(alive, fit, 1.0f + top);
         F found = scales[s];
         I point[4];
-        slab.search(&fit, &alive, &found, point);
+        slab.search(grid, &fit, &alive, &found, point);
         const I flip = I(found < 0.0f);
         I bits{};
         for (int k = 0; k < 4; ++k) bits |= ((signs[4 * s + k] ^ (flip & 127)) & alive) << (7 * k);
@@ -186,7 +185,6 @@ QK_INLINE void tile_iq2_xs(const Grid& grid, Slab<Iq2Xs>& slab, const float* con
         for (int i = 0; i < QK_K; ++i) w[i] = 0.25f * sigma2 + x[i] * x[i];
     }
     take_signs<PARITY>(x, w, signs);
-    slab.grid = &grid;
     F scales[2 * SLABS];
     I high[SLABS] = {};
     for (int s = 0; s < SLABS; ++s) {
@@ -200,7 +198,7 @@ QK_INLINE void tile_iq2_xs(const Grid& grid, Slab<Iq2Xs>& slab, const float* con
             fit[g] = select(alive[g], top, splat(1.0f));
             found[g] = top / 5.0f;
         }
-        slab.search(fit, alive, found, point);
+        slab.search(grid, fit, alive, found, point);
         for (int g = 0; g < 2; ++g) {
             const I flip = I(found[g] < 0.0f);
             scales[2 * s + g] = select(alive[g], abs_of(found[g]), F{});

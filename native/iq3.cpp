@@ -48,7 +48,6 @@ QK_INLINE void tile_iq3(const Grid& grid, Slab<T>& slab, const float* const* xs,
         for (int i = 0; i < QK_K; ++i) w[i] = x[i] * x[i];
     }
     take_signs<T::PARITY>(x, w, signs);
-    slab.grid = &grid;
     F scales[SLABS];
     I packed[SLABS];
     // IQ3_S: ggml does not step over the points and signs of a slab of zeros; the next one's go there, and the rest
@@ -65,7 +64,7 @@ QK_INLINE void tile_iq3(const Grid& grid, Slab<T>& slab, const float* const* xs,
         const F fit = select(alive, top, splat(1.0f));
         F found = top / 15.0f;
         I point[8];
-        slab.search(&fit, &alive, &found, point);
+        slab.search(grid, &fit, &alive, &found, point);
         const I flip = I(found < 0.0f);
         scales[s] = select(alive, abs_of(found), F{});
         I sign{};
