@@ -265,10 +265,16 @@ QK_INLINE bool single(T bits) {
     return (bits & (bits - 1)) == 0;
 }
 
-// `cost`: the list's, W at scale a and W at scale b in turn.
+// Where the cost of a list's neighbour is, of W at scale a and W at scale b in turn.
+template <int W>
+QK_INLINE unsigned place(unsigned i) {
+    return i + (i & ~static_cast<unsigned>(W - 1));
+}
+
+// `cost`: the list's.
 template <int W>
 QK_INLINE Found found(const float* cost, const uint16_t* list, int a, int b, bool clear) {
-    const int in_a = a / W * 2 * W + a % W, in_b = b / W * 2 * W + b % W;
+    const unsigned in_a = place<W>(static_cast<unsigned>(a)), in_b = place<W>(static_cast<unsigned>(b));
     return {list[a], list[b], clear, cost[in_b] - cost[in_a], cost[in_a + W] - cost[in_b + W]};
 }
 

@@ -75,6 +75,8 @@ QK_INLINE F level_value(I word, int i) {
 // A word in the search's results: the grid point, whether it was the rounded levels themselves, or as the step before.
 constexpr int32_t ON_GRID = 1 << 16;
 constexpr int32_t AS_BEFORE = -1;
+// A run's cell, where values are close to being rounded otherwise; above all cells.
+constexpr uint32_t RISKY = 1 << 16;
 
 // What a group is searched again for at the scale found: every point, every point if one was off the grid, or the
 // points that were off the grid.
@@ -93,16 +95,20 @@ struct Slab {
     static constexpr int QUEUE = 512;                // a queue is worked off when it might overflow
     static constexpr int MOST = LANES * (STEPS + 1);  // pushed between two looks at it
 
-    // One search: steps a..b have the same cell. The rest says where the group's values are.
+    // One search: steps a..b of a group of a lane have the same cell. Packed, since there are many.
     struct Item {
-        uint32_t list;
-        uint16_t n;
-        uint8_t a, b;
-        uint16_t row, scale, word;
+        uint64_t what;   // list: 32 bits, its length: 16, a: 8, b: 8
+        uint64_t where;  // offsets, 16 bits each: in `rows`, `scale` and `inverse`, `word` and `margin`
+
+        QK_INLINE size_t list() const { return what & 0xffffffff; }
+        QK_INLINE int n() const { return static_cast<int>((what >> 32) & 0xffff); }
+        QK_INLINE size_t a() const { return (what >> 48) & 0xff; }
+        QK_INLINE size_t b() const { return what >> 56; }
+        QK_INLINE Item inner() const { return {what + (uint64_t{1} << 48) - (uint64_t{1} << 56), where}; }
     };
-    // Steps a and b are won by different points: where they cross is to be found.
+    // Steps a and b of an item are won by different points: where they cross is to be found.
     struct Probe {
-        Item item;
+        uint32_t item;
         uint16_t point_a, point_b;
         float behind_a, behind_b;
     };
@@ -113,101 +119,126 @@ struct Slab {
     F scale[STEPS + 1][G], inverse[STEPS + 1][G];
     F margin[K];
     I word[STEPS + 1][K];
-    alignas(64) float row_x[LANES][SLAB], row_root[LANES][SLAB];
-    Item queue[UNROLLED + 1][QUEUE + MOST];
+    alignas(64) float rows[LANES][2][SLAB];  // x and root
+    // runs of equal cells of one k: cell | RISKY; lane | first step << 8 | last step << 16
+    alignas(64) uint32_t run_cell[LANES * (STEPS + 1) + LANES], run_at[LANES * (STEPS + 1) + LANES];
+    Item queue[UNROLLED + 2][2 * (QUEUE + MOST)];  // by the number of vectors of the list; 0 takes what needs no search
     Probe probes[QUEUE + MOST];
-    int count[UNROLLED + 1];
+    uint32_t again[QUEUE + MOST];
+    size_t count[UNROLLED + 2];
 
     static constexpr int group_of(int k) { return k / (K / G); }
 
-    QK_INLINE void push(int lane, int k, int a, int b, int cell, bool risky) {
-        const Cell& c = grid->cells[cell];
-        lane_of(word[a][k], lane) = c.n ? 0 : c.word | ON_GRID;
-        const Cell& from = risky ? grid->full[cell] : c;
-        const int n_vectors = (from.n + W - 1) / W;
-        const int q = n_vectors > UNROLLED ? UNROLLED : n_vectors ? n_vectors - 1 : 0;
-        queue[q][count[q]] = {from.list,
-                              from.n,
-                              static_cast<uint8_t>(a),
-                              static_cast<uint8_t>(b),
-                              static_cast<uint16_t>(lane * SLAB + k * DIM),
-                              static_cast<uint16_t>(group_of(k) * LANES + lane),
-                              static_cast<uint16_t>(k * LANES + lane)};
-        count[q] += from.n != 0;
+    static QK_INLINE int32_t lane_of(const I& v, int lane) { return reinterpret_cast<const int32_t*>(&v)[lane]; }
+
+    // Appends the lanes of `m` to a list of n runs of equal cells.
+    static QK_INLINE size_t append(uint32_t* cells, uint32_t* ats, size_t n, uint32_t m, I cell, I at) {
+#if defined(__AVX512F__)
+        const __mmask16 mask = static_cast<__mmask16>(m);
+        _mm512_storeu_si512(cells + n, _mm512_maskz_compress_epi32(mask, reinterpret_cast<__m512i>(cell)));
+        _mm512_storeu_si512(ats + n, _mm512_maskz_compress_epi32(mask, reinterpret_cast<__m512i>(at)));
+        return n + static_cast<size_t>(__builtin_popcount(m));
+#else
+        for (; m; m &= m - 1, ++n) {
+            const int lane = __builtin_ctz(m);
+            cells[n] = static_cast<uint32_t>(lane_of(cell, lane));
+            ats[n] = static_cast<uint32_t>(lane_of(at, lane));
+        }
+        return n;
+#endif
     }
 
-    static QK_INLINE int32_t& lane_of(I& v, int lane) { return reinterpret_cast<int32_t*>(&v)[lane]; }
-    static QK_INLINE float lane_of(const F& v, int lane) { return reinterpret_cast<const float*>(&v)[lane]; }
+    // The cells of n runs: those on the grid are done, the others go to the queues.
+    QK_INLINE void take_runs(int k, size_t n) {
+        const uint64_t where = (static_cast<uint64_t>(k) * DIM) | (static_cast<uint64_t>(group_of(k)) * LANES << 16) |
+                               (static_cast<uint64_t>(k) * LANES << 32);
+        constexpr uint64_t PER_LANE = 2 * SLAB | (1 << 16) | (uint64_t{1} << 32);
+        int32_t* const to = reinterpret_cast<int32_t*>(word) + k * LANES;
+        for (size_t r = 0; r < n; ++r) {
+            const uint32_t cell = run_cell[r], at = run_at[r], lane = at & 0xff;
+            const Cell c = (cell & RISKY ? grid->full : grid->cells)[cell & (RISKY - 1)];
+            to[((at >> 8) & 0xff) * K * LANES + lane] = c.word() | ON_GRID;
+            const size_t n_vectors = (static_cast<size_t>(c.n()) + W - 1) / W;
+            const size_t q = n_vectors <= UNROLLED ? n_vectors : UNROLLED + 1;
+            queue[q][count[q]] = {c.list_and_n() | (static_cast<uint64_t>(at >> 8) << 48), where + lane * PER_LANE};
+            count[q] += q != 0;
+        }
+    }
 
     // The search at steps a and b of an item's group.
     template <int N_VECTORS>
-    QK_INLINE Found search_at(const Item& it, int a, int b) const {
-        const float* const scales = reinterpret_cast<const float*>(scale) + it.scale;
-        const Ends<DIM> ends(row_x[0] + it.row, row_root[0] + it.row, scales[a * G * LANES], scales[b * G * LANES]);
-        const float m = reinterpret_cast<const float*>(margin)[it.word];
+    QK_INLINE Found search_at(const Item& it, size_t a, size_t b) const {
+        const float* const scales = reinterpret_cast<const float*>(scale) + ((it.where >> 16) & 0xffff);
+        const float* const row = rows[0][0] + (it.where & 0xffff);
+        const Ends<DIM> ends(row, row + SLAB, scales[a * G * LANES], scales[b * G * LANES]);
+        const float m = reinterpret_cast<const float*>(margin)[it.where >> 32];
         if constexpr (N_VECTORS > UNROLLED)
-            return nearest_of_many<DIM>(ends, words + it.list, it.n, m);
+            return nearest_of_many<DIM>(ends, words + it.list(), it.n(), m);
         else
-            return nearest<DIM, N_VECTORS>(ends, words + it.list, it.n, m);
+            return nearest<DIM, N_VECTORS>(ends, words + it.list(), it.n(), m);
     }
 
-    // Without branches but the loops': what the searches find is not predictable.
+    // The winner of two neighbouring steps, where the lines c_g/s^2 of the winners at a and b are expected to cross.
+    // Whether all steps between are known then.
     template <int N_VECTORS>
-    __attribute__((noinline)) void work_off(int q) {
-        Item* const items = queue[q];
-        int n = count[q];
-        while (n) {
-            int left = 0, n_probes = 0;
-            for (int i = 0; i < n; ++i) {
-                const Item it = items[i];
-                const Found f = search_at<N_VECTORS>(it, it.a, it.b);
-                int32_t* const to = reinterpret_cast<int32_t*>(word) + it.word;
-                const int same = static_cast<int>(f.clear) & static_cast<int>(f.a == f.b);
-                to[it.b * K * LANES] = f.b | -same;  // AS_BEFORE
-                to[it.a * K * LANES] = f.a;
-                const int inner = static_cast<int>(it.b - it.a >= 2) & (same ^ 1);
-                probes[n_probes] = {it, f.a, f.b, f.behind_a, f.behind_b};
-                n_probes += inner & static_cast<int>(f.clear);
-                // too close to call: the steps between anew
-                items[left] = it;
-                items[left].a = static_cast<uint8_t>(it.a + 1);
-                items[left].b = static_cast<uint8_t>(it.b - 1);
-                left += inner & static_cast<int>(!f.clear);
-            }
-            // c_g/s^2 of the two winners are lines over the steps: search at both sides of where they cross
-            for (int i = 0; i < n_probes; ++i) {
-                const Probe p = probes[i];
-                const Item& it = p.item;
-                const float* const inverses = reinterpret_cast<const float*>(inverse) + it.scale;
-                const float id_a = inverses[it.a * G * LANES], id_b = inverses[it.b * G * LANES];
-                const float line_a = p.behind_a * id_a * id_a, line_b = p.behind_b * id_b * id_b;
-                float part = line_a / (line_a + line_b);
-                part = part > 0.0f ? part : 0.0f;
-                part = part < 1.0f ? part : 1.0f;
-                int m = it.a + static_cast<int>(part * static_cast<float>(it.b - it.a));
-                m = m < it.b ? m : it.b - 1;
-                const Found f = search_at<N_VECTORS>(it, m, m + 1);
-                int32_t* const to = reinterpret_cast<int32_t*>(word) + it.word;
-                const int as_a = static_cast<int>(f.clear) & static_cast<int>(f.a == p.point_a);
-                const int as_b = static_cast<int>(f.clear) & static_cast<int>(f.b == p.point_b);
-                to[(m + 1) * K * LANES] = f.b;
-                to[m * K * LANES] = f.a | -(as_a & static_cast<int>(m > it.a));
-                const int left_known = as_a | static_cast<int>(m - it.a <= 1);
-                const int right_known = as_b | static_cast<int>(it.b - m <= 2);
-                items[left] = it;
-                items[left].a = static_cast<uint8_t>(it.a + 1);
-                items[left].b = static_cast<uint8_t>(it.b - 1);
-                left += (left_known & right_known) ^ 1;
-            }
-            n = left;
-        }
-        count[q] = 0;
+    QK_INLINE bool probe(const Item& it, const Probe& p) {
+        const float* const inverses = reinterpret_cast<const float*>(inverse) + ((it.where >> 16) & 0xffff);
+        const size_t a = it.a(), b = it.b();
+        const float id_a = inverses[a * G * LANES], id_b = inverses[b * G * LANES];
+        const float line_a = p.behind_a * id_a * id_a, line_b = p.behind_b * id_b * id_b;
+        float part = line_a / (line_a + line_b);
+        part = part > 0.0f ? part : 0.0f;  // NaN too
+        part = part < 1.0f ? part : 1.0f;
+        size_t m = a + static_cast<size_t>(static_cast<int>(part * static_cast<float>(static_cast<int>(b - a))));
+        m = m < b ? m : b - 1;
+        const Found f = search_at<N_VECTORS>(it, m, m + 1);
+        int32_t* const to = reinterpret_cast<int32_t*>(word) + (it.where >> 32);
+        const int as_a = static_cast<int>(f.clear) & static_cast<int>(f.a == p.point_a);
+        const int as_b = static_cast<int>(f.clear) & static_cast<int>(f.b == p.point_b);
+        to[(m + 1) * K * LANES] = f.b;
+        to[m * K * LANES] = f.a | -(as_a & static_cast<int>(m > a));
+        return ((as_a | static_cast<int>(m - a <= 1)) & (as_b | static_cast<int>(b - m <= 2))) != 0;
     }
 
-    template <int Q = 0>
-    QK_INLINE void work_off_all(int above) {
-        if (count[Q] > above) work_off<Q + 1>(Q);
-        if constexpr (Q < UNROLLED) work_off_all<Q + 1>(above);
+    template <int N_VECTORS>
+    __attribute__((noinline)) void work_off() {
+        Item* const items = queue[N_VECTORS];
+        size_t n = count[N_VECTORS];
+        while (n) {
+            size_t n_again = 0, n_probes = 0;
+            for (size_t i = 0; i < n; ++i) {
+                const Item it = items[i];
+                const size_t a = it.a(), b = it.b();
+                const Found f = search_at<N_VECTORS>(it, a, b);
+                int32_t* const to = reinterpret_cast<int32_t*>(word) + (it.where >> 32);
+                const int same = static_cast<int>(f.clear) & static_cast<int>(f.a == f.b);
+                to[b * K * LANES] = f.b | -same;  // AS_BEFORE
+                to[a * K * LANES] = f.a;
+                const int inner = static_cast<int>(b - a >= 2);
+                // no branch: whether the ends differ is not predictable
+                probes[n_probes] = {static_cast<uint32_t>(i), f.a, f.b, f.behind_a, f.behind_b};
+                n_probes += static_cast<size_t>(inner & static_cast<int>(f.clear) & (same ^ 1));
+                again[n_again] = static_cast<uint32_t>(i);
+                n_again += static_cast<size_t>(inner & static_cast<int>(!f.clear));
+            }
+            for (size_t i = 0; i < n_probes; ++i) {
+                const Probe p = probes[i];
+                again[n_again] = p.item;
+                n_again += !probe<N_VECTORS>(items[p.item], p);
+            }
+            // too close to call, or not as expected: the steps between anew. Items are taken in any order, so those
+            // that go on are copied aside first.
+            for (size_t i = 0; i < n_again; ++i) items[n + i] = items[again[i]].inner();
+            std::memmove(static_cast<void*>(items), items + n, n_again * sizeof(Item));
+            n = n_again;
+        }
+        count[N_VECTORS] = 0;
+    }
+
+    template <int N_VECTORS = 1>
+    QK_INLINE void work_off_all(size_t above) {
+        if (count[N_VECTORS] > above) work_off<N_VECTORS>();
+        if constexpr (N_VECTORS <= UNROLLED) work_off_all<N_VECTORS + 1>(above);
     }
 
     // The cells of group k at one inverse scale, and whether each is risky (see 2 above).
@@ -240,41 +271,31 @@ struct Slab {
 
     template <bool SAFE>
     QK_INLINE void all_steps(const I* alive) {
+        I lane_numbers;
+        for (int lane = 0; lane < LANES; ++lane) lane_numbers[lane] = lane;
         for (int k = 0; k < K; ++k) {
             const int g = group_of(k);
             const uint32_t live = lane_bits(alive[g]);
             I risky, run_risky;
-            I cell = cell_of<SAFE>(k, inverse[0][g], &run_risky), run_cell = cell;
-            uint8_t start[LANES] = {};
-            word[0][k] = splat(ON_GRID);  // for lanes that are not alive; others are set by push
+            I run = cell_of<SAFE>(k, inverse[0][g], &run_risky), at = lane_numbers;
+            word[0][k] = splat(ON_GRID);  // for lanes that are not alive
+            size_t n = 0;
             for (int is = 1; is < STEPS; ++is) {
-                cell = cell_of<SAFE>(k, inverse[is][g], &risky);
-                const I changed = I(cell != run_cell);
+                const I cell = cell_of<SAFE>(k, inverse[is][g], &risky);
+                const I changed = I(cell != run);
                 word[is][k] = splat(AS_BEFORE);
-                uint32_t m = lane_bits(changed) & live;
-                if (m) {
-                    const uint32_t r = lane_bits(run_risky);
-                    do {
-                        const int lane = __builtin_ctz(m);
-                        push(lane, k, start[lane], is - 1, lane_of(run_cell, lane), (r >> lane) & 1);
-                        start[lane] = static_cast<uint8_t>(is);
-                        m &= m - 1;
-                    } while (m);
-                }
+                n = append(run_cell, run_at, n, lane_bits(changed) & live, run | (run_risky & static_cast<int32_t>(RISKY)),
+                           at | ((is - 1) << 16));
+                at = select(changed, lane_numbers | (is << 8), at);
                 run_risky = (run_risky & ~changed) | risky;
-                run_cell = cell;
+                run = cell;
             }
-            const uint32_t r = lane_bits(run_risky);
-            for (uint32_t m = live; m; m &= m - 1) {
-                const int lane = __builtin_ctz(m);
-                push(lane, k, start[lane], STEPS - 1, lane_of(run_cell, lane), (r >> lane) & 1);
-            }
+            n = append(run_cell, run_at, n, live, run | (run_risky & static_cast<int32_t>(RISKY)), at | ((STEPS - 1) << 16));
+            take_runs(k, n);
             work_off_all(QUEUE);
         }
         work_off_all(0);
     }
-
-    static QK_INLINE int32_t lane_of(const I& v, int lane) { return reinterpret_cast<const int32_t*>(&v)[lane]; }
 
     // sumqx and sumq2 of all groups with the grid points `at`, for N steps at once.
     template <int N>
@@ -300,8 +321,8 @@ struct Slab {
         uint8_t* rows_x[LANES];
         uint8_t* rows_root[LANES];
         for (int lane = 0; lane < LANES; ++lane) {
-            rows_x[lane] = reinterpret_cast<uint8_t*>(row_x[lane]);
-            rows_root[lane] = reinterpret_cast<uint8_t*>(row_root[lane]);
+            rows_x[lane] = reinterpret_cast<uint8_t*>(rows[lane][0]);
+            rows_root[lane] = reinterpret_cast<uint8_t*>(rows[lane][1]);
         }
         F wx[SLAB], top[G];
         for (int g = 0; g < G; ++g) {
@@ -335,7 +356,7 @@ struct Slab {
             unsafe[g] = ~I(top[g] * inverse[STEPS - 1][g] < 1e6f);
             any_unsafe |= unsafe[g];
         }
-        for (int& c : count) c = 0;
+        for (size_t& c : count) c = 0;
         if (any(any_unsafe))
             all_steps<false>(alive);
         else
@@ -401,17 +422,16 @@ struct Slab {
         }
         if (any(any_open))
             for (int k = 0; k < K; ++k) {
-                uint32_t m = lane_bits(open[k]);
+                const uint32_t m = lane_bits(open[k]);
                 if (!m) continue;
                 const int g = group_of(k);
                 I risky;
                 const I cell = any(unsafe[g] & alive[g]) ? cell_of<false>(k, inverse[FINAL][g], &risky)
                                               : cell_of<true>(k, inverse[FINAL][g], &risky);
-                const uint32_t r = lane_bits(risky);
-                for (; m; m &= m - 1) {
-                    const int lane = __builtin_ctz(m);
-                    push(lane, k, FINAL, FINAL, lane_of(cell, lane), (r >> lane) & 1);
-                }
+                I lane_numbers;
+                for (int lane = 0; lane < LANES; ++lane) lane_numbers[lane] = lane;
+                take_runs(k, append(run_cell, run_at, 0, m, cell | (risky & static_cast<int32_t>(RISKY)),
+                                    lane_numbers | (FINAL << 8) | (FINAL << 16)));
                 work_off_all(QUEUE);
             }
         work_off_all(0);

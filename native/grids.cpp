@@ -96,8 +96,8 @@ const Grid* build(const Shape& shape) {
         word[j] = static_cast<uint16_t>(w);
         t->index[w] = static_cast<uint16_t>(j);
     }
-    t->full.assign(n_cells, Cell{0, 0, 0});
-    t->cells.assign(n_cells, Cell{0, 0, 0});
+    t->full.assign(n_cells, Cell{0});
+    t->cells.assign(n_cells, Cell{0});
     std::vector<uint16_t> words, full_list, list;
     std::vector<uint8_t> dist(points);
     std::vector<uint64_t> kept, kept_away;
@@ -111,7 +111,7 @@ const Grid* build(const Shape& shape) {
         }
         if (nearest == 0) {
             const size_t j = static_cast<size_t>(std::find(dist.begin(), dist.end(), 0) - dist.begin());
-            t->full[c].word = t->cells[c].word = word[j];
+            t->full[c] = t->cells[c] = Cell{static_cast<uint64_t>(word[j]) << 48};
             continue;
         }
         Levels center{};
@@ -141,10 +141,10 @@ const Grid* build(const Shape& shape) {
                 list.push_back(word[j]);
             }
         }
-        t->full[c].n = static_cast<uint16_t>(full_list.size());
-        t->full[c].list = append(words, full_list);
-        t->cells[c].n = static_cast<uint16_t>(list.size());
-        t->cells[c].list = list.size() == full_list.size() ? t->full[c].list : append(words, list);
+        const uint64_t all = append(words, full_list);
+        const uint64_t some = list.size() == full_list.size() ? all : append(words, list);
+        t->full[c] = Cell{all | static_cast<uint64_t>(full_list.size()) << 32};
+        t->cells[c] = Cell{some | static_cast<uint64_t>(list.size()) << 32};
     }
     // lists aligned to their chunks
     constexpr size_t CHUNK_BYTES = 2 * GRID_CHUNK;

@@ -11,10 +11,14 @@
 
 namespace quantkit {
 
+// Packed: where its neighbours start in `words` (32 bits; a multiple of GRID_CHUNK), how many (16 bits; 0: the cell is
+// a grid point itself), the grid point it is (16 bits).
 struct Cell {
-    uint32_t list;  // where its neighbours start in `words`; a multiple of GRID_CHUNK
-    uint16_t n;     // how many; 0: the cell is a grid point itself
-    uint16_t word;  // the grid point it is, where it is one
+    uint64_t packed;
+
+    uint64_t list_and_n() const { return packed & 0xffffffffffff; }
+    int n() const { return static_cast<int>((packed >> 32) & 0xffff); }
+    int word() const { return static_cast<int>(packed >> 48); }
 };
 
 // Lists are filled up to a multiple of this with their last word; each starts on 2 * GRID_CHUNK bytes.
