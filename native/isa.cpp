@@ -11,6 +11,8 @@ extern const Kernel KERNELS[] = {
     {"Q8_0", 32, 34, quantize_q8_0},    {"Q4_0", 32, 18, quantize_q4_0},   {"Q4_1", 32, 20, quantize_q4_1},
     {"Q5_0", 32, 22, quantize_q5_0},    {"Q5_1", 32, 24, quantize_q5_1},
     {"IQ4_NL", 32, 18, quantize_iq4_nl}, {"IQ4_XS", 256, 136, quantize_iq4_xs},
+    {"IQ2_XXS", 256, 66, quantize_iq2_xxs}, {"IQ2_XS", 256, 74, quantize_iq2_xs}, {"IQ2_S", 256, 82, quantize_iq2_s},
+    {"IQ3_XXS", 256, 98, quantize_iq3_xxs}, {"IQ3_S", 256, 110, quantize_iq3_s},
 };
 extern const size_t N_KERNELS = sizeof KERNELS / sizeof *KERNELS;
 

@@ -21,6 +21,11 @@ QK_DECLARE(q5_0);
 QK_DECLARE(q5_1);
 QK_DECLARE(iq4_nl);
 QK_DECLARE(iq4_xs);
+QK_DECLARE(iq2_xxs);
+QK_DECLARE(iq2_xs);
+QK_DECLARE(iq2_s);
+QK_DECLARE(iq3_xxs);
+QK_DECLARE(iq3_s);
 #undef QK_DECLARE
 
 }  // namespace quantkit::QK_ISA
