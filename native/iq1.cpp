@@ -1,0 +1,541 @@
+// IQ1_S: 256 values a block.
+//
+//   IQ1_S  50 bytes  half d; 32 bytes: low 8 bits of the grid index of 8 values; 8 words of 16 bits, one for 32
+//                    values: 4x3 high bits of the indices, 3 bits of scale, 1 bit: levels shifted down
+//
+// Reproduces quantize_row_iq1_s_impl and iq1_find_best_neighbour2. A lane is a block; its groups of 32 follow each
+// other. What differs from ggml's way is how the best split of a sorted group and the best neighbour are found: see
+// Search and best_neighbour.
+#include <cfloat>
+#include <climits>
+#include <stdexcept>
+#include <type_traits>
+#include <utility>
+
+#include "blocks.h"
+#include "iq1_grid.h"
+#include "tables.h"
+
+namespace quantkit::QK_ISA {
+
+namespace {
+
+constexpr int QK_K = 256;
+constexpr float DELTA = 0.125f;
+
+// Levels -1, 0, 1 shifted up and shifted down.
+constexpr float UP[3] = {-1 + DELTA, DELTA, 1 + DELTA};
+constexpr float DOWN[3] = {-1 - DELTA, -DELTA, 1 - DELTA};
+
+// A mask's lanes as bits.
+QK_INLINE uint32_t bits_set(I mask) {
+#if defined(__AVX512F__)
+    return _mm512_movepi32_mask(reinterpret_cast<__m512i>(mask));
+#elif defined(__AVX2__)
+    return static_cast<uint32_t>(_mm256_movemask_ps(reinterpret_cast<__m256>(mask)));
+#else
+    uint32_t out = 0;
+    for (int i = 0; i < LANES; ++i) out |= static_cast<uint32_t>(mask[i] & 1) << i;
+    return out;
+#endif
+}
+
+QK_INLINE I lane_numbers() {
+    I out;
+    for (int i = 0; i < LANES; ++i) out[i] = i;
+    return out;
+}
+
+QK_INLINE I mask_of_bits(uint32_t bits) {
+#if defined(__AVX512F__)
+    return reinterpret_cast<I>(_mm512_movm_epi32(static_cast<__mmask16>(bits)));
+#else
+    return -((splat(static_cast<int32_t>(bits)) >> lane_numbers()) & 1);
+#endif
+}
+
+// out[lane] = table[index[lane]][lane].
+QK_INLINE F gather(const F* table, I index) {
+#if defined(__AVX512F__)
+    return reinterpret_cast<F>(_mm512_i32gather_ps(reinterpret_cast<__m512i>((index << 4) + lane_numbers()), table, 4));
+#else
+    F out;
+    const float* flat = reinterpret_cast<const float*>(table);
+    for (int i = 0; i < LANES; ++i) out[i] = flat[index[i] * LANES + i];
+    return out;
+#endif
+}
+
+// a * b + c where the rounding does not matter.
+QK_INLINE F about_fma(F a, F b, F c) {
+#if defined(__AVX512F__)
+    return reinterpret_cast<F>(_mm512_fmadd_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b), reinterpret_cast<__m512>(c)));
+#else
+    return a * b + c;
+#endif
+}
+
+// ---------------------------------------------------------------- sorting
+
+// Batcher's odd-even merge sort as a list of pairs, made at compile time.
+template <int N>
+struct Network {
+    int n = 0;
+    int a[N * 8] = {}, b[N * 8] = {};
+    constexpr void merge(int lo, int size, int step) {
+        const int twice = step * 2;
+        if (twice < size) {
+            merge(lo, size, twice);
+            merge(lo + step, size, twice);
+            for (int i = lo + step; i + step < lo + size; i += twice) a[n] = i, b[n++] = i + step;
+        } else {
+            a[n] = lo, b[n++] = lo + step;
+        }
+    }
+    constexpr void sort(int lo, int size) {
+        if (size < 2) return;
+        sort(lo, size / 2);
+        sort(lo + size / 2, size / 2);
+        merge(lo, size, 1);
+    }
+    constexpr Network() { sort(0, N); }
+};
+
+template <int N>
+constexpr Network<N> NETWORK{};
+
+template <int A, int B>
+QK_INLINE void order(I* key) {
+    const I a = key[A], b = key[B];
+    key[A] = min_of(a, b);
+    key[B] = max_of(a, b);
+}
+
+template <int N, size_t... P>
+QK_INLINE void sort_keys(I* key, std::index_sequence<P...>) {
+    (order<NETWORK<N>.a[P], NETWORK<N>.b[P]>(key), ...);
+}
+
+// A group of N values in each lane, and the same sorted.
+template <int N>
+struct Group {
+    F x[N], w[N];
+    I key[N];         // orders as (x, position) does
+    I sorted[N + 1];  // the keys in order, then the largest integer; the low bits are the position
+    F sorted_x[N], sorted_w[N];
+};
+
+// The general case of `sort`: values whose low bits count. The keys do not hold them, so positions may be out of
+// order among values that share the bits above; such lanes are sorted again, stable, and their keys replaced by ranks.
+template <int N>
+__attribute__((noinline)) void sort_fine(Group<N>& g) {
+    for (int round = 0;; ++round) {
+        for (int j = 0; j < N; ++j) g.sorted_x[j] = gather(g.x, g.sorted[j] & (N - 1));
+        I bad{};
+        for (int j = 0; j + 1 < N; ++j) bad |= I(g.sorted_x[j] > g.sorted_x[j + 1]);
+        if (round == 1 || !any(bad)) return;
+        for (int lane = 0; lane < LANES; ++lane) {
+            if (!bad[lane]) continue;
+            int position[N];
+            for (int j = 0; j < N; ++j) {
+                int at = j;
+                for (; at > 0 && g.x[position[at - 1]][lane] > g.x[j][lane]; --at) position[at] = position[at - 1];
+                position[at] = j;
+            }
+            for (int j = 0; j < N; ++j) {
+                const int32_t key = j * N + position[j];
+                g.sorted[j][lane] = key;
+                g.key[position[j]][lane] = key;
+            }
+        }
+    }
+}
+
+// Sorts by value, equal values by position: what ggml's qsort does (glibc's merges). Fills all but x and w.
+template <int N>
+QK_INLINE void sort(Group<N>& g) {
+    I low{};
+    for (int j = 0; j < N; ++j) {
+        const I b = bits_of(g.x[j] + 0.0f);  // -0 is equal to 0
+        low |= b;
+        g.key[j] = ((b ^ ((b >> 31) & 0x7fffffff)) & -N) | j;
+    }
+    I key[N];
+    for (int j = 0; j < N; ++j) key[j] = g.key[j];
+    sort_keys<N>(key, std::make_index_sequence<static_cast<size_t>(NETWORK<N>.n)>());
+    for (int j = 0; j < N; ++j) g.sorted[j] = key[j];
+    g.sorted[N] = splat(INT_MAX);
+    if (any((low & (N - 1)) != 0)) {
+        sort_fine(g);
+    } else {
+        for (int j = 0; j < N; ++j) {
+            const I k = g.sorted[j] & -N;
+            g.sorted_x[j] = float_of(k ^ ((k >> 31) & (0x7fffffff & -N)));
+        }
+    }
+    for (int j = 0; j < N; ++j) g.sorted_w[j] = gather(g.w, g.sorted[j] & (N - 1));
+}
+
+// ---------------------------------------------------------------- the split of a group
+
+// What ggml's search over (i1, i2, shift) found: values below `low` have level 0, from `high` on level 2.
+struct Split {
+    F scale;
+    I low, high;  // keys
+    I down;       // mask: the levels are shifted down
+    I none;       // mask: nothing found
+};
+
+// ggml's search as it stands, for one lane; the sums are [N + 1][LANES].
+template <int N>
+__attribute__((noinline)) void scan_lane(const Group<N>& g, const F* sum_x, const F* sum_w, int lane, Split& out) {
+    float sx[N + 1], sw[N + 1];
+    for (int j = 0; j <= N; ++j) sx[j] = sum_x[j][lane], sw[j] = sum_w[j][lane];
+    float best_score = -FLT_MAX, scale = 0;
+    int best1 = -1, best2 = -1;
+    bool down = false;
+    for (int i1 = 0; i1 <= N; ++i1)
+        for (int i2 = i1; i2 <= N; ++i2)
+            for (int shift = 0; shift < 2; ++shift) {
+                const float* q = shift ? DOWN : UP;
+                const float sumqx = sx[i1] * q[0] + (sx[i2] - sx[i1]) * q[1] + (sx[N] - sx[i2]) * q[2];
+                const float sumq2 = sw[i1] * q[0] * q[0] + (sw[i2] - sw[i1]) * q[1] * q[1] + (sw[N] - sw[i2]) * q[2] * q[2];
+                if (sumq2 > 0 && sumqx * sumqx > best_score * sumq2) {
+                    scale = sumqx / sumq2;
+                    best_score = scale * sumqx;
+                    best1 = i1, best2 = i2, down = shift;
+                }
+            }
+    out.none[lane] = best1 < 0 ? -1 : 0;
+    if (best1 < 0) return;
+    out.scale[lane] = scale;
+    out.low[lane] = g.sorted[best1][lane];
+    out.high[lane] = g.sorted[best2][lane];
+    out.down[lane] = down ? -1 : 0;
+}
+
+// Sorts h ascending, where it falls and then rises, and moves v with it.
+template <int N>
+QK_INLINE void merge_bitonic(F* h, F* v) {
+#pragma GCC unroll 32
+    for (int i = 0; i < N / 2; ++i) {
+        const F a = h[i], b = h[i + N / 2], va = v[i], vb = v[i + N / 2];
+        const I swap = I(a > b);
+        h[i] = select(swap, b, a);
+        h[i + N / 2] = select(swap, a, b);
+        v[i] = select(swap, vb, va);
+        v[i + N / 2] = select(swap, va, vb);
+    }
+    if constexpr (N > 2) {
+        merge_bitonic<N / 2>(h, v);
+        merge_bitonic<N / 2>(h + N / 2, v + N / 2);
+    }
+}
+
+// About the best score of any split under one shift, as the fraction n / d, and the sum of |w*x|. For each scale
+// the best split is known: each value takes its nearest level. As the scale falls from infinity, values leave
+// level 1 for an outer one, one after another: those are the splits that can be best. C is by how much the square of
+// the level grows then, H = |x| / C half the scale at which it happens.
+template <int N>
+QK_INLINE void best_on_path(const Group<N>& g, F total_x, F total_w, float shift, float c_negative, float c_positive,
+                            F* n_out, F* d_out, F* sum_abs) {
+    F h[N], v[N];
+    for (int j = 0; j < N; ++j) {
+        const F x = g.sorted_x[j];
+        h[j] = max_of(x * (1.0f / c_positive), x * (-1.0f / c_negative));
+        v[j] = g.sorted_w[j] * select(I(x < 0.0f), splat(c_negative), splat(c_positive));
+    }
+    merge_bitonic<N>(h, v);
+    F qx = total_x * shift, q2 = total_w * (shift * shift);
+    const F start = qx;
+    F n = qx * qx, d = q2;
+    for (int j = N - 1; j >= 0; --j) {
+        qx = about_fma(v[j], h[j], qx);
+        q2 += v[j];
+        const F m = qx * qx;
+        const I more = I(m * d > n * q2);
+        n = select(more, m, n);
+        d = select(more, q2, d);
+    }
+    *n_out = n;
+    *d_out = d;
+    *sum_abs = qx - start;
+}
+
+// Positions of the splits (i1, i2) of N values in ggml's order.
+template <int N>
+struct Splits {
+    static constexpr int COUNT = (N + 1) * (N + 2) / 2;
+    uint8_t i1[COUNT] = {}, i2[COUNT] = {};
+    constexpr Splits() {
+        int n = 0;
+        for (int a = 0; a <= N; ++a)
+            for (int b = a; b <= N; ++b) i1[n] = static_cast<uint8_t>(a), i2[n++] = static_cast<uint8_t>(b);
+    }
+};
+
+template <int N>
+constexpr Splits<N> SPLITS{};
+
+// ggml's exhaustive search. A split's score is sumqx^2 / sumq2; with v = the levels, which are 1 apart,
+//   sumqx = X v2 - X1 - X2,  sumq2 = W v2^2 + W1 (v0^2 - v1^2) + W2 (v1^2 - v2^2)
+// for the sums X, W of all and X1, W1, X2, W2 of those below i1 and i2.
+//
+// 1. best_on_path gives the best score, about: `top`. Let t = top (1 - 2^-16).
+// 2. All splits whose score may be above t (1 - 2^-20) are listed: those with qx^2 > t q2 - slack, computed the short way.
+//    ggml's own floats differ from the short way's: sums of products of at most M = sum |w x| in up to 11 roundings give
+//    |qx - sumqx| < 11 u M, |qx^2 - sumqx^2| < 29 u M^2, t |q2 - sumq2| < 16 u t W (u = 2^-24); with the roundings of the
+//    comparison and the 2^-20 that is less than slack = 2^-18 (M^2 + t W) = 64 u (M^2 + t W).
+// 3. Those are computed exactly as ggml does, in its order, and compared as it does, if their score is above t. ggml's
+//    comparison of two scores errs by at most 4.1 u in relation. So if no score lies between t (1 - 2^-20) and t, every
+//    split above t replaces any below, none below replaces one above, and what is left at the end is what ggml is left with.
+// 4. A lane with a score in that gap, with none above t, or out of the range in which the bounds hold, is searched
+//    as ggml does.
+template <int N>
+__attribute__((noinline)) void search_split(const Group<N>& g, Split& out) {
+    F sum_x[N + 1], sum_w[N + 1];
+    sum_x[0] = sum_w[0] = F{};
+    for (int j = 0; j < N; ++j) {
+        sum_x[j + 1] = sum_x[j] + g.sorted_w[j] * g.sorted_x[j];
+        sum_w[j + 1] = sum_w[j] + g.sorted_w[j];
+    }
+    const F all_x = sum_x[N], all_w = sum_w[N];
+    F n_up, d_up, n_down, d_down, sum_abs;
+    best_on_path(g, all_x, all_w, DELTA, 0.75f, 1.25f, &n_up, &d_up, &sum_abs);
+    best_on_path(g, all_x, all_w, -DELTA, 1.25f, 0.75f, &n_down, &d_down, &sum_abs);
+    const I downward = I(n_down * d_up > n_up * d_down);
+    const F n = select(downward, n_down, n_up), d = select(downward, d_down, d_up);
+    const F t = n / d * (1.0f - 0x1p-16f);
+    const F sure = t * (1.0f - 0x1p-20f);
+    const F scope = sum_abs * sum_abs + t * all_w;
+    I odd = ~(I(n > 1e-24f) & I(n < 1e30f) & I(d > 1e-20f) & I(d < 1e30f) & I(scope < 1e32f));
+
+    const F slack = scope * 0x1p-18f;
+    typedef typename std::conditional<LANES == 16, uint16_t, uint8_t>::type Bits;
+    constexpr int COUNT = Splits<N>::COUNT, PADDED = (COUNT + 15) / 16 * 16;
+    alignas(64) Bits hits[PADDED][2];
+    for (int c = COUNT; c < PADDED; ++c) hits[c][0] = hits[c][1] = 0;
+    F t2_up[N + 1], t2_down[N + 1];
+    for (int i = 0; i <= N; ++i) {
+        t2_up[i] = t * sum_w[i] * -1.25f;
+        t2_down[i] = t * sum_w[i] * -0.75f;
+    }
+    Bits(*hit)[2] = hits;
+    for (int i1 = 0; i1 <= N; ++i1) {
+        const F x_up = all_x * (1 + DELTA) - sum_x[i1], x_down = all_x * (1 - DELTA) - sum_x[i1];
+        const F t1_up = t * (all_w * 1.265625f + sum_w[i1] * 0.75f) - slack;
+        const F t1_down = t * (all_w * 0.765625f + sum_w[i1] * 1.25f) - slack;
+        for (int i2 = i1; i2 <= N; ++i2, ++hit) {
+            const F up = x_up - sum_x[i2], down = x_down - sum_x[i2];
+#if defined(__AVX512F__)
+            const __m512 a = _mm512_fmsub_ps(reinterpret_cast<__m512>(up), reinterpret_cast<__m512>(up), reinterpret_cast<__m512>(t1_up));
+            const __m512 b = _mm512_fmsub_ps(reinterpret_cast<__m512>(down), reinterpret_cast<__m512>(down), reinterpret_cast<__m512>(t1_down));
+            (*hit)[0] = _mm512_cmp_ps_mask(a, reinterpret_cast<__m512>(t2_up[i2]), _CMP_GT_OQ);
+            (*hit)[1] = _mm512_cmp_ps_mask(b, reinterpret_cast<__m512>(t2_down[i2]), _CMP_GT_OQ);
+#else
+            (*hit)[0] = static_cast<Bits>(bits_set(I(up * up - t1_up > t2_up[i2])));
+            (*hit)[1] = static_cast<Bits>(bits_set(I(down * down - t1_down > t2_down[i2])));
+#endif
+        }
+    }
+
+    F best = splat(-FLT_MAX), scale{};
+    I low{}, high{}, is_down{}, found{};
+    const uint32_t normal = ~bits_set(odd);
+    for (int chunk = 0; chunk < PADDED; chunk += 16) {
+        I some;
+        std::memcpy(&some, hits[chunk], sizeof some);
+        if (!any(some != 0)) continue;
+        for (int c = chunk; c < chunk + 16; ++c) {
+            for (int shift = 0; shift < 2; ++shift) {
+                const uint32_t lanes = hits[c][shift] & normal;
+                if (!lanes) continue;
+                const int i1 = SPLITS<N>.i1[c], i2 = SPLITS<N>.i2[c];
+                const float* q = shift ? DOWN : UP;
+                const F sumqx = sum_x[i1] * q[0] + (sum_x[i2] - sum_x[i1]) * q[1] + (all_x - sum_x[i2]) * q[2];
+                const F sumq2 = sum_w[i1] * q[0] * q[0] + (sum_w[i2] - sum_w[i1]) * q[1] * q[1] + (all_w - sum_w[i2]) * q[2] * q[2];
+                const F square = sumqx * sumqx;
+                const I open = mask_of_bits(lanes) & I(sumq2 > 0.0f);
+                const I above = open & I(square > t * sumq2);
+                odd |= open & ~above & I(square > sure * sumq2);
+                const I take = above & I(square > best * sumq2);
+                const F ratio = sumqx / sumq2;
+                scale = select(take, ratio, scale);
+                best = select(take, ratio * sumqx, best);
+                low = select(take, g.sorted[i1], low);
+                high = select(take, g.sorted[i2], high);
+                is_down = select(take, splat(-shift), is_down);
+                found |= take;
+            }
+        }
+    }
+    out.scale = scale;
+    out.low = low;
+    out.high = high;
+    out.down = is_down;
+    out.none = I{};
+    odd |= ~found;
+    if (any(odd))
+        for (int lane = 0; lane < LANES; ++lane)
+            if (odd[lane]) scan_lane(g, sum_x, sum_w, lane, out);
+}
+
+// ---------------------------------------------------------------- neighbours
+
+// iq1_find_best_neighbour2: the pattern of the neighbour nearest to x, the first of equals. x and w are a lane's eight
+// values in a row.
+QK_INLINE uint32_t best_neighbour(const uint16_t* list, int n, const float* x, const float* w, float scale, const float* levels) {
+    alignas(64) float cost[8][4];
+    for (int i = 0; i < 8; ++i)
+        for (int l = 0; l < 3; ++l) {
+            const float diff = scale * levels[l] - x[i];
+            cost[i][l] = w[i] * diff * diff;
+        }
+    for (int i = 0; i < 8; ++i) cost[i][3] = 0;
+    float best = FLT_MAX;
+    uint32_t found = list[0];
+#if defined(__AVX512F__)
+    __m512 best_v = _mm512_set1_ps(FLT_MAX);
+    __m512i at = _mm512_setzero_si512();
+    __m512 table[8];
+    for (int i = 0; i < 8; ++i) table[i] = _mm512_broadcast_f32x4(_mm_load_ps(cost[i]));
+    for (int j = 0; j < n; j += 16) {
+        __m512i p = _mm512_cvtepu16_epi32(_mm256_load_si256(reinterpret_cast<const __m256i*>(list + j)));
+        __m512 sum = _mm512_permutevar_ps(table[0], p);
+#pragma GCC unroll 8
+        for (int i = 1; i < 8; ++i) sum = _mm512_add_ps(sum, _mm512_permutevar_ps(table[i], _mm512_srli_epi32(p, 2 * i)));
+        const __mmask16 less = _mm512_cmp_ps_mask(sum, best_v, _CMP_LT_OQ);
+        best_v = _mm512_mask_mov_ps(best_v, less, sum);
+        at = _mm512_mask_mov_epi32(at, less, _mm512_set1_epi32(j));
+    }
+    best = _mm512_reduce_min_ps(best_v);
+    if (best < FLT_MAX) {
+        const __mmask16 equal = _mm512_cmp_ps_mask(best_v, _mm512_set1_ps(best), _CMP_EQ_OQ);
+        at = _mm512_add_epi32(at, _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0));
+        found = list[_mm512_mask_reduce_min_epi32(equal, at)];
+    }
+#else
+    for (int j = 0; j < n; ++j) {
+        uint32_t p = list[j];
+        float sum = 0;
+        for (int i = 0; i < 8; ++i, p >>= 2) sum += cost[i][p & 3];
+        if (sum < best) best = sum, found = list[j];
+    }
+#endif
+    return found;
+}
+
+// ---------------------------------------------------------------- IQ1_S
+
+// Levels of the N values as N / 8 patterns; turned round where the scale is negative.
+template <int N>
+QK_INLINE void patterns_of(const Group<N>& g, const Split& split, I negative, I* pattern) {
+    for (int k = 0; k < N / 8; ++k) {
+        I p{};
+        for (int j = 0; j < 8; ++j) {
+            const I key = g.key[8 * k + j];
+            p -= (I(key >= split.low) + I(key >= split.high)) << (2 * j);
+        }
+        pattern[k] = select(negative, 0xaaaa - p, p);
+    }
+}
+
+void tile_iq1_s(const Iq1Grid& grid, const float* const* xs, const float* const* ws, uint8_t* const* y) {
+    constexpr int N = 32, GROUPS = QK_K / N, K = N / 8;
+    alignas(64) F x[QK_K];
+    load_lanes<QK_K>(xs, x);
+    F squares{};
+    for (int k = 0; k < QK_K; ++k) squares += x[k] * x[k];
+    const F sigma2 = 2.0f * squares / 256.0f;
+    alignas(64) float weight[LANES][QK_K];
+    for (int lane = 0; lane < LANES; ++lane)
+        for (int k = 0; k < QK_K; k += LANES) {
+            F v, q;
+            std::memcpy(&v, xs[lane] + k, sizeof v);
+            std::memcpy(&q, ws[lane] + k, sizeof q);
+            q = q * sqrt_of(sigma2[lane] + v * v);
+            std::memcpy(weight[lane] + k, &q, sizeof q);
+        }
+
+    alignas(64) Group<N> g;
+    F scales[GROUPS], max_scale{};
+    I down[GROUPS], low_bits[GROUPS], high_bits[GROUPS];
+    for (int ib = 0; ib < GROUPS; ++ib) {
+        const float* rows[LANES];
+        for (int lane = 0; lane < LANES; ++lane) rows[lane] = weight[lane] + N * ib;
+        load_lanes<N>(rows, g.w);
+        F largest{};
+        for (int j = 0; j < N; ++j) {
+            g.x[j] = x[N * ib + j];
+            largest = max_of(largest, abs_of(g.x[j]));
+        }
+        sort(g);
+        Split split;
+        search_split(g, split);
+        const I dead = split.none | I(largest < 1e-12f);
+        const I negative = I(split.scale < 0.0f);
+        F scale = select(negative, -split.scale, split.scale);
+        const I is_down = split.down ^ negative;
+        I pattern[K], index[K];
+        patterns_of(g, split, negative, pattern);
+
+        const uint32_t lowered = bits_set(is_down), skipped = bits_set(dead);
+        uint32_t off_grid = 0;
+        for (int lane = 0; lane < LANES; ++lane) {
+            const bool skip = skipped >> lane & 1;
+            const float* levels = lowered >> lane & 1 ? DOWN : UP;
+            for (int k = 0; k < K; ++k) {
+                const uint32_t p = static_cast<uint32_t>(pattern[k][lane]);
+                int ternary = grid.ternary(p);
+                if (grid.index[ternary] < 0 && !skip) {
+                    const int at = N * ib + 8 * k;
+                    const uint32_t found = best_neighbour(grid.neighbours + grid.begin[ternary], grid.n_neighbours[ternary],
+                                                          xs[lane] + at, weight[lane] + at, scale[lane], levels);
+                    pattern[k][lane] = static_cast<int32_t>(found);
+                    ternary = grid.ternary(found);
+                    off_grid |= 1u << lane;
+                }
+                index[k][lane] = skip ? 0 : grid.index[ternary];
+            }
+        }
+
+        // the scale again, where a neighbour was taken
+        F sumqx{}, sumq2{};
+        const F first = select(is_down, splat(DOWN[0]), splat(UP[0]));
+        for (int k = 0; k < K; ++k)
+            for (int j = 0; j < 8; ++j) {
+                const F q = to_float((pattern[k] >> (2 * j)) & 3) + first;
+                const F wq = g.w[8 * k + j] * q;
+                sumqx += wq * g.x[8 * k + j];
+                sumq2 += wq * q;
+            }
+        const I again = mask_of_bits(off_grid) & I(sumqx > 0.0f) & I(sumq2 > 0.0f);
+        scale = select(again, sumqx / sumq2, scale);
+
+        scales[ib] = select(dead, F{}, scale);
+        down[ib] = is_down & ~dead;
+        low_bits[ib] = (index[0] & 255) | (index[1] & 255) << 8 | (index[2] & 255) << 16 | index[3] << 24;
+        high_bits[ib] = index[0] >> 8 | (index[1] >> 8) << 3 | (index[2] >> 8) << 6 | (index[3] >> 8) << 9;
+        max_scale = max_of(max_scale, scales[ib]);
+    }
+
+    const I some = I(max_scale != 0.0f);
+    const F d = max_scale / 15.0f, id = 1.0f / d;
+    for (int ib = 0; ib < GROUPS; ++ib) {
+        const I l = max_of(I{}, min_of(splat(7), nearest_int(0.5f * (id * scales[ib] - 1.0f))));
+        high_bits[ib] |= some & ((l | (down[ib] & 8)) << 12);
+    }
+    store_word(some & to_half(d * 1.125f), y, 0, 2);
+    store_lanes<8>(low_bits, y, 2);
+    for (int i = 0; i < 4; ++i) store_word(high_bits[2 * i] | high_bits[2 * i + 1] << 16, y, 34 + 4 * i);
+}
+
+}  // namespace
+
+void quantize_iq1_s(const float* x, uint8_t* y, size_t n_rows, size_t n_cols, const float* w) {
+    if (!w) throw std::invalid_argument("quantize: IQ1_S needs the importance of each column");
+    const Iq1Grid& grid = iq1_grid();
+    for_each_tile<QK_K, 50>(x, y, n_rows, n_cols, w, [&grid](auto xs, auto ws, auto ys) { tile_iq1_s(grid, xs, ws, ys); });
+}
+
+}  // namespace quantkit::QK_ISA
