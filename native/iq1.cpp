@@ -184,35 +184,8 @@ struct Split {
     I low, high;  // keys
     I down;       // mask: the levels are shifted down
     I none;       // mask: nothing found
+    I nearest;    // mask: each value has the level nearest to it at this scale, which is positive, with room
 };
-
-// ggml's search as it stands, for one lane; the sums are [N + 1][LANES].
-template <int N>
-__attribute__((noinline)) void scan_lane(const Group<N>& g, const F* sum_x, const F* sum_w, int lane, Split& out) {
-    float sx[N + 1], sw[N + 1];
-    for (int j = 0; j <= N; ++j) sx[j] = sum_x[j][lane], sw[j] = sum_w[j][lane];
-    float best_score = -FLT_MAX, scale = 0;
-    int best1 = -1, best2 = -1;
-    bool down = false;
-    for (int i1 = 0; i1 <= N; ++i1)
-        for (int i2 = i1; i2 <= N; ++i2)
-            for (int shift = 0; shift < 2; ++shift) {
-                const float* q = shift ? DOWN : UP;
-                const float sumqx = sx[i1] * q[0] + (sx[i2] - sx[i1]) * q[1] + (sx[N] - sx[i2]) * q[2];
-                const float sumq2 = sw[i1] * q[0] * q[0] + (sw[i2] - sw[i1]) * q[1] * q[1] + (sw[N] - sw[i2]) * q[2] * q[2];
-                if (sumq2 > 0 && sumqx * sumqx > best_score * sumq2) {
-                    scale = sumqx / sumq2;
-                    best_score = scale * sumqx;
-                    best1 = i1, best2 = i2, down = shift;
-                }
-            }
-    out.none[lane] = best1 < 0 ? -1 : 0;
-    if (best1 < 0) return;
-    out.scale[lane] = scale;
-    out.low[lane] = g.sorted[best1][lane];
-    out.high[lane] = g.sorted[best2][lane];
-    out.down[lane] = down ? -1 : 0;
-}
 
 // Sorts h ascending, where it falls and then rises, and moves v with it.
 template <int N>
@@ -262,6 +235,14 @@ QK_INLINE void best_on_path(const Group<N>& g, F total_x, F total_w, float shift
     *sum_abs = qx - start;
 }
 
+// ggml's sum over the three levels, of values (first power) or weights (squares), from the sums below i1, below i2
+// and of all.
+template <bool SQUARES, typename T>
+QK_INLINE T sum_of_levels(const float* q, T s1, T s2, T all) {
+    if constexpr (SQUARES) return s1 * q[0] * q[0] + (s2 - s1) * q[1] * q[1] + (all - s2) * q[2] * q[2];
+    return s1 * q[0] + (s2 - s1) * q[1] + (all - s2) * q[2];
+}
+
 // Positions of the splits (i1, i2) of N values in ggml's order.
 template <int N>
 struct Splits {
@@ -277,6 +258,52 @@ struct Splits {
 template <int N>
 constexpr Splits<N> SPLITS{};
 
+// ggml's search as it stands, for one lane; the sums are [N + 1][LANES]. Splits with the same i1 are compared with the best
+// LANES at a time; those that are not better change nothing, and the first that is becomes the best.
+template <int N>
+__attribute__((noinline)) void scan_lane(const Group<N>& g, const F* sum_x, const F* sum_w, int lane, Split& out) {
+    constexpr int PADDED = N + LANES;
+    float sx[PADDED + 1], sw[PADDED + 1];
+    for (int j = 0; j <= PADDED; ++j) sx[j] = sum_x[j < N ? j : N][lane], sw[j] = sum_w[j < N ? j : N][lane];
+    const F all_x = splat(sx[N]), all_w = splat(sw[N]);
+    float best_score = -FLT_MAX, scale = 0;
+    int best1 = -1, best2 = -1;
+    bool down = false;
+    for (int i1 = 0; i1 <= N; ++i1) {
+        const F x1 = splat(sx[i1]), w1 = splat(sw[i1]);
+        for (int i2 = i1; i2 <= N; i2 += LANES) {
+            F x2, w2, sumqx[2], sumq2[2];
+            std::memcpy(&x2, sx + i2, sizeof x2);
+            std::memcpy(&w2, sw + i2, sizeof w2);
+            sumqx[0] = sum_of_levels<false>(UP, x1, x2, all_x);
+            sumq2[0] = sum_of_levels<true>(UP, w1, w2, all_w);
+            sumqx[1] = sum_of_levels<false>(DOWN, x1, x2, all_x);
+            sumq2[1] = sum_of_levels<true>(DOWN, w1, w2, all_w);
+            const uint32_t real = N + 1 - i2 >= LANES ? (1u << LANES) - 1 : (1u << (N + 1 - i2)) - 1;
+            uint32_t left = real, left_down = real;
+            for (;;) {
+                const uint32_t ups = left & bits_set(I(sumq2[0] > 0.0f) & I(sumqx[0] * sumqx[0] > best_score * sumq2[0]));
+                const uint32_t downs =
+                    left_down & bits_set(I(sumq2[1] > 0.0f) & I(sumqx[1] * sumqx[1] > best_score * sumq2[1]));
+                if (!(ups | downs)) break;
+                const int at = __builtin_ctz(ups | downs);
+                down = !(ups >> at & 1);
+                scale = sumqx[down][at] / sumq2[down][at];
+                best_score = scale * sumqx[down][at];
+                best1 = i1, best2 = i2 + at;
+                left = real & ~0u << at << 1;
+                left_down = down ? left : real & ~0u << at;
+            }
+        }
+    }
+    out.none[lane] = best1 < 0 ? -1 : 0;
+    if (best1 < 0) return;
+    out.scale[lane] = scale;
+    out.low[lane] = g.sorted[best1][lane];
+    out.high[lane] = g.sorted[best2][lane];
+    out.down[lane] = down ? -1 : 0;
+}
+
 // ggml's exhaustive search. A split's score is sumqx^2 / sumq2; with v = the levels, which are 1 apart,
 //   sumqx = X v2 - X1 - X2,  sumq2 = W v2^2 + W1 (v0^2 - v1^2) + W2 (v1^2 - v2^2)
 // for the sums X, W of all and X1, W1, X2, W2 of those below i1 and i2.
@@ -289,8 +316,8 @@ constexpr Splits<N> SPLITS{};
 // 3. Those are computed exactly as ggml does, in its order, and compared as it does, if their score is above t. ggml's
 //    comparison of two scores errs by at most 4.1 u in relation. So if no score lies between t (1 - 2^-20) and t, every
 //    split above t replaces any below, none below replaces one above, and what is left at the end is what ggml is left with.
-// 4. A lane with a score in that gap, with none above t, or out of the range in which the bounds hold, is searched
-//    as ggml does.
+//    Where one lies there, two higher t are tried; their lists are parts of the same.
+// 4. A lane in which no t will do, with none above t, or out of the range in which the bounds hold, is searched as ggml does.
 template <int N>
 __attribute__((noinline)) void search_split(const Group<N>& g, Split& out) {
     F sum_x[N + 1], sum_w[N + 1];
@@ -306,7 +333,6 @@ __attribute__((noinline)) void search_split(const Group<N>& g, Split& out) {
     const I downward = I(n_down * d_up > n_up * d_down);
     const F n = select(downward, n_down, n_up), d = select(downward, d_down, d_up);
     const F t = n / d * (1.0f - 0x1p-16f);
-    const F sure = t * (1.0f - 0x1p-20f);
     const F scope = sum_abs * sum_abs + t * all_w;
     I odd = ~(I(n > 1e-24f) & I(n < 1e30f) & I(d > 1e-20f) & I(d < 1e30f) & I(scope < 1e32f));
 
@@ -339,42 +365,60 @@ __attribute__((noinline)) void search_split(const Group<N>& g, Split& out) {
         }
     }
 
-    F best = splat(-FLT_MAX), scale{};
-    I low{}, high{}, is_down{}, found{};
-    const uint32_t normal = ~bits_set(odd);
-    for (int chunk = 0; chunk < PADDED; chunk += 16) {
-        I some;
-        std::memcpy(&some, hits[chunk], sizeof some);
-        if (!any(some != 0)) continue;
-        for (int c = chunk; c < chunk + 16; ++c) {
-            for (int shift = 0; shift < 2; ++shift) {
-                const uint32_t lanes = hits[c][shift] & normal;
-                if (!lanes) continue;
-                const int i1 = SPLITS<N>.i1[c], i2 = SPLITS<N>.i2[c];
-                const float* q = shift ? DOWN : UP;
-                const F sumqx = sum_x[i1] * q[0] + (sum_x[i2] - sum_x[i1]) * q[1] + (all_x - sum_x[i2]) * q[2];
-                const F sumq2 = sum_w[i1] * q[0] * q[0] + (sum_w[i2] - sum_w[i1]) * q[1] * q[1] + (all_w - sum_w[i2]) * q[2] * q[2];
-                const F square = sumqx * sumqx;
-                const I open = mask_of_bits(lanes) & I(sumq2 > 0.0f);
-                const I above = open & I(square > t * sumq2);
-                odd |= open & ~above & I(square > sure * sumq2);
-                const I take = above & I(square > best * sumq2);
-                const F ratio = sumqx / sumq2;
-                scale = select(take, ratio, scale);
-                best = select(take, ratio * sumqx, best);
-                low = select(take, g.sorted[i1], low);
-                high = select(take, g.sorted[i2], high);
-                is_down = select(take, splat(-shift), is_down);
-                found |= take;
+    F scale{};
+    I low{}, high{}, is_down{}, pending = ~odd;
+    F below_low{}, from_low{}, below_high{}, from_high{};  // values on both sides of the two cuts
+    const F least = splat(-FLT_MAX), most = splat(FLT_MAX);
+    for (const float room : {0x1p-16f, 0x1p-17f, 0x1p-18f}) {
+        const F limit = n / d * (1.0f - room), sure = limit * (1.0f - 0x1p-20f);
+        const uint32_t wanted = bits_set(pending);
+        F best = splat(-FLT_MAX);
+        I found{}, between{};
+        for (int chunk = 0; chunk < PADDED; chunk += 16) {
+            I some;
+            std::memcpy(&some, hits[chunk], sizeof some);
+            if (!any(some != 0)) continue;
+            for (int c = chunk; c < chunk + 16; ++c) {
+                for (int shift = 0; shift < 2; ++shift) {
+                    const uint32_t lanes = hits[c][shift] & wanted;
+                    if (!lanes) continue;
+                    const int i1 = SPLITS<N>.i1[c], i2 = SPLITS<N>.i2[c];
+                    const F sumqx = shift ? sum_of_levels<false>(DOWN, sum_x[i1], sum_x[i2], all_x)
+                                          : sum_of_levels<false>(UP, sum_x[i1], sum_x[i2], all_x);
+                    const F sumq2 = shift ? sum_of_levels<true>(DOWN, sum_w[i1], sum_w[i2], all_w)
+                                          : sum_of_levels<true>(UP, sum_w[i1], sum_w[i2], all_w);
+                    const F square = sumqx * sumqx;
+                    const I open = mask_of_bits(lanes) & I(sumq2 > 0.0f);
+                    const I above = open & I(square > limit * sumq2);
+                    between |= open & ~above & I(square > sure * sumq2);
+                    const I take = above & I(square > best * sumq2);
+                    const F ratio = sumqx / sumq2;
+                    scale = select(take, ratio, scale);
+                    best = select(take, ratio * sumqx, best);
+                    low = select(take, g.sorted[i1], low);
+                    high = select(take, g.sorted[i2], high);
+                    is_down = select(take, splat(-shift), is_down);
+                    below_low = select(take, i1 > 0 ? g.sorted_x[i1 - 1] : least, below_low);
+                    from_low = select(take, i1 < N ? g.sorted_x[i1] : most, from_low);
+                    below_high = select(take, i2 > 0 ? g.sorted_x[i2 - 1] : least, below_high);
+                    from_high = select(take, i2 < N ? g.sorted_x[i2] : most, from_high);
+                    found |= take;
+                }
             }
         }
+        pending &= ~found | between;
+        if (!any(pending)) break;
     }
+    odd |= pending;
     out.scale = scale;
     out.low = low;
     out.high = high;
     out.down = is_down;
     out.none = I{};
-    odd |= ~found;
+    const F middle = select(is_down, splat(-DELTA), splat(DELTA));
+    const F cut_low = scale * (middle - 0.5f), cut_high = scale * (middle + 0.5f), room = scale * 0x1p-18f;
+    out.nearest = ~odd & I(scale > 0.0f) & I(below_low <= cut_low - room) & I(from_low >= cut_low + room) &
+                  I(below_high <= cut_high - room) & I(from_high >= cut_high + room);
     if (any(odd))
         for (int lane = 0; lane < LANES; ++lane)
             if (odd[lane]) scan_lane(g, sum_x, sum_w, lane, out);
@@ -384,37 +428,81 @@ __attribute__((noinline)) void search_split(const Group<N>& g, Split& out) {
 
 // iq1_find_best_neighbour2: the pattern of the neighbour nearest to x, the first of equals. x and w are a lane's eight
 // values in a row.
+//
+// The near ones of the list do where each value has the level nearest to it: then |scale * q - x| in floats grows with
+// each step away from that level (rounding is monotone, and there is room at the cuts between two levels), so the cost
+// of a value does not fall, nor does the sum.
 QK_INLINE uint32_t best_neighbour(const uint16_t* list, int n, const float* x, const float* w, float scale, const float* levels) {
-    alignas(64) float cost[8][4];
+    uint32_t found = list[0];
+#if defined(__AVX2__)
+    // the costs of a value's three levels, as a table of four floats in each 128 bits
+    const __m256 xv = _mm256_loadu_ps(x), wv = _mm256_loadu_ps(w);
+    __m256 cost[3];
+    for (int l = 0; l < 3; ++l) {
+        const __m256 diff = _mm256_sub_ps(_mm256_set1_ps(scale * levels[l]), xv);
+        cost[l] = _mm256_mul_ps(_mm256_mul_ps(wv, diff), diff);
+    }
+    const __m256 low = _mm256_unpacklo_ps(cost[0], cost[1]), high = _mm256_unpackhi_ps(cost[0], cost[1]);
+    const __m256 both[4] = {_mm256_shuffle_ps(low, cost[2], 0x44), _mm256_shuffle_ps(low, cost[2], 0x5e),
+                            _mm256_shuffle_ps(high, cost[2], 0xa4), _mm256_shuffle_ps(high, cost[2], 0xfe)};
+#if defined(__AVX512F__)
+    __m512 table[8];
+    for (int i = 0; i < 4; ++i) {
+        const __m512 t = _mm512_castps256_ps512(both[i]);
+        table[i] = _mm512_shuffle_f32x4(t, t, 0x00);
+        table[i + 4] = _mm512_shuffle_f32x4(t, t, 0x55);
+    }
+    const __m512i count = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    __m512 best = _mm512_set1_ps(FLT_MAX);
+    __m512i at = _mm512_setzero_si512();
+    for (int j = 0; j < n; j += 16) {
+        const __m512i p = _mm512_cvtepu16_epi32(_mm256_load_si256(reinterpret_cast<const __m256i*>(list + j)));
+        __m512 sum = _mm512_permutevar_ps(table[0], p);
+#pragma GCC unroll 8
+        for (int i = 1; i < 8; ++i) sum = _mm512_add_ps(sum, _mm512_permutevar_ps(table[i], _mm512_srli_epi32(p, 2 * i)));
+        const __mmask16 less = _mm512_cmp_ps_mask(sum, best, _CMP_LT_OQ);
+        best = _mm512_mask_mov_ps(best, less, sum);
+        at = _mm512_mask_mov_epi32(at, less, _mm512_add_epi32(count, _mm512_set1_epi32(j)));
+    }
+    const float least = _mm512_reduce_min_ps(best);
+    const __mmask16 equal = _mm512_cmp_ps_mask(best, _mm512_set1_ps(least), _CMP_EQ_OQ);
+    if (least < FLT_MAX) found = list[_mm512_mask_reduce_min_epi32(equal, at)];
+#else
+    __m256 table[8];
+    for (int i = 0; i < 4; ++i) {
+        table[i] = _mm256_permute2f128_ps(both[i], both[i], 0x00);
+        table[i + 4] = _mm256_permute2f128_ps(both[i], both[i], 0x11);
+    }
+    const __m256i count = _mm256_set_epi32(7, 6, 5, 4, 3, 2, 1, 0);
+    __m256 best = _mm256_set1_ps(FLT_MAX);
+    __m256i at = _mm256_setzero_si256();
+    for (int j = 0; j < n; j += 8) {
+        const __m256i p = _mm256_cvtepu16_epi32(_mm_load_si128(reinterpret_cast<const __m128i*>(list + j)));
+        __m256 sum = _mm256_permutevar_ps(table[0], p);
+#pragma GCC unroll 8
+        for (int i = 1; i < 8; ++i) sum = _mm256_add_ps(sum, _mm256_permutevar_ps(table[i], _mm256_srli_epi32(p, 2 * i)));
+        const __m256 less = _mm256_cmp_ps(sum, best, _CMP_LT_OQ);
+        best = _mm256_blendv_ps(best, sum, less);
+        at = _mm256_blendv_epi8(at, _mm256_add_epi32(count, _mm256_set1_epi32(j)), _mm256_castps_si256(less));
+    }
+    __m256 m = _mm256_min_ps(best, _mm256_permute2f128_ps(best, best, 1));
+    m = _mm256_min_ps(m, _mm256_permute_ps(m, 0x4e));
+    m = _mm256_min_ps(m, _mm256_permute_ps(m, 0xb1));
+    const __m256i equal = _mm256_castps_si256(_mm256_cmp_ps(best, m, _CMP_EQ_OQ));
+    at = _mm256_blendv_epi8(_mm256_set1_epi32(INT_MAX), at, equal);
+    __m128i first = _mm_min_epi32(_mm256_castsi256_si128(at), _mm256_extracti128_si256(at, 1));
+    first = _mm_min_epi32(first, _mm_shuffle_epi32(first, 0x4e));
+    first = _mm_min_epi32(first, _mm_shuffle_epi32(first, 0xb1));
+    if (_mm256_cvtss_f32(m) < FLT_MAX) found = list[_mm_cvtsi128_si32(first)];
+#endif
+#else
+    float cost[8][4];
     for (int i = 0; i < 8; ++i)
         for (int l = 0; l < 3; ++l) {
             const float diff = scale * levels[l] - x[i];
             cost[i][l] = w[i] * diff * diff;
         }
-    for (int i = 0; i < 8; ++i) cost[i][3] = 0;
     float best = FLT_MAX;
-    uint32_t found = list[0];
-#if defined(__AVX512F__)
-    __m512 best_v = _mm512_set1_ps(FLT_MAX);
-    __m512i at = _mm512_setzero_si512();
-    __m512 table[8];
-    for (int i = 0; i < 8; ++i) table[i] = _mm512_broadcast_f32x4(_mm_load_ps(cost[i]));
-    for (int j = 0; j < n; j += 16) {
-        __m512i p = _mm512_cvtepu16_epi32(_mm256_load_si256(reinterpret_cast<const __m256i*>(list + j)));
-        __m512 sum = _mm512_permutevar_ps(table[0], p);
-#pragma GCC unroll 8
-        for (int i = 1; i < 8; ++i) sum = _mm512_add_ps(sum, _mm512_permutevar_ps(table[i], _mm512_srli_epi32(p, 2 * i)));
-        const __mmask16 less = _mm512_cmp_ps_mask(sum, best_v, _CMP_LT_OQ);
-        best_v = _mm512_mask_mov_ps(best_v, less, sum);
-        at = _mm512_mask_mov_epi32(at, less, _mm512_set1_epi32(j));
-    }
-    best = _mm512_reduce_min_ps(best_v);
-    if (best < FLT_MAX) {
-        const __mmask16 equal = _mm512_cmp_ps_mask(best_v, _mm512_set1_ps(best), _CMP_EQ_OQ);
-        at = _mm512_add_epi32(at, _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0));
-        found = list[_mm512_mask_reduce_min_epi32(equal, at)];
-    }
-#else
     for (int j = 0; j < n; ++j) {
         uint32_t p = list[j];
         float sum = 0;
@@ -479,7 +567,7 @@ void tile_iq1_s(const Iq1Grid& grid, const float* const* xs, const float* const*
         I pattern[K], index[K];
         patterns_of(g, split, negative, pattern);
 
-        const uint32_t lowered = bits_set(is_down), skipped = bits_set(dead);
+        const uint32_t lowered = bits_set(is_down), skipped = bits_set(dead), nearest = bits_set(split.nearest);
         uint32_t off_grid = 0;
         for (int lane = 0; lane < LANES; ++lane) {
             const bool skip = skipped >> lane & 1;
@@ -489,7 +577,8 @@ void tile_iq1_s(const Iq1Grid& grid, const float* const* xs, const float* const*
                 int ternary = grid.ternary(p);
                 if (grid.index[ternary] < 0 && !skip) {
                     const int at = N * ib + 8 * k;
-                    const uint32_t found = best_neighbour(grid.neighbours + grid.begin[ternary], grid.n_neighbours[ternary],
+                    const Iq1Grid::List list = nearest >> lane & 1 ? grid.near[ternary] : grid.all[ternary];
+                    const uint32_t found = best_neighbour(grid.neighbours + list.begin, static_cast<int>(list.n),
                                                           xs[lane] + at, weight[lane] + at, scale[lane], levels);
                     pattern[k][lane] = static_cast<int32_t>(found);
                     ternary = grid.ternary(found);
