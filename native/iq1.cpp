@@ -1,11 +1,13 @@
-// IQ1_S: 256 values a block.
+// IQ1_S and IQ1_M: 256 values a block.
 //
 //   IQ1_S  50 bytes  half d; 32 bytes: low 8 bits of the grid index of 8 values; 8 words of 16 bits, one for 32
 //                    values: 4x3 high bits of the indices, 3 bits of scale, 1 bit: levels shifted down
+//   IQ1_M  56 bytes  32 bytes as above; 16 bytes, one for 16 values: twice 3 high bits of an index and 1 bit: levels
+//                    shifted down; 4 words of 16 bits: 4x3 bits of scale, 4 bits of the half d
 //
-// Reproduces quantize_row_iq1_s_impl and iq1_find_best_neighbour2. A lane is a block; its groups of 32 follow each
-// other. What differs from ggml's way is how the best split of a sorted group and the best neighbour are found: see
-// Search and best_neighbour.
+// Reproduces quantize_row_iq1_s_impl, quantize_row_iq1_m_impl and iq1_find_best_neighbour2. A lane is a block; its
+// groups of 32 (16) values follow each other. What differs from ggml's way is how the best split of a sorted group and the
+// best neighbour are found: see search_split, search_split_halves and best_neighbour.
 #include <cfloat>
 #include <climits>
 #include <stdexcept>
@@ -72,6 +74,18 @@ QK_INLINE F about_fma(F a, F b, F c) {
     return reinterpret_cast<F>(_mm512_fmadd_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b), reinterpret_cast<__m512>(c)));
 #else
     return a * b + c;
+#endif
+}
+
+typedef std::conditional<LANES == 16, uint16_t, uint8_t>::type Bits;  // a mask's lanes
+
+// Where x * x - a > b, give or take rounding.
+QK_INLINE Bits square_exceeds(F x, F a, F b) {
+#if defined(__AVX512F__)
+    const __m512 v = reinterpret_cast<__m512>(x);
+    return _mm512_cmp_ps_mask(_mm512_fmsub_ps(v, v, reinterpret_cast<__m512>(a)), reinterpret_cast<__m512>(b), _CMP_GT_OQ);
+#else
+    return static_cast<Bits>(bits_set(I(x * x - a > b)));
 #endif
 }
 
@@ -179,12 +193,14 @@ QK_INLINE void sort(Group<N>& g) {
 // ---------------------------------------------------------------- the split of a group
 
 // What ggml's search over (i1, i2, shift) found: values below `low` have level 0, from `high` on level 2.
+// SHIFTS: each part of the group has its own.
+template <int SHIFTS>
 struct Split {
     F scale;
-    I low, high;  // keys
-    I down;       // mask: the levels are shifted down
-    I none;       // mask: nothing found
-    I nearest;    // mask: each value has the level nearest to it at this scale, which is positive, with room
+    I low, high;        // keys
+    I down[SHIFTS];     // masks: the levels are shifted down
+    I none;             // mask: nothing found
+    I nearest[SHIFTS];  // masks: each value has the level nearest to it at this scale, which is positive, with room
 };
 
 // Sorts h ascending, where it falls and then rises, and moves v with it.
@@ -261,7 +277,7 @@ constexpr Splits<N> SPLITS{};
 // ggml's search as it stands, for one lane; the sums are [N + 1][LANES]. Splits with the same i1 are compared with the best
 // LANES at a time; those that are not better change nothing, and the first that is becomes the best.
 template <int N>
-__attribute__((noinline)) void scan_lane(const Group<N>& g, const F* sum_x, const F* sum_w, int lane, Split& out) {
+__attribute__((noinline)) void scan_lane(const Group<N>& g, const F* sum_x, const F* sum_w, int lane, Split<1>& out) {
     constexpr int PADDED = N + LANES;
     float sx[PADDED + 1], sw[PADDED + 1];
     for (int j = 0; j <= PADDED; ++j) sx[j] = sum_x[j < N ? j : N][lane], sw[j] = sum_w[j < N ? j : N][lane];
@@ -301,7 +317,7 @@ __attribute__((noinline)) void scan_lane(const Group<N>& g, const F* sum_x, cons
     out.scale[lane] = scale;
     out.low[lane] = g.sorted[best1][lane];
     out.high[lane] = g.sorted[best2][lane];
-    out.down[lane] = down ? -1 : 0;
+    out.down[0][lane] = down ? -1 : 0;
 }
 
 // ggml's exhaustive search. A split's score is sumqx^2 / sumq2; with v = the levels, which are 1 apart,
@@ -319,7 +335,7 @@ __attribute__((noinline)) void scan_lane(const Group<N>& g, const F* sum_x, cons
 //    Where one lies there, two higher t are tried; their lists are parts of the same.
 // 4. A lane in which no t will do, with none above t, or out of the range in which the bounds hold, is searched as ggml does.
 template <int N>
-__attribute__((noinline)) void search_split(const Group<N>& g, Split& out) {
+__attribute__((noinline)) void search_split(const Group<N>& g, Split<1>& out) {
     F sum_x[N + 1], sum_w[N + 1];
     sum_x[0] = sum_w[0] = F{};
     for (int j = 0; j < N; ++j) {
@@ -337,7 +353,6 @@ __attribute__((noinline)) void search_split(const Group<N>& g, Split& out) {
     I odd = ~(I(n > 1e-24f) & I(n < 1e30f) & I(d > 1e-20f) & I(d < 1e30f) & I(scope < 1e32f));
 
     const F slack = scope * 0x1p-18f;
-    typedef typename std::conditional<LANES == 16, uint16_t, uint8_t>::type Bits;
     constexpr int COUNT = Splits<N>::COUNT, PADDED = (COUNT + 15) / 16 * 16;
     alignas(64) Bits hits[PADDED][2];
     for (int c = COUNT; c < PADDED; ++c) hits[c][0] = hits[c][1] = 0;
@@ -353,15 +368,8 @@ __attribute__((noinline)) void search_split(const Group<N>& g, Split& out) {
         const F t1_down = t * (all_w * 0.765625f + sum_w[i1] * 1.25f) - slack;
         for (int i2 = i1; i2 <= N; ++i2, ++hit) {
             const F up = x_up - sum_x[i2], down = x_down - sum_x[i2];
-#if defined(__AVX512F__)
-            const __m512 a = _mm512_fmsub_ps(reinterpret_cast<__m512>(up), reinterpret_cast<__m512>(up), reinterpret_cast<__m512>(t1_up));
-            const __m512 b = _mm512_fmsub_ps(reinterpret_cast<__m512>(down), reinterpret_cast<__m512>(down), reinterpret_cast<__m512>(t1_down));
-            (*hit)[0] = _mm512_cmp_ps_mask(a, reinterpret_cast<__m512>(t2_up[i2]), _CMP_GT_OQ);
-            (*hit)[1] = _mm512_cmp_ps_mask(b, reinterpret_cast<__m512>(t2_down[i2]), _CMP_GT_OQ);
-#else
-            (*hit)[0] = static_cast<Bits>(bits_set(I(up * up - t1_up > t2_up[i2])));
-            (*hit)[1] = static_cast<Bits>(bits_set(I(down * down - t1_down > t2_down[i2])));
-#endif
+            (*hit)[0] = square_exceeds(up, t1_up, t2_up[i2]);
+            (*hit)[1] = square_exceeds(down, t1_down, t2_down[i2]);
         }
     }
 
@@ -413,11 +421,11 @@ __attribute__((noinline)) void search_split(const Group<N>& g, Split& out) {
     out.scale = scale;
     out.low = low;
     out.high = high;
-    out.down = is_down;
+    out.down[0] = is_down;
     out.none = I{};
     const F middle = select(is_down, splat(-DELTA), splat(DELTA));
     const F cut_low = scale * (middle - 0.5f), cut_high = scale * (middle + 0.5f), room = scale * 0x1p-18f;
-    out.nearest = ~odd & I(scale > 0.0f) & I(below_low <= cut_low - room) & I(from_low >= cut_low + room) &
+    out.nearest[0] = ~odd & I(scale > 0.0f) & I(below_low <= cut_low - room) & I(from_low >= cut_low + room) &
                   I(below_high <= cut_high - room) & I(from_high >= cut_high + room);
     if (any(odd))
         for (int lane = 0; lane < LANES; ++lane)
@@ -513,110 +521,397 @@ QK_INLINE uint32_t best_neighbour(const uint16_t* list, int n, const float* x, c
     return found;
 }
 
-// ---------------------------------------------------------------- IQ1_S
+// ---------------------------------------------------------------- IQ1_M's split
 
-// Levels of the N values as N / 8 patterns; turned round where the scale is negative.
-template <int N>
-QK_INLINE void patterns_of(const Group<N>& g, const Split& split, I negative, I* pattern) {
-    for (int k = 0; k < N / 8; ++k) {
+// One of IQ1_M's four pairs of shifts: of the first and the second eight values.
+struct Shifts {
+    bool down[2];
+};
+constexpr Shifts SHIFTS_M[4] = {{{false, false}}, {{false, true}}, {{true, false}}, {{true, true}}};
+
+// The highest level, its square, and by how much the square falls at the first and the second cut.
+struct Levels {
+    float top, square, fall1, fall2;
+};
+constexpr Levels LEVELS[2] = {{1 + DELTA, 1.265625f, 0.75f, -1.25f}, {1 - DELTA, 0.765625f, 1.25f, -0.75f}};
+
+// Sums below each position of the sorted group, of the first and the second eight values.
+struct HalfSums {
+    F x[2][17], w[2][17];
+};
+
+// sumqx and sumq2 of a split under a pair of shifts, as ggml computes them.
+template <typename T>
+QK_INLINE void score_halves(const Shifts& shifts, const T (&x1)[2], const T (&x2)[2], const T (&x)[2], const T (&w1)[2],
+                            const T (&w2)[2], const T (&w)[2], T* sumqx, T* sumq2) {
+    T qx[2], q2[2];
+    for (int h = 0; h < 2; ++h) {
+        const Levels& l = LEVELS[shifts.down[h]];
+        qx[h] = x[h] * l.top - (x1[h] + x2[h]);
+        q2[h] = w[h] * l.top * l.top + w1[h] * l.fall1 + w2[h] * l.fall2;
+    }
+    *sumqx = qx[0] + qx[1];
+    *sumq2 = q2[0] + q2[1];
+}
+
+// ggml's search as it stands, for one lane.
+__attribute__((noinline)) void scan_lane_halves(const Group<16>& g, const HalfSums& sums, int lane, Split<2>& out) {
+    constexpr int N = 16;
+    float x[N + 1][2], w[N + 1][2];
+    for (int j = 0; j <= N; ++j)
+        for (int h = 0; h < 2; ++h) x[j][h] = sums.x[h][j][lane], w[j][h] = sums.w[h][j][lane];
+    float best_score = -FLT_MAX, scale = 0;
+    int best1 = -1, best2 = -1, best_k = 0;
+    for (int i1 = 0; i1 <= N; ++i1)
+        for (int i2 = i1; i2 <= N; ++i2)
+            for (int k = 0; k < 4; ++k) {
+                float sumqx, sumq2;
+                score_halves(SHIFTS_M[k], x[i1], x[i2], x[N], w[i1], w[i2], w[N], &sumqx, &sumq2);
+                if (sumq2 > 0 && sumqx * sumqx > best_score * sumq2) {
+                    scale = sumqx / sumq2;
+                    best_score = scale * sumqx;
+                    best1 = i1, best2 = i2, best_k = k;
+                }
+            }
+    out.none[lane] = best1 < 0 ? -1 : 0;
+    if (best1 < 0) return;
+    out.scale[lane] = scale;
+    out.low[lane] = g.sorted[best1][lane];
+    out.high[lane] = g.sorted[best2][lane];
+    for (int h = 0; h < 2; ++h) out.down[h][lane] = SHIFTS_M[best_k].down[h] ? -1 : 0;
+}
+
+// ggml's exhaustive search over (i1, i2) and four pairs of shifts, in the way of search_split: `top` is the best score of
+// some splits, about; all that may be better are listed, and compared as ggml does. The short way's sums and
+// ggml's differ by |qx - sumqx| < 14 u M, |qx^2 - sumqx^2| < 35 u M^2, t |q2 - sumq2| < 54 u t W with the 2^-20, less
+// than slack = 2^-17 (M^2 + t W).
+__attribute__((noinline)) void search_split_halves(const Group<16>& g, Split<2>& out) {
+    constexpr int N = 16, COUNT = Splits<N>::COUNT, PADDED = (COUNT + 15) / 16 * 16;
+    HalfSums sums;
+    for (int h = 0; h < 2; ++h) sums.x[h][0] = sums.w[h][0] = F{};
+    for (int j = 0; j < N; ++j) {
+        const I second = I((g.sorted[j] & 8) != 0);
+        const F w = g.sorted_w[j], wx = w * g.sorted_x[j];
+        for (int h = 0; h < 2; ++h) {
+            const I here = h ? second : ~second;
+            sums.x[h][j + 1] = select(here, sums.x[h][j] + wx, sums.x[h][j]);
+            sums.w[h][j + 1] = select(here, sums.w[h][j] + w, sums.w[h][j]);
+        }
+    }
+    F x[N + 1], fall1[4][N + 1], fall2[4][N + 1], qx0[4], q20[4];
+    for (int i = 0; i <= N; ++i) {
+        x[i] = sums.x[0][i] + sums.x[1][i];
+        for (int k = 0; k < 4; ++k) {
+            const Levels &a = LEVELS[SHIFTS_M[k].down[0]], &b = LEVELS[SHIFTS_M[k].down[1]];
+            fall1[k][i] = sums.w[0][i] * a.fall1 + sums.w[1][i] * b.fall1;
+            fall2[k][i] = sums.w[0][i] * a.fall2 + sums.w[1][i] * b.fall2;
+        }
+    }
+    for (int k = 0; k < 4; ++k) {
+        const Levels &a = LEVELS[SHIFTS_M[k].down[0]], &b = LEVELS[SHIFTS_M[k].down[1]];
+        qx0[k] = sums.x[0][N] * a.top + sums.x[1][N] * b.top;
+        q20[k] = sums.w[0][N] * a.square + sums.w[1][N] * b.square;
+    }
+    const F all_x = x[N], all_w = sums.w[0][N] + sums.w[1][N];
+
+    // the best of equal shifts; from its scale, a good one of unequal shifts in two steps: the best split for the scale
+    // (the two cuts are independent), then the best scale for the split
+    F n, d, n_down, d_down, sum_abs;
+    best_on_path(g, all_x, all_w, DELTA, 0.75f, 1.25f, &n, &d, &sum_abs);
+    best_on_path(g, all_x, all_w, -DELTA, 1.25f, 0.75f, &n_down, &d_down, &sum_abs);
+    const I downward = I(n_down * d > n * d_down);
+    n = select(downward, n_down, n);
+    d = select(downward, d_down, d);
+    const F start = sqrt_of(n) / d;
+    for (int k = 1; k < 3; ++k) {
+        F s = start;
+        for (int step = 0; step < 2; ++step) {
+            F least1{}, least2{}, x1{}, x2{}, w1{}, w2{};
+            for (int i = 1; i <= N; ++i) {
+                const F twice = x[i] + x[i];
+                const F f1 = about_fma(s, fall1[k][i], twice), f2 = about_fma(s, fall2[k][i], twice);
+                const I less1 = I(f1 < least1), less2 = I(f2 < least2);
+                least1 = select(less1, f1, least1);
+                x1 = select(less1, x[i], x1);
+                w1 = select(less1, fall1[k][i], w1);
+                least2 = select(less2, f2, least2);
+                x2 = select(less2, x[i], x2);
+                w2 = select(less2, fall2[k][i], w2);
+            }
+            const F qx = qx0[k] - x1 - x2, q2 = q20[k] + w1 + w2;
+            const I more = I(qx * qx * d > n * q2);
+            n = select(more, qx * qx, n);
+            d = select(more, q2, d);
+            s = qx / q2;
+        }
+    }
+    const F t = n / d * (1.0f - 0x1p-16f), scope = sum_abs * sum_abs + t * all_w, slack = scope * 0x1p-17f;
+    I odd = ~(I(n > 1e-24f) & I(n < 1e30f) & I(d > 1e-20f) & I(d < 1e30f) & I(scope < 1e32f));
+
+    alignas(64) Bits hits[PADDED][4];
+    std::memset(hits[COUNT], 0, sizeof hits[0] * (PADDED - COUNT));
+    F t2[4][N + 1];
+    for (int k = 0; k < 4; ++k)
+        for (int i = 0; i <= N; ++i) t2[k][i] = t * fall2[k][i];
+    Bits(*hit)[4] = hits;
+    for (int i1 = 0; i1 <= N; ++i1) {
+        F x1[4], t1[4];
+        for (int k = 0; k < 4; ++k) {
+            x1[k] = qx0[k] - x[i1];
+            t1[k] = t * (q20[k] + fall1[k][i1]) - slack;
+        }
+        for (int i2 = i1; i2 <= N; ++i2, ++hit)
+            for (int k = 0; k < 4; ++k) {
+                const F qx = x1[k] - x[i2];
+                (*hit)[k] = square_exceeds(qx, t1[k], t2[k][i2]);
+            }
+    }
+
+    F scale{};
+    I low{}, high{}, down[2] = {}, pending = ~odd;
+    for (const float room : {0x1p-16f, 0x1p-17f, 0x1p-18f}) {
+        const F limit = n / d * (1.0f - room), sure = limit * (1.0f - 0x1p-20f);
+        const uint32_t wanted = bits_set(pending);
+        F best = splat(-FLT_MAX);
+        I found{}, between{};
+        for (int chunk = 0; chunk < PADDED; chunk += 8) {
+            I some;
+            std::memcpy(&some, hits[chunk], sizeof some);
+            if (!any(some != 0)) continue;
+            for (int c = chunk; c < chunk + 8; ++c) {
+                for (int k = 0; k < 4; ++k) {
+                    const uint32_t lanes = hits[c][k] & wanted;
+                    if (!lanes) continue;
+                    const int i1 = SPLITS<N>.i1[c], i2 = SPLITS<N>.i2[c];
+                    const auto at = [](const F(&s)[2][17], int i, F(&to)[2]) { to[0] = s[0][i], to[1] = s[1][i]; };
+                    F xs[3][2], ws[3][2], sumqx, sumq2;
+                    at(sums.x, i1, xs[0]), at(sums.x, i2, xs[1]), at(sums.x, N, xs[2]);
+                    at(sums.w, i1, ws[0]), at(sums.w, i2, ws[1]), at(sums.w, N, ws[2]);
+                    score_halves(SHIFTS_M[k], xs[0], xs[1], xs[2], ws[0], ws[1], ws[2], &sumqx, &sumq2);
+                    const F square = sumqx * sumqx;
+                    const I open = mask_of_bits(lanes) & I(sumq2 > 0.0f);
+                    const I above = open & I(square > limit * sumq2);
+                    between |= open & ~above & I(square > sure * sumq2);
+                    const I take = above & I(square > best * sumq2);
+                    const F ratio = sumqx / sumq2;
+                    scale = select(take, ratio, scale);
+                    best = select(take, ratio * sumqx, best);
+                    low = select(take, g.sorted[i1], low);
+                    high = select(take, g.sorted[i2], high);
+                    for (int h = 0; h < 2; ++h) down[h] = select(take, splat(SHIFTS_M[k].down[h] ? -1 : 0), down[h]);
+                    found |= take;
+                }
+            }
+        }
+        pending &= ~found | between;
+        if (!any(pending)) break;
+    }
+    odd |= pending;
+    out.scale = scale;
+    out.low = low;
+    out.high = high;
+    out.none = I{};
+    for (int h = 0; h < 2; ++h) {
+        out.down[h] = down[h];
+        const F middle = select(down[h], splat(-DELTA), splat(DELTA));
+        const F cut_low = scale * (middle - 0.5f), cut_high = scale * (middle + 0.5f), room = scale * 0x1p-18f;
+        I good = ~odd & I(scale > 0.0f);
+        for (int j = 8 * h; j < 8 * h + 8; ++j) {
+            const F over_low = g.x[j] - cut_low, over_high = g.x[j] - cut_high;
+            good &= I(select(I(g.key[j] >= low), over_low, -over_low) >= room) &
+                    I(select(I(g.key[j] >= high), over_high, -over_high) >= room);
+        }
+        out.nearest[h] = good;
+    }
+    if (any(odd))
+        for (int lane = 0; lane < LANES; ++lane)
+            if (odd[lane]) scan_lane_halves(g, sums, lane, out);
+}
+
+// ---------------------------------------------------------------- blocks
+
+// A tile of blocks: LANES of them, values and weights one a lane, and the weights also one block a row.
+struct Tile {
+    F x[QK_K];
+    const float* const* rows;
+    float weight[LANES][QK_K];
+};
+
+template <bool WEIGHTS>
+QK_INLINE void load(Tile& tile, const float* const* xs, const float* const* ws) {
+    tile.rows = xs;
+    load_lanes<QK_K>(xs, tile.x);
+    F squares{};
+    for (int k = 0; k < QK_K; ++k) squares += tile.x[k] * tile.x[k];
+    const F sigma2 = 2.0f * squares / 256.0f;
+    for (int lane = 0; lane < LANES; ++lane)
+        for (int k = 0; k < QK_K; k += LANES) {
+            F v, q;
+            std::memcpy(&v, xs[lane] + k, sizeof v);
+            if constexpr (WEIGHTS) {
+                std::memcpy(&q, ws[lane] + k, sizeof q);
+                q = q * sqrt_of(sigma2[lane] + v * v);
+            } else {
+                q = v * v;
+            }
+            std::memcpy(tile.weight[lane] + k, &q, sizeof q);
+        }
+}
+
+// What a group of N values became.
+template <int N, int SHIFTS>
+struct Coded {
+    F scale;  // 0 where dead
+    I dead;   // mask: no index is stored
+    I down[SHIFTS];
+    I pattern[N / 8], index[N / 8];
+};
+
+// Quantizes group ib of a tile, all but the scale's rounding.
+template <int N, int SHIFTS>
+QK_INLINE void code_group(const Iq1Grid& grid, const Tile& tile, int ib, float least, Group<N>& g, Coded<N, SHIFTS>& out) {
+    constexpr int K = N / 8;
+    const float* rows[LANES];
+    for (int lane = 0; lane < LANES; ++lane) rows[lane] = tile.weight[lane] + N * ib;
+    load_lanes<N>(rows, g.w);
+    F largest{};
+    for (int j = 0; j < N; ++j) {
+        g.x[j] = tile.x[N * ib + j];
+        largest = max_of(largest, abs_of(g.x[j]));
+    }
+    sort(g);
+    Split<SHIFTS> split;
+    if constexpr (SHIFTS == 1)
+        search_split(g, split);
+    else
+        search_split_halves(g, split);
+    out.dead = split.none | I(largest < least);
+    const I negative = I(split.scale < 0.0f);  // then the levels are turned round
+    F scale = select(negative, -split.scale, split.scale);
+    uint32_t lowered[SHIFTS], nearest[SHIFTS];
+    for (int h = 0; h < SHIFTS; ++h) {
+        out.down[h] = (split.down[h] ^ negative) & ~out.dead;
+        lowered[h] = bits_set(out.down[h]);
+        nearest[h] = bits_set(split.nearest[h]);
+    }
+    for (int k = 0; k < K; ++k) {
         I p{};
         for (int j = 0; j < 8; ++j) {
             const I key = g.key[8 * k + j];
             p -= (I(key >= split.low) + I(key >= split.high)) << (2 * j);
         }
-        pattern[k] = select(negative, 0xaaaa - p, p);
+        out.pattern[k] = select(negative, 0xaaaa - p, p);
     }
+
+    const uint32_t skipped = bits_set(out.dead);
+    uint32_t off_grid = 0;
+    for (int lane = 0; lane < LANES; ++lane) {
+        const bool skip = skipped >> lane & 1;
+        for (int k = 0; k < K; ++k) {
+            const int h = SHIFTS == 1 ? 0 : k;
+            const uint32_t p = static_cast<uint32_t>(out.pattern[k][lane]);
+            int ternary = grid.ternary(p);
+            if (grid.index[ternary] < 0 && !skip) {
+                const int at = N * ib + 8 * k;
+                const Iq1Grid::List list = nearest[h] >> lane & 1 ? grid.near[ternary] : grid.all[ternary];
+                const uint32_t found =
+                    best_neighbour(grid.neighbours + list.begin, static_cast<int>(list.n), tile.rows[lane] + at,
+                                   tile.weight[lane] + at, scale[lane], lowered[h] >> lane & 1 ? DOWN : UP);
+                out.pattern[k][lane] = static_cast<int32_t>(found);
+                ternary = grid.ternary(found);
+                off_grid |= 1u << lane;
+            }
+            out.index[k][lane] = skip ? 0 : grid.index[ternary];
+        }
+    }
+
+    // the scale again, where a neighbour was taken
+    F sumqx{}, sumq2{};
+    for (int k = 0; k < K; ++k) {
+        const F first = select(out.down[SHIFTS == 1 ? 0 : k], splat(DOWN[0]), splat(UP[0]));
+        for (int j = 0; j < 8; ++j) {
+            const F q = to_float((out.pattern[k] >> (2 * j)) & 3) + first;
+            const F wq = g.w[8 * k + j] * q;
+            sumqx += wq * g.x[8 * k + j];
+            sumq2 += wq * q;
+        }
+    }
+    const I again = mask_of_bits(off_grid) & I(sumqx > 0.0f) & I(sumq2 > 0.0f);
+    scale = select(again, sumqx / sumq2, scale);
+    out.scale = select(out.dead, F{}, scale);
 }
 
+// Three bits of scale: the odd multiple of d nearest to `scale`.
+QK_INLINE I scale_bits(F id, F scale) { return max_of(I{}, min_of(splat(7), nearest_int(0.5f * (id * scale - 1.0f)))); }
+
 void tile_iq1_s(const Iq1Grid& grid, const float* const* xs, const float* const* ws, uint8_t* const* y) {
-    constexpr int N = 32, GROUPS = QK_K / N, K = N / 8;
-    alignas(64) F x[QK_K];
-    load_lanes<QK_K>(xs, x);
-    F squares{};
-    for (int k = 0; k < QK_K; ++k) squares += x[k] * x[k];
-    const F sigma2 = 2.0f * squares / 256.0f;
-    alignas(64) float weight[LANES][QK_K];
-    for (int lane = 0; lane < LANES; ++lane)
-        for (int k = 0; k < QK_K; k += LANES) {
-            F v, q;
-            std::memcpy(&v, xs[lane] + k, sizeof v);
-            std::memcpy(&q, ws[lane] + k, sizeof q);
-            q = q * sqrt_of(sigma2[lane] + v * v);
-            std::memcpy(weight[lane] + k, &q, sizeof q);
-        }
-
-    alignas(64) Group<N> g;
+    constexpr int GROUPS = 8;
+    alignas(64) Tile tile;
+    load<true>(tile, xs, ws);
+    alignas(64) Group<32> g;
     F scales[GROUPS], max_scale{};
-    I down[GROUPS], low_bits[GROUPS], high_bits[GROUPS];
+    I down[GROUPS], low[GROUPS], high[GROUPS];
     for (int ib = 0; ib < GROUPS; ++ib) {
-        const float* rows[LANES];
-        for (int lane = 0; lane < LANES; ++lane) rows[lane] = weight[lane] + N * ib;
-        load_lanes<N>(rows, g.w);
-        F largest{};
-        for (int j = 0; j < N; ++j) {
-            g.x[j] = x[N * ib + j];
-            largest = max_of(largest, abs_of(g.x[j]));
-        }
-        sort(g);
-        Split split;
-        search_split(g, split);
-        const I dead = split.none | I(largest < 1e-12f);
-        const I negative = I(split.scale < 0.0f);
-        F scale = select(negative, -split.scale, split.scale);
-        const I is_down = split.down ^ negative;
-        I pattern[K], index[K];
-        patterns_of(g, split, negative, pattern);
-
-        const uint32_t lowered = bits_set(is_down), skipped = bits_set(dead), nearest = bits_set(split.nearest);
-        uint32_t off_grid = 0;
-        for (int lane = 0; lane < LANES; ++lane) {
-            const bool skip = skipped >> lane & 1;
-            const float* levels = lowered >> lane & 1 ? DOWN : UP;
-            for (int k = 0; k < K; ++k) {
-                const uint32_t p = static_cast<uint32_t>(pattern[k][lane]);
-                int ternary = grid.ternary(p);
-                if (grid.index[ternary] < 0 && !skip) {
-                    const int at = N * ib + 8 * k;
-                    const Iq1Grid::List list = nearest >> lane & 1 ? grid.near[ternary] : grid.all[ternary];
-                    const uint32_t found = best_neighbour(grid.neighbours + list.begin, static_cast<int>(list.n),
-                                                          xs[lane] + at, weight[lane] + at, scale[lane], levels);
-                    pattern[k][lane] = static_cast<int32_t>(found);
-                    ternary = grid.ternary(found);
-                    off_grid |= 1u << lane;
-                }
-                index[k][lane] = skip ? 0 : grid.index[ternary];
-            }
-        }
-
-        // the scale again, where a neighbour was taken
-        F sumqx{}, sumq2{};
-        const F first = select(is_down, splat(DOWN[0]), splat(UP[0]));
-        for (int k = 0; k < K; ++k)
-            for (int j = 0; j < 8; ++j) {
-                const F q = to_float((pattern[k] >> (2 * j)) & 3) + first;
-                const F wq = g.w[8 * k + j] * q;
-                sumqx += wq * g.x[8 * k + j];
-                sumq2 += wq * q;
-            }
-        const I again = mask_of_bits(off_grid) & I(sumqx > 0.0f) & I(sumq2 > 0.0f);
-        scale = select(again, sumqx / sumq2, scale);
-
-        scales[ib] = select(dead, F{}, scale);
-        down[ib] = is_down & ~dead;
-        low_bits[ib] = (index[0] & 255) | (index[1] & 255) << 8 | (index[2] & 255) << 16 | index[3] << 24;
-        high_bits[ib] = index[0] >> 8 | (index[1] >> 8) << 3 | (index[2] >> 8) << 6 | (index[3] >> 8) << 9;
-        max_scale = max_of(max_scale, scales[ib]);
+        Coded<32, 1> c;
+        code_group(grid, tile, ib, 1e-12f, g, c);
+        scales[ib] = c.scale;
+        down[ib] = c.down[0];
+        low[ib] = (c.index[0] & 255) | (c.index[1] & 255) << 8 | (c.index[2] & 255) << 16 | c.index[3] << 24;
+        high[ib] = c.index[0] >> 8 | (c.index[1] >> 8) << 3 | (c.index[2] >> 8) << 6 | (c.index[3] >> 8) << 9;
+        max_scale = max_of(max_scale, c.scale);
     }
-
     const I some = I(max_scale != 0.0f);
     const F d = max_scale / 15.0f, id = 1.0f / d;
-    for (int ib = 0; ib < GROUPS; ++ib) {
-        const I l = max_of(I{}, min_of(splat(7), nearest_int(0.5f * (id * scales[ib] - 1.0f))));
-        high_bits[ib] |= some & ((l | (down[ib] & 8)) << 12);
-    }
+    for (int ib = 0; ib < GROUPS; ++ib) high[ib] |= some & ((scale_bits(id, scales[ib]) | (down[ib] & 8)) << 12);
     store_word(some & to_half(d * 1.125f), y, 0, 2);
-    store_lanes<8>(low_bits, y, 2);
-    for (int i = 0; i < 4; ++i) store_word(high_bits[2 * i] | high_bits[2 * i + 1] << 16, y, 34 + 4 * i);
+    store_lanes<8>(low, y, 2);
+    for (int i = 0; i < 4; ++i) store_word(high[2 * i] | high[2 * i + 1] << 16, y, 34 + 4 * i);
+}
+
+template <bool WEIGHTS>
+void tile_iq1_m(const Iq1Grid& grid, const float* const* xs, const float* const* ws, uint8_t* const* y) {
+    constexpr int GROUPS = 16;
+    alignas(64) Tile tile;
+    load<WEIGHTS>(tile, xs, ws);
+    alignas(64) Group<16> g;
+    alignas(64) F weights[QK_K];
+    Coded<16, 2> coded[GROUPS];
+    F max_scale{};
+    for (int ib = 0; ib < GROUPS; ++ib) {
+        code_group(grid, tile, ib, 1e-7f, g, coded[ib]);
+        for (int j = 0; j < 16; ++j) weights[16 * ib + j] = g.w[j];
+        max_scale = max_of(max_scale, coded[ib].scale);
+    }
+    const I some = I(max_scale != 0.0f);
+    F d = max_scale / 15.0f, sumqx{}, sumq2{};
+    const F id = 1.0f / d;
+    I low[8] = {}, high[4] = {}, sc[4] = {};
+    for (int ib = 0; ib < GROUPS; ++ib) {
+        const Coded<16, 2>& c = coded[ib];
+        const I l = scale_bits(id, c.scale);
+        const F factor = to_float(2 * l + 1);
+        sc[ib / 4] |= l << (3 * (ib % 4));
+        low[ib / 2] |= ((c.index[0] & 255) | (c.index[1] & 255) << 8) << (16 * (ib % 2));
+        high[ib / 4] |= (c.index[0] >> 8 | (c.index[1] >> 8) << 4 | (some & ((c.down[0] & 0x08) | (c.down[1] & 0x80))))
+                        << (8 * (ib % 4));
+        for (int k = 0; k < 2; ++k) {
+            const F first = select(c.down[k], splat(DOWN[0]), splat(UP[0]));
+            const I pattern = c.pattern[k] & ~c.dead;  // a dead group counts as the grid's first entry
+            for (int j = 0; j < 8; ++j) {
+                const int at = 16 * ib + 8 * k + j;
+                const F q = (to_float((pattern >> (2 * j)) & 3) + first) * factor;
+                const F wq = weights[at] * q;
+                sumqx += wq * tile.x[at];
+                sumq2 += wq * q;
+            }
+        }
+    }
+    d = select(I(sumq2 > 0.0f), sumqx / sumq2, d);
+    const I half = to_half(d * 1.1125f);
+    for (int i = 0; i < 4; ++i) sc[i] = some & (sc[i] | ((half >> (4 * i)) & 15) << 12);
+    store_lanes<8>(low, y, 0);
+    for (int i = 0; i < 4; ++i) store_word(high[i], y, 32 + 4 * i);
+    for (int i = 0; i < 2; ++i) store_word(sc[2 * i] | sc[2 * i + 1] << 16, y, 48 + 4 * i);
 }
 
 }  // namespace
@@ -625,6 +920,16 @@ void quantize_iq1_s(const float* x, uint8_t* y, size_t n_rows, size_t n_cols, co
     if (!w) throw std::invalid_argument("quantize: IQ1_S needs the importance of each column");
     const Iq1Grid& grid = iq1_grid();
     for_each_tile<QK_K, 50>(x, y, n_rows, n_cols, w, [&grid](auto xs, auto ws, auto ys) { tile_iq1_s(grid, xs, ws, ys); });
+}
+
+void quantize_iq1_m(const float* x, uint8_t* y, size_t n_rows, size_t n_cols, const float* w) {
+    const Iq1Grid& grid = iq1_grid();
+    if (w)
+        for_each_tile<QK_K, 56>(x, y, n_rows, n_cols, w,
+                                [&grid](auto xs, auto ws, auto ys) { tile_iq1_m<true>(grid, xs, ws, ys); });
+    else
+        for_each_tile<QK_K, 56>(x, y, n_rows, n_cols, w,
+                                [&grid](auto xs, auto ws, auto ys) { tile_iq1_m<false>(grid, xs, ws, ys); });
 }
 
 }  // namespace quantkit::QK_ISA

@@ -6,6 +6,7 @@
 namespace quantkit::QK_ISA {
 
 #define QK_DECLARE(NAME) void quantize_##NAME(const float* x, uint8_t* y, size_t n_rows, size_t n_cols, const float* w)
+QK_DECLARE(iq1_m);
 QK_DECLARE(iq1_s);
 QK_DECLARE(q2_k);
 QK_DECLARE(q3_k);
