@@ -89,6 +89,22 @@ QK_INLINE Bits square_exceeds(F x, F a, F b) {
 #endif
 }
 
+// Which of 16 pairs of masks have a lane set.
+QK_INLINE uint32_t pairs_set(const Bits* pairs) {
+#if defined(__AVX512F__)
+    const __m512i v = _mm512_loadu_si512(pairs);
+    return _mm512_test_epi32_mask(v, v);
+#elif defined(__AVX2__)
+    const __m256i v = _mm256_cmpeq_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(pairs)), _mm256_setzero_si256());
+    const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+    return 0xffffu & ~static_cast<uint32_t>(_mm_movemask_epi8(bytes));
+#else
+    uint32_t out = 0;
+    for (int i = 0; i < 16; ++i) out |= static_cast<uint32_t>((pairs[2 * i] | pairs[2 * i + 1]) != 0) << i;
+    return out;
+#endif
+}
+
 // ---------------------------------------------------------------- sorting
 
 // Batcher's odd-even merge sort as a list of pairs, made at compile time.
@@ -383,10 +399,8 @@ __attribute__((noinline)) void search_split(const Group<N>& g, Split<1>& out) {
         F best = splat(-FLT_MAX);
         I found{}, between{};
         for (int chunk = 0; chunk < PADDED; chunk += 16) {
-            I some;
-            std::memcpy(&some, hits[chunk], sizeof some);
-            if (!any(some != 0)) continue;
-            for (int c = chunk; c < chunk + 16; ++c) {
+            for (uint32_t some = pairs_set(hits[chunk]); some; some &= some - 1) {
+                const int c = chunk + __builtin_ctz(some);
                 for (int shift = 0; shift < 2; ++shift) {
                     const uint32_t lanes = hits[c][shift] & wanted;
                     if (!lanes) continue;
@@ -434,16 +448,9 @@ __attribute__((noinline)) void search_split(const Group<N>& g, Split<1>& out) {
 
 // ---------------------------------------------------------------- neighbours
 
-// iq1_find_best_neighbour2: the pattern of the neighbour nearest to x, the first of equals. x and w are a lane's eight
-// values in a row.
-//
-// The near ones of the list do where each value has the level nearest to it: then |scale * q - x| in floats grows with
-// each step away from that level (rounding is monotone, and there is room at the cuts between two levels), so the cost
-// of a value does not fall, nor does the sum.
-QK_INLINE uint32_t best_neighbour(const uint16_t* list, int n, const float* x, const float* w, float scale, const float* levels) {
-    uint32_t found = list[0];
+// The costs of the three levels of each of eight values, as tables that repeat every 128 bits.
+QK_INLINE void cost_tables(const float* x, const float* w, float scale, const float* levels, F* table) {
 #if defined(__AVX2__)
-    // the costs of a value's three levels, as a table of four floats in each 128 bits
     const __m256 xv = _mm256_loadu_ps(x), wv = _mm256_loadu_ps(w);
     __m256 cost[3];
     for (int l = 0; l < 3; ++l) {
@@ -453,72 +460,103 @@ QK_INLINE uint32_t best_neighbour(const uint16_t* list, int n, const float* x, c
     const __m256 low = _mm256_unpacklo_ps(cost[0], cost[1]), high = _mm256_unpackhi_ps(cost[0], cost[1]);
     const __m256 both[4] = {_mm256_shuffle_ps(low, cost[2], 0x44), _mm256_shuffle_ps(low, cost[2], 0x5e),
                             _mm256_shuffle_ps(high, cost[2], 0xa4), _mm256_shuffle_ps(high, cost[2], 0xfe)};
+    for (int i = 0; i < 4; ++i) {
 #if defined(__AVX512F__)
-    __m512 table[8];
-    for (int i = 0; i < 4; ++i) {
         const __m512 t = _mm512_castps256_ps512(both[i]);
-        table[i] = _mm512_shuffle_f32x4(t, t, 0x00);
-        table[i + 4] = _mm512_shuffle_f32x4(t, t, 0x55);
-    }
-    const __m512i count = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-    __m512 best = _mm512_set1_ps(FLT_MAX);
-    __m512i at = _mm512_setzero_si512();
-    for (int j = 0; j < n; j += 16) {
-        const __m512i p = _mm512_cvtepu16_epi32(_mm256_load_si256(reinterpret_cast<const __m256i*>(list + j)));
-        __m512 sum = _mm512_permutevar_ps(table[0], p);
-#pragma GCC unroll 8
-        for (int i = 1; i < 8; ++i) sum = _mm512_add_ps(sum, _mm512_permutevar_ps(table[i], _mm512_srli_epi32(p, 2 * i)));
-        const __mmask16 less = _mm512_cmp_ps_mask(sum, best, _CMP_LT_OQ);
-        best = _mm512_mask_mov_ps(best, less, sum);
-        at = _mm512_mask_mov_epi32(at, less, _mm512_add_epi32(count, _mm512_set1_epi32(j)));
-    }
-    const float least = _mm512_reduce_min_ps(best);
-    const __mmask16 equal = _mm512_cmp_ps_mask(best, _mm512_set1_ps(least), _CMP_EQ_OQ);
-    if (least < FLT_MAX) found = list[_mm512_mask_reduce_min_epi32(equal, at)];
+        table[i] = reinterpret_cast<F>(_mm512_shuffle_f32x4(t, t, 0x00));
+        table[i + 4] = reinterpret_cast<F>(_mm512_shuffle_f32x4(t, t, 0x55));
 #else
-    __m256 table[8];
-    for (int i = 0; i < 4; ++i) {
-        table[i] = _mm256_permute2f128_ps(both[i], both[i], 0x00);
-        table[i + 4] = _mm256_permute2f128_ps(both[i], both[i], 0x11);
-    }
-    const __m256i count = _mm256_set_epi32(7, 6, 5, 4, 3, 2, 1, 0);
-    __m256 best = _mm256_set1_ps(FLT_MAX);
-    __m256i at = _mm256_setzero_si256();
-    for (int j = 0; j < n; j += 8) {
-        const __m256i p = _mm256_cvtepu16_epi32(_mm_load_si128(reinterpret_cast<const __m128i*>(list + j)));
-        __m256 sum = _mm256_permutevar_ps(table[0], p);
-#pragma GCC unroll 8
-        for (int i = 1; i < 8; ++i) sum = _mm256_add_ps(sum, _mm256_permutevar_ps(table[i], _mm256_srli_epi32(p, 2 * i)));
-        const __m256 less = _mm256_cmp_ps(sum, best, _CMP_LT_OQ);
-        best = _mm256_blendv_ps(best, sum, less);
-        at = _mm256_blendv_epi8(at, _mm256_add_epi32(count, _mm256_set1_epi32(j)), _mm256_castps_si256(less));
-    }
-    __m256 m = _mm256_min_ps(best, _mm256_permute2f128_ps(best, best, 1));
-    m = _mm256_min_ps(m, _mm256_permute_ps(m, 0x4e));
-    m = _mm256_min_ps(m, _mm256_permute_ps(m, 0xb1));
-    const __m256i equal = _mm256_castps_si256(_mm256_cmp_ps(best, m, _CMP_EQ_OQ));
-    at = _mm256_blendv_epi8(_mm256_set1_epi32(INT_MAX), at, equal);
-    __m128i first = _mm_min_epi32(_mm256_castsi256_si128(at), _mm256_extracti128_si256(at, 1));
-    first = _mm_min_epi32(first, _mm_shuffle_epi32(first, 0x4e));
-    first = _mm_min_epi32(first, _mm_shuffle_epi32(first, 0xb1));
-    if (_mm256_cvtss_f32(m) < FLT_MAX) found = list[_mm_cvtsi128_si32(first)];
+        table[i] = reinterpret_cast<F>(_mm256_permute2f128_ps(both[i], both[i], 0x00));
+        table[i + 4] = reinterpret_cast<F>(_mm256_permute2f128_ps(both[i], both[i], 0x11));
 #endif
+    }
 #else
-    float cost[8][4];
     for (int i = 0; i < 8; ++i)
-        for (int l = 0; l < 3; ++l) {
-            const float diff = scale * levels[l] - x[i];
-            cost[i][l] = w[i] * diff * diff;
+        for (int l = 0; l < LANES; ++l) {
+            const float diff = scale * levels[l % 4 % 3] - x[i];
+            table[i][l] = w[i] * diff * diff;
         }
-    float best = FLT_MAX;
-    for (int j = 0; j < n; ++j) {
-        uint32_t p = list[j];
-        float sum = 0;
-        for (int i = 0; i < 8; ++i, p >>= 2) sum += cost[i][p & 3];
-        if (sum < best) best = sum, found = list[j];
-    }
 #endif
-    return found;
+}
+
+// out[i] = table[i with its two low bits replaced by those of index[i]].
+QK_INLINE F lookup(F table, I index) {
+#if defined(__AVX512F__)
+    return reinterpret_cast<F>(_mm512_permutevar_ps(reinterpret_cast<__m512>(table), reinterpret_cast<__m512i>(index)));
+#elif defined(__AVX2__)
+    return reinterpret_cast<F>(_mm256_permutevar_ps(reinterpret_cast<__m256>(table), reinterpret_cast<__m256i>(index)));
+#else
+    F out;
+    for (int i = 0; i < LANES; ++i) out[i] = table[(i & ~3) | (index[i] & 3)];
+    return out;
+#endif
+}
+
+QK_INLINE I widen(const uint16_t* p) {
+#if defined(__AVX512F__)
+    return reinterpret_cast<I>(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+#elif defined(__AVX2__)
+    return reinterpret_cast<I>(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#else
+    I out;
+    for (int i = 0; i < LANES; ++i) out[i] = p[i];
+    return out;
+#endif
+}
+
+// The least of the lanes, in every lane.
+QK_INLINE F least_of(F x) {
+#if defined(__AVX2__)
+#if defined(__AVX512F__)
+    const __m512 v = reinterpret_cast<__m512>(x);
+    __m256 m = _mm256_min_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
+#else
+    __m256 m = reinterpret_cast<__m256>(x);
+#endif
+    __m128 n = _mm_min_ps(_mm256_castps256_ps128(m), _mm256_extractf128_ps(m, 1));
+    n = _mm_min_ps(n, _mm_movehl_ps(n, n));
+    n = _mm_min_ss(n, _mm_shuffle_ps(n, n, 1));
+    return splat(_mm_cvtss_f32(n));
+#else
+    float least = x[0];
+    for (int i = 1; i < LANES; ++i) least = x[i] < least ? x[i] : least;
+    return splat(least);
+#endif
+}
+
+// iq1_find_best_neighbour2: the pattern of the neighbour nearest to x, the first of equals. x and w are a lane's eight
+// values in a row.
+//
+// The near ones of the list do where each value has the level nearest to it: then |scale * q - x| in floats grows with
+// each step away from that level (rounding is monotone, and there is room at the cuts between two levels), so the cost
+// of a value does not fall, nor does the sum.
+QK_INLINE uint32_t best_neighbour(const uint16_t* list, int n, const float* x, const float* w, float scale, const float* levels) {
+    constexpr int PART = 64;
+    F table[8];
+    cost_tables(x, w, scale, levels, table);
+    float best = FLT_MAX;
+    int found = 0;
+    for (int start = 0; start < n; start += PART) {
+        F sums[PART / LANES], low = splat(FLT_MAX);
+        const int steps = ((n - start < PART ? n - start : PART) + LANES - 1) / LANES;
+        for (int step = 0; step < steps; ++step) {
+            const I p = widen(list + start + LANES * step);
+            F sum = lookup(table[0], p);
+#pragma GCC unroll 8
+            for (int i = 1; i < 8; ++i) sum += lookup(table[i], p >> (2 * i));
+            sums[step] = sum;
+            low = min_of(sum, low);
+        }
+        low = least_of(low);
+        uint64_t equal = 0;
+        for (int step = 0; step < steps; ++step)
+            equal |= static_cast<uint64_t>(bits_set(I(sums[step] == low))) << (LANES * step);
+        if (low[0] < best) {
+            best = low[0];
+            found = start + __builtin_ctzll(equal);
+        }
+    }
+    return list[found];
 }
 
 // ---------------------------------------------------------------- IQ1_M's split
@@ -675,11 +713,9 @@ __attribute__((noinline)) void search_split_halves(const Group<16>& g, Split<2>&
         F best = splat(-FLT_MAX);
         I found{}, between{};
         for (int chunk = 0; chunk < PADDED; chunk += 8) {
-            I some;
-            std::memcpy(&some, hits[chunk], sizeof some);
-            if (!any(some != 0)) continue;
-            for (int c = chunk; c < chunk + 8; ++c) {
-                for (int k = 0; k < 4; ++k) {
+            for (uint32_t some = pairs_set(hits[chunk]); some; some &= some - 1) {
+                const int pair = __builtin_ctz(some), c = chunk + pair / 2;
+                for (int k = pair % 2 * 2; k < pair % 2 * 2 + 2; ++k) {
                     const uint32_t lanes = hits[c][k] & wanted;
                     if (!lanes) continue;
                     const int i1 = SPLITS<N>.i1[c], i2 = SPLITS<N>.i2[c];
@@ -761,8 +797,7 @@ QK_INLINE void load(Tile& tile, const float* const* xs, const float* const* ws) 
 // What a group of N values became.
 template <int N, int SHIFTS>
 struct Coded {
-    F scale;  // 0 where dead
-    I dead;   // mask: no index is stored
+    F scale;  // 0 where nothing was found; then all levels are 0, the first entry of the grid
     I down[SHIFTS];
     I pattern[N / 8], index[N / 8];
 };
@@ -785,12 +820,12 @@ QK_INLINE void code_group(const Iq1Grid& grid, const Tile& tile, int ib, float l
         search_split(g, split);
     else
         search_split_halves(g, split);
-    out.dead = split.none | I(largest < least);
+    const I dead = split.none | I(largest < least);
     const I negative = I(split.scale < 0.0f);  // then the levels are turned round
     F scale = select(negative, -split.scale, split.scale);
     uint32_t lowered[SHIFTS], nearest[SHIFTS];
     for (int h = 0; h < SHIFTS; ++h) {
-        out.down[h] = (split.down[h] ^ negative) & ~out.dead;
+        out.down[h] = (split.down[h] ^ negative) & ~dead;
         lowered[h] = bits_set(out.down[h]);
         nearest[h] = bits_set(split.nearest[h]);
     }
@@ -800,29 +835,33 @@ QK_INLINE void code_group(const Iq1Grid& grid, const Tile& tile, int ib, float l
             const I key = g.key[8 * k + j];
             p -= (I(key >= split.low) + I(key >= split.high)) << (2 * j);
         }
-        out.pattern[k] = select(negative, 0xaaaa - p, p);
+        out.pattern[k] = select(negative, 0xaaaa - p, p) & ~dead;  // the first entry of the grid
     }
 
-    const uint32_t skipped = bits_set(out.dead);
+    // codes in the order (eight, lane); those off the grid are listed first, so that the searches follow each other closely
+    int32_t* patterns = reinterpret_cast<int32_t*>(out.pattern);
+    int32_t* indices = reinterpret_cast<int32_t*>(out.index);
+    struct Open {
+        int code, ternary;
+    } open[K * LANES];
+    int n_open = 0;
+    for (int code = 0; code < K * LANES; ++code) {
+        const int ternary = grid.ternary(static_cast<uint32_t>(patterns[code]));
+        const int index = grid.index[ternary];
+        indices[code] = index;
+        open[n_open] = {code, ternary};
+        n_open += index < 0;
+    }
     uint32_t off_grid = 0;
-    for (int lane = 0; lane < LANES; ++lane) {
-        const bool skip = skipped >> lane & 1;
-        for (int k = 0; k < K; ++k) {
-            const int h = SHIFTS == 1 ? 0 : k;
-            const uint32_t p = static_cast<uint32_t>(out.pattern[k][lane]);
-            int ternary = grid.ternary(p);
-            if (grid.index[ternary] < 0 && !skip) {
-                const int at = N * ib + 8 * k;
-                const Iq1Grid::List list = nearest[h] >> lane & 1 ? grid.near[ternary] : grid.all[ternary];
-                const uint32_t found =
-                    best_neighbour(grid.neighbours + list.begin, static_cast<int>(list.n), tile.rows[lane] + at,
-                                   tile.weight[lane] + at, scale[lane], lowered[h] >> lane & 1 ? DOWN : UP);
-                out.pattern[k][lane] = static_cast<int32_t>(found);
-                ternary = grid.ternary(found);
-                off_grid |= 1u << lane;
-            }
-            out.index[k][lane] = skip ? 0 : grid.index[ternary];
-        }
+    for (int i = 0; i < n_open; ++i) {
+        const int code = open[i].code, lane = code % LANES, k = code / LANES, h = SHIFTS == 1 ? 0 : k, at = N * ib + 8 * k;
+        const Iq1Grid::List list = (nearest[h] >> lane & 1 ? grid.near : grid.all)[open[i].ternary];
+        const uint32_t found =
+            best_neighbour(grid.neighbours + list.begin, static_cast<int>(list.n), tile.rows[lane] + at, tile.weight[lane] + at,
+                           scale[lane], lowered[h] >> lane & 1 ? DOWN : UP);
+        patterns[code] = static_cast<int32_t>(found);
+        indices[code] = grid.index[grid.ternary(found)];
+        off_grid |= 1u << lane;
     }
 
     // the scale again, where a neighbour was taken
@@ -838,7 +877,7 @@ QK_INLINE void code_group(const Iq1Grid& grid, const Tile& tile, int ib, float l
     }
     const I again = mask_of_bits(off_grid) & I(sumqx > 0.0f) & I(sumq2 > 0.0f);
     scale = select(again, sumqx / sumq2, scale);
-    out.scale = select(out.dead, F{}, scale);
+    out.scale = select(dead, F{}, scale);
 }
 
 // Three bits of scale: the odd multiple of d nearest to `scale`.
@@ -896,10 +935,9 @@ void tile_iq1_m(const Iq1Grid& grid, const float* const* xs, const float* const*
                         << (8 * (ib % 4));
         for (int k = 0; k < 2; ++k) {
             const F first = select(c.down[k], splat(DOWN[0]), splat(UP[0]));
-            const I pattern = c.pattern[k] & ~c.dead;  // a dead group counts as the grid's first entry
             for (int j = 0; j < 8; ++j) {
                 const int at = 16 * ib + 8 * k + j;
-                const F q = (to_float((pattern >> (2 * j)) & 3) + first) * factor;
+                const F q = (to_float((c.pattern[k] >> (2 * j)) & 3) + first) * factor;
                 const F wq = weights[at] * q;
                 sumqx += wq * tile.x[at];
                 sumq2 += wq * q;
