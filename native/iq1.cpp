@@ -275,6 +275,12 @@ QK_INLINE T sum_of_levels(const float* q, T s1, T s2, T all) {
     return s1 * q[0] + (s2 - s1) * q[1] + (all - s2) * q[2];
 }
 
+// The highest level, its square, and by how much the square falls at the first and the second cut.
+struct Levels {
+    float top, square, fall1, fall2;
+};
+constexpr Levels LEVELS[2] = {{1 + DELTA, 1.265625f, 0.75f, -1.25f}, {1 - DELTA, 0.765625f, 1.25f, -0.75f}};
+
 // Positions of the splits (i1, i2) of N values in ggml's order.
 template <int N>
 struct Splits {
@@ -340,10 +346,16 @@ __attribute__((noinline)) void scan_lane(const Group<N>& g, const F* sum_x, cons
 //   sumqx = X v2 - X1 - X2,  sumq2 = W v2^2 + W1 (v0^2 - v1^2) + W2 (v1^2 - v2^2)
 // for the sums X, W of all and X1, W1, X2, W2 of those below i1 and i2.
 //
-// 1. best_on_path gives the best score, about: `top`. Let t = top (1 - 2^-16).
+// 1. best_on_path gives the best score, about: `top`. Let t = top (1 - 2^-16). A shift whose best score is below
+//    t (1 - 2^-10) is left out. Proof: let u = 2^-24, M = sum |w x|, W = sum w, and M^2 < 4 t W (else it is not left out).
+//    ggml's sums differ from the true ones by less than 110 u M (33 roundings in each of three prefix sums of at most
+//    M, and its own) and 113 u W. A split that scores t in ggml's floats, true sums qx and q2 >= W/64 (no level is nearer
+//    to 0 than 1/8), has |qx| > sqrt(t (q2 - 113 u W)) - 110 u M > sqrt(t q2) (1 - 2.2e-4 - 1.1e-4): its true score is above
+//    t (1 - 6.5e-4). No true score is above the best on the path (of negative scales a constant is best, where the path
+//    starts), and that is computed to within 8e-5: 41 u M in qx > sqrt(t W) / 8.
 // 2. All splits whose score may be above t (1 - 2^-20) are listed: those with qx^2 > t q2 - slack, computed the short way.
 //    ggml's own floats differ from the short way's: sums of products of at most M = sum |w x| in up to 11 roundings give
-//    |qx - sumqx| < 11 u M, |qx^2 - sumqx^2| < 29 u M^2, t |q2 - sumq2| < 16 u t W (u = 2^-24); with the roundings of the
+//    |qx - sumqx| < 11 u M, |qx^2 - sumqx^2| < 29 u M^2, t |q2 - sumq2| < 18 u t W; with the roundings of the
 //    comparison and the 2^-20 that is less than slack = 2^-18 (M^2 + t W) = 64 u (M^2 + t W).
 // 3. Those are computed exactly as ggml does, in its order, and compared as it does, if their score is above t. ggml's
 //    comparison of two scores errs by at most 4.1 u in relation. So if no score lies between t (1 - 2^-20) and t, every
@@ -365,27 +377,30 @@ __attribute__((noinline)) void search_split(const Group<N>& g, Split<1>& out) {
     const I downward = I(n_down * d_up > n_up * d_down);
     const F n = select(downward, n_down, n_up), d = select(downward, d_down, d_up);
     const F t = n / d * (1.0f - 0x1p-16f);
-    const F scope = sum_abs * sum_abs + t * all_w;
-    I odd = ~(I(n > 1e-24f) & I(n < 1e30f) & I(d > 1e-20f) & I(d < 1e30f) & I(scope < 1e32f));
+    const F scope = sum_abs * sum_abs + t * all_w, slack = scope * 0x1p-18f;
+    // the products of best_on_path are in range too: at most M^2 W, at least t W^2 / 4096 where it matters
+    I odd = ~(I(n > 1e-30f) & I(n < 1e30f) & I(d > 1e-24f) & I(d < 1e30f) & I(scope < 1e32f) &
+              I(sum_abs * sum_abs * all_w < 1e37f) & I(t * all_w * all_w > 1e-31f));
+    const F other_n = select(downward, n_up, n_down), other_d = select(downward, d_up, d_down);
+    const I both = ~I(other_n < t * (1.0f - 0x1p-10f) * other_d) | ~I(sum_abs * sum_abs < 4.0f * t * all_w);
 
-    const F slack = scope * 0x1p-18f;
     constexpr int COUNT = Splits<N>::COUNT, PADDED = (COUNT + 15) / 16 * 16;
-    alignas(64) Bits hits[PADDED][2];
-    for (int c = COUNT; c < PADDED; ++c) hits[c][0] = hits[c][1] = 0;
-    F t2_up[N + 1], t2_down[N + 1];
-    for (int i = 0; i <= N; ++i) {
-        t2_up[i] = t * sum_w[i] * -1.25f;
-        t2_down[i] = t * sum_w[i] * -0.75f;
-    }
-    Bits(*hit)[2] = hits;
-    for (int i1 = 0; i1 <= N; ++i1) {
-        const F x_up = all_x * (1 + DELTA) - sum_x[i1], x_down = all_x * (1 - DELTA) - sum_x[i1];
-        const F t1_up = t * (all_w * 1.265625f + sum_w[i1] * 0.75f) - slack;
-        const F t1_down = t * (all_w * 0.765625f + sum_w[i1] * 1.25f) - slack;
-        for (int i2 = i1; i2 <= N; ++i2, ++hit) {
-            const F up = x_up - sum_x[i2], down = x_down - sum_x[i2];
-            (*hit)[0] = square_exceeds(up, t1_up, t2_up[i2]);
-            (*hit)[1] = square_exceeds(down, t1_down, t2_down[i2]);
+    alignas(64) Bits hits[PADDED][2] = {};  // of the better shift, of the other
+    const uint32_t turned = bits_set(downward);
+    for (int role = 0; role < 2; ++role) {
+        const uint32_t wanted = role ? bits_set(both & ~odd) : ~0u;
+        if (!wanted) break;
+        const I down = role ? ~downward : downward;
+        const auto level = [&](float Levels::*field) { return select(down, splat(LEVELS[1].*field), splat(LEVELS[0].*field)); };
+        const F fall1 = t * level(&Levels::fall1), fall2 = t * level(&Levels::fall2);
+        const F qx0 = all_x * level(&Levels::top), t0 = t * all_w * level(&Levels::square) - slack;
+        F t2[N + 1];
+        for (int i = 0; i <= N; ++i) t2[i] = sum_w[i] * fall2;
+        Bits(*hit)[2] = hits;
+        for (int i1 = 0; i1 <= N; ++i1) {
+            const F x1 = qx0 - sum_x[i1], t1 = t0 + sum_w[i1] * fall1;
+            for (int i2 = i1; i2 <= N; ++i2, ++hit)
+                (*hit)[role] = static_cast<Bits>(square_exceeds(x1 - sum_x[i2], t1, t2[i2]) & wanted);
         }
     }
 
@@ -401,8 +416,9 @@ __attribute__((noinline)) void search_split(const Group<N>& g, Split<1>& out) {
         for (int chunk = 0; chunk < PADDED; chunk += 16) {
             for (uint32_t some = pairs_set(hits[chunk]); some; some &= some - 1) {
                 const int c = chunk + __builtin_ctz(some);
+                const uint32_t better = hits[c][0], other = hits[c][1];
                 for (int shift = 0; shift < 2; ++shift) {
-                    const uint32_t lanes = hits[c][shift] & wanted;
+                    const uint32_t lanes = (shift ? (better & turned) | (other & ~turned) : (better & ~turned) | (other & turned)) & wanted;
                     if (!lanes) continue;
                     const int i1 = SPLITS<N>.i1[c], i2 = SPLITS<N>.i2[c];
                     const F sumqx = shift ? sum_of_levels<false>(DOWN, sum_x[i1], sum_x[i2], all_x)
@@ -566,12 +582,6 @@ struct Shifts {
     bool down[2];
 };
 constexpr Shifts SHIFTS_M[4] = {{{false, false}}, {{false, true}}, {{true, false}}, {{true, true}}};
-
-// The highest level, its square, and by how much the square falls at the first and the second cut.
-struct Levels {
-    float top, square, fall1, fall2;
-};
-constexpr Levels LEVELS[2] = {{1 + DELTA, 1.265625f, 0.75f, -1.25f}, {1 - DELTA, 0.765625f, 1.25f, -0.75f}};
 
 // Sums below each position of the sorted group, of the first and the second eight values.
 struct HalfSums {
