@@ -9,6 +9,8 @@ namespace quantkit::QK_ISA {
 QK_DECLARE(f32);
 QK_DECLARE(f16);
 QK_DECLARE(bf16);
+QK_DECLARE(iq1_m);
+QK_DECLARE(iq1_s);
 QK_DECLARE(q2_k);
 QK_DECLARE(q3_k);
 QK_DECLARE(q4_k);
