@@ -240,16 +240,21 @@ QK_INLINE I levels_of(const Symmetric& s, F x) {
 }
 
 // For S inverse scales side by side: the sums of w*x*l and w*l*l over N values, l = iscale * x rounded and clamped.
-template <int N, int NMAX, int S>
+template <int N, int NMAX, int S, bool FINITE>
 QK_INLINE void symmetric_sums(const F* x, const F* wx, const F* w, const F* iscale, bool limit_low, bool limit_high,
                               F* sumlx, F* suml2) {
     constexpr float MAGIC = 12582912.0f;
     F slx[S] = {}, sl2[S] = {};
     for (int i = 0; i < N; ++i)
         for (int s = 0; s < S; ++s) {
-            F l = (iscale[s] * x[i] + MAGIC) - MAGIC;
-            if (limit_high) l = min_of(splat(static_cast<float>(NMAX - 1)), l);
-            if (limit_low) l = max_of(splat(-static_cast<float>(NMAX)), l);
+            F l;
+            if constexpr (FINITE) {
+                l = (iscale[s] * x[i] + MAGIC) - MAGIC;
+                if (limit_high) l = min_of(splat(static_cast<float>(NMAX - 1)), l);
+                if (limit_low) l = max_of(splat(-static_cast<float>(NMAX)), l);
+            } else {
+                l = nearest_clamped(iscale[s] * x[i], -NMAX, NMAX - 1);
+            }
             slx[s] += wx[i] * l;
             sl2[s] += w[i] * l * l;
         }
@@ -259,8 +264,9 @@ QK_INLINE void symmetric_sums(const F* x, const F* wx, const F* w, const F* isca
 // make_qx_quants with rmse_type 1 (N values, levels 0..2*NMAX-1 around NMAX); weights w, or x*x where w is null.
 //
 // Every product iscale * x here is within NMAX + 0.9 (and rounding) of 0, since |x| <= |mx| and |mx| >= 1e-15 (other
-// groups are dropped): levels are rounded in float, and steps that cannot pass a limit do not clamp there.
-template <int N, int NMAX, bool WEIGHTS>
+// groups are dropped): levels are rounded in float, and steps that cannot pass a limit do not clamp there. That needs
+// finite x; where x may be Inf or NaN (scales whose sums overflowed), FINITE is false.
+template <int N, int NMAX, bool WEIGHTS, bool FINITE = true>
 QK_INLINE Symmetric search_symmetric(const F* x, const F* weights) {
     constexpr int S = LANES >= 16 ? 4 : 2;  // steps side by side
     F mx, amax;
@@ -282,7 +288,7 @@ QK_INLINE Symmetric search_symmetric(const F* x, const F* weights) {
             const int at = first + s, is = at == 0 ? 0 : at < 10 ? at - 10 : at - 9;
             iscale[s] = -(static_cast<float>(NMAX) + 0.1f * static_cast<float>(is)) / mx;
         }
-        symmetric_sums<N, NMAX, C>(x, wx, w, iscale, limit_low, limit_high, sumlx, suml2);
+        symmetric_sums<N, NMAX, C, FINITE>(x, wx, w, iscale, limit_low, limit_high, sumlx, suml2);
         for (int s = 0; s < C; ++s) {
             const F scale = sumlx[s] / suml2[s];
             if (first + s == 0) {
