@@ -259,7 +259,7 @@ QK_INLINE void tile_q3_k(const float* const* xs, const float* const* ws, uint8_t
             found[j] = search_symmetric<16, 4, true>(x + 16 * j, w + 16 * j);
             scales[j] = found[j].scale;
         }
-        const Symmetric block = search_symmetric<16, 32, true>(scales, sw);
+        const Symmetric block = search_symmetric<16, 32, true, false>(scales, sw);
         for (int j = 0; j < 16; ++j) ls[j] = levels_of<32>(block, scales[j]);
         d = block.scale;
     } else {

@@ -240,16 +240,21 @@ QK_INLINE I levels_of(const Symmetric& s, F x) {
 }
 
 // For S inverse scales side by side: the sums of w*x*l and w*l*l over N values, l = iscale * x rounded and clamped.
-template <int N, int NMAX, int S>
+template <int N, int NMAX, int S, bool FINITE>
 QK_INLINE void symmetric_sums(const F* x, const F* wx, const F* w, const F* iscale, bool limit_low, bool limit_high,
                               F* sumlx, F* suml2) {
     constexpr float MAGIC = 12582912.0f;
     F slx[S] = {}, sl2[S] = {};
     for (int i = 0; i < N; ++i)
         for (int s = 0; s < S; ++s) {
-            F l = (iscale[s] * x[i] + MAGIC) - MAGIC;
-            if (limit_high) l = min_of(splat(static_cast<float>(NMAX - 1)), l);
-            if (limit_low) l = max_of(splat(-static_cast<float>(NMAX)), l);
+            F l;
+            if constexpr (FINITE) {
+                l = (iscale[s] * x[i] + MAGIC) - MAGIC;
+                if (limit_high) l = min_of(splat(static_cast<float>(NMAX - 1)), l);
+                if (limit_low) l = max_of(splat(-static_cast<float>(NMAX)), l);
+            } else {
+                l = nearest_clamped(iscale[s] * x[i], -NMAX, NMAX - 1);
+            }
             slx[s] += wx[i] * l;
             sl2[s] += w[i] * l * l;
         }
@@ -259,8 +264,9 @@ QK_INLINE void symmetric_sums(const F* x, const F* wx, const F* w, const F* isca
 // make_qx_quants with rmse_type 1 (N values, levels 0..2*NMAX-1 around NMAX); weights w, or x*x where w is null.
 //
 // Every product iscale * x here is within NMAX + 0.9 (and rounding) of 0, since |x| <= |mx| and |mx| >= 1e-15 (other
-// groups are dropped): levels are rounded in float, and steps that cannot pass a limit do not clamp there.
-template <int N, int NMAX, bool WEIGHTS>
+// groups are dropped): levels are rounded in float, and steps that cannot pass a limit do not clamp there. That needs
+// finite x; where x may be Inf or NaN (scales whose sums overflowed), FINITE is false.
+template <int N, int NMAX, bool WEIGHTS, bool FINITE = true>
 QK_INLINE Symmetric search_symmetric(const F* x, const F* weights) {
     constexpr int S = LANES >= 16 ? 4 : 2;  // steps side by side
     F mx, amax;
@@ -282,7 +288,7 @@ QK_INLINE Symmetric search_symmetric(const F* x, const F* weights) {
             const int at = first + s, is = at == 0 ? 0 : at < 10 ? at - 10 : at - 9;
             iscale[s] = -(static_cast<float>(NMAX) + 0.1f * static_cast<float>(is)) / mx;
         }
-        symmetric_sums<N, NMAX, C>(x, wx, w, iscale, limit_low, limit_high, sumlx, suml2);
+        symmetric_sums<N, NMAX, C, FINITE>(x, wx, w, iscale, limit_low, limit_high, sumlx, suml2);
         for (int s = 0; s < C; ++s) {
             const F scale = sumlx[s] / suml2[s];
             if (first + s == 0) {
@@ -328,7 +334,7 @@ QK_INLINE void search_q3(const F* x, F* level, F* scale, I* zero) {
     constexpr float MAGIC = 12582912.0f;
     constexpr float LOW = -NMAX, HIGH = NMAX - 1;
     struct Value {
-        F x, w, wx, term, square, below, above, level;
+        F w, wx, term, square, below, above;
     } values[GROUPS][N];
     F sumlx_of[GROUPS], suml2_of[GROUPS];
     for (int g = 0; g < GROUPS; ++g) {
@@ -339,17 +345,18 @@ QK_INLINE void search_q3(const F* x, F* level, F* scale, I* zero) {
         F sumlx{}, suml2{};
         for (int i = 0; i < N; ++i) {
             Value& v = values[g][i];
-            v.x = x[g * N + i];
+            const F xi = x[g * N + i];
             // |iscale * x| <= NMAX and rounding: the lower limit holds by itself
-            const F u = (iscale * v.x + MAGIC) - MAGIC;
-            v.level = min_of(splat(HIGH), u);
-            v.w = v.x * v.x;
-            v.wx = v.w * v.x;
-            v.term = v.wx * v.level;
-            v.square = v.w * v.level * v.level;
+            const F u = (iscale * xi + MAGIC) - MAGIC;
+            const F l = min_of(splat(HIGH), u);
+            level[g * N + i] = l;
+            v.w = xi * xi;
+            v.wx = v.w * xi;
+            v.term = v.wx * l;
+            v.square = v.w * l * l;
             sumlx += v.term;
             suml2 += v.square;
-            v.below = v.level - 0.499f;
+            v.below = l - 0.499f;
             v.above = u + 0.499f;
         }
         sumlx_of[g] = sumlx;
@@ -363,29 +370,32 @@ QK_INLINE void search_q3(const F* x, F* level, F* scale, I* zero) {
             const uint32_t mine = lanes_of(running);
             if (pass > 0 && certain) {
                 M all = ~M{};
-                for (const Value& v : values[g]) {
-                    const F slx = sumlx - v.term, p = v.x * (suml2 - v.square);
+                for (int i = 0; i < N; ++i) {
+                    const Value& v = values[g][i];
+                    const F slx = sumlx - v.term, p = x[g * N + i] * (suml2 - v.square);
                     all &= less(v.below * slx, p) & less(p, v.above * slx);
                 }
                 if ((lanes_of(all) & mine) == mine) break;
             }
             M changed{};
-            for (Value& v : values[g]) {
+            for (int i = 0; i < N; ++i) {
+                Value& v = values[g][i];
                 F slx = sumlx - v.term;
                 F sl2 = suml2 - v.square;
-                const F p = v.x * sl2;
+                const F p = x[g * N + i] * sl2;
                 const M same = less(v.below * slx, p) & less(p, v.above * slx);
                 if (certain && (lanes_of(same) & mine) == mine) continue;
                 const M candidate = running & less(F{}, slx);
                 const F next = nearest_clamped(p / slx, LOW, HIGH);
                 slx += v.wx * next;
                 sl2 += v.w * next * next;
-                const M take = candidate & differ(next, v.level) & less(F{}, sl2) &
+                const M take = candidate & differ(next, level[g * N + i]) & less(F{}, sl2) &
                                less(sumlx * sumlx * sl2, slx * slx * suml2);
-                v.level = select(take, next, v.level);
-                v.term = v.wx * v.level;
-                v.square = v.w * v.level * v.level;
-                v.below = v.level - 0.499f;
+                const F l = select(take, next, level[g * N + i]);
+                level[g * N + i] = l;
+                v.term = v.wx * l;
+                v.square = v.w * l * l;
+                v.below = l - 0.499f;
                 v.above = select(take, next + 0.499f, v.above);
                 sumlx = select(take, slx, sumlx);
                 suml2 = select(take, sl2, suml2);
@@ -394,7 +404,6 @@ QK_INLINE void search_q3(const F* x, F* level, F* scale, I* zero) {
             }
             running &= changed;
         }
-        for (int i = 0; i < N; ++i) level[g * N + i] = values[g][i].level;
         scale[g] = select(zero[g] | ~I(suml2 > 0.0f), F{}, sumlx / suml2);
     }
 }
