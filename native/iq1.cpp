@@ -60,6 +60,9 @@ QK_INLINE I mask_of_bits(uint32_t bits) {
 QK_INLINE F gather(const F* table, I index) {
 #if defined(__AVX512F__)
     return reinterpret_cast<F>(_mm512_i32gather_ps(reinterpret_cast<__m512i>((index << 4) + lane_numbers()), table, 4));
+#elif defined(__AVX2__)
+    return reinterpret_cast<F>(_mm256_i32gather_ps(reinterpret_cast<const float*>(table),
+                                                   reinterpret_cast<__m256i>((index << 3) + lane_numbers()), 4));
 #else
     F out;
     const float* flat = reinterpret_cast<const float*>(table);
@@ -226,10 +229,16 @@ QK_INLINE void merge_bitonic(F* h, F* v) {
     for (int i = 0; i < N / 2; ++i) {
         const F a = h[i], b = h[i + N / 2], va = v[i], vb = v[i + N / 2];
         const I swap = I(a > b);
-        h[i] = select(swap, b, a);
-        h[i + N / 2] = select(swap, a, b);
+        h[i] = min_of(a, b);
+        h[i + N / 2] = max_of(a, b);
+#if defined(__AVX512F__)
         v[i] = select(swap, vb, va);
         v[i + N / 2] = select(swap, va, vb);
+#else
+        const I change = (bits_of(va) ^ bits_of(vb)) & swap;  // cheaper than two blends
+        v[i] = float_of(bits_of(va) ^ change);
+        v[i + N / 2] = float_of(bits_of(vb) ^ change);
+#endif
     }
     if constexpr (N > 2) {
         merge_bitonic<N / 2>(h, v);
