@@ -6,8 +6,8 @@
 //                    shifted down; 4 words of 16 bits: 4x3 bits of scale, 4 bits of the half d
 //
 // Reproduces quantize_row_iq1_s_impl, quantize_row_iq1_m_impl and iq1_find_best_neighbour2. A lane is a block; its
-// groups of 32 (16) values follow each other. What differs from ggml's way is how the best split of a sorted group and the
-// best neighbour are found: see search_split, search_split_halves and best_neighbour.
+// groups of 32 (16) values follow each other. What differs from ggml's way is how the best split of a sorted group and
+// the best neighbour are found: see search_split, search_split_halves and best_neighbour.
 #include <cfloat>
 #include <climits>
 #include <stdexcept>
@@ -60,6 +60,9 @@ QK_INLINE I mask_of_bits(uint32_t bits) {
 QK_INLINE F gather(const F* table, I index) {
 #if defined(__AVX512F__)
     return reinterpret_cast<F>(_mm512_i32gather_ps(reinterpret_cast<__m512i>((index << 4) + lane_numbers()), table, 4));
+#elif defined(__AVX2__)
+    return reinterpret_cast<F>(_mm256_i32gather_ps(reinterpret_cast<const float*>(table),
+                                                   reinterpret_cast<__m256i>((index << 3) + lane_numbers()), 4));
 #else
     F out;
     const float* flat = reinterpret_cast<const float*>(table);
@@ -71,7 +74,8 @@ QK_INLINE F gather(const F* table, I index) {
 // a * b + c where the rounding does not matter.
 QK_INLINE F about_fma(F a, F b, F c) {
 #if defined(__AVX512F__)
-    return reinterpret_cast<F>(_mm512_fmadd_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b), reinterpret_cast<__m512>(c)));
+    return reinterpret_cast<F>(
+        _mm512_fmadd_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b), reinterpret_cast<__m512>(c)));
 #else
     return a * b + c;
 #endif
@@ -82,8 +86,8 @@ typedef std::conditional<LANES == 16, uint16_t, uint8_t>::type Bits;  // a mask'
 // Where x * x - a > b, give or take rounding.
 QK_INLINE Bits square_exceeds(F x, F a, F b) {
 #if defined(__AVX512F__)
-    const __m512 v = reinterpret_cast<__m512>(x);
-    return _mm512_cmp_ps_mask(_mm512_fmsub_ps(v, v, reinterpret_cast<__m512>(a)), reinterpret_cast<__m512>(b), _CMP_GT_OQ);
+    const __m512 v = reinterpret_cast<__m512>(x), square = _mm512_fmsub_ps(v, v, reinterpret_cast<__m512>(a));
+    return _mm512_cmp_ps_mask(square, reinterpret_cast<__m512>(b), _CMP_GT_OQ);
 #else
     return static_cast<Bits>(bits_set(I(x * x - a > b)));
 #endif
@@ -95,7 +99,8 @@ QK_INLINE uint32_t pairs_set(const Bits* pairs) {
     const __m512i v = _mm512_loadu_si512(pairs);
     return _mm512_test_epi32_mask(v, v);
 #elif defined(__AVX2__)
-    const __m256i v = _mm256_cmpeq_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(pairs)), _mm256_setzero_si256());
+    const __m256i all = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(pairs));
+    const __m256i v = _mm256_cmpeq_epi16(all, _mm256_setzero_si256());
     const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
     return 0xffffu & ~static_cast<uint32_t>(_mm_movemask_epi8(bytes));
 #else
@@ -226,10 +231,16 @@ QK_INLINE void merge_bitonic(F* h, F* v) {
     for (int i = 0; i < N / 2; ++i) {
         const F a = h[i], b = h[i + N / 2], va = v[i], vb = v[i + N / 2];
         const I swap = I(a > b);
-        h[i] = select(swap, b, a);
-        h[i + N / 2] = select(swap, a, b);
+        h[i] = min_of(a, b);
+        h[i + N / 2] = max_of(a, b);
+#if defined(__AVX512F__)
         v[i] = select(swap, vb, va);
         v[i + N / 2] = select(swap, va, vb);
+#else
+        const I change = (bits_of(va) ^ bits_of(vb)) & swap;  // cheaper than two blends
+        v[i] = float_of(bits_of(va) ^ change);
+        v[i + N / 2] = float_of(bits_of(vb) ^ change);
+#endif
     }
     if constexpr (N > 2) {
         merge_bitonic<N / 2>(h, v);
@@ -296,8 +307,8 @@ struct Splits {
 template <int N>
 constexpr Splits<N> SPLITS{};
 
-// ggml's search as it stands, for one lane; the sums are [N + 1][LANES]. Splits with the same i1 are compared with the best
-// LANES at a time; those that are not better change nothing, and the first that is becomes the best.
+// ggml's search as it stands, for one lane; the sums are [N + 1][LANES]. Splits with the same i1 are compared with the
+// best LANES at a time; those that are not better change nothing, and the first that is becomes the best.
 template <int N>
 __attribute__((noinline)) void scan_lane(const Group<N>& g, const F* sum_x, const F* sum_w, int lane, Split<1>& out) {
     constexpr int PADDED = N + LANES;
@@ -320,7 +331,8 @@ __attribute__((noinline)) void scan_lane(const Group<N>& g, const F* sum_x, cons
             const uint32_t real = N + 1 - i2 >= LANES ? (1u << LANES) - 1 : (1u << (N + 1 - i2)) - 1;
             uint32_t left = real, left_down = real;
             for (;;) {
-                const uint32_t ups = left & bits_set(I(sumq2[0] > 0.0f) & I(sumqx[0] * sumqx[0] > best_score * sumq2[0]));
+                const uint32_t ups =
+                    left & bits_set(I(sumq2[0] > 0.0f) & I(sumqx[0] * sumqx[0] > best_score * sumq2[0]));
                 const uint32_t downs =
                     left_down & bits_set(I(sumq2[1] > 0.0f) & I(sumqx[1] * sumqx[1] > best_score * sumq2[1]));
                 if (!(ups | downs)) break;
@@ -346,22 +358,23 @@ __attribute__((noinline)) void scan_lane(const Group<N>& g, const F* sum_x, cons
 //   sumqx = X v2 - X1 - X2,  sumq2 = W v2^2 + W1 (v0^2 - v1^2) + W2 (v1^2 - v2^2)
 // for the sums X, W of all and X1, W1, X2, W2 of those below i1 and i2.
 //
-// 1. best_on_path gives the best score, about: `top`. Let t = top (1 - 2^-16). A shift whose best score is below
-//    t (1 - 2^-10) is left out. Proof: let u = 2^-24, M = sum |w x|, W = sum w, and M^2 < 4 t W (else it is not left out).
+// 1. best_on_path gives the best score, about: `top`. Let t = top (1 - 2^-16). A shift whose best score is below t (1
+//    - 2^-10) is left out. Proof: let u = 2^-24, M = sum |w x|, W = sum w, and M^2 < 4 t W (else it is not left out).
 //    ggml's sums differ from the true ones by less than 110 u M (33 roundings in each of three prefix sums of at most
-//    M, and its own) and 113 u W. A split that scores t in ggml's floats, true sums qx and q2 >= W/64 (no level is nearer
-//    to 0 than 1/8), has |qx| > sqrt(t (q2 - 113 u W)) - 110 u M > sqrt(t q2) (1 - 2.2e-4 - 1.1e-4): its true score is above
-//    t (1 - 6.5e-4). No true score is above the best on the path (of negative scales a constant is best, where the path
-//    starts), and that is computed to within 8e-5: 41 u M in qx > sqrt(t W) / 8.
-// 2. All splits whose score may be above t (1 - 2^-20) are listed: those with qx^2 > t q2 - slack, computed the short way.
-//    ggml's own floats differ from the short way's: sums of products of at most M = sum |w x| in up to 11 roundings give
-//    |qx - sumqx| < 11 u M, |qx^2 - sumqx^2| < 29 u M^2, t |q2 - sumq2| < 18 u t W; with the roundings of the
-//    comparison and the 2^-20 that is less than slack = 2^-18 (M^2 + t W) = 64 u (M^2 + t W).
+//    M, and its own) and 113 u W. A split that scores t in ggml's floats, true sums qx and q2 >= W/64 (no level is
+//    nearer to 0 than 1/8), has |qx| > sqrt(t (q2 - 113 u W)) - 110 u M > sqrt(t q2) (1 - 2.2e-4 - 1.1e-4): its true
+//    score is above t (1 - 6.5e-4). No true score is above the best on the path (of negative scales a constant is
+//    best, where the path starts), and that is computed to within 8e-5: 41 u M in qx > sqrt(t W) / 8.
+// 2. All splits whose score may be above t (1 - 2^-20) are listed: those with qx^2 > t q2 - slack, computed the short
+//    way. ggml's own floats differ from the short way's: sums of products of at most M = sum |w x| in up to 11
+//    roundings give |qx - sumqx| < 11 u M, |qx^2 - sumqx^2| < 29 u M^2, t |q2 - sumq2| < 18 u t W; with the roundings
+//    of the comparison and the 2^-20 that is less than slack = 2^-18 (M^2 + t W) = 64 u (M^2 + t W).
 // 3. Those are computed exactly as ggml does, in its order, and compared as it does, if their score is above t. ggml's
-//    comparison of two scores errs by at most 4.1 u in relation. So if no score lies between t (1 - 2^-20) and t, every
-//    split above t replaces any below, none below replaces one above, and what is left at the end is what ggml is left with.
-//    Where one lies there, two higher t are tried; their lists are parts of the same.
-// 4. A lane in which no t will do, with none above t, or out of the range in which the bounds hold, is searched as ggml does.
+//    comparison of two scores errs by at most 4.1 u in relation. So if no score lies between t (1 - 2^-20) and t,
+//    every split above t replaces any below, none below replaces one above, and what is left at the end is what ggml
+//    is left with. Where one lies there, two higher t are tried; their lists are parts of the same.
+// 4. A lane in which no t will do, with none above t, or out of the range in which the bounds hold, is searched as
+//    ggml does.
 template <int N>
 __attribute__((noinline)) void search_split(const Group<N>& g, Split<1>& out) {
     F sum_x[N + 1], sum_w[N + 1];
@@ -391,7 +404,9 @@ __attribute__((noinline)) void search_split(const Group<N>& g, Split<1>& out) {
         const uint32_t wanted = role ? bits_set(both & ~odd) : ~0u;
         if (!wanted) break;
         const I down = role ? ~downward : downward;
-        const auto level = [&](float Levels::*field) { return select(down, splat(LEVELS[1].*field), splat(LEVELS[0].*field)); };
+        const auto level = [&](float Levels::*field) {
+            return select(down, splat(LEVELS[1].*field), splat(LEVELS[0].*field));
+        };
         const F fall1 = t * level(&Levels::fall1), fall2 = t * level(&Levels::fall2);
         const F qx0 = all_x * level(&Levels::top), t0 = t * all_w * level(&Levels::square) - slack;
         F t2[N + 1];
@@ -418,7 +433,8 @@ __attribute__((noinline)) void search_split(const Group<N>& g, Split<1>& out) {
                 const int c = chunk + __builtin_ctz(some);
                 const uint32_t better = hits[c][0], other = hits[c][1];
                 for (int shift = 0; shift < 2; ++shift) {
-                    const uint32_t lanes = (shift ? (better & turned) | (other & ~turned) : (better & ~turned) | (other & turned)) & wanted;
+                    const uint32_t flip = shift ? ~turned : turned;  // where this shift is not the better one
+                    const uint32_t lanes = ((better & ~flip) | (other & flip)) & wanted;
                     if (!lanes) continue;
                     const int i1 = SPLITS<N>.i1[c], i2 = SPLITS<N>.i2[c];
                     const F sumqx = shift ? sum_of_levels<false>(DOWN, sum_x[i1], sum_x[i2], all_x)
@@ -546,7 +562,8 @@ QK_INLINE F least_of(F x) {
 // The near ones of the list do where each value has the level nearest to it: then |scale * q - x| in floats grows with
 // each step away from that level (rounding is monotone, and there is room at the cuts between two levels), so the cost
 // of a value does not fall, nor does the sum.
-QK_INLINE uint32_t best_neighbour(const uint16_t* list, int n, const float* x, const float* w, float scale, const float* levels) {
+QK_INLINE uint32_t best_neighbour(const uint16_t* list, int n, const float* x, const float* w, float scale,
+                                  const float* levels) {
     constexpr int PART = 64;
     F table[8];
     cost_tables(x, w, scale, levels, table);
@@ -629,10 +646,10 @@ __attribute__((noinline)) void scan_lane_halves(const Group<16>& g, const HalfSu
     for (int h = 0; h < 2; ++h) out.down[h][lane] = SHIFTS_M[best_k].down[h] ? -1 : 0;
 }
 
-// ggml's exhaustive search over (i1, i2) and four pairs of shifts, in the way of search_split: `top` is the best score of
-// some splits, about; all that may be better are listed, and compared as ggml does. The short way's sums and
-// ggml's differ by |qx - sumqx| < 14 u M, |qx^2 - sumqx^2| < 35 u M^2, t |q2 - sumq2| < 54 u t W with the 2^-20, less
-// than slack = 2^-17 (M^2 + t W).
+// ggml's exhaustive search over (i1, i2) and four pairs of shifts, in the way of search_split: `top` is the best score
+// of some splits, about; all that may be better are listed, and compared as ggml does. The short way's sums and ggml's
+// differ by |qx - sumqx| < 14 u M, |qx^2 - sumqx^2| < 35 u M^2, t |q2 - sumq2| < 54 u t W with the 2^-20, less than
+// slack = 2^-17 (M^2 + t W).
 __attribute__((noinline)) void search_split_halves(const Group<16>& g, Split<2>& out) {
     constexpr int N = 16, COUNT = Splits<N>::COUNT, PADDED = (COUNT + 15) / 16 * 16;
     HalfSums sums;
@@ -814,7 +831,8 @@ struct Coded {
 
 // Quantizes group ib of a tile, all but the scale's rounding.
 template <int N, int SHIFTS>
-QK_INLINE void code_group(const Iq1Grid& grid, const Tile& tile, int ib, float least, Group<N>& g, Coded<N, SHIFTS>& out) {
+QK_INLINE void code_group(const Iq1Grid& grid, const Tile& tile, int ib, float least, Group<N>& g,
+                          Coded<N, SHIFTS>& out) {
     constexpr int K = N / 8;
     const float* rows[LANES];
     for (int lane = 0; lane < LANES; ++lane) rows[lane] = tile.weight[lane] + N * ib;
@@ -848,7 +866,8 @@ QK_INLINE void code_group(const Iq1Grid& grid, const Tile& tile, int ib, float l
         out.pattern[k] = select(negative, 0xaaaa - p, p) & ~dead;  // the first entry of the grid
     }
 
-    // codes in the order (eight, lane); those off the grid are listed first, so that the searches follow each other closely
+    // codes in the order (eight, lane); those off the grid are listed first, so that the searches follow each other
+    // closely
     int32_t* patterns = reinterpret_cast<int32_t*>(out.pattern);
     int32_t* indices = reinterpret_cast<int32_t*>(out.index);
     struct Open {
@@ -864,11 +883,12 @@ QK_INLINE void code_group(const Iq1Grid& grid, const Tile& tile, int ib, float l
     }
     uint32_t off_grid = 0;
     for (int i = 0; i < n_open; ++i) {
-        const int code = open[i].code, lane = code % LANES, k = code / LANES, h = SHIFTS == 1 ? 0 : k, at = N * ib + 8 * k;
+        const int code = open[i].code, lane = code % LANES, k = code / LANES, h = SHIFTS == 1 ? 0 : k;
+        const int at = N * ib + 8 * k;
         const Iq1Grid::List list = (nearest[h] >> lane & 1 ? grid.near : grid.all)[open[i].ternary];
         const uint32_t found =
-            best_neighbour(grid.neighbours + list.begin, static_cast<int>(list.n), tile.rows[lane] + at, tile.weight[lane] + at,
-                           scale[lane], lowered[h] >> lane & 1 ? DOWN : UP);
+            best_neighbour(grid.neighbours + list.begin, static_cast<int>(list.n), tile.rows[lane] + at,
+                           tile.weight[lane] + at, scale[lane], lowered[h] >> lane & 1 ? DOWN : UP);
         patterns[code] = static_cast<int32_t>(found);
         indices[code] = grid.index[grid.ternary(found)];
         off_grid |= 1u << lane;
@@ -967,7 +987,8 @@ void tile_iq1_m(const Iq1Grid& grid, const float* const* xs, const float* const*
 void quantize_iq1_s(const float* x, uint8_t* y, size_t n_rows, size_t n_cols, const float* w) {
     if (!w) throw std::invalid_argument("quantize: IQ1_S needs the importance of each column");
     const Iq1Grid& grid = iq1_grid();
-    for_each_tile<QK_K, 50>(x, y, n_rows, n_cols, w, [&grid](auto xs, auto ws, auto ys) { tile_iq1_s(grid, xs, ws, ys); });
+    for_each_tile<QK_K, 50>(x, y, n_rows, n_cols, w,
+                            [&grid](auto xs, auto ws, auto ys) { tile_iq1_s(grid, xs, ws, ys); });
 }
 
 void quantize_iq1_m(const float* x, uint8_t* y, size_t n_rows, size_t n_cols, const float* w) {
