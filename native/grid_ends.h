@@ -294,8 +294,8 @@ QK_INLINE Found nearest(const Ends<DIM>& ends, const uint16_t* list, int n, floa
     for (int v = 1; v < N_VECTORS; ++v) m = E::least(m, cost[v]);
     m = E::least_of(m);
     const typename E::Costs limit = E::plus(m, margin);
-    Mask first_a = Mask{1} << (n - 1), first_b = first_a, near_a = 0, near_b = 0;
-    const Mask real = 2 * first_a - 1;
+    Mask first_a = Mask{1} << (N_VECTORS * E::W - 1), first_b = first_a, near_a = 0, near_b = 0;
+    const Mask real = static_cast<Mask>(~Mask{0}) >> (static_cast<int>(8 * sizeof(Mask)) - n);
     for (int v = 0; v < N_VECTORS; ++v) {
         const Bits equal = E::equal(cost[v], m), near = E::not_above(cost[v], limit);
         first_a |= static_cast<Mask>(equal.a) << (v * E::W);

@@ -34,14 +34,17 @@ constexpr int SLABS = QK_K / SLAB;
 #if defined(__AVX512F__)
 QK_INLINE F fast_max(F a, F b) { return reinterpret_cast<F>(_mm512_max_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b))); }
 QK_INLINE F fast_min(F a, F b) { return reinterpret_cast<F>(_mm512_min_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b))); }
+QK_INLINE F max_size(F a, F b) { return reinterpret_cast<F>(_mm512_range_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b), 0x0b)); }
 QK_INLINE uint32_t lane_bits(I m) { return _mm512_movepi32_mask(reinterpret_cast<__m512i>(m)); }
 #elif defined(__AVX2__)
 QK_INLINE F fast_max(F a, F b) { return reinterpret_cast<F>(_mm256_max_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b))); }
 QK_INLINE F fast_min(F a, F b) { return reinterpret_cast<F>(_mm256_min_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b))); }
+QK_INLINE F max_size(F a, F b) { return fast_max(a, abs_of(b)); }
 QK_INLINE uint32_t lane_bits(I m) { return static_cast<uint32_t>(_mm256_movemask_ps(reinterpret_cast<__m256>(m))); }
 #else
 QK_INLINE F fast_max(F a, F b) { return max_of(a, b); }
 QK_INLINE F fast_min(F a, F b) { return min_of(a, b); }
+QK_INLINE F max_size(F a, F b) { return fast_max(a, abs_of(b)); }
 QK_INLINE uint32_t lane_bits(I m) {
     uint32_t bits = 0;
     for (int i = 0; i < LANES; ++i) bits |= (static_cast<uint32_t>(m[i]) & 1u) << i;
@@ -75,8 +78,6 @@ QK_INLINE F level_value(I word, int i) {
 // A word in the search's results: the grid point, whether it was the rounded levels themselves, or as the step before.
 constexpr int32_t ON_GRID = 1 << 16;
 constexpr int32_t AS_BEFORE = -1;
-// A run's cell, where values are close to being rounded otherwise; above all cells.
-constexpr uint32_t RISKY = 1 << 16;
 
 // What a group is searched again for at the scale found: every point, every point if one was off the grid, or the
 // points that were off the grid.
@@ -89,6 +90,7 @@ struct Slab {
     static constexpr int DIM = T::DIM, K = SLAB / DIM, G = SLAB / T::GROUP, STEPS = T::LAST - T::FIRST + 1;
     static constexpr int LEVELS = DIM == 8 ? 3 : 8;
     static constexpr int TOP = 2 * LEVELS - 1;  // the greatest q
+    static constexpr int CELLS = DIM == 8 ? 6561 : 4096;
     static constexpr int FINAL = STEPS;         // the step of the scale found
     static constexpr int W = Ends<DIM>::W;
     static constexpr int UNROLLED = W == 4 ? 6 : 4;  // lists of up to so many vectors have a queue of their own
@@ -120,7 +122,7 @@ struct Slab {
     F margin[K];
     I word[STEPS + 1][K];
     alignas(64) float rows[LANES][2][SLAB];  // x and root
-    // runs of equal cells of one k: cell | RISKY; lane | first step << 8 | last step << 16
+    // runs of equal cells of one k: where in grid->cells; lane | first step << 8 | last step << 16
     alignas(64) uint32_t run_cell[LANES * (STEPS + 1) + LANES], run_at[LANES * (STEPS + 1) + LANES];
     Item queue[UNROLLED + 2][2 * (QUEUE + MOST)];  // by the number of vectors of the list; 0 takes what needs no search
     Probe probes[QUEUE + MOST];
@@ -156,7 +158,7 @@ struct Slab {
         int32_t* const to = reinterpret_cast<int32_t*>(word) + k * LANES;
         for (size_t r = 0; r < n; ++r) {
             const uint32_t cell = run_cell[r], at = run_at[r], lane = at & 0xff;
-            const Cell c = (cell & RISKY ? grid->full : grid->cells)[cell & (RISKY - 1)];
+            const Cell c = grid->cells[cell];
             to[((at >> 8) & 0xff) * K * LANES + lane] = c.word() | ON_GRID;
             const size_t n_vectors = (static_cast<size_t>(c.n()) + W - 1) / W;
             const size_t q = n_vectors <= UNROLLED ? n_vectors : UNROLLED + 1;
@@ -218,8 +220,10 @@ struct Slab {
                 // no branch: whether the ends differ is not predictable
                 probes[n_probes] = {static_cast<uint32_t>(i), f.a, f.b, f.behind_a, f.behind_b};
                 n_probes += static_cast<size_t>(inner & static_cast<int>(f.clear) & (same ^ 1));
-                again[n_again] = static_cast<uint32_t>(i);
-                n_again += static_cast<size_t>(inner & static_cast<int>(!f.clear));
+                if (__builtin_expect(!f.clear, 0)) {  // rare
+                    again[n_again] = static_cast<uint32_t>(i);
+                    n_again += static_cast<size_t>(inner);
+                }
             }
             for (size_t i = 0; i < n_probes; ++i) {
                 const Probe p = probes[i];
@@ -253,7 +257,7 @@ struct Slab {
                 z = fast_min(fast_max(z, F{}), splat(static_cast<float>(TOP - 1)));
                 const F l = (z + MAGIC) - MAGIC;
                 cell += l * digit;
-                off = fast_max(off, abs_of(z - l));
+                off = max_size(off, z - l);
             }
             *risky = I(off > 0.9998f);
             return __builtin_convertvector(cell, I);
@@ -284,13 +288,13 @@ struct Slab {
                 const I cell = cell_of<SAFE>(k, inverse[is][g], &risky);
                 const I changed = I(cell != run);
                 word[is][k] = splat(AS_BEFORE);
-                n = append(run_cell, run_at, n, lane_bits(changed) & live, run | (run_risky & static_cast<int32_t>(RISKY)),
+                n = append(run_cell, run_at, n, lane_bits(changed) & live, run + (run_risky & CELLS),
                            at | ((is - 1) << 16));
                 at = select(changed, lane_numbers | (is << 8), at);
                 run_risky = (run_risky & ~changed) | risky;
                 run = cell;
             }
-            n = append(run_cell, run_at, n, live, run | (run_risky & static_cast<int32_t>(RISKY)), at | ((STEPS - 1) << 16));
+            n = append(run_cell, run_at, n, live, run + (run_risky & CELLS), at | ((STEPS - 1) << 16));
             take_runs(k, n);
             work_off_all(QUEUE);
         }
@@ -430,7 +434,7 @@ struct Slab {
                                               : cell_of<true>(k, inverse[FINAL][g], &risky);
                 I lane_numbers;
                 for (int lane = 0; lane < LANES; ++lane) lane_numbers[lane] = lane;
-                take_runs(k, append(run_cell, run_at, 0, m, cell | (risky & static_cast<int32_t>(RISKY)),
+                take_runs(k, append(run_cell, run_at, 0, m, cell + (risky & CELLS),
                                     lane_numbers | (FINAL << 8) | (FINAL << 16)));
                 work_off_all(QUEUE);
             }

@@ -39,7 +39,7 @@ bool beats(uint64_t h, uint64_t dh, uint64_t g, uint64_t dg) {
 }
 
 struct Tables {
-    std::vector<Cell> full, cells;
+    std::vector<Cell> cells;
     std::vector<uint16_t> storage, index;
     Grid grid;
 };
@@ -96,8 +96,7 @@ const Grid* build(const Shape& shape) {
         word[j] = static_cast<uint16_t>(w);
         t->index[w] = static_cast<uint16_t>(j);
     }
-    t->full.assign(n_cells, Cell{0});
-    t->cells.assign(n_cells, Cell{0});
+    t->cells.assign(2 * n_cells, Cell{0});
     std::vector<uint16_t> words, full_list, list;
     std::vector<uint8_t> dist(points);
     std::vector<uint64_t> kept, kept_away;
@@ -111,7 +110,7 @@ const Grid* build(const Shape& shape) {
         }
         if (nearest == 0) {
             const size_t j = static_cast<size_t>(std::find(dist.begin(), dist.end(), 0) - dist.begin());
-            t->full[c] = t->cells[c] = Cell{static_cast<uint64_t>(word[j]) << 48};
+            t->cells[c] = t->cells[n_cells + c] = Cell{static_cast<uint64_t>(word[j]) << 48};
             continue;
         }
         Levels center{};
@@ -143,7 +142,7 @@ const Grid* build(const Shape& shape) {
         }
         const uint64_t all = append(words, full_list);
         const uint64_t some = list.size() == full_list.size() ? all : append(words, list);
-        t->full[c] = Cell{all | static_cast<uint64_t>(full_list.size()) << 32};
+        t->cells[n_cells + c] = Cell{all | static_cast<uint64_t>(full_list.size()) << 32};
         t->cells[c] = Cell{some | static_cast<uint64_t>(list.size()) << 32};
     }
     // lists aligned to their chunks
@@ -152,7 +151,7 @@ const Grid* build(const Shape& shape) {
     uint16_t* start = t->storage.data();
     while (reinterpret_cast<uintptr_t>(start) % CHUNK_BYTES != 0) ++start;
     std::copy(words.begin(), words.end(), start);
-    t->grid = {t->full.data(), t->cells.data(), start, t->index.data()};
+    t->grid = {t->cells.data(), start, t->index.data()};
     return &t->grid;
 }
 

@@ -25,8 +25,9 @@ struct Cell {
 constexpr int GRID_CHUNK = 8;
 
 struct Grid {
-    const Cell* full;       // ggml's neighbours, in its order: by distance, then by index
-    const Cell* cells;      // the same without those that another one beats for all values that round to the cell
+    // Twice levels^dim: first without the neighbours that another one beats for all values that round to the cell;
+    // then with all of ggml's. Both in its order: by distance, then by index.
+    const Cell* cells;
     const uint16_t* words;  // of both
     const uint16_t* index;  // word of a grid point -> its index
 };
