@@ -141,7 +141,8 @@ static bool quantize_rows(const std::string& set, const std::string& type, const
     quantkit::StoredRows rows{stored_of(dtype), stored.data(), n_rows, n_cols, round_bf16, first_rows.data(), n_runs,
                               nullptr,          0,             1,      1};
     require(n_runs > 0, "quantize_rows: no runs");
-    require(n_cols <= SIZE_MAX / 4 && stored.shape(1) == rows.row_bytes(), "quantize_rows: not the bytes of the columns");
+    require(n_cols <= SIZE_MAX / 4 && stored.shape(1) == rows.row_bytes(),
+            "quantize_rows: stored has not the bytes of the columns");
     if (rows.dtype == quantkit::Stored::E4M3) {
         require(scale.has_value(), "quantize_rows: no scales");
         require(block_rows > 0 && block_cols > 0, "quantize_rows: the blocks are empty");

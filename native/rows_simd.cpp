@@ -40,7 +40,8 @@ struct Largest {
     QK_INLINE void see(F x) {
         const I magnitude = bits_of(x) & 0x7fffffff;
 #if defined(__AVX512F__)
-        bits = reinterpret_cast<I>(_mm512_max_epi32(reinterpret_cast<__m512i>(bits), reinterpret_cast<__m512i>(magnitude)));
+        bits = reinterpret_cast<I>(
+            _mm512_max_epi32(reinterpret_cast<__m512i>(bits), reinterpret_cast<__m512i>(magnitude)));
 #else
         bits = max_of(bits, magnitude);
 #endif
@@ -180,7 +181,8 @@ QK_INLINE F f16_values(const uint8_t* p) {
 }
 
 uint32_t bf16(const uint8_t* src, size_t n, bool, float* out) {
-    return float_row<Round::NO, 2>(src, n, out, [](const uint8_t* p) { return reinterpret_cast<F>(load_halves(p) << 16); });
+    const auto value = [](const uint8_t* p) { return reinterpret_cast<F>(load_halves(p) << 16); };
+    return float_row<Round::NO, 2>(src, n, out, value);
 }
 
 uint32_t f16(const uint8_t* src, size_t n, bool round_bf16, float* out) {

@@ -272,6 +272,8 @@ class StoredRows(NamedTuple):
     """round each value to bfloat16 first, as on the way through a BF16 file"""
 
 
+#: the largest weight that each of these stores as a finite value: then there is nothing left to validate
+_LARGEST_FINITE = {"F16": 65519.997, "BF16": 3.3961774e38, "F32": np.inf}
 #: what quantize_stored can start from
 FUSED = frozenset({"F8_E4M3", "BF16", "F16", "F32"})
 
@@ -291,12 +293,14 @@ def quantize_stored(rows: StoredRows, qtype_name: str, imatrix: F32 | None, out:
     if chosen not in OWN or rows.dtype not in FUSED or (imatrix is None and qt.name in ABORT_WITHOUT_IMATRIX):
         return False
     _prepare(qt)
-    limits = (_LARGEST_WEIGHT, _LARGEST_PRODUCT) if qt.name in ABORT_ON_OVERFLOW else (np.inf, np.inf)
+    limits = (_LARGEST_FINITE.get(qt.name, np.inf), np.inf)
+    if qt.name in ABORT_ON_OVERFLOW:
+        limits = (_LARGEST_WEIGHT, _LARGEST_PRODUCT)
     done = _native.quantize_rows(
         chosen, qt.name, rows.dtype, rows.stored, rows.n_cols, rows.round_bf16, rows.first_rows, rows.scale,
         *rows.block, imatrix if qt.uses_imatrix else None, *limits, out,
     )  # fmt: skip
-    return done and bool(_library(chosen).validate(qt.id, out.ctypes.data, out.nbytes))
+    return done and (qt.name in _LARGEST_FINITE or is_valid(out, qt.name))
 
 
 def _require_moderate(rows: F32, imatrix: F32 | None, qt: QType) -> None:
