@@ -393,6 +393,7 @@ def test_a_missing_kernel_names_tensor_and_rows(
     tiny_v3: Path, tiny_imatrix: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(kernels, "_pinned_library", None)
+    monkeypatch.setattr(kernels, "OWN", {})
     recipe = rules('match: "blk.1.ffn_up_exps.weight", type: IQ1_M', 'match: "*", type: Q8_0')
     message = fails(tiny_v3, tmp_path, KernelError, recipe=recipe, imatrix=tiny_imatrix)
     assert message.startswith(("'blk.1.ffn_up_exps.weight', rows 0 to 255: IQ1_M needs the ggml of", "IQ1_M needs"))
