@@ -31,16 +31,33 @@ constexpr int QK_K = 256;
 constexpr int SLAB = 32;
 constexpr int SLABS = QK_K / SLAB;
 
+// The larger (smaller), b if they are equal or one is NaN; the larger of a and |b|.
 #if defined(__AVX512F__)
-QK_INLINE F fast_max(F a, F b) { return reinterpret_cast<F>(_mm512_max_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b))); }
-QK_INLINE F fast_min(F a, F b) { return reinterpret_cast<F>(_mm512_min_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b))); }
-QK_INLINE F max_size(F a, F b) { return reinterpret_cast<F>(_mm512_range_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b), 0x0b)); }
+QK_INLINE __m512 reg(F x) { return reinterpret_cast<__m512>(x); }
+QK_INLINE F fast_max(F a, F b) { return reinterpret_cast<F>(_mm512_max_ps(reg(a), reg(b))); }
+QK_INLINE F fast_min(F a, F b) { return reinterpret_cast<F>(_mm512_min_ps(reg(a), reg(b))); }
+QK_INLINE F max_size(F a, F b) { return reinterpret_cast<F>(_mm512_range_ps(reg(a), reg(b), 0x0b)); }
 QK_INLINE uint32_t lane_bits(I m) { return _mm512_movepi32_mask(reinterpret_cast<__m512i>(m)); }
 #elif defined(__AVX2__)
-QK_INLINE F fast_max(F a, F b) { return reinterpret_cast<F>(_mm256_max_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b))); }
-QK_INLINE F fast_min(F a, F b) { return reinterpret_cast<F>(_mm256_min_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b))); }
+QK_INLINE __m256 reg(F x) { return reinterpret_cast<__m256>(x); }
+QK_INLINE F fast_max(F a, F b) { return reinterpret_cast<F>(_mm256_max_ps(reg(a), reg(b))); }
+QK_INLINE F fast_min(F a, F b) { return reinterpret_cast<F>(_mm256_min_ps(reg(a), reg(b))); }
 QK_INLINE F max_size(F a, F b) { return fast_max(a, abs_of(b)); }
-QK_INLINE uint32_t lane_bits(I m) { return static_cast<uint32_t>(_mm256_movemask_ps(reinterpret_cast<__m256>(m))); }
+QK_INLINE uint32_t lane_bits(I m) {
+    return static_cast<uint32_t>(_mm256_movemask_ps(reinterpret_cast<__m256>(m)));
+}
+// For each set of lanes: their numbers, a byte each, side by side.
+struct Compress {
+    uint64_t lanes[256];
+    constexpr Compress() : lanes() {
+        for (unsigned m = 0; m < 256; ++m) {
+            int n = 0;
+            for (unsigned lane = 0; lane < 8; ++lane)
+                if ((m >> lane) & 1) lanes[m] |= static_cast<uint64_t>(lane) << (8 * n++);
+        }
+    }
+};
+inline constexpr Compress COMPRESS;
 #else
 QK_INLINE F fast_max(F a, F b) { return max_of(a, b); }
 QK_INLINE F fast_min(F a, F b) { return min_of(a, b); }
@@ -60,8 +77,9 @@ QK_INLINE F level_value(I word, int i) {
         return reinterpret_cast<F>(_mm512_permutevar_ps(_mm512_broadcast_f32x4(_mm_setr_ps(1, 3, 5, 5)),
                                                         reinterpret_cast<__m512i>(word >> (2 * i))));
     else
-        return reinterpret_cast<F>(_mm512_permutexvar_ps(reinterpret_cast<__m512i>(word >> (4 * i)),
-                                                         _mm512_setr_ps(1, 3, 5, 7, 9, 11, 13, 15, 1, 3, 5, 7, 9, 11, 13, 15)));
+        return reinterpret_cast<F>(
+            _mm512_permutexvar_ps(reinterpret_cast<__m512i>(word >> (4 * i)),
+                                  _mm512_setr_ps(1, 3, 5, 7, 9, 11, 13, 15, 1, 3, 5, 7, 9, 11, 13, 15)));
 #elif defined(__AVX2__)
     if constexpr (DIM == 8)
         return reinterpret_cast<F>(
@@ -139,6 +157,13 @@ struct Slab {
         const __mmask16 mask = static_cast<__mmask16>(m);
         _mm512_storeu_si512(cells + n, _mm512_maskz_compress_epi32(mask, reinterpret_cast<__m512i>(cell)));
         _mm512_storeu_si512(ats + n, _mm512_maskz_compress_epi32(mask, reinterpret_cast<__m512i>(at)));
+        return n + static_cast<size_t>(__builtin_popcount(m));
+#elif defined(__AVX2__)
+        const __m256i from = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(static_cast<long long>(COMPRESS.lanes[m])));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(cells + n),
+                            _mm256_permutevar8x32_epi32(reinterpret_cast<__m256i>(cell), from));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(ats + n),
+                            _mm256_permutevar8x32_epi32(reinterpret_cast<__m256i>(at), from));
         return n + static_cast<size_t>(__builtin_popcount(m));
 #else
         for (; m; m &= m - 1, ++n) {
@@ -306,14 +331,18 @@ struct Slab {
     QK_INLINE void sums(const I (*at)[K], const F* wx, F (*qx)[G], F (*q2)[G]) const {
         for (int n = 0; n < N; ++n)
             for (int g = 0; g < G; ++g) qx[n][g] = q2[n][g] = F{};
-        for (int j = 0; j < T::GROUP; ++j)
-            for (int g = 0; g < G; ++g)
-                for (int n = 0; n < N; ++n) {
-                    const int i = g * T::GROUP + j;
-                    const F q = level_value<DIM>(at[n][i / DIM], i % DIM);
-                    qx[n][g] += wx[i] * q;
-                    q2[n][g] += w[i] * q * q;
-                }
+        for (int j = 0; j < K / G; ++j)
+#pragma GCC unroll 8
+            for (int i = 0; i < DIM; ++i)
+#pragma GCC unroll 2
+                for (int g = 0; g < G; ++g)
+#pragma GCC unroll 2
+                    for (int n = 0; n < N; ++n) {
+                        const int k = g * (K / G) + j;
+                        const F q = level_value<DIM>(at[n][k], i);
+                        qx[n][g] += wx[k * DIM + i] * q;
+                        q2[n][g] += w[k * DIM + i] * q * q;
+                    }
     }
 
     // Fits each group: the steps' inverse scales are (TOP + i*STEP) / fit. `x` and `w` are set; `found` holds the

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cstdlib>
 #include <cstring>
 #include <stdexcept>
 #include <string>
@@ -57,7 +58,8 @@ std::vector<Levels> levels_of(const Codebook& book, const Shape& shape) {
     for (size_t i = 0; i < book.n * book.k; ++i) seen[book.values[i] + 128] = true;
     int rank[256], n = 0;
     for (int v = 0; v < 256; ++v) rank[v] = seen[v] ? n++ : 0;
-    if (n != shape.levels) throw std::logic_error(std::string("quantize: the codebook ") + shape.name + " has wrong values");
+    if (n != shape.levels)
+        throw std::logic_error(std::string("quantize: the codebook ") + shape.name + " has wrong values");
     std::vector<Levels> out(book.n, Levels{});
     for (size_t j = 0; j < book.n; ++j)
         for (size_t i = 0; i < book.k; ++i) out[j][i] = static_cast<uint8_t>(rank[book.values[j * book.k + i] + 128]);
@@ -130,7 +132,7 @@ const Grid* build(const Shape& shape) {
                 full_list.push_back(word[j]);
                 Levels away{};
                 for (int i = 0; i < dim; ++i)
-                    away[i] = static_cast<uint8_t>(point[j][i] > center[i] ? point[j][i] - center[i] : center[i] - point[j][i]);
+                    away[i] = static_cast<uint8_t>(std::abs(point[j][i] - center[i]));
                 const uint64_t g = packed(point[j]), dg = packed(away);
                 bool beaten = false;
                 for (size_t i = 0; i < kept.size() && !beaten; ++i) beaten = beats(kept[i], kept_away[i], g, dg);

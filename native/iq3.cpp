@@ -75,12 +75,14 @@ QK_INLINE void tile_iq3(const Grid& grid, Slab<T>& slab, const float* const* xs,
         for (int k = 0; k < 8; ++k) {
             I index;
             for (int lane = 0; lane < LANES; ++lane) index[lane] = grid.index[point[k][lane] & 0xffff];
-            for (int lane = 0; lane < LANES; ++lane) y[lane][2 + 8 * slot[lane] + k] = static_cast<uint8_t>(index[lane]);
+            for (int lane = 0; lane < LANES; ++lane)
+                y[lane][2 + 8 * slot[lane] + k] = static_cast<uint8_t>(index[lane]);
             high |= (index >> 8) << k;
         }
         if constexpr (!T::PARITY) store_word(high, y, 66 + s, 1);
         for (int lane = 0; lane < LANES; ++lane) {
-            if constexpr (!T::PARITY) std::memcpy(y[lane] + 74 + 4 * slot[lane], &reinterpret_cast<const int32_t*>(&sign)[lane], 4);
+            const int32_t bits = sign[lane];
+            if constexpr (!T::PARITY) std::memcpy(y[lane] + 74 + 4 * slot[lane], &bits, 4);
             slot[lane] += T::PARITY || alive[lane];
         }
     }
@@ -97,14 +99,16 @@ QK_INLINE void tile_iq3(const Grid& grid, Slab<T>& slab, const float* const* xs,
 template <typename T>
 QK_INLINE void quantize_iq3(const Grid& g, const float* x, uint8_t* y, size_t n_rows, size_t n_cols, const float* w) {
     alignas(64) Slab<T> slab;
+    const auto with = [&](auto xs, auto ws, auto ys) __attribute__((always_inline)) {
+        tile_iq3<T, true>(g, slab, xs, ws, ys);
+    };
+    const auto without = [&](auto xs, auto ws, auto ys) __attribute__((always_inline)) {
+        tile_iq3<T, false>(g, slab, xs, ws, ys);
+    };
     if (w)
-        for_each_tile<QK_K, T::BYTES>(x, y, n_rows, n_cols, w, [&](auto xs, auto ws, auto ys) __attribute__((always_inline)) {
-            tile_iq3<T, true>(g, slab, xs, ws, ys);
-        });
+        for_each_tile<QK_K, T::BYTES>(x, y, n_rows, n_cols, w, with);
     else
-        for_each_tile<QK_K, T::BYTES>(x, y, n_rows, n_cols, w, [&](auto xs, auto ws, auto ys) __attribute__((always_inline)) {
-            tile_iq3<T, false>(g, slab, xs, ws, ys);
-        });
+        for_each_tile<QK_K, T::BYTES>(x, y, n_rows, n_cols, w, without);
 }
 
 }  // namespace
