@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from footprint import CONFIG
+from footprint import CONFIG, status
 
 from quantkit import demo, toolchain
 from quantkit.arch.options import Options
@@ -41,12 +41,20 @@ def measure(commands: list[list[str]], outputs: list[Path], env: dict[str, str])
     """Run commands one after the other; what they took together."""
     start, cpu, rss = time.monotonic(), 0.0, 0
     for command in commands:
-        process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        _, code, usage = os.wait4(process.pid, 0)
-        if code:
-            sys.exit(f"{command[0]} failed: {' '.join(command)}")
+        with open(outputs[-1].with_suffix(".log"), "w+b") as log:
+            process = subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT)
+            peak = 0
+            while True:
+                peak = status(process.pid, "status", "VmHWM:") * 1024 or peak  # not ru_maxrss: that has our own in it
+                done, code, usage = os.wait4(process.pid, os.WNOHANG)
+                if done:
+                    break
+                time.sleep(0.02)
+            if code:
+                log.seek(0)
+                sys.exit(f"{' '.join(command)} failed:\n{log.read().decode(errors='replace')[-2000:]}")
         cpu += usage.ru_utime + usage.ru_stime
-        rss = max(rss, usage.ru_maxrss * 1024)
+        rss = max(rss, peak)
     return Run(time.monotonic() - start, cpu, rss, sum(p.stat().st_size for p in outputs))
 
 

@@ -31,6 +31,7 @@ CONFIG = {
     "moe_intermediate_size": 2048,
     "num_attention_heads": 8,
     "num_hidden_layers": 2,
+    "num_key_value_heads": 8,
     "num_nextn_predict_layers": 0,
     "q_lora_rank": 1536,
     "qk_nope_head_dim": 128,
