@@ -232,7 +232,7 @@ void quantize_iq2_xxs(const float* x, uint8_t* y, size_t n_rows, size_t n_cols, 
     if (!w) throw std::invalid_argument("quantize: IQ2_XXS needs an importance");
     const Grid& g = grid(GridType::IQ2_XXS);
     alignas(64) Slab<Iq2Xxs> slab;
-    for_each_tile<QK_K, 66>(x, y, n_rows, n_cols, w, [&](auto xs, auto ws, auto ys) __attribute__((always_inline)) {
+    for_each_tile<QK_K, 66>(x, y, n_rows, n_cols, w, [&](auto xs, auto ws, auto ys) QK_LAMBDA {
         tile_iq2_xxs(g, slab, xs, ws, ys);
     });
 }
@@ -241,7 +241,7 @@ void quantize_iq2_xs(const float* x, uint8_t* y, size_t n_rows, size_t n_cols, c
     if (!w) throw std::invalid_argument("quantize: IQ2_XS needs an importance");
     const Grid& g = grid(GridType::IQ2_XS);
     alignas(64) Slab<Iq2Xs> slab;
-    for_each_tile<QK_K, 74>(x, y, n_rows, n_cols, w, [&](auto xs, auto ws, auto ys) __attribute__((always_inline)) {
+    for_each_tile<QK_K, 74>(x, y, n_rows, n_cols, w, [&](auto xs, auto ws, auto ys) QK_LAMBDA {
         tile_iq2_xs<true, true>(g, slab, xs, ws, ys);
     });
 }
@@ -250,11 +250,11 @@ void quantize_iq2_s(const float* x, uint8_t* y, size_t n_rows, size_t n_cols, co
     const Grid& g = grid(GridType::IQ2_S);
     alignas(64) Slab<Iq2Xs> slab;
     if (w)
-        for_each_tile<QK_K, 82>(x, y, n_rows, n_cols, w, [&](auto xs, auto ws, auto ys) __attribute__((always_inline)) {
+        for_each_tile<QK_K, 82>(x, y, n_rows, n_cols, w, [&](auto xs, auto ws, auto ys) QK_LAMBDA {
             tile_iq2_xs<true, false>(g, slab, xs, ws, ys);
         });
     else
-        for_each_tile<QK_K, 82>(x, y, n_rows, n_cols, w, [&](auto xs, auto ws, auto ys) __attribute__((always_inline)) {
+        for_each_tile<QK_K, 82>(x, y, n_rows, n_cols, w, [&](auto xs, auto ws, auto ys) QK_LAMBDA {
             tile_iq2_xs<false, false>(g, slab, xs, ws, ys);
         });
 }

@@ -99,10 +99,10 @@ QK_INLINE void tile_iq3(const Grid& grid, Slab<T>& slab, const float* const* xs,
 template <typename T>
 QK_INLINE void quantize_iq3(const Grid& g, const float* x, uint8_t* y, size_t n_rows, size_t n_cols, const float* w) {
     alignas(64) Slab<T> slab;
-    const auto with = [&](auto xs, auto ws, auto ys) __attribute__((always_inline)) {
+    const auto with = [&](auto xs, auto ws, auto ys) QK_LAMBDA {
         tile_iq3<T, true>(g, slab, xs, ws, ys);
     };
-    const auto without = [&](auto xs, auto ws, auto ys) __attribute__((always_inline)) {
+    const auto without = [&](auto xs, auto ws, auto ys) QK_LAMBDA {
         tile_iq3<T, false>(g, slab, xs, ws, ys);
     };
     if (w)

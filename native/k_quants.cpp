@@ -292,7 +292,7 @@ QK_INLINE void tile_q3_k(const float* const* xs, const float* const* ws, uint8_t
         q[8 + j % 4] |= ((ls[j] >> 4) & 3) << (2 * (j / 4));
     }
     for (int j = 0; j < 16; ++j) {
-        const auto kept = [&](F at, int i) __attribute__((always_inline)) {
+        const auto kept = [&](F at, int i) QK_LAMBDA {
             if constexpr (WEIGHTS)
                 return levels_of<4>(found[j], at);
             else
@@ -339,7 +339,7 @@ QK_INLINE void tile_q6_k(const float* const* xs, const float* const* ws, uint8_t
     for (int j = 0; j < 16; ++j) {
         const I s = (min_of(splat(127), nearest_int(iscale * scales[j])) << 24) >> 24;
         sc[j] = select(zero, I{}, s);
-        const auto kept = [&](F at, int) __attribute__((always_inline)) { return levels_of<32>(found[j], at); };
+        const auto kept = [&](F at, int) QK_LAMBDA { return levels_of<32>(found[j], at); };
         symmetric_levels<16, 32>(x + 16 * j, fd * to_float(sc[j]), kept, level + 16 * j);
     }
     for (int k = 0; k < QK_K; ++k) level[k] = select(zero, I{}, level[k]);
@@ -360,26 +360,42 @@ QK_INLINE void tile_q6_k(const float* const* xs, const float* const* ws, uint8_t
     store_lanes<32>(ql, y, 0);
     store_lanes<16>(qh, y, 128);
     for (int i = 0; i < 4; ++i)
-        store_word(bytes(sc[4 * i] & 0xff, sc[4 * i + 1] & 0xff, sc[4 * i + 2] & 0xff, sc[4 * i + 3] & 0xff), y, 192 + 4 * i);
+        store_word(bytes(sc[4 * i] & 255, sc[4 * i + 1] & 255, sc[4 * i + 2] & 255, sc[4 * i + 3] & 255), y,
+                   192 + 4 * i);
     store_word(hd, y, 208, 2);
 }
 
 }  // namespace
 
-#define QK_DEFINE(NAME, BYTES, TILE_W, TILE)                                                                  \
-    void quantize_##NAME(const float* x, uint8_t* y, size_t n_rows, size_t n_cols, const float* w) {          \
-        if (w)                                                                                                \
-            for_each_tile<QK_K, BYTES>(x, y, n_rows, n_cols, w,                                               \
-                                       [](auto xs, auto ws, auto ys) __attribute__((always_inline)) { TILE_W(xs, ws, ys); }); \
-        else                                                                                                  \
-            for_each_tile<QK_K, BYTES>(x, y, n_rows, n_cols, w,                                               \
-                                       [](auto xs, auto ws, auto ys) __attribute__((always_inline)) { TILE(xs, ws, ys); });   \
-    }
+// A quantizer from a tile with importance and one without.
+using Tile = void (*)(const float* const* x, const float* const* w, uint8_t* const* y);
 
-QK_DEFINE(q2_k, 84, tile_q2_k<true>, tile_q2_k<false>)
-QK_DEFINE(q3_k, 110, tile_q3_k<true>, tile_q3_k<false>)
-QK_DEFINE(q4_k, 144, (tile_k45<15, true>), (tile_k45<15, false>))
-QK_DEFINE(q5_k, 176, (tile_k45<31, true>), (tile_k45<31, false>))
-QK_DEFINE(q6_k, 210, tile_q6_k<true>, tile_q6_k<false>)
+template <int BYTES, Tile WEIGHTED, Tile PLAIN>
+QK_INLINE void run(const float* x, uint8_t* y, size_t n_rows, size_t n_cols, const float* w) {
+    if (w)
+        for_each_tile<QK_K, BYTES>(x, y, n_rows, n_cols, w, [](auto... at) QK_LAMBDA { WEIGHTED(at...); });
+    else
+        for_each_tile<QK_K, BYTES>(x, y, n_rows, n_cols, w, [](auto... at) QK_LAMBDA { PLAIN(at...); });
+}
+
+void quantize_q2_k(const float* x, uint8_t* y, size_t n_rows, size_t n_cols, const float* w) {
+    run<84, tile_q2_k<true>, tile_q2_k<false>>(x, y, n_rows, n_cols, w);
+}
+
+void quantize_q3_k(const float* x, uint8_t* y, size_t n_rows, size_t n_cols, const float* w) {
+    run<110, tile_q3_k<true>, tile_q3_k<false>>(x, y, n_rows, n_cols, w);
+}
+
+void quantize_q4_k(const float* x, uint8_t* y, size_t n_rows, size_t n_cols, const float* w) {
+    run<144, tile_k45<15, true>, tile_k45<15, false>>(x, y, n_rows, n_cols, w);
+}
+
+void quantize_q5_k(const float* x, uint8_t* y, size_t n_rows, size_t n_cols, const float* w) {
+    run<176, tile_k45<31, true>, tile_k45<31, false>>(x, y, n_rows, n_cols, w);
+}
+
+void quantize_q6_k(const float* x, uint8_t* y, size_t n_rows, size_t n_cols, const float* w) {
+    run<210, tile_q6_k<true>, tile_q6_k<false>>(x, y, n_rows, n_cols, w);
+}
 
 }  // namespace quantkit::QK_ISA

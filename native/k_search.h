@@ -84,7 +84,7 @@ QK_INLINE void search_affine(const F* x, const F* w, float rmin, float rdelta, i
             negative |= I(a < -0.5f);
         }
         // rounds to levels and adds up; Round gives the level of iscale * (x - lo)
-        const auto sums = [&](auto round) __attribute__((always_inline)) {
+        const auto sums = [&](auto round) QK_LAMBDA {
             for (int i = 0; i < N; ++i)
                 for (int g = 0; g < GROUPS; ++g) {
                     const F xi = x[g * N + i], wi = w[g * N + i];
@@ -281,7 +281,7 @@ QK_INLINE Symmetric search_symmetric(const F* x, const F* weights) {
     const F* w = WEIGHTS ? weights : square;
     F best;
     // ggml's is = 0 is the scale it starts from; the others follow in order
-    const auto steps = [&](auto count, int first, bool limit_low, bool limit_high) __attribute__((always_inline)) {
+    const auto steps = [&](auto count, int first, bool limit_low, bool limit_high) QK_LAMBDA {
         constexpr int C = decltype(count)::value;
         F iscale[C], sumlx[C], suml2[C];
         for (int s = 0; s < C; ++s) {

@@ -35,6 +35,8 @@ typedef int32_t I __attribute__((vector_size(LANES * 4)));
 typedef uint32_t U __attribute__((vector_size(LANES * 4)));
 
 #define QK_INLINE inline __attribute__((always_inline))
+// the same for a lambda
+#define QK_LAMBDA __attribute__((always_inline))
 
 QK_INLINE F splat(float x) { return x - F{}; }  // minus zero: keeps the sign of -0
 QK_INLINE I splat(int32_t x) { return x - I{}; }
@@ -118,9 +120,11 @@ QK_INLINE I nearest_int(F x) { return (bits_of(x + 12582912.0f) & 0x007fffff) - 
 // float -> IEEE half, to nearest even, as bits in the low 16 of each lane; and back, exactly.
 QK_INLINE I to_half(F x) {
 #if defined(__AVX512F__)
-    return reinterpret_cast<I>(_mm512_cvtepu16_epi32(_mm512_cvtps_ph(reinterpret_cast<__m512>(x), _MM_FROUND_TO_NEAREST_INT)));
+    const __m256i h = _mm512_cvtps_ph(reinterpret_cast<__m512>(x), _MM_FROUND_TO_NEAREST_INT);
+    return reinterpret_cast<I>(_mm512_cvtepu16_epi32(h));
 #elif defined(__AVX2__)
-    return reinterpret_cast<I>(_mm256_cvtepu16_epi32(_mm256_cvtps_ph(reinterpret_cast<__m256>(x), _MM_FROUND_TO_NEAREST_INT)));
+    const __m128i h = _mm256_cvtps_ph(reinterpret_cast<__m256>(x), _MM_FROUND_TO_NEAREST_INT);
+    return reinterpret_cast<I>(_mm256_cvtepu16_epi32(h));
 #else
     I out{};
     for (int i = 0; i < LANES; ++i) {

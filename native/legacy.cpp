@@ -134,7 +134,7 @@ QK_INLINE void eight_blocks(const float* x, uint8_t* y) {
         d = _mm256_div_ps(d, _mm256_set1_ps(K == Q4_0 ? -8.0f : -16.0f));
     }
     __m256 id = inverse_of(d);
-    if constexpr (K == Q8_0)  // where 1 / d is Inf ggml's levels are all 0 (see `levels`); Inf itself would pack to -128
+    if constexpr (K == Q8_0)  // where 1 / d is Inf all levels are 0 (see `levels`); Inf would pack to -128
         id = _mm256_andnot_ps(_mm256_cmp_ps(id, _mm256_set1_ps(__builtin_inff()), _CMP_EQ_OQ), id);
     _mm256_store_ps(ids, id);
     alignas(16) uint16_t hd[8], hm[8];
