@@ -8,21 +8,14 @@ from typing import Any
 
 import click
 
-from .options import conversion
+from .options import conversion, layout_option
 
 _FORMATS = ("tensor-types", "custom-q", "thireus")
 _MAX_BYTES = 1 << 22
 
 _form = click.option("--format", "form", type=click.Choice(_FORMATS), required=True, help="The other tool's format.")
 _model = click.option(
-    "--model", required=True, metavar="MODEL", help="Any SOURCE of `quantkit plan`; only its headers are read."
-)
-_layout = click.option(
-    "--layout",
-    type=click.Choice(["k_b+v_b", "kv_b"]),
-    default="k_b+v_b",
-    show_default=True,
-    help="MLA tensors of a checkpoint: attn_k_b and attn_v_b (now), or attn_kv_b (early 2025).",
+    "-m", "--model", required=True, metavar="MODEL", help="Any SOURCE of `quantkit plan`; only its headers are read."
 )
 _output = click.option(
     "-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="Write to a file, not to standard output."
@@ -63,7 +56,7 @@ def from_gguf(source: str, output: Path | None, name: str | None, force: bool, a
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @_form
 @_model
-@_layout
+@layout_option
 @click.option(
     "--file-type", metavar="NAME", help="What llama-quantize is given as its type, for tensors no rule names."
 )
@@ -125,7 +118,7 @@ def import_(
 @click.argument("recipe")
 @_form
 @_model
-@_layout
+@layout_option
 @_output
 @_force
 def export(recipe: str, form: str, model: str, layout: str, output: Path | None, force: bool) -> None:
