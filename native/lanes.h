@@ -155,6 +155,20 @@ QK_INLINE F from_half(I h) {
 #endif
 }
 
+#if defined(__AVX2__)
+// In each half of eight rows: s[i] has number i of rows 0 to 3, s[i + 4] of rows 4 to 7.
+QK_INLINE void transpose(const __m256* r, __m256* s) {
+    for (int h = 0; h < 8; h += 4) {
+        const __m256 a = _mm256_unpacklo_ps(r[h], r[h + 1]), b = _mm256_unpackhi_ps(r[h], r[h + 1]);
+        const __m256 c = _mm256_unpacklo_ps(r[h + 2], r[h + 3]), d = _mm256_unpackhi_ps(r[h + 2], r[h + 3]);
+        s[h] = _mm256_shuffle_ps(a, c, 0x44);
+        s[h + 1] = _mm256_shuffle_ps(a, c, 0xee);
+        s[h + 2] = _mm256_shuffle_ps(b, d, 0x44);
+        s[h + 3] = _mm256_shuffle_ps(b, d, 0xee);
+    }
+}
+#endif
+
 // LANES blocks of N floats, one a lane: out[k][lane] = x[lane][first + k].
 template <int N>
 QK_INLINE void load_lanes(const float* const* x, F* out, int first = 0) {
@@ -169,14 +183,7 @@ QK_INLINE void load_lanes(const float* const* x, F* out, int first = 0) {
                 r[i] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(a)), _mm_loadu_ps(b), 1);
                 r[i + 4] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(a + 4)), _mm_loadu_ps(b + 4), 1);
             }
-            for (int h = 0; h < 8; h += 4) {
-                const __m256 a = _mm256_unpacklo_ps(r[h], r[h + 1]), b = _mm256_unpackhi_ps(r[h], r[h + 1]);
-                const __m256 c = _mm256_unpacklo_ps(r[h + 2], r[h + 3]), d = _mm256_unpackhi_ps(r[h + 2], r[h + 3]);
-                s[h] = _mm256_shuffle_ps(a, c, 0x44);
-                s[h + 1] = _mm256_shuffle_ps(a, c, 0xee);
-                s[h + 2] = _mm256_shuffle_ps(b, d, 0x44);
-                s[h + 3] = _mm256_shuffle_ps(b, d, 0xee);
-            }
+            transpose(r, s);
             for (int i = 0; i < 8; ++i) _mm256_storeu_ps(to + (k + i) * LANES, s[i]);
         }
     }
@@ -195,14 +202,7 @@ QK_INLINE void store_lanes(const I* words, uint8_t* const* y, int offset) {
         for (int k = 0; k < N; k += 8) {
             __m256 r[8], s[8];
             for (int i = 0; i < 8; ++i) r[i] = _mm256_loadu_ps(from + (k + i) * LANES);
-            for (int h = 0; h < 8; h += 4) {
-                const __m256 a = _mm256_unpacklo_ps(r[h], r[h + 1]), b = _mm256_unpackhi_ps(r[h], r[h + 1]);
-                const __m256 c = _mm256_unpacklo_ps(r[h + 2], r[h + 3]), d = _mm256_unpackhi_ps(r[h + 2], r[h + 3]);
-                s[h] = _mm256_shuffle_ps(a, c, 0x44);
-                s[h + 1] = _mm256_shuffle_ps(a, c, 0xee);
-                s[h + 2] = _mm256_shuffle_ps(b, d, 0x44);
-                s[h + 3] = _mm256_shuffle_ps(b, d, 0xee);
-            }
+            transpose(r, s);
             for (int i = 0; i < 4; ++i) {
                 uint8_t* lo = y[8 * half + i] + offset + 4 * k;
                 uint8_t* hi = y[8 * half + i + 4] + offset + 4 * k;
