@@ -13,7 +13,9 @@ thing, the numbers and the next step. Anything else that escapes is a defect of 
     ├── WeightError              8   the weights themselves: NaN, Inf, not representable in a type
     ├── KernelError              9   a quantization kernel: not present, wrong arguments
     ├── ToolError               10   llama.cpp tools: not found, failed, gave something else than asked
-    └── InternalCheckError      11   a check of quantkit's own result failed; please report it
+    ├── InternalCheckError      11   a check of quantkit's own result failed; please report it
+    ├── DamageError             12   a finished file that is not what it should be: verify, merge, split
+    └── ResumeError             13   an unfinished build that cannot be gone on with: of another plan, in use, damaged
 
 2 is click's own code for wrong usage, and 130 an interrupt.
 """
@@ -64,6 +66,14 @@ class ToolError(QuantkitError):
 
 class InternalCheckError(QuantkitError):
     exit_code = 11
+
+
+class DamageError(QuantkitError):
+    exit_code = 12
+
+
+class ResumeError(QuantkitError):
+    exit_code = 13
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
