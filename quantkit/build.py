@@ -1,25 +1,33 @@
 """A build, from plan to finished files: every check before the first byte, then an engine, then the names.
 
-Files are made under temporary names beside the output (`.NAME.quantkit-PID`) and get their own only
-when all are whole and on disk; whatever ends a build early leaves nothing behind under the real name.
+Files are made in OUT.partial (quantkit.partial) and get their own names only when they are whole and on disk; what a
+build that ends early leaves there, the next one goes on with.
 """
 
 from __future__ import annotations
 
-import ctypes
-import errno
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from . import fingerprint
 from .catalogue import Catalogue
 from .engines import Engine, Progress, Work
-from .errors import OutputError, SourceError, UnsupportedError
+from .errors import (
+    InternalCheckError,
+    KernelError,
+    OutputError,
+    ResumeError,
+    SourceError,
+    UnsupportedError,
+    WeightError,
+)
 from .imatrix import Imatrix
+from .journal import Journal
 from .layout import FileLayout, file_names, lay_out, output_kvs
+from .partial import Partial, folder_of, peek, places
 from .plan import Plan, check_imatrix
 from .qtypes import QTYPES
 
@@ -32,6 +40,12 @@ class Build:
     imatrix: Imatrix | None
     files: tuple[tuple[Path, FileLayout], ...]
     out: Path
+    identity: Mapping[str, str]
+    """what the bytes depend on (quantkit.fingerprint)"""
+    sources: Mapping[Path, fingerprint.FileStat]
+    restart: bool
+    begun: Journal | None
+    """the journal of an unfinished build that this one goes on with"""
 
     @property
     def file_bytes(self) -> int:
@@ -46,10 +60,12 @@ def prepare(
     force: bool = False,
     allow_requantize: bool = False,
     engine: Engine | None = None,
+    resume: bool | None = None,
 ) -> Build:
     """Check everything that can be checked before the first byte. `engine` is the one that will run, for
-    the scratch space it needs. Raises the error of what is wrong: ImatrixError, SourceError,
-    OutputError, UnsupportedError."""
+    the scratch space it needs. An unfinished build of the same output is gone on with; `resume` True asks for one,
+    False begins anew. Raises the error of what is wrong: ImatrixError, SourceError, OutputError, ResumeError,
+    UnsupportedError."""
     catalogue = plan.catalogue
     if catalogue.source is None:
         raise SourceError(
@@ -60,20 +76,66 @@ def prepare(
     if imatrix is not None:
         imatrix.check()
     _check_requantize(catalogue, plan, allow_requantize)
-    layouts = lay_out(plan, output_kvs(plan, imatrix), split_max_size)
+    kvs = output_kvs(plan, imatrix)
+    layouts = lay_out(plan, kvs, split_max_size)
     names = file_names(out, len(layouts), split_max_size is not None)
     files = tuple(zip(names, layouts, strict=True))
-    _check_output(catalogue, imatrix, out, names, force)
-    need, free = sum(layout.nbytes for layout in layouts), shutil.disk_usage(out.parent).free
-    scratch = engine.scratch_bytes(plan) if engine is not None else 0
+    sources = {path: fingerprint.stat_of(path) for path in catalogue.source.files}
+    identity = fingerprint.identity(plan, kvs, split_max_size, imatrix.path if imatrix else None)
+    _check_place(out)
+    begun = _begun(out, identity, resume)
+    _check_output(catalogue, imatrix, out, names, force, _finished(names, layouts, begun, folder_of(out)))
+    _check_space(out, names, layouts, engine.scratch_bytes(plan) if engine is not None else 0)
+    return Build(plan, imatrix, files, out, identity, sources, resume is False, begun)
+
+
+def _begun(out: Path, identity: Mapping[str, str], resume: bool | None) -> Journal | None:
+    """The unfinished build to go on with. Raises ResumeError when it is of something else."""
+    if resume is False:
+        return None
+    found = peek(out)
+    if found is None or not found.records:
+        if resume:
+            raise ResumeError(f"{out}: there is no unfinished build to go on with; leave --resume away to begin one")
+        return None
+    differs = fingerprint.difference(found.identity, identity)
+    if differs:
+        raise ResumeError(
+            f"{folder_of(out)}: is an unfinished build of something else: {differs}; begin anew with --restart, "
+            "or give another output"
+        )
+    return found
+
+
+def _finished(
+    names: tuple[Path, ...], layouts: tuple[FileLayout, ...], begun: Journal | None, folder: Path
+) -> set[Path]:
+    """The files of an unfinished build that have their names already: all their rows are in its journal."""
+    if begun is None:
+        return set()
+    rows = [0] * sum(len(layout.tensors) for layout in layouts)
+    for r in begun.records:
+        if r.tensor < len(rows):
+            rows[r.tensor] += r.n_rows
+    short = {p.file for p in places(layouts).values() if rows[p.number] < p.n_rows}
+    return {name for i, name in enumerate(names) if i not in short and not (folder / name.name).exists()}
+
+
+def _check_space(out: Path, names: tuple[Path, ...], layouts: tuple[FileLayout, ...], scratch: int) -> None:
+    """Raises OutputError when what is still to be written has no room."""
+    need, free = 0, shutil.disk_usage(out.parent).free
+    for name, layout in zip(names, layouts, strict=True):
+        try:
+            there = os.stat(folder_of(out) / name.name).st_blocks * 512
+        except OSError:
+            there = 0
+        need += max(0, layout.nbytes - there)
     if need + scratch > free:
         also = f" and its making {scratch:,} more" if scratch else ""
-        need += scratch
         raise OutputError(
-            f"{out.parent}: the output needs {need - scratch:,} bytes{also}, but {free:,} are free; free "
-            f"{need - free:,} more, or choose another place"
+            f"{out.parent}: the output needs {need:,} bytes{also}, but {free:,} are free; free "
+            f"{need + scratch - free:,} more, or choose another place"
         )
-    return Build(plan, imatrix, files, out)
 
 
 def _check_requantize(catalogue: Catalogue, plan: Plan, allowed: bool) -> None:
@@ -86,15 +148,23 @@ def _check_requantize(catalogue: Catalogue, plan: Plan, allowed: bool) -> None:
             )
 
 
-def _check_output(
-    catalogue: Catalogue, imatrix: Imatrix | None, out: Path, names: tuple[Path, ...], force: bool
-) -> None:
+def _check_place(out: Path) -> None:
     if out.is_dir() or not out.name:
         raise OutputError(f"{out}: is a directory; give the name of the file to make, such as {out / 'model.gguf'}")
     if not out.parent.is_dir():
         raise OutputError(f"{out}: there is no directory {out.parent}; create it first")
     if not os.access(out.parent, os.W_OK):
         raise OutputError(f"{out.parent}: no permission to write there")
+
+
+def _check_output(
+    catalogue: Catalogue,
+    imatrix: Imatrix | None,
+    out: Path,
+    names: tuple[Path, ...],
+    force: bool,
+    finished: set[Path],
+) -> None:
     assert catalogue.source is not None
     used = [*catalogue.source.files, *([imatrix.path] if imatrix else [])]
     for name in {*names, out}:
@@ -105,71 +175,28 @@ def _check_output(
                 raise OutputError(f"{name}: is a source of this build and would be overwritten; choose another name")
         if name in names and not name.is_file():
             raise OutputError(f"{name}: is no regular file and will not be replaced; choose another name")
-        if name in names and not force:
+        if name in names and not force and name not in finished:
             raise OutputError(f"{name}: exists; choose another name, or replace it with --force")
 
 
-def run(build: Build, engine: Engine, n_threads: int, progress: Progress) -> None:
-    """Run an engine and give the files their names. Raises what the engine raises; the output is then
-    as it was before."""
-    with _temporary(build) as (scratch, temporary):
-        try:
-            for (_, layout), path in zip(build.files, temporary, strict=True):
-                _create(path, layout)
-            pairs = tuple((path, layout) for path, (_, layout) in zip(temporary, build.files, strict=True))
-            engine.run(Work(build.plan, pairs, build.imatrix, n_threads, progress, scratch))
-            for path in temporary:
-                _sync(path)
-            # the first shard last: without it the others are not taken for a model
-            for path, (name, _) in reversed(list(zip(temporary, build.files, strict=True))):
-                os.replace(path, name)
-            _sync(build.out.parent)
-        except OSError as e:
-            raise OutputError(
-                f"{build.out}: {e.strerror or e}; nothing was changed: mend that and build again"
-            ) from None
-
-
-@contextmanager
-def _temporary(build: Build) -> Iterator[tuple[Path, list[Path]]]:
-    scratch = build.out.with_name(f".{build.out.name}.quantkit-{os.getpid()}")
+def run(build: Build, engine: Engine, n_threads: int, progress: Progress) -> int:
+    """Run an engine and give the files their names. Returns how many values an earlier run had made. Raises what the
+    engine raises; what was there under the names is then as it was, and the exception's `kept` says where the
+    unfinished build is, if it is kept."""
+    partial = Partial(build.out, build.files, build.identity, lambda: fingerprint.check_unchanged(build.sources))
     try:
-        try:
-            scratch.mkdir()
-        except OSError as e:
-            raise OutputError(f"{scratch}: cannot be made: {e.strerror or e}; choose another place") from None
-        yield scratch, [scratch / name.name for name, _ in build.files]
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _create(path: Path, layout: FileLayout) -> None:
-    """The file with its header and its full length; the space is reserved where the filesystem can."""
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-    try:
-        _reserve(fd, layout.nbytes)
-        os.ftruncate(fd, layout.nbytes)
-        done = 0
-        while done < len(layout.header):
-            done += os.pwrite(fd, layout.header[done:], done)
-    finally:
-        os.close(fd)
-
-
-def _reserve(fd: int, nbytes: int) -> None:
-    """Reserve the space, where the filesystem can. Not os.posix_fallocate: where it cannot, the C
-    library writes to every block instead, which for a model takes longer than building it."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    if not hasattr(libc, "fallocate"):
-        return
-    done = libc.fallocate(fd, 0, ctypes.c_int64(0), ctypes.c_int64(nbytes))
-    if done != 0 and ctypes.get_errno() in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        raise OSError(ctypes.get_errno(), f"{os.strerror(ctypes.get_errno())}: {nbytes:,} bytes cannot be reserved")
-
-
-def _sync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+        partial.start(build.restart, n_threads, progress)
+        layouts = tuple(layout for _, layout in build.files)
+        with partial.committing():
+            engine.run(Work(build.plan, layouts, partial, build.imatrix, n_threads, progress, partial.scratch))
+        partial.finish()
+    except BaseException as e:
+        # with weights or kernels as they are, the same command would end here again
+        in_vain = isinstance(e, (WeightError, KernelError, UnsupportedError, InternalCheckError))
+        kept = partial.give_up(keep=not in_vain)
+        said = (
+            OutputError(f"{build.out}: {e.strerror or e}; mend that and build again") if isinstance(e, OSError) else e
+        )
+        said.kept = kept  # type: ignore[attr-defined]
+        raise said from said.__cause__
+    return partial.n_kept

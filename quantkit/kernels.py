@@ -14,6 +14,7 @@ Kernel names, best first: `avx512`, `avx2`, `neon` (quantkit's own), `ggml` (the
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import os
 from functools import cache, lru_cache
 from importlib import import_module
@@ -24,7 +25,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from . import _native
+from . import __version__, _native
 from .errors import KernelError, WeightError, did_you_mean
 from .qtypes import ABORT_WITHOUT_IMATRIX, INTEGER_TYPES, QTYPES, QType, qtype
 
@@ -42,6 +43,14 @@ _LARGEST_WEIGHT = 3e8
 _LARGEST_PRODUCT = 1e33
 
 _pinned_library: Path | None = None
+
+
+@cache
+def version() -> str:
+    """quantkit's version with a digest of its compiled kernels: equal versions make equal bytes."""
+    assert _native.__file__ is not None
+    digest = hashlib.sha256(Path(_native.__file__).read_bytes()).hexdigest()[:12]
+    return f"quantkit {__version__}, kernels {digest}"
 
 
 def use_pinned_library(path: Path | None) -> None:

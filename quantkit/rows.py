@@ -93,6 +93,20 @@ class RowReader:
         )  # fmt: skip
         return kernels.quantize_stored(rows, qtype, imatrix, out)
 
+    def will_need(self, tensor: Tensor, part: Part, row: int, n_rows: int) -> int:
+        """Tell the system that rows row… of a part are read soon; how many stored bytes that is."""
+        st = self.source.tensor(part.source)
+        if part.transposed:  # every row of the output is a column: the rectangle is read as a whole
+            row_bytes = stored_row_bytes(st.dtype, part.shape[-1])
+            if row == 0:
+                self.source.will_need(st, part.row * row_bytes, part.n_rows * row_bytes)
+            return part.n_rows * row_bytes
+        row_bytes = stored_row_bytes(st.dtype, tensor.n_cols)
+        for i in range(min(part.interleave, n_rows)):
+            n = len(range(i, n_rows, part.interleave))
+            self.source.will_need(st, part.source_row(row + i) * row_bytes, n * row_bytes)
+        return n_rows * row_bytes
+
     def raw(self, part: Part, row: int, out: npt.NDArray[np.uint8]) -> None:
         """Fill uint8 `out` [n_rows, row_bytes] with the same rows as they are stored."""
         st = self.source.tensor(part.source)

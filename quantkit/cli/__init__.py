@@ -60,6 +60,11 @@ def _stop(number: int, _frame: FrameType | None) -> NoReturn:
     raise _Terminated if number == signal.SIGTERM else KeyboardInterrupt
 
 
+def _left(e: BaseException) -> str:
+    """What an interrupted command leaves; click wraps a KeyboardInterrupt."""
+    return getattr(e, "kept", None) or getattr(e.__cause__, "kept", None) or "nothing was left behind"
+
+
 def main() -> None:
     """Run the command line and exit: with an error's own code, 130 after Ctrl-C, 143 after SIGTERM."""
     signal.signal(signal.SIGTERM, _stop)
@@ -69,15 +74,17 @@ def main() -> None:
         sys.exit(cli.main(standalone_mode=False) or 0)  # what a command gives to ctx.exit or Exit is returned
     except QuantkitError as e:
         click.echo(f"error: {e}", err=True)
+        if kept := getattr(e, "kept", None):
+            click.echo(kept, err=True)
         sys.exit(e.exit_code)
     except click.ClickException as e:
         e.show()
         sys.exit(e.exit_code)
-    except _Terminated:
-        click.echo("terminated; nothing was left behind", err=True)
+    except _Terminated as e:
+        click.echo(f"terminated; {_left(e)}", err=True)
         sys.exit(_TERMINATED)
-    except (click.Abort, KeyboardInterrupt):
-        click.echo("interrupted; nothing was left behind", err=True)
+    except (click.Abort, KeyboardInterrupt) as e:
+        click.echo(f"interrupted; {_left(e)}", err=True)
         sys.exit(INTERRUPTED)
     except BrokenPipeError:
         # whoever read our output has gone: not an error, and no second complaint when Python flushes

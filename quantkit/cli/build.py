@@ -33,6 +33,12 @@ if TYPE_CHECKING:
 @click.option("-t", "--threads", type=click.IntRange(1, 1024), help="Worker threads.  [default: all processors]")
 @click.option("--allow-requantize", is_flag=True, help="Quantize tensors again that the source has quantized.")
 @click.option("--force", is_flag=True, help="Replace the output if it exists.")
+@click.option(
+    "--resume/--restart",
+    "resume",
+    default=None,
+    help="Go on with an unfinished build of this output, or begin anew.  [default: go on if there is one]",
+)
 @click.option("-n", "--dry-run", is_flag=True, help="Check everything and print the plan; write nothing.")
 @click.option("-q", "--quiet", is_flag=True, help="Neither plan nor progress; errors only.")
 def build(
@@ -51,6 +57,7 @@ def build(
     threads: int | None,
     allow_requantize: bool,
     force: bool,
+    resume: bool | None,
     dry_run: bool,
     quiet: bool,
 ) -> None:
@@ -70,10 +77,12 @@ def build(
     weights = imatrix_of(imatrix)
     made = make_plan(open_model(source, conversion(layout, pre, pad_token)), rules, weights, mixture_version)
     chosen = make_engine(engine, binary)
-    ready = prepare(made, output, weights, split_max_size, force, allow_requantize, chosen)
+    ready = prepare(made, output, weights, split_max_size, force, allow_requantize, chosen, resume)
     if not quiet:
         click.echo(report.plan_text(made, [(path.name, f.nbytes) for path, f in ready.files]))
         click.echo()
+    if ready.begun is not None and not quiet:
+        click.echo(f"going on with the build of {output} begun {ready.begun.started}; what it made is checked first")
     if dry_run:
         click.echo("dry run: everything was checked, nothing was written")
         return
@@ -110,13 +119,15 @@ def run_with_progress(ready: Build, engine: Engine, n_threads: int, quiet: bool)
                 bar.set_description_str(name, refresh=False)
                 bar.update(done)
 
-        builds.run(ready, engine, n_threads, progress)
+        kept = builds.run(ready, engine, n_threads, progress)
         bar.set_description_str("done", refresh=True)
     seconds = time.monotonic() - start
     if not quiet:
         for path, layout in ready.files:
             click.echo(f"{path}  {layout.nbytes:,} bytes")
+        if kept:
+            click.echo(f"{kept:,} of {n:,} weights were kept from before, {n - kept:,} quantized now")
         click.echo(
-            f"{ready.file_bytes / 2**30:.3f} GiB in {seconds:.1f} s, {n / seconds / 1e6:.1f} M weights/s, "
+            f"{ready.file_bytes / 2**30:.3f} GiB in {seconds:.1f} s, {(n - kept) / seconds / 1e6:.1f} M weights/s, "
             f"{ready.plan.bpw:.2f} BPW, engine {engine.name}, {n_threads} thread{'s' * (n_threads != 1)}"
         )

@@ -51,7 +51,7 @@ def demo(folder: Path, recipe: str, threads: int | None) -> None:
     click.echo(f"3. the plan: {rules.name}, {rules.title}\n")
     weights = open_imatrix(str(imatrix))
     made = make_plan(model, rules, weights)
-    ready = builds.prepare(made, out, weights, force=True)
+    ready = builds.prepare(made, out, weights, force=True, resume=False)
     click.echo(report.plan_text(made, [(path.name, f.nbytes) for path, f in ready.files]))
     click.echo("\n4. the build: FP8 -> BF16 -> F32 -> blocks, in one pass\n")
     run_with_progress(ready, make_engine("native", None), threads or default_threads(), quiet=False)

@@ -1,7 +1,7 @@
-"""Engines fill output files with tensor data. Two stand behind one interface, and give the same bytes.
+"""Engines make tensor data. Two stand behind one interface, and give the same bytes.
 
-An engine gets a `Work` and writes every tensor's data at its offset in files that already have
-their header and full length. It reports progress in source elements done.
+An engine gets a `Work` and gives every row of every tensor to its sink, which puts it at its place in the
+output and knows what is there already. It reports progress in source elements done.
 """
 
 from __future__ import annotations
@@ -31,13 +31,35 @@ class Weights(Protocol):
     def weights(self, name: str, mat: int, n_cols: int) -> npt.NDArray[np.float32]: ...
 
 
+class Sink(Protocol):
+    """Where tensor data goes. Safe for threads."""
+
+    def has(self, name: str, row: int, n_rows: int) -> bool:
+        """Whether rows row… of a tensor are there already, from an earlier run."""
+
+    def put(self, name: str, row: int, data: npt.NDArray[np.uint8]) -> None:
+        """Write rows row… of a tensor, uint8 [n_rows, row_bytes]; `data` may be changed afterwards. Raises
+        OutputError."""
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing is there from an earlier run."""
+
+    def whole_file(self) -> Path:
+        """Where an engine may write the one output file as a whole; what `put` wrote is given up."""
+
+    def adopt(self) -> None:
+        """Take what was written there, with all tensors and the planned header."""
+
+
 @dataclass(frozen=True)
 class Work:
     """What an engine has to do."""
 
     plan: Plan
-    files: tuple[tuple[Path, FileLayout], ...]
-    """where to write: (path, layout); the files exist, with header and full length"""
+    layouts: tuple[FileLayout, ...]
+    """the output files, in order"""
+    sink: Sink
     imatrix: Weights | None
     n_threads: int
     progress: Progress

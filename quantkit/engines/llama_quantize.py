@@ -9,7 +9,6 @@ space is a piece (its largest tensor, or BATCH_BYTES), never the model.
 
 from __future__ import annotations
 
-import os
 import re
 import signal
 import subprocess
@@ -25,7 +24,6 @@ from ..catalogue import Source, Tensor
 from ..errors import InternalCheckError, OutputError, ToolError
 from ..exchange import tensor_type_file
 from ..gguf_format import KV, TensorInfo, header_bytes, pad, read_header
-from ..layout import Placed
 from ..plan import Plan, Planned
 from ..qtypes import FILE_TYPES, QTYPES
 from ..rows import RowReader
@@ -58,16 +56,15 @@ class LlamaQuantizeEngine:
         source = work.plan.catalogue.source
         assert source is not None
         first = source.files[0]
-        whole = len(work.files) == 1 and first.suffix == ".gguf" and QTYPES.get(_dtype(source, work)) is not None
-        if whole:
+        whole = len(work.layouts) == 1 and first.suffix == ".gguf" and QTYPES.get(_dtype(source, work)) is not None
+        if whole and work.sink.is_empty:
             self._whole(work, source)
         else:
             self._piecewise(work, source)
 
     def _whole(self, work: Work, source: Source) -> None:
-        path, layout = work.files[0]
-        made = work.scratch / "whole.gguf"
-        path.unlink()  # the space it reserves is needed for what llama-quantize writes
+        layout = work.layouts[0]
+        made = work.sink.whole_file()
         self._quantize(work, source.path, made, [p.planned for p in layout.tensors])
         header = read_header(made)
         got = {t.name: t for t in header.tensors}
@@ -80,7 +77,7 @@ class LlamaQuantizeEngine:
                 f"llama-quantize wrote other metadata than planned ({header.file_bytes:,} bytes in all, planned "
                 f"{layout.nbytes:,}); is {self.binary} a llama-quantize of another version?"
             )
-        os.replace(made, path)
+        work.sink.adopt()
 
     def _piecewise(self, work: Work, source: Source) -> None:
         reader = RowReader(source)
@@ -89,24 +86,21 @@ class LlamaQuantizeEngine:
             if item.key == "general.architecture" or item.key.startswith(f"{work.plan.catalogue.arch}.")
         ]  # fmt: skip
         piece, made = work.scratch / "piece.gguf", work.scratch / "made.gguf"
-        for path, layout in work.files:
-            with open(path, "r+b") as out:
-                for batch in _batches(layout.tensors, self.batch_bytes):
-                    planned = [p.planned for p in batch]
-                    _write_piece(piece, planned, hparams, reader)
-                    changes = any(t.tensor.quantizable and t.tensor.source_type != t.type for t in planned)
-                    if changes:
-                        self._quantize(work, piece, made, planned)
-                        piece.unlink()
-                    else:
-                        piece.rename(made)
-                        for t in planned:
-                            work.progress(t.tensor.name, t.tensor.n_elements)
-                    got = {t.name: t for t in read_header(made).tensors}
-                    for p in batch:
-                        info = self._check(p.planned, got.get(p.planned.tensor.name))
-                        _copy(made, info.offset, out.fileno(), p, path)
-                    made.unlink()
+        missing = [t for t in work.plan.tensors if not work.sink.has(t.tensor.name, 0, t.tensor.n_rows)]
+        for planned in _batches(missing, self.batch_bytes):
+            _write_piece(piece, planned, hparams, reader)
+            changes = any(t.tensor.quantizable and t.tensor.source_type != t.type for t in planned)
+            if changes:
+                self._quantize(work, piece, made, planned)
+                piece.unlink()
+            else:
+                piece.rename(made)
+                for t in planned:
+                    work.progress(t.tensor.name, t.tensor.n_elements)
+            got = {t.name: t for t in read_header(made).tensors}
+            for t in planned:
+                _copy(made, self._check(t, got.get(t.tensor.name)).offset, work, t)
+            made.unlink()
 
     def _quantize(self, work: Work, source: Path, made: Path, tensors: Sequence[Planned]) -> None:
         """One run of the binary; reports its progress, and its failure with its own last words."""
@@ -167,18 +161,18 @@ class LlamaQuantizeEngine:
         return info
 
 
-def _batches(tensors: Sequence[Placed], limit: int) -> Iterator[list[Placed]]:
+def _batches(tensors: Sequence[Planned], limit: int) -> Iterator[list[Planned]]:
     """Consecutive tensors that together, as the converter would store them, stay within the limit;
     a larger one goes alone."""
-    batch: list[Placed] = []
+    batch: list[Planned] = []
     size = 0
-    for p in tensors:
-        t = p.planned.tensor
+    for planned in tensors:
+        t = planned.tensor
         n = QTYPES[t.source_type].row_bytes(t.n_cols) * t.n_rows
         if batch and size + n > limit:
             yield batch
             batch, size = [], 0
-        batch.append(p)
+        batch.append(planned)
         size += n
     if batch:
         yield batch
@@ -224,24 +218,16 @@ def _dtype(source: Source, work: Work) -> str:
     return source.tensor(part.source).dtype
 
 
-def _copy(made: Path, offset: int, out: int, placed: Placed, path: Path) -> None:
-    """Put a tensor's bytes into their place; the kernel copies where it can."""
-    left, at = placed.planned.nbytes, placed.offset
-    try:
-        with open(made, "rb") as f:
-            while left:
-                n = os.copy_file_range(f.fileno(), out, min(left, _COPY_BYTES), offset, at)
-                if n == 0:
-                    raise OutputError(f"{made}: ended {left:,} bytes early")
-                left, offset, at = left - n, offset + n, at + n
-    except OSError:
-        try:
-            with open(made, "rb") as f:
-                f.seek(offset)
-                while left:
-                    chunk = f.read(min(left, _COPY_BYTES))
-                    done = os.pwrite(out, chunk, at)
-                    f.seek(offset + done)
-                    left, offset, at = left - done, offset + done, at + done
-        except OSError as e:
-            raise OutputError(f"{path}: writing '{placed.planned.tensor.name}' failed: {e.strerror or e}") from None
+def _copy(made: Path, offset: int, work: Work, planned: Planned) -> None:
+    """Give a tensor's bytes to the sink."""
+    t = planned.tensor
+    row_bytes = QTYPES[planned.type].row_bytes(t.n_cols)
+    step = max(1, _COPY_BYTES // row_bytes)
+    with open(made, "rb") as f:
+        f.seek(offset)
+        for row in range(0, t.n_rows, step):
+            n = min(step, t.n_rows - row)
+            raw = np.fromfile(f, np.uint8, n * row_bytes)
+            if raw.size != n * row_bytes:
+                raise InternalCheckError(f"{made}: ended within '{t.name}', row {row + raw.size // row_bytes}")
+            work.sink.put(t.name, row, raw.reshape(n, row_bytes))

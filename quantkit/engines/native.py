@@ -1,8 +1,9 @@
-"""The native engine: one pass from the source's bytes to quantized blocks at their final offset.
+"""The native engine: one pass from the source's bytes to quantized blocks.
 
 Work is cut into slabs: consecutive rows of one part of one tensor (an expert, a head, a matrix), at
 most SLAB_VALUES values. A worker reads a slab's stored bytes, quantizes them with its expert's
-slice of the importance matrix, and writes the blocks with pwrite. Where quantkit has a kernel of its
+slice of the importance matrix, and gives the blocks to the sink. The system is told which bytes come next, so
+that a cold disk reads them while the cores are at work. Where quantkit has a kernel of its
 own that is one call, in which a few rows at a time become float32; else the slab becomes float32
 first. A worker needs a few buffers of a slab's size and nothing else, so memory is threads x slab
 whatever the tensor's size. Rows are independent, so results do not depend on slab size or threads.
@@ -10,11 +11,10 @@ whatever the tensor's size. Rows are independent, so results do not depend on sl
 
 from __future__ import annotations
 
-import os
 import threading
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -22,31 +22,31 @@ import numpy.typing as npt
 
 from .. import kernels
 from ..catalogue import Part
-from ..errors import KernelError, OutputError, QuantkitError, WeightError
-from ..layout import Placed
-from ..plan import Plan
+from ..errors import KernelError, QuantkitError, WeightError
+from ..plan import Plan, Planned
 from ..qtypes import QTYPES
 from ..rows import RowReader
 from . import Work
 
 #: values of a slab: 4 MiB as float32, in reach of L2/L3, large beside a call's overhead
 SLAB_VALUES = 1 << 20
+#: stored bytes that are asked for ahead of the slab at work, and at least a slab a worker
+AHEAD_BYTES = 64 << 20
 
 
 class Slab(NamedTuple):
     """Rows row…row+n_rows of a part; they begin at row `out_row` of the tensor."""
 
-    file: Path
-    placed: Placed
+    planned: Planned
     part: Part
     row: int
     n_rows: int
     out_row: int
 
 
-def slabs(file: Path, placed: Placed, slab_values: int = SLAB_VALUES) -> Iterator[Slab]:
+def slabs(planned: Planned, slab_values: int = SLAB_VALUES) -> Iterator[Slab]:
     """The slabs of a tensor, in order."""
-    tensor = placed.planned.tensor
+    tensor = planned.tensor
     step = max(1, slab_values // tensor.n_cols)
     # a slab has one expert's slice of the importance matrix
     rows_per_mat = tensor.shape[1] if len(tensor.shape) > 1 else 1
@@ -55,7 +55,7 @@ def slabs(file: Path, placed: Placed, slab_values: int = SLAB_VALUES) -> Iterato
         row = 0
         while row < part.out_rows:
             n = min(step, part.out_rows - row, rows_per_mat - out_row % rows_per_mat)
-            yield Slab(file, placed, part, row, n, out_row)
+            yield Slab(planned, part, row, n, out_row)
             row += n
             out_row += n
 
@@ -63,9 +63,8 @@ def slabs(file: Path, placed: Placed, slab_values: int = SLAB_VALUES) -> Iterato
 class _Worker:
     """A thread's buffers and the steps of a slab."""
 
-    def __init__(self, work: Work, fds: dict[Path, int]) -> None:
+    def __init__(self, work: Work) -> None:
         self.work = work
-        self.fds = fds
         assert work.plan.catalogue.source is not None
         self.reader = RowReader(work.plan.catalogue.source)
         self.rows = np.empty(0, np.float32)
@@ -74,7 +73,7 @@ class _Worker:
         self.weights_of = ("", 0)
 
     def do(self, slab: Slab) -> None:
-        planned = slab.placed.planned
+        planned = slab.planned
         tensor, qt = planned.tensor, QTYPES[planned.type]
         n_cols = tensor.n_cols
         row_bytes = qt.row_bytes(n_cols)
@@ -91,13 +90,13 @@ class _Worker:
             weights = self._weights(slab)
             if not self.reader.quantize(tensor, slab.part, slab.row, qt.name, weights, blocks):
                 self._by_way_of_f32(slab, qt.name, weights, blocks)
-        self._write(slab, blocks, slab.placed.offset + slab.out_row * row_bytes)
+        self.work.sink.put(tensor.name, slab.out_row, blocks)
         self.work.progress(tensor.name, slab.n_rows * n_cols)
 
     def _by_way_of_f32(
         self, slab: Slab, qtype: str, weights: npt.NDArray[np.float32] | None, blocks: npt.NDArray[np.uint8]
     ) -> None:
-        tensor = slab.placed.planned.tensor
+        tensor = slab.planned.tensor
         rows = self._rows(slab.n_rows * tensor.n_cols).reshape(slab.n_rows, tensor.n_cols)
         self.reader.rows(tensor, slab.part, slab.row, rows)
         try:
@@ -108,7 +107,7 @@ class _Worker:
 
     def _weights(self, slab: Slab) -> npt.NDArray[np.float32] | None:
         """The importance of a slab's columns, as kernels.quantize has it; read once for slabs that share it."""
-        planned = slab.placed.planned
+        planned = slab.planned
         if planned.imatrix != "used" or self.work.imatrix is None:
             return None
         tensor = planned.tensor
@@ -128,17 +127,22 @@ class _Worker:
             self.blocks = np.empty(n, np.uint8)
         return self.blocks[:n]
 
-    def _write(self, slab: Slab, blocks: npt.NDArray[np.uint8], offset: int) -> None:
-        view = blocks.data.cast("B")
-        done = 0
-        while done < len(view):
-            try:
-                done += os.pwrite(self.fds[slab.file], view[done:], offset + done)
-            except OSError as e:
-                raise OutputError(
-                    f"{slab.file}: writing '{slab.placed.planned.tensor.name}' at {offset + done:,} failed: "
-                    f"{e.strerror or e}; free some space and build again"
-                ) from None
+
+def _announced(every: Iterator[Slab], work: Work) -> Iterator[Slab]:
+    """The same slabs; the stored bytes of those that come next have been asked for."""
+    assert work.plan.catalogue.source is not None
+    reader = RowReader(work.plan.catalogue.source)
+    ahead: deque[tuple[Slab, int]] = deque()
+    asked = 0
+    for slab in every:
+        n = reader.will_need(slab.planned.tensor, slab.part, slab.row, slab.n_rows)
+        ahead.append((slab, n))
+        asked += n
+        while asked > AHEAD_BYTES and len(ahead) > work.n_threads:
+            done, n = ahead.popleft()
+            asked -= n
+            yield done
+    yield from (slab for slab, _ in ahead)
 
 
 class NativeEngine:
@@ -153,15 +157,15 @@ class NativeEngine:
         return 0
 
     def run(self, work: Work) -> None:
-        every = (s for path, layout in work.files for p in layout.tensors for s in slabs(path, p, self.slab_values))
-        jobs = enumerate(every)
+        every = (s for planned in work.plan.tensors for s in slabs(planned, self.slab_values))
+        missing = (s for s in every if not work.sink.has(s.planned.tensor.name, s.out_row, s.n_rows))
+        jobs = enumerate(_announced(missing, work))
         next_job = threading.Lock()
         stop = threading.Event()
-        fds: dict[Path, int] = {}
         failures: list[tuple[int, BaseException]] = []
 
         def labour() -> None:
-            worker = _Worker(work, fds)
+            worker = _Worker(work)
             number = -1
             try:
                 while not stop.is_set():
@@ -175,20 +179,14 @@ class NativeEngine:
                 stop.set()
                 raise
 
-        try:
-            for path, _ in work.files:
-                fds[path] = os.open(path, os.O_WRONLY)
-            # an executor, not bare threads: an interrupted Thread.join takes a running thread for a finished one
-            with ThreadPoolExecutor(work.n_threads, "quantkit") as pool:
-                futures = [pool.submit(labour) for _ in range(work.n_threads)]
-                try:
-                    while wait(futures, timeout=0.2).not_done:
-                        pass  # in short turns, so that Ctrl-C is heard
-                finally:
-                    stop.set()
-        finally:
-            for fd in fds.values():
-                os.close(fd)
+        # an executor, not bare threads: an interrupted Thread.join takes a running thread for a finished one
+        with ThreadPoolExecutor(work.n_threads, "quantkit") as pool:
+            futures = [pool.submit(labour) for _ in range(work.n_threads)]
+            try:
+                while wait(futures, timeout=0.2).not_done:
+                    pass  # in short turns, so that Ctrl-C is heard
+            finally:
+                stop.set()
         if failures:
             # slabs are taken in order and finished once taken, so the first bad one is the same whatever the threads
             raise min(failures, key=lambda f: (not isinstance(f[1], QuantkitError), f[0]))[1]

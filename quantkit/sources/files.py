@@ -11,6 +11,7 @@ import os
 import stat
 import threading
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +59,16 @@ class Files:
                     f"{at + done:,}; it has changed since it was opened"
                 )
             done += n
+
+    def will_need(self, tensor: SourceTensor, start: int, nbytes: int) -> None:
+        """Have the system read a tensor's bytes ahead, if it can."""
+        if not hasattr(os, "posix_fadvise"):
+            return
+        with suppress(OSError, SourceError):  # advice only: what is wrong with the file, reading it will say
+            fd = self._fds.get(tensor.file)
+            if fd is None:
+                fd = self._open(tensor.file)
+            os.posix_fadvise(fd, tensor.offset + start, nbytes, os.POSIX_FADV_WILLNEED)
 
     def _open(self, path: Path) -> int:
         with self._lock:

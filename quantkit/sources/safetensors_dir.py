@@ -62,6 +62,10 @@ class Checkpoint:
         """Fill `out` with the stored bytes of a tensor from byte `start` on."""
         self._files.read(tensor, start, out)
 
+    def will_need(self, tensor: SourceTensor, start: int, nbytes: int) -> None:
+        """Ask for stored bytes of a tensor ahead of their reading."""
+        self._files.will_need(tensor, start, nbytes)
+
     def scale(self, name: str) -> npt.NDArray[np.float32]:
         """The scales of an FP8 weight, float32 [ceil(rows/block), ceil(cols/block)]."""
         st = self.scales[name]

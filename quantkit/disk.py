@@ -1,0 +1,60 @@
+"""Files as a build needs them: reserved, written at an offset, and on the disk when that is said."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+from pathlib import Path
+
+
+def create(path: Path, header: bytes, nbytes: int) -> None:
+    """A new file with its header and its full length, on the disk; the space is reserved where the filesystem can.
+    Raises OSError."""
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    try:
+        _reserve(fd, nbytes)
+        os.ftruncate(fd, nbytes)
+        write_at(fd, header, 0)
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _reserve(fd: int, nbytes: int) -> None:
+    """Reserve the space, where the filesystem can. Not os.posix_fallocate: where it cannot, the C
+    library writes to every block instead, which for a model takes longer than building it."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if not hasattr(libc, "fallocate"):
+        return
+    done = libc.fallocate(fd, 0, ctypes.c_int64(0), ctypes.c_int64(nbytes))
+    if done != 0 and ctypes.get_errno() in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        raise OSError(ctypes.get_errno(), f"{os.strerror(ctypes.get_errno())}: {nbytes:,} bytes cannot be reserved")
+
+
+def sync_folder(path: Path) -> None:
+    """Make names in a folder durable. Raises OSError."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def write_at(fd: int, data: bytes | memoryview, offset: int) -> None:
+    """Write all of it. Raises OSError."""
+    view = memoryview(data)
+    while view:
+        n = os.pwrite(fd, view, offset)
+        view, offset = view[n:], offset + n
+
+
+def read_at(fd: int, nbytes: int, offset: int) -> bytes:
+    """So many bytes, or those up to the file's end. Raises OSError."""
+    out = bytearray()
+    while len(out) < nbytes:
+        got = os.pread(fd, nbytes - len(out), offset + len(out))
+        if not got:
+            break
+        out += got
+    return bytes(out)

@@ -1,0 +1,476 @@
+"""An unfinished build on disk: OUT.partial, beside the output, with the files being made and their journal.
+
+    OUT.partial/lock        held by the process at work, with its number
+    OUT.partial/journal     what the build is, and the rows that are on the disk for good (quantkit.journal)
+    OUT.partial/NAME.gguf   a file of the output: header first, full length, rows at their place as they come
+    OUT.partial/scratch/    of an engine; emptied
+
+Every few seconds the files are synced, and then the journal tells of the rows that were written before. What it told of
+is read back and compared with its checksums when a build goes on. A file gets its name in the output's folder when all
+its rows are durable; where that would replace older files, all get theirs together at the end.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import shutil
+import threading
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from . import fingerprint, journal
+from .disk import create, read_at, sync_folder, write_at
+from .errors import InternalCheckError, OutputError, ResumeError
+from .gguf_format import pad
+from .journal import Journal, Record
+from .layout import FileLayout
+from .qtypes import QTYPES
+
+#: between syncs: the most work that a crash can cost, besides what is at work; QUANTKIT_COMMIT_SECONDS sets another
+COMMIT_SECONDS = 5.0
+
+
+class Place(NamedTuple):
+    """Where a tensor's rows go. `number` counts the plan's tensors, `file` the output's files."""
+
+    number: int
+    file: int
+    offset: int
+    n_rows: int
+    row_bytes: int
+    n_cols: int
+
+
+def folder_of(out: Path) -> Path:
+    """The folder of an unfinished build of `out`."""
+    return out.with_name(f"{out.name}.partial")
+
+
+def peek(out: Path) -> Journal | None:
+    """The journal of an unfinished build of `out`, if there is one. Raises ResumeError."""
+    return journal.read(folder_of(out) / "journal")
+
+
+def owner(out: Path) -> int | None:
+    """The process that is building `out` now, 0 when it cannot be told, None when there is none."""
+    try:
+        fd = os.open(folder_of(out) / "lock", os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        said = os.read(fd, 32).strip()
+        return int(said) if said.isdigit() else 0
+    finally:
+        os.close(fd)
+    return None
+
+
+def places(layouts: Sequence[FileLayout]) -> dict[str, Place]:
+    """The place of every tensor by name."""
+    out: dict[str, Place] = {}
+    for file, layout in enumerate(layouts):
+        for p in layout.tensors:
+            t = p.planned.tensor
+            row_bytes = QTYPES[p.planned.type].row_bytes(t.n_cols)
+            out[t.name] = Place(len(out), file, p.offset, t.n_rows, row_bytes, t.n_cols)
+    return out
+
+
+class _Rows:
+    """A set of rows, as intervals."""
+
+    def __init__(self) -> None:
+        self.starts: list[int] = []
+        self.ends: list[int] = []
+
+    def add(self, row: int, n_rows: int) -> None:
+        end = row + n_rows
+        i = bisect_right(self.starts, row)
+        if i and self.ends[i - 1] >= row:
+            i -= 1
+            row, end = self.starts[i], max(end, self.ends[i])
+        j = bisect_right(self.starts, end)
+        if j > i:
+            end = max(end, self.ends[j - 1])
+        self.starts[i:j], self.ends[i:j] = [row], [end]
+
+    def covers(self, row: int, n_rows: int) -> bool:
+        i = bisect_right(self.starts, row)
+        return bool(i) and self.ends[i - 1] >= row + n_rows
+
+    def __len__(self) -> int:
+        return sum(self.ends) - sum(self.starts)
+
+
+class Partial:
+    """An unfinished build, held by this process: its files, its journal, and the sink of its engine."""
+
+    def __init__(
+        self,
+        out: Path,
+        files: Sequence[tuple[Path, FileLayout]],
+        identity: Mapping[str, str],
+        before_final: Callable[[], None],
+    ) -> None:
+        """`files` are the names and layouts of the output; `before_final` raises when none may be given its
+        name. Nothing is done before `start`."""
+        self.out, self.folder = out, folder_of(out)
+        self.names = [name for name, _ in files]
+        self.layouts = [layout for _, layout in files]
+        self.places = places(self.layouts)
+        self.identity = identity
+        self.before_final = before_final
+        self.scratch = self.folder / "scratch"
+        self.n_kept = 0
+        """values of tensors that an earlier run made"""
+        self._by_number = list(self.places)
+        self._kept = [_Rows() for _ in self._by_number]
+        self._durable = [_Rows() for _ in self._by_number]
+        self._missing = [len(layout.tensors) for layout in self.layouts]
+        self._final = [False] * len(files)
+        self._fds: list[int] = []
+        self._lock_fd = self._journal_fd = -1
+        self._pending: list[Record] = []
+        self._pending_lock, self._commit_lock = threading.Lock(), threading.Lock()
+        self._failure: BaseException | None = None
+        self._adopted = False
+        self._together = self._fresh = False
+
+    # ------------------------------------------------------------ beginning
+
+    def start(self, restart: bool, n_threads: int, progress: Callable[[str, int], None]) -> None:
+        """Take the lock, and go on with what is there or begin. Raises ResumeError, OutputError."""
+        try:
+            self._lock()
+            if restart:
+                self._clear()
+            found = journal.read(self.folder / "journal")
+            self._together = any(name.exists() for name in self.names) if not (found and found.records) else any(
+                name.exists() and (self.folder / name.name).exists() for name in self.names
+            )  # fmt: skip
+            if found is not None and found.records:
+                self._check_identity(found.identity)
+            else:
+                self._clear()
+                self._fresh = True
+                now = datetime.now(timezone.utc).isoformat(" ", "seconds")
+                found = None
+                journal.create(self.folder / "journal", self.identity, now)
+            for i in range(len(self.names)):
+                self._open_file(i, found is not None)
+            sync_folder(self.folder)
+            sync_folder(self.folder.parent)
+            self._journal_fd = os.open(self.folder / "journal", os.O_WRONLY | os.O_APPEND)
+            if found is not None:
+                os.ftruncate(self._journal_fd, found.nbytes)
+                self._read_back(found.records, n_threads, progress)
+            shutil.rmtree(self.scratch, ignore_errors=True)
+            self.scratch.mkdir()
+        except OSError as e:
+            raise self._os_error(e) from None
+
+    def _lock(self) -> None:
+        while True:
+            try:
+                self.folder.mkdir(exist_ok=True)
+            except OSError as e:
+                raise OutputError(f"{self.folder}: cannot be made: {e.strerror or e}; choose another place") from None
+            fd = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT, 0o666)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                by = os.read(fd, 32).decode("ascii", "replace").strip()
+                os.close(fd)
+                raise ResumeError(
+                    f"{self.out}: is being built by process {by or 'unknown'}; wait for it, or give another output"
+                ) from None
+            with suppress(OSError):
+                if os.path.samestat(os.fstat(fd), os.stat(self.folder / "lock")):
+                    self._lock_fd = fd
+                    os.ftruncate(fd, 0)
+                    os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+                    return
+            os.close(fd)  # whoever held it has finished and removed the folder: once more
+
+    def _check_identity(self, was: Mapping[str, str]) -> None:
+        differs = fingerprint.difference(was, self.identity)
+        if differs:
+            raise ResumeError(
+                f"{self.folder}: is an unfinished build of something else: {differs}; begin anew with --restart, or "
+                "give another output"
+            )
+
+    def _clear(self) -> None:
+        for path in self.folder.iterdir():
+            if path.name == "lock":
+                continue
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+
+    def _open_file(self, i: int, resumed: bool) -> None:
+        """File `i`, with its header and full length; made where it is not there."""
+        path, layout = self.folder / self.names[i].name, self.layouts[i]
+        if resumed and not path.exists() and not self._together and self.names[i].is_file():
+            self._final[i] = True
+            path = self.names[i]
+        elif not (resumed and path.is_file() and not path.is_symlink() and _begins_with(path, layout)):
+            with suppress(FileNotFoundError):
+                path.unlink()
+            create(path, layout.header, layout.nbytes)
+        self._fds.append(os.open(path, os.O_RDWR))
+        if resumed:
+            for p in layout.tensors:
+                end = p.offset + p.planned.nbytes
+                write_at(self._fds[i], bytes(pad(end) - end), end)
+
+    def _read_back(self, records: Sequence[Record], n_threads: int, progress: Callable[[str, int], None]) -> None:
+        """Compare what the journal tells of with what is on the disk, and keep what is equal."""
+        sizes = [p.n_rows for p in self.places.values()]
+
+        def is_there(r: Record) -> bool:
+            if r.tensor >= len(sizes) or r.row + r.n_rows > sizes[r.tensor] or r.n_rows == 0:
+                return False
+            place = self.places[self._by_number[r.tensor]]
+            raw = read_at(self._fds[place.file], r.n_rows * place.row_bytes, place.offset + r.row * place.row_bytes)
+            return journal.digest(raw) == r.digest
+
+        with ThreadPoolExecutor(n_threads) as pool:
+            for r, there in zip(records, pool.map(is_there, records), strict=True):
+                if there:
+                    before = len(self._kept[r.tensor])
+                    self._kept[r.tensor].add(r.row, r.n_rows)
+                    name = self._by_number[r.tensor]
+                    n = (len(self._kept[r.tensor]) - before) * self.places[name].n_cols
+                    self.n_kept += n
+                    progress(name, n)
+        for i, final in enumerate(self._final):
+            mine = [self._kept[p.number] for p in self.places.values() if p.file == i]
+            whole = [p for p in self.places.values() if p.file == i and len(self._kept[p.number]) == p.n_rows]
+            size = os.fstat(self._fds[i]).st_size
+            if final and (len(whole) < len(mine) or size != self.layouts[i].nbytes
+                          or not _begins_with(self.names[i], self.layouts[i])):  # fmt: skip
+                self._take_back(i, any(len(rows) for rows in mine))
+        for number, rows in enumerate(self._kept):
+            for row, end in zip(rows.starts, rows.ends, strict=True):
+                self._note_durable(number, row, end - row)
+
+    def _take_back(self, i: int, is_ours: bool) -> None:
+        """A file that has its name but is not whole: back to the unfinished ones. Raises OutputError for another's."""
+        path = self.folder / self.names[i].name
+        if not is_ours:
+            raise OutputError(
+                f"{self.names[i]}: is not the file that this build made; move it away, or begin anew with --restart"
+            )
+        os.close(self._fds[i])
+        os.replace(self.names[i], path)
+        self._final[i] = False
+        with open(path, "r+b") as f:
+            f.truncate(self.layouts[i].nbytes)
+            f.write(self.layouts[i].header)
+        self._fds[i] = os.open(path, os.O_RDWR)
+
+    # ------------------------------------------------------------ the sink
+
+    @property
+    def is_empty(self) -> bool:
+        return not self.n_kept
+
+    def has(self, name: str, row: int, n_rows: int) -> bool:
+        return self._kept[self.places[name].number].covers(row, n_rows)
+
+    def put(self, name: str, row: int, data: npt.NDArray[np.uint8]) -> None:
+        if self._failure is not None:
+            raise self._failure
+        place = self.places[name]
+        view = data.data.cast("B")
+        at = place.offset + row * place.row_bytes
+        try:
+            write_at(self._fds[place.file], view, at)
+        except OSError as e:
+            raise OutputError(
+                f"{self.folder / self.names[place.file].name}: writing '{name}' at {at:,} failed: "
+                f"{e.strerror or e}; {_mend(e)} and build again"
+            ) from None
+        self.note(name, row, len(data), journal.digest(view))
+
+    def note(self, name: str, row: int, n_rows: int, digest: bytes) -> None:
+        """Rows have been written by other means; `digest` is journal.digest of their bytes."""
+        with self._pending_lock:
+            self._pending.append(Record(self.places[name].number, row, n_rows, digest))
+
+    def target(self, name: str) -> tuple[int, Place]:
+        """The descriptor and place of a tensor, for writing by other means; tell with `note`."""
+        return self._fds[self.places[name].file], self.places[name]
+
+    def whole_file(self) -> Path:
+        path = self.folder / self.names[0].name
+        os.ftruncate(self._fds[0], 0)
+        return path.with_name(path.name + ".whole")
+
+    def adopt(self) -> None:
+        path = self.folder / self.names[0].name
+        os.close(self._fds[0])
+        os.replace(path.with_name(path.name + ".whole"), path)
+        self._fds[0] = os.open(path, os.O_RDWR)
+        self._adopted = True
+
+    # ------------------------------------------------------------ durable
+
+    @contextmanager
+    def committing(self) -> Iterator[None]:
+        """Sync and tell the journal every COMMIT_SECONDS, in a thread of its own."""
+        stop, seconds = threading.Event(), _commit_seconds()
+
+        def labour() -> None:
+            while not stop.wait(seconds):
+                try:
+                    self.commit()
+                except BaseException as e:
+                    self._failure = e  # the next `put`, or `finish`, raises it
+                    return
+
+        thread = threading.Thread(target=labour, name="quantkit-commit", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
+
+    def commit(self) -> None:
+        """Sync what was written, then tell the journal; a file whose rows are all durable gets its name.
+        Raises OutputError, and what before_final raises."""
+        with self._commit_lock:
+            with self._pending_lock:
+                records, self._pending = self._pending, []
+            if not records:
+                return
+            try:
+                for file in sorted({self.places[self._by_number[r.tensor]].file for r in records}):
+                    os.fdatasync(self._fds[file])
+                journal.append(self._journal_fd, records)
+            except OSError as e:
+                # what a failed sync has lost cannot be told: nothing more may be claimed of this run
+                self._failure = self._os_error(e)
+                raise self._failure from None
+            for r in records:
+                self._note_durable(r.tensor, r.row, r.n_rows)
+
+    def _note_durable(self, number: int, row: int, n_rows: int) -> None:
+        place = self.places[self._by_number[number]]
+        rows = self._durable[number]
+        before = len(rows)
+        rows.add(row, n_rows)
+        if before < place.n_rows == len(rows):
+            self._missing[place.file] -= 1
+            if not self._missing[place.file] and not self._together and len(self.names) > 1:
+                self._finalize(place.file)
+
+    def _finalize(self, i: int) -> None:
+        if not self._final[i]:
+            self.before_final()
+            os.fsync(self._fds[i])
+            os.replace(self.folder / self.names[i].name, self.names[i])
+            sync_folder(self.out.parent)
+            sync_folder(self.folder)
+            self._final[i] = True
+
+    def is_durable(self, name: str) -> bool:
+        """Whether all rows of a tensor are on the disk."""
+        return len(self._durable[self.places[name].number]) == self.places[name].n_rows
+
+    @property
+    def durable_bytes(self) -> int:
+        return sum(len(self._durable[p.number]) * p.row_bytes for p in self.places.values())
+
+    # ------------------------------------------------------------ the end
+
+    def finish(self) -> None:
+        """Everything is written: sync, give every file its name, remove the folder. Raises OutputError,
+        InternalCheckError."""
+        if self._failure is not None:
+            raise self._failure
+        self.commit()
+        left = [n for n in self.places if not self.is_durable(n)]
+        if left and not self._adopted:
+            raise InternalCheckError(f"{self.out}: rows of {len(left)} tensors were not written, '{left[0]}' the first")
+        try:
+            for i, (fd, layout) in enumerate(zip(self._fds, self.layouts, strict=True)):
+                size = os.fstat(fd).st_size
+                if size != layout.nbytes:
+                    raise InternalCheckError(f"{self.names[i]}: has {size:,} bytes, planned are {layout.nbytes:,}")
+                os.fsync(fd)
+            self.before_final()
+            # the first shard last: without it the others are not taken for a model
+            for i in reversed(range(len(self.names))):
+                if not self._final[i]:
+                    os.replace(self.folder / self.names[i].name, self.names[i])
+                    self._final[i] = True
+            sync_folder(self.out.parent)
+        except OSError as e:
+            raise self._os_error(e) from None
+        self.close()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def give_up(self, keep: bool) -> str | None:
+        """The build ends early: what was written is kept for the next run, if there is any and `keep`. Says so."""
+        if self._lock_fd < 0:
+            return None
+        with suppress(Exception):
+            if keep and self._failure is None:
+                self.commit()
+        done, total = self.durable_bytes, sum(p.n_rows * p.row_bytes for p in self.places.values())
+        keep = any(self._final) or (keep and (done > 0 or not self._fresh))
+        shutil.rmtree(self.scratch if keep else self.folder, ignore_errors=True)
+        self.close()
+        if not keep:
+            return None
+        return (
+            f"{done:,} of {total:,} bytes are kept in {self.folder}: the same command goes on from there, "
+            "--restart begins anew"
+        )
+
+    def close(self) -> None:
+        """Let go of files and lock."""
+        for fd in (*self._fds, self._journal_fd, self._lock_fd):
+            if fd >= 0:
+                with suppress(OSError):
+                    os.close(fd)
+        self._fds, self._journal_fd, self._lock_fd = [], -1, -1
+
+    def _os_error(self, e: OSError) -> OutputError:
+        return OutputError(f"{self.out}: {e.strerror or e}; {_mend(e)} and build again")
+
+
+def _commit_seconds() -> float:
+    said = os.environ.get("QUANTKIT_COMMIT_SECONDS", str(COMMIT_SECONDS))
+    try:
+        seconds = float(said)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds <= 3600:
+        raise OutputError(f"QUANTKIT_COMMIT_SECONDS is '{said}'; give seconds between 0 and 3600, such as 5")
+    return seconds
+
+
+def _mend(e: OSError) -> str:
+    return "free some space" if e.errno in (errno.ENOSPC, errno.EDQUOT) else "mend that"
+
+
+def _begins_with(path: Path, layout: FileLayout) -> bool:
+    with open(path, "rb") as f:
+        return f.read(len(layout.header)) == layout.header and os.fstat(f.fileno()).st_size == layout.nbytes
