@@ -25,9 +25,9 @@ from .errors import (
     WeightError,
 )
 from .imatrix import Imatrix
-from .journal import Journal
+from .journal import Journal, durable
 from .layout import FileLayout, file_names, lay_out, output_kvs
-from .partial import Partial, folder_of, peek, places
+from .partial import Partial, folder_of, peek
 from .plan import Plan, check_imatrix
 from .qtypes import QTYPES
 
@@ -84,7 +84,7 @@ def prepare(
     identity = fingerprint.identity(plan, kvs, split_max_size, imatrix.path if imatrix else None)
     _check_place(out)
     begun = _begun(out, identity, resume)
-    _check_output(catalogue, imatrix, out, names, force, _finished(names, layouts, begun, folder_of(out)))
+    _check_output(catalogue, imatrix, out, names, force, _finished(names, begun, folder_of(out)))
     _check_space(out, names, layouts, engine.scratch_bytes(plan) if engine is not None else 0)
     return Build(plan, imatrix, files, out, identity, sources, resume is False, begun)
 
@@ -98,7 +98,7 @@ def _begun(out: Path, identity: Mapping[str, str], resume: bool | None) -> Journ
         if resume:
             raise ResumeError(f"{out}: there is no unfinished build to go on with; leave --resume away to begin one")
         return None
-    differs = fingerprint.difference(found.identity, identity)
+    differs = fingerprint.difference(found.head.identity, identity)
     if differs:
         raise ResumeError(
             f"{folder_of(out)}: is an unfinished build of something else: {differs}; begin anew with --restart, "
@@ -107,17 +107,12 @@ def _begun(out: Path, identity: Mapping[str, str], resume: bool | None) -> Journ
     return found
 
 
-def _finished(
-    names: tuple[Path, ...], layouts: tuple[FileLayout, ...], begun: Journal | None, folder: Path
-) -> set[Path]:
+def _finished(names: tuple[Path, ...], begun: Journal | None, folder: Path) -> set[Path]:
     """The files of an unfinished build that have their names already: all their rows are in its journal."""
     if begun is None:
         return set()
-    rows = [0] * sum(len(layout.tensors) for layout in layouts)
-    for r in begun.records:
-        if r.tensor < len(rows):
-            rows[r.tensor] += r.n_rows
-    short = {p.file for p in places(layouts).values() if rows[p.number] < p.n_rows}
+    there = zip(durable(begun), begun.head.tensors, strict=True)
+    short = {file for n, (_, n_rows, _, file) in there if n < n_rows}
     return {name for i, name in enumerate(names) if i not in short and not (folder / name.name).exists()}
 
 

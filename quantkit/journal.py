@@ -1,6 +1,7 @@
 """The journal of an unfinished build: what it is a build of, and which rows of the output are on the disk for good.
 
-    line 1  = JSON {"quantkit-journal": 1, "identity": {…}, "started": …}, a space, its CRC-32 in 8 hex digits
+    line 1  = JSON {"quantkit-journal": 1, "started": …, "identity": {…}, "files": […], "tensors": […]}, a space, its
+              CRC-32 in 8 hex digits
     records = u32 tensor | u32 row | u32 n_rows | 16 bytes BLAKE2b of those rows' bytes | u32 CRC-32 of the record
 
 Little-endian; `tensor` counts the plan's tensors. A record is appended only when the rows it names have been synced, so
@@ -16,7 +17,8 @@ import json
 import os
 import struct
 import zlib
-from collections.abc import Iterable, Mapping
+from bisect import bisect_right
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,11 +40,22 @@ class Record(NamedTuple):
     digest: bytes
 
 
+class Head(NamedTuple):
+    """What is being made: when it was begun, what it is made of (quantkit.fingerprint), and of which files and tensors
+    it consists."""
+
+    started: str
+    identity: dict[str, str]
+    files: list[tuple[str, int]]
+    """name, bytes"""
+    tensors: list[tuple[str, int, int, int]]
+    """name, rows, bytes a row, number of the file"""
+
+
 class Journal(NamedTuple):
     """What a journal file says. `nbytes` of it are sound."""
 
-    identity: dict[str, str]
-    started: str
+    head: Head
     records: list[Record]
     nbytes: int
 
@@ -52,9 +65,9 @@ def digest(data: bytes | memoryview) -> bytes:
     return hashlib.blake2b(data, digest_size=16).digest()
 
 
-def create(path: Path, identity: Mapping[str, str], started: str) -> None:
+def create(path: Path, head: Head) -> None:
     """A journal without records, on the disk when this returns. Raises OSError."""
-    text = json.dumps({"quantkit-journal": VERSION, "identity": dict(identity), "started": started}).encode()
+    text = json.dumps({"quantkit-journal": VERSION, **head._asdict()}).encode()
     line = b"%s %08x\n" % (text, zlib.crc32(text))
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
     try:
@@ -97,15 +110,20 @@ def read(path: Path) -> Journal | None:
     try:
         if f"{zlib.crc32(line[:-9]):08x}" != line[-8:].decode():
             raise damaged
-        head = json.loads(line[:-9])
-        identity, started = head["identity"], head["started"]
+        said = json.loads(line[:-9])
+        version = said["quantkit-journal"]
+        if version != VERSION:
+            raise ResumeError(
+                f"{path}: is of journal version {version}, this quantkit reads {VERSION}; begin anew with --restart"
+            )
+        head = Head(
+            said["started"],
+            said["identity"],
+            [(name, nbytes) for name, nbytes in said["files"]],
+            [(name, n, row, file) for name, n, row, file in said["tensors"]],
+        )
     except (ValueError, KeyError, TypeError):
         raise damaged from None
-    if head.get("quantkit-journal") != VERSION:
-        raise ResumeError(
-            f"{path}: is of journal version {head.get('quantkit-journal')}, this quantkit reads {VERSION}; begin anew "
-            "with --restart"
-        )
     records, at = [], end + 1
     while at + _RECORD.size <= len(raw):
         *fields, crc = _RECORD.unpack_from(raw, at)
@@ -113,4 +131,39 @@ def read(path: Path) -> Journal | None:
             break
         records.append(Record(*fields))
         at += _RECORD.size
-    return Journal(identity, started, records, at)
+    return Journal(head, records, at)
+
+
+class Rows:
+    """A set of rows, as intervals."""
+
+    def __init__(self) -> None:
+        self.starts: list[int] = []
+        self.ends: list[int] = []
+
+    def add(self, row: int, n_rows: int) -> None:
+        end = row + n_rows
+        i = bisect_right(self.starts, row)
+        if i and self.ends[i - 1] >= row:
+            i -= 1
+            row = self.starts[i]
+        j = bisect_right(self.starts, end)
+        if j > i:
+            end = max(end, self.ends[j - 1])
+        self.starts[i:j], self.ends[i:j] = [row], [end]
+
+    def covers(self, row: int, n_rows: int) -> bool:
+        i = bisect_right(self.starts, row)
+        return bool(i) and self.ends[i - 1] >= row + n_rows
+
+    def __len__(self) -> int:
+        return sum(self.ends) - sum(self.starts)
+
+
+def durable(journal: Journal) -> list[int]:
+    """For each tensor, how many of its rows are on the disk by what the journal tells."""
+    rows = [Rows() for _ in journal.head.tensors]
+    for r in journal.records:
+        if r.tensor < len(rows):
+            rows[r.tensor].add(r.row, r.n_rows)
+    return [len(r) for r in rows]

@@ -17,7 +17,6 @@ import fcntl
 import os
 import shutil
 import threading
-from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -32,7 +31,7 @@ from . import fingerprint, journal
 from .disk import create, read_at, sync_folder, write_at
 from .errors import InternalCheckError, OutputError, ResumeError
 from .gguf_format import pad
-from .journal import Journal, Record
+from .journal import Head, Journal, Record, Rows
 from .layout import FileLayout
 from .qtypes import QTYPES
 
@@ -88,32 +87,6 @@ def places(layouts: Sequence[FileLayout]) -> dict[str, Place]:
     return out
 
 
-class _Rows:
-    """A set of rows, as intervals."""
-
-    def __init__(self) -> None:
-        self.starts: list[int] = []
-        self.ends: list[int] = []
-
-    def add(self, row: int, n_rows: int) -> None:
-        end = row + n_rows
-        i = bisect_right(self.starts, row)
-        if i and self.ends[i - 1] >= row:
-            i -= 1
-            row, end = self.starts[i], max(end, self.ends[i])
-        j = bisect_right(self.starts, end)
-        if j > i:
-            end = max(end, self.ends[j - 1])
-        self.starts[i:j], self.ends[i:j] = [row], [end]
-
-    def covers(self, row: int, n_rows: int) -> bool:
-        i = bisect_right(self.starts, row)
-        return bool(i) and self.ends[i - 1] >= row + n_rows
-
-    def __len__(self) -> int:
-        return sum(self.ends) - sum(self.starts)
-
-
 class Partial:
     """An unfinished build, held by this process: its files, its journal, and the sink of its engine."""
 
@@ -136,8 +109,8 @@ class Partial:
         self.n_kept = 0
         """values of tensors that an earlier run made"""
         self._by_number = list(self.places)
-        self._kept = [_Rows() for _ in self._by_number]
-        self._durable = [_Rows() for _ in self._by_number]
+        self._kept = [Rows() for _ in self._by_number]
+        self._durable = [Rows() for _ in self._by_number]
         self._missing = [len(layout.tensors) for layout in self.layouts]
         self._final = [False] * len(files)
         self._fds: list[int] = []
@@ -161,13 +134,13 @@ class Partial:
                 name.exists() and (self.folder / name.name).exists() for name in self.names
             )  # fmt: skip
             if found is not None and found.records:
-                self._check_identity(found.identity)
+                self._check_identity(found.head.identity)
             else:
                 self._clear()
                 self._fresh = True
                 now = datetime.now(timezone.utc).isoformat(" ", "seconds")
                 found = None
-                journal.create(self.folder / "journal", self.identity, now)
+                journal.create(self.folder / "journal", self._head(now))
             for i in range(len(self.names)):
                 self._open_file(i, found is not None)
             sync_folder(self.folder)
@@ -211,6 +184,11 @@ class Partial:
                 f"{self.folder}: is an unfinished build of something else: {differs}; begin anew with --restart, or "
                 "give another output"
             )
+
+    def _head(self, started: str) -> Head:
+        files = [(name.name, layout.nbytes) for name, layout in zip(self.names, self.layouts, strict=True)]
+        tensors = [(name, p.n_rows, p.row_bytes, p.file) for name, p in self.places.items()]
+        return Head(started, dict(self.identity), files, tensors)
 
     def _clear(self) -> None:
         for path in self.folder.iterdir():

@@ -82,7 +82,9 @@ def build(
         click.echo(report.plan_text(made, [(path.name, f.nbytes) for path, f in ready.files]))
         click.echo()
     if ready.begun is not None and not quiet:
-        click.echo(f"going on with the build of {output} begun {ready.begun.started}; what it made is checked first")
+        click.echo(
+            f"going on with the build of {output} begun {ready.begun.head.started}; what it made is checked first"
+        )
     if dry_run:
         click.echo("dry run: everything was checked, nothing was written")
         return

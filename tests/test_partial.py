@@ -1,0 +1,484 @@
+"""Builds that end early and go on: the journal, what is kept and what is not, and whose build it is."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import factory
+import pytest
+from conftest import Run
+from hypothesis import given
+from hypothesis import strategies as st
+
+from quantkit import build as builds
+from quantkit import journal, partial
+from quantkit.arch.options import Options
+from quantkit.engines import Work
+from quantkit.engines.native import NativeEngine
+from quantkit.errors import InternalCheckError, OutputError, ResumeError, SourceError
+from quantkit.imatrix import open_imatrix
+from quantkit.journal import Head, Record, Rows
+from quantkit.models import open_model
+from quantkit.plan import make_plan
+from quantkit.recipe import parse
+from quantkit.sources.safetensors_dir import open_checkpoint
+
+OPTIONS = Options(pre="deepseek-v3")
+SLAB = 1 << 14
+#: values of the checkpoint
+N = 3_421_448
+HEAD = Head("2026-11-22", {"recipe": "r"}, [("m.gguf", 1000)], [("a", 100, 2, 0), ("b", 7, 3, 0)])
+
+
+def recipe(type_: str = "IQ2_XXS") -> Any:
+    text = (
+        "name: r\narch: [deepseek2]\nfile_type: Q4_K_M\nrules:\n"
+        f'  - {{match: "*_exps.weight", type: {type_}, why: t}}\n  - {{match: "*", type: Q4_K, why: t}}\n'
+    )
+    return parse(text, "r.yaml")
+
+
+class EnoughError(Exception):
+    """Raised where a build is to end."""
+
+
+class Builder:
+    """Builds one checkpoint, and can stop when it likes."""
+
+    def __init__(self, source: Path, imatrix: Path, out: Path) -> None:
+        self.source, self.imatrix, self.out = source, imatrix, out
+        self.folder = partial.folder_of(out)
+        self.quantized = 0
+
+    def ready(self, type_: str = "IQ2_XXS", **more: Any) -> builds.Build:
+        weights = open_imatrix(str(self.imatrix))
+        plan = make_plan(open_model(str(self.source), OPTIONS), recipe(type_), weights)
+        return builds.prepare(plan, self.out, weights, **more)
+
+    def run(self, ready: builds.Build, stop_after: int | None = None, n_threads: int = 1) -> int:
+        """Build; `stop_after` so many values, as an interrupt would. Returns the values kept from before."""
+        self.quantized = 0
+
+        class Counting(NativeEngine):
+            def run(self, work: Work) -> None:
+                super().run(replace(work, progress=count))
+
+        def count(_name: str, n: int) -> None:
+            self.quantized += n
+            if stop_after is not None and self.quantized >= stop_after:
+                raise EnoughError
+
+        return builds.run(ready, Counting(SLAB), n_threads, lambda _name, _n: None)
+
+    def stopped(self, after: int, **more: Any) -> None:
+        with pytest.raises(EnoughError):
+            self.run(self.ready(**more), after)
+        assert self.folder.is_dir()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny_v3: Path, tiny_imatrix: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    b = Builder(tiny_v3, tiny_imatrix, tmp_path_factory.mktemp("whole") / "m.gguf")
+    b.run(b.ready())
+    assert not b.folder.exists()
+    return b.out.read_bytes()
+
+
+@pytest.fixture
+def b(tiny_v3: Path, tiny_imatrix: Path, tmp_path: Path) -> Builder:
+    (tmp_path / "out").mkdir()
+    return Builder(tiny_v3, tiny_imatrix, tmp_path / "out" / "m.gguf")
+
+
+# ---------------------------------------------------------------- the journal
+
+
+def test_a_journal_comes_back(tmp_path: Path) -> None:
+    path = tmp_path / "journal"
+    journal.create(path, HEAD)
+    records = [Record(0, 3, 5, journal.digest(b"x")), Record(1, 0, 7, journal.digest(b"y"))]
+    with path.open("ab", 0) as f:
+        journal.append(f.fileno(), records[:1])
+        journal.append(f.fileno(), records[1:])
+    found = journal.read(path)
+    assert found == (HEAD, records, path.stat().st_size)
+    assert journal.durable(found) == [5, 7]
+
+
+def test_a_torn_tail_is_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "journal"
+    journal.create(path, HEAD)
+    sizes = [path.stat().st_size]
+    for i in range(3):
+        with path.open("ab", 0) as f:
+            journal.append(f.fileno(), [Record(0, i, 1, bytes(16))])
+        sizes.append(path.stat().st_size)
+    whole = path.read_bytes()
+    for end in range(sizes[0], len(whole)):
+        path.write_bytes(whole[:end])
+        found = journal.read(path)
+        assert found is not None
+        n = sum(size <= end for size in sizes) - 1
+        assert (len(found.records), found.nbytes) == (n, sizes[n])
+    for end in range(sizes[0] - 1):  # the first line itself was not written whole: there is nothing to lose
+        path.write_bytes(whole[:end])
+        assert journal.read(path) is None
+
+
+@given(bit=st.integers(0, 10_000))
+def test_a_flipped_bit_is_never_taken_for_a_record(bit: int) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        path = Path(name) / "journal"
+        journal.create(path, HEAD)
+        with path.open("ab", 0) as f:
+            journal.append(f.fileno(), [Record(0, i, 1, journal.digest(bytes([i]))) for i in range(4)])
+        whole = bytearray(path.read_bytes())
+        before = journal.read(path)
+        assert before is not None
+        bit %= 8 * len(whole)
+        whole[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(whole)
+        end = whole.index(b"\n") if b"\n" in whole else 0
+        if bit // 8 <= before.nbytes - 4 * 32 - 1 and end:
+            with pytest.raises(ResumeError, match="is damaged and cannot be gone on with; begin anew with --restart"):
+                journal.read(path)
+        else:  # records are missing, or the end of the first line
+            found = journal.read(path)
+            assert found is None or (found.head == HEAD and found.records == before.records[: len(found.records)])
+            assert found is None or len(found.records) < 4
+
+
+def test_a_journal_of_another_version(tmp_path: Path) -> None:
+    import zlib
+
+    text = b'{"quantkit-journal": 99}'
+    (tmp_path / "journal").write_bytes(b"%s %08x\n" % (text, zlib.crc32(text)))
+    with pytest.raises(ResumeError, match="is of journal version 99, this quantkit reads 1; begin anew with --restart"):
+        journal.read(tmp_path / "journal")
+
+
+@given(st.lists(st.tuples(st.integers(0, 40), st.integers(1, 12))), st.integers(0, 50), st.integers(1, 20))
+def test_rows_are_a_set(added: list[tuple[int, int]], row: int, n: int) -> None:
+    rows, truth = Rows(), set[int]()
+    for r, k in added:
+        rows.add(r, k)
+        truth |= set(range(r, r + k))
+        assert len(rows) == len(truth)
+    assert rows.covers(row, n) == (set(range(row, row + n)) <= truth)
+    assert all(a < b for a, b in zip(rows.ends, rows.starts[1:], strict=False))
+
+
+# ---------------------------------------------------------------- going on
+
+
+@pytest.mark.parametrize("after", [1, N // 20, N // 2, int(0.97 * N)])
+def test_going_on_gives_the_same_bytes(b: Builder, undisturbed: bytes, after: int) -> None:
+    b.stopped(after)
+    begun = b.quantized
+    ready = b.ready()
+    assert ready.begun is not None
+    kept = b.run(ready)
+    assert kept >= begun - SLAB * 2  # what was at work when it ended
+    assert kept + b.quantized == ready.plan.n_elements
+    assert b.out.read_bytes() == undisturbed
+    assert [p.name for p in b.out.parent.iterdir()] == ["m.gguf"]
+
+
+def test_stopped_again_and_again(b: Builder, undisturbed: bytes) -> None:
+    total, rng = 0, random.Random(1)
+    for _ in range(12):
+        b.stopped(rng.randrange(1, N // 8))
+        total += b.quantized
+    kept = b.run(b.ready(), n_threads=3)
+    assert kept == total
+    assert b.out.read_bytes() == undisturbed
+
+
+def test_restart_begins_anew(b: Builder, undisturbed: bytes) -> None:
+    b.stopped(N // 2)
+    assert b.run(b.ready(resume=False)) == 0
+    assert b.out.read_bytes() == undisturbed
+
+
+def test_resume_asks_for_a_build_to_go_on_with(b: Builder) -> None:
+    with pytest.raises(ResumeError, match=r"m\.gguf: there is no unfinished build to go on with; leave --resume away"):
+        b.ready(resume=True)
+
+
+def test_shards_get_their_names_as_they_are_whole(b: Builder, tmp_path: Path) -> None:
+    whole = Builder(b.source, b.imatrix, tmp_path / "m.gguf")
+    whole.run(whole.ready(split_max_size=1 << 18))
+    names = sorted(p.name for p in tmp_path.glob("m-*.gguf"))
+    assert len(names) > 3
+    b.stopped(int(0.8 * N), split_max_size=1 << 18)
+    final = sorted(p.name for p in b.out.parent.glob("m-*.gguf"))
+    assert 0 < len(final) < len(names)
+    for name in final:
+        assert (b.out.parent / name).read_bytes() == (tmp_path / name).read_bytes()
+        assert not (b.folder / name).exists()
+    begun = b.quantized
+    assert b.run(b.ready(split_max_size=1 << 18)) >= begun - 2 * SLAB
+    assert {n: (b.out.parent / n).read_bytes() for n in names} == {n: (tmp_path / n).read_bytes() for n in names}
+    assert sorted(p.name for p in b.out.parent.iterdir()) == names
+
+
+def test_a_finished_shard_that_was_damaged_is_made_again(b: Builder, tmp_path: Path) -> None:
+    whole = Builder(b.source, b.imatrix, tmp_path / "m.gguf")
+    whole.run(whole.ready(split_max_size=1 << 18))
+    b.stopped(int(0.8 * N), split_max_size=1 << 18)
+    first = min(b.out.parent.glob("m-*.gguf"))
+    with first.open("r+b") as f:
+        f.seek(-500, os.SEEK_END)
+        f.write(b"\xee" * 100)
+    b.run(b.ready(split_max_size=1 << 18))
+    for path in b.out.parent.iterdir():
+        assert path.read_bytes() == (tmp_path / path.name).read_bytes()
+
+
+def test_older_shards_are_replaced_together_at_the_end(b: Builder) -> None:
+    b.run(b.ready("IQ2_XS", split_max_size=1 << 18))
+    older = {p.name: p.read_bytes() for p in b.out.parent.iterdir()}
+    with pytest.raises(EnoughError):
+        b.run(b.ready(split_max_size=1 << 18, force=True), int(0.8 * N))
+    assert {p.name: p.read_bytes() for p in b.out.parent.iterdir() if p.is_file()} == older
+    b.run(b.ready(split_max_size=1 << 18, force=True))
+    newer = {p.name: p.read_bytes() for p in b.out.parent.iterdir()}
+    assert not set(newer.values()) & set(older.values())
+
+
+@pytest.mark.parametrize(
+    ("change", "names"),
+    [
+        (lambda b: b.ready("IQ2_XS"), "recipe was r (types "),
+        (lambda b: b.ready(split_max_size=1 << 18), "layout was k_b+v_b, one file, is k_b+v_b, shards of at most 262,1"),
+        (lambda b: touch(b.source, "config"), None),
+        (lambda b: touch(b.source, "lm_head.weight"), "source model-"),
+        (lambda b: bend(b.imatrix), "imatrix was imatrix.gguf (sha256 "),
+    ],
+    ids=["recipe", "layout", "nothing", "source", "imatrix"],
+)  # fmt: skip
+def test_a_build_of_something_else_is_refused(
+    tiny_v3: Path, tiny_imatrix: Path, tmp_path: Path, change: Callable[[Builder], object], names: str | None
+) -> None:
+    source = Path(shutil.copytree(tiny_v3, tmp_path / "Tiny-V3"))
+    imatrix = Path(shutil.copy(tiny_imatrix, tmp_path / "imatrix.gguf"))
+    b = Builder(source, imatrix, tmp_path / "m.gguf")
+    b.stopped(N // 4)
+    journal_before = (b.folder / "journal").read_bytes()
+    if names is None:
+        change(b)
+        assert b.ready().begun is not None
+        return
+    with pytest.raises(ResumeError) as e:  # noqa: PT012
+        change(b)
+        b.ready()
+    assert names in str(e.value)
+    assert str(e.value).endswith("; begin anew with --restart, or give another output")
+    assert (b.folder / "journal").read_bytes() == journal_before
+
+
+def touch(source: Path, tensor: str) -> None:
+    path = source / "config.json" if tensor == "config" else factory.shard_of(source, tensor)
+    os.utime(path, ns=(1, 1))
+
+
+def bend(imatrix: Path) -> None:
+    raw = bytearray(imatrix.read_bytes())
+    raw[-1] ^= 1
+    imatrix.write_bytes(raw)
+
+
+def test_other_kernels_are_refused(b: Builder, monkeypatch: pytest.MonkeyPatch) -> None:
+    b.stopped(N // 4)
+    monkeypatch.setattr("quantkit.kernels.version", lambda: "quantkit 9.9, kernels 0")
+    with pytest.raises(ResumeError, match=r"kernels was quantkit [\d.]+, kernels [0-9a-f]{12}, is quantkit 9\.9"):
+        b.ready()
+
+
+# ---------------------------------------------------------------- damage
+
+
+def test_rows_that_are_not_what_the_journal_says_are_made_again(b: Builder, undisturbed: bytes) -> None:
+    b.stopped(int(0.7 * N))
+    begun = b.quantized
+    with (b.folder / "m.gguf").open("r+b") as f:
+        header = len(b.ready().files[0][1].header)
+        f.seek(header + 100)
+        f.write(b"\x55")
+    kept = b.run(b.ready())
+    assert begun - 3 * SLAB <= kept < begun
+    assert b.out.read_bytes() == undisturbed
+
+
+@pytest.mark.parametrize("damage", ["header", "length", "gone", "padding", "journal cut", "journal bit", "no journal"])
+def test_damage_to_what_was_kept(b: Builder, undisturbed: bytes, damage: str) -> None:
+    b.stopped(int(0.7 * N))
+    made, log = b.folder / "m.gguf", b.folder / "journal"
+    if damage == "header":
+        with made.open("r+b") as f:
+            f.write(b"half")
+    elif damage == "length":
+        os.truncate(made, made.stat().st_size // 2)
+    elif damage == "gone":
+        made.unlink()
+    elif damage == "padding":
+        raw = bytearray(made.read_bytes())
+        layout = b.ready().files[0][1]
+        for p, after in zip(layout.tensors, [*layout.tensors[1:], None], strict=True):
+            end = after.offset if after else layout.nbytes
+            raw[p.offset + p.planned.nbytes : end] = b"\xff" * (end - p.offset - p.planned.nbytes)
+        made.write_bytes(raw)
+    elif damage == "journal cut":
+        os.truncate(log, log.stat().st_size - 7)
+    elif damage == "journal bit":
+        raw = bytearray(log.read_bytes())
+        raw[-40] ^= 4
+        log.write_bytes(raw)
+    else:
+        log.unlink()
+    b.run(b.ready())
+    assert b.out.read_bytes() == undisturbed
+    assert [p.name for p in b.out.parent.iterdir()] == ["m.gguf"]
+
+
+def test_a_journal_of_another_run(b: Builder, tmp_path: Path) -> None:
+    other = Builder(b.source, b.imatrix, tmp_path / "other.gguf")
+    with pytest.raises(EnoughError):
+        other.run(other.ready("IQ2_XS"), N // 4)
+    b.stopped(N // 4)
+    shutil.copy(other.folder / "journal", b.folder / "journal")
+    with pytest.raises(ResumeError, match="is an unfinished build of something else: recipe was r"):
+        b.ready()
+
+
+def test_a_source_that_changes_during_the_build(tiny_v3: Path, tiny_imatrix: Path, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(tiny_v3, tmp_path / "Tiny-V3"))
+    b = Builder(source, tiny_imatrix, tmp_path / "m.gguf")
+    ready = b.ready()
+    t = open_checkpoint(source).tensors["lm_head.weight"]
+    with t.file.open("r+b") as f:
+        f.seek(t.offset)
+        f.write(b"\x01\x02")
+    with pytest.raises(
+        SourceError, match=r"changed during the build: it was written to; leave it alone and build again"
+    ):
+        b.run(ready)
+    assert not b.out.exists()
+
+
+def test_rows_that_no_engine_wrote(b: Builder) -> None:
+    class Lazy(NativeEngine):
+        def run(self, work: Work) -> None:
+            pass
+
+    with pytest.raises(InternalCheckError, match=r"m\.gguf: rows of \d+ tensors were not written, 'output\.weight'"):
+        builds.run(b.ready(), Lazy(), 1, lambda _name, _n: None)
+    assert list(b.out.parent.iterdir()) == []
+
+
+def test_a_sync_that_fails_ends_the_build_and_claims_nothing(b: Builder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QUANTKIT_COMMIT_SECONDS", "0.01")
+
+    def fdatasync(_fd: int) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "fdatasync", fdatasync)
+    with pytest.raises(OutputError, match=r"m\.gguf: Input/output error; mend that and build again"):
+        b.run(b.ready())
+    assert list(b.out.parent.iterdir()) == []
+
+
+@pytest.mark.parametrize("said", ["x", "0", "-1", "nan", "1e9"])
+def test_commit_seconds_are_seconds(b: Builder, monkeypatch: pytest.MonkeyPatch, said: str) -> None:
+    monkeypatch.setenv("QUANTKIT_COMMIT_SECONDS", said)
+    with pytest.raises(OutputError, match=f"QUANTKIT_COMMIT_SECONDS is '{said}'; give seconds between 0 and 3600"):
+        b.run(b.ready())
+
+
+# ---------------------------------------------------------------- processes
+
+
+def command(b: Builder, *options: str) -> list[str]:
+    args = ["build", b.source, "-o", b.out, "-r", b.out.parent.parent / "r.yaml", "--imatrix", b.imatrix, *options]
+    return [sys.executable, "-m", "quantkit", *map(str, args), "--pre", "deepseek-v3"]
+
+
+@pytest.fixture
+def slow(b: Builder, tmp_path_factory: pytest.TempPathFactory) -> Builder:
+    """A build that takes some seconds."""
+    b.source = factory.checkpoint(tmp_path_factory.mktemp("slow") / "S", {**factory.TINY_V3, "vocab_size": 16384})
+    b.imatrix = factory.imatrix_for(open_model(str(b.source), OPTIONS), b.source.parent / "imatrix.gguf")
+    (b.out.parent.parent / "r.yaml").write_text(
+        'name: r\narch: [deepseek2]\nfile_type: Q4_K_M\nrules:\n  - {match: "*", type: IQ4_XS, why: t}\n'
+    )
+    return b
+
+
+def wait_for_rows(b: Builder, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 60
+    while True:
+        found = partial.peek(b.out)
+        if found is not None and found.records:
+            return
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def test_killed_and_gone_on_with(slow: Builder, quantkit: Run) -> None:
+    env = {"QUANTKIT_COMMIT_SECONDS": "0.02", "QUANTKIT_KERNELS": "ggml"}
+    process = subprocess.Popen(command(slow, "-t", "1"), env=os.environ | env, stderr=subprocess.PIPE, text=True,
+                               stdout=subprocess.PIPE, cwd=tempfile.gettempdir())  # fmt: skip
+    wait_for_rows(slow, process)
+
+    second = subprocess.run(command(slow, "-q"), capture_output=True, text=True, cwd=tempfile.gettempdir(), check=False)
+    assert (second.returncode, second.stderr) == (
+        13, f"error: {slow.out}: is being built by process {process.pid}; wait for it, or give another output\n"
+    )  # fmt: skip
+    said = quantkit("status", slow.out)
+    assert f"process {process.pid} is at it" in said.stdout
+
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    found = partial.peek(slow.out)
+    assert found is not None
+    cols = {t.name: t.n_cols for t in open_model(str(slow.source), OPTIONS).tensors}
+    told = sum(n * cols[t[0]] for n, t in zip(journal.durable(found), found.head.tensors, strict=True))
+    facts = json.loads(quantkit("status", slow.out, "--json").stdout)
+    assert (facts["state"], facts["process"]) == ("unfinished", None)
+    assert facts["durable_bytes"] == sum(
+        n * t[2] for n, t in zip(journal.durable(found), found.head.tensors, strict=True)
+    )
+    assert "nobody is at it: the same `quantkit build` goes on" in quantkit("status", slow.out).stdout
+
+    done = subprocess.run(command(slow), capture_output=True, text=True, cwd=tempfile.gettempdir(), check=False)
+    assert done.returncode == 0, done.stderr
+    assert "going on with the build of" in done.stdout
+    assert f"{told:,} of " in done.stdout
+    resumed = slow.out.read_bytes()
+    slow.out.unlink()
+    subprocess.run(command(slow, "-q"), check=True, cwd=tempfile.gettempdir())
+    assert slow.out.read_bytes() == resumed
+    assert quantkit("status", slow.out).stdout == (
+        f"{slow.out}: complete, {len(resumed):,} bytes; `quantkit verify {slow.out}` checks it\n"
+    )
+
+
+def test_status_of_nothing(quantkit: Run, tmp_path: Path) -> None:
+    done = quantkit("status", tmp_path / "x.gguf")
+    assert (done.returncode, done.stderr) == (
+        7,
+        f"error: {tmp_path / 'x.gguf'}: there is neither such a file nor an unfinished build of it\n",
+    )
