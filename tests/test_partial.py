@@ -248,12 +248,12 @@ def test_a_finished_shard_that_was_damaged_is_made_again(b: Builder, tmp_path: P
 
 
 def test_older_shards_are_replaced_together_at_the_end(b: Builder) -> None:
-    b.run(b.ready("IQ2_XS", split_max_size=1 << 18))
+    b.run(b.ready("IQ2_XS", split_max_size=1 << 20))
     older = {p.name: p.read_bytes() for p in b.out.parent.iterdir()}
     with pytest.raises(EnoughError):
-        b.run(b.ready(split_max_size=1 << 18, force=True), int(0.8 * N))
+        b.run(b.ready(split_max_size=1 << 20, force=True), int(0.8 * N))
     assert {p.name: p.read_bytes() for p in b.out.parent.iterdir() if p.is_file()} == older
-    b.run(b.ready(split_max_size=1 << 18, force=True))
+    b.run(b.ready(split_max_size=1 << 20, force=True))
     newer = {p.name: p.read_bytes() for p in b.out.parent.iterdir()}
     assert not set(newer.values()) & set(older.values())
 
