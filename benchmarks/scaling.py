@@ -2,8 +2,8 @@
 
     python benchmarks/scaling.py [--experts 8] [--recipe UD-IQ1_S] [--rounds 3]
 
-The output's bytes are checked to be the same in every row. "Cores busy" is processor time over wall time: what the build
-leaves idle shows there. "Ceiling" is what the machine itself gives: as many processes as threads, each running one
+The output's bytes are checked to be the same in every row. "Cores busy" is processor time over wall time: what the
+build leaves idle shows there. "Ceiling" is what the machine itself gives: as many processes as threads, each running one
 kernel on its own memory and nothing else, against one such process. On shared or boosting processors it is below the
 number of threads, and no program scales better.
 
@@ -132,8 +132,8 @@ def main() -> None:
             for _ in range(args.rounds):
                 for threads, slab in rows:
                     taken[threads, slab].append(build(plan, weights, folder / "out.gguf", threads, slab))
-                for threads in alone:
-                    alone[threads].append(rate(threads))
+                for threads, rates_seen in alone.items():
+                    rates_seen.append(rate(threads))
                 drop(stored)
                 disk.append(read(stored))
                 drop(stored)
