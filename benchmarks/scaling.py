@@ -3,9 +3,9 @@
     python benchmarks/scaling.py [--experts 8] [--recipe UD-IQ1_S] [--rounds 3]
 
 The output's bytes are checked to be the same in every row. "Cores busy" is processor time over wall time: what the
-build leaves idle shows there. "Ceiling" is what the machine itself gives: as many processes as threads, each running one
-kernel on its own memory and nothing else, against one such process. On shared or boosting processors it is below the
-number of threads, and no program scales better.
+build leaves idle shows there. "Ceiling" is what the machine itself gives: as many processes as threads, each running
+one kernel on its own memory and nothing else, against one such process. On shared or boosting processors it is below
+the number of threads, and no program scales better.
 
 Cold: the checkpoint's pages are dropped before each build (POSIX_FADV_DONTNEED), and a plain read of the files after
 dropping gives the disk's time. A build should take little more than the slower of that and the warm build.

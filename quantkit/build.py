@@ -9,10 +9,12 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from . import fingerprint
+from .cache import Cache
 from .catalogue import Catalogue
 from .engines import Engine, Progress, Work
 from .errors import (
@@ -174,8 +176,9 @@ def _check_output(
             raise OutputError(f"{name}: exists; choose another name, or replace it with --force")
 
 
-def run(build: Build, engine: Engine, n_threads: int, progress: Progress) -> int:
-    """Run an engine and give the files their names. Returns how many values an earlier run had made. Raises what the
+def run(build: Build, engine: Engine, n_threads: int, progress: Progress, cache: Cache | None = None) -> int:
+    """Run an engine and give the files their names. Tensors that the cache has come from there, and those made are
+    kept there. Returns how many values an earlier run had made. Raises what the
     engine raises; what was there under the names is then as it was, and the exception's `kept` says where the
     unfinished build is, if it is kept."""
     partial = Partial(build.out, build.files, build.identity, lambda: fingerprint.check_unchanged(build.sources))
@@ -183,6 +186,8 @@ def run(build: Build, engine: Engine, n_threads: int, progress: Progress) -> int
         partial.start(build.restart, n_threads, progress)
         layouts = tuple(layout for _, layout in build.files)
         with partial.committing():
+            if cache is not None:
+                _use(cache, build, partial, n_threads, progress)
             engine.run(Work(build.plan, layouts, partial, build.imatrix, n_threads, progress, partial.scratch))
         partial.finish()
     except BaseException as e:
@@ -195,3 +200,17 @@ def run(build: Build, engine: Engine, n_threads: int, progress: Progress) -> int
         said.kept = kept  # type: ignore[attr-defined]
         raise said from said.__cause__
     return partial.n_kept
+
+
+def _use(cache: Cache, build: Build, partial: Partial, n_threads: int, progress: Progress) -> None:
+    """Fill what the cache has, and have it keep what is made."""
+    sizes = {t.tensor.name: t.tensor.n_elements for t in build.plan.tensors}
+    wanted = [t.tensor.name for t in build.plan.tensors if not partial.has(t.tensor.name, 0, t.tensor.n_rows)]
+    keys = cache.keys(build.plan, wanted, build.imatrix, n_threads)
+    with ThreadPoolExecutor(n_threads) as pool:
+        for name, found in zip(wanted, pool.map(lambda n: cache.fill(keys[n], n, partial), wanted), strict=True):
+            if found:
+                partial.have_whole(name)
+                progress(name, sizes[name])
+                del keys[name]
+    partial.on_whole = lambda name: cache.keep(keys[name], name, partial) if name in keys else None

@@ -120,6 +120,8 @@ class Partial:
         self._failure: BaseException | None = None
         self._adopted = False
         self._together = self._fresh = False
+        self.on_whole: Callable[[str], None] = lambda _name: None
+        """called when all rows of a tensor are on the disk for good"""
 
     # ------------------------------------------------------------ beginning
 
@@ -265,7 +267,7 @@ class Partial:
 
     @property
     def is_empty(self) -> bool:
-        return not self.n_kept
+        return not any(len(rows) for rows in self._kept)
 
     def has(self, name: str, row: int, n_rows: int) -> bool:
         return self._kept[self.places[name].number].covers(row, n_rows)
@@ -289,6 +291,10 @@ class Partial:
         """Rows have been written by other means; `digest` is journal.digest of their bytes."""
         with self._pending_lock:
             self._pending.append(Record(self.places[name].number, row, n_rows, digest))
+
+    def have_whole(self, name: str) -> None:
+        """All rows of a tensor have been written and told of with `note`: no engine need make them."""
+        self._kept[self.places[name].number].add(0, self.places[name].n_rows)
 
     def target(self, name: str) -> tuple[int, Place]:
         """The descriptor and place of a tensor, for writing by other means; tell with `note`."""
@@ -354,6 +360,7 @@ class Partial:
         before = len(rows)
         rows.add(row, n_rows)
         if before < place.n_rows == len(rows):
+            self.on_whole(self._by_number[number])
             self._missing[place.file] -= 1
             if not self._missing[place.file] and not self._together and len(self.names) > 1:
                 self._finalize(place.file)

@@ -262,7 +262,7 @@ def test_older_shards_are_replaced_together_at_the_end(b: Builder) -> None:
     ("change", "names"),
     [
         (lambda b: b.ready("IQ2_XS"), "recipe was r (types "),
-        (lambda b: b.ready(split_max_size=1 << 18), "layout was k_b+v_b, one file, is k_b+v_b, shards of at most 262,1"),
+        (lambda b: b.ready(split_max_size=1 << 18), "layout was k_b+v_b, one file, is k_b+v_b, shards of at most 262"),
         (lambda b: touch(b.source, "config"), None),
         (lambda b: touch(b.source, "lm_head.weight"), "source model-"),
         (lambda b: bend(b.imatrix), "imatrix was imatrix.gguf (sha256 "),

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .options import conversion, default_threads, imatrix_of, recipe_of, source_options
+from .options import Size, conversion, default_threads, imatrix_of, recipe_of, source_options
 
 if TYPE_CHECKING:
     from quantkit.build import Build
+    from quantkit.cache import Cache
     from quantkit.engines import Engine
 
 
@@ -39,6 +40,20 @@ if TYPE_CHECKING:
     default=None,
     help="Go on with an unfinished build of this output, or begin anew.  [default: go on if there is one]",
 )
+@click.option(
+    "--cache",
+    "cache_dir",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Keep finished tensors in DIR, and take from there what an earlier build has made of the same weights.",
+)
+@click.option(
+    "--cache-size",
+    type=Size(),
+    default="200G",
+    show_default=True,
+    help="At most so much in DIR; what was not used longest goes.",
+)
 @click.option("-n", "--dry-run", is_flag=True, help="Check everything and print the plan; write nothing.")
 @click.option("-q", "--quiet", is_flag=True, help="Neither plan nor progress; errors only.")
 def build(
@@ -58,6 +73,8 @@ def build(
     allow_requantize: bool,
     force: bool,
     resume: bool | None,
+    cache_dir: Path | None,
+    cache_size: int,
     dry_run: bool,
     quiet: bool,
 ) -> None:
@@ -70,6 +87,7 @@ def build(
     """
     from quantkit import report
     from quantkit.build import prepare
+    from quantkit.cache import Cache
     from quantkit.models import open_model
     from quantkit.plan import make_plan
 
@@ -88,7 +106,8 @@ def build(
     if dry_run:
         click.echo("dry run: everything was checked, nothing was written")
         return
-    run_with_progress(ready, chosen, threads or default_threads(), quiet)
+    cache = Cache(cache_dir, cache_size) if cache_dir is not None else None
+    run_with_progress(ready, chosen, threads or default_threads(), quiet, cache)
 
 
 def make_engine(name: str, binary: str | None) -> Engine:
@@ -103,7 +122,7 @@ def make_engine(name: str, binary: str | None) -> Engine:
     return LlamaQuantizeEngine(toolchain.find("llama-quantize", binary))
 
 
-def run_with_progress(ready: Build, engine: Engine, n_threads: int, quiet: bool) -> None:
+def run_with_progress(ready: Build, engine: Engine, n_threads: int, quiet: bool, cache: Cache | None = None) -> None:
     """Run a build with one progress bar, in weights, and say what was made."""
     from tqdm import tqdm
 
@@ -121,12 +140,24 @@ def run_with_progress(ready: Build, engine: Engine, n_threads: int, quiet: bool)
                 bar.set_description_str(name, refresh=False)
                 bar.update(done)
 
-        kept = builds.run(ready, engine, n_threads, progress)
+        kept = builds.run(ready, engine, n_threads, progress, cache)
         bar.set_description_str("done", refresh=True)
     seconds = time.monotonic() - start
+    if cache is not None and cache.n_corrupt:
+        click.echo(
+            f"warning: {cache.n_corrupt} damaged entries of {cache.folder} were removed and made again", err=True
+        )
+    if cache is not None and cache.failure:
+        click.echo(f"warning: not everything could be kept in {cache.folder}: {cache.failure}", err=True)
     if not quiet:
         for path, layout in ready.files:
             click.echo(f"{path}  {layout.nbytes:,} bytes")
+        if cache is not None:
+            n_all = len(ready.plan.tensors)
+            click.echo(
+                f"cache: {cache.n_found} of {n_all} tensors, {cache.bytes_found:,} bytes, came from {cache.folder}; "
+                f"{cache.n_kept} were added"
+            )
         if kept:
             click.echo(f"{kept:,} of {n:,} weights were kept from before, {n - kept:,} quantized now")
         click.echo(

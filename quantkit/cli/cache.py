@@ -1,0 +1,79 @@
+"""quantkit cache."""
+
+from __future__ import annotations
+
+import json
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from .options import Size
+
+if TYPE_CHECKING:
+    from quantkit.cache import Cache
+
+
+@click.group()
+def cache() -> None:
+    """Look into a folder of `quantkit build --cache`, and make it smaller.
+
+    \b
+    quantkit cache show ~/quantkit-cache
+    quantkit cache prune ~/quantkit-cache --max-size 50G
+    """
+
+
+@cache.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="The same for a script.")
+def show(folder: Path, as_json: bool) -> None:
+    """How many tensors FOLDER keeps, their bytes, and when they were used.
+
+    \b
+    quantkit cache show ~/quantkit-cache
+    """
+    entries = _open(folder, 0).entries()
+    total = sum(n for _, n, _ in entries)
+    if as_json:
+        said = {"folder": str(folder), "tensors": len(entries), "bytes": total}
+        used = {"first_used": entries[0][0], "last_used": entries[-1][0]} if entries else {}
+        click.echo(json.dumps({**said, **used}))
+        return
+    click.echo(f"{folder}: {len(entries):,} tensors, {total:,} bytes ({total / 2**30:.2f} GiB)")
+    if entries:
+        ends = (entries[0][0], entries[-1][0])
+        first, last = (datetime.fromtimestamp(t, timezone.utc).isoformat(" ", "minutes") for t in ends)
+        click.echo(f"used between {first} and {last}")
+
+
+@cache.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--max-size", type=Size(), required=True, help="Keep at most so much; what was not used longest goes.")
+def prune(folder: Path, max_size: int) -> None:
+    """Remove what was not used longest until FOLDER keeps at most --max-size.
+
+    \b
+    quantkit cache prune ~/quantkit-cache --max-size 50G
+    """
+    from quantkit.errors import OutputError
+
+    opened = _open(folder, max_size)
+    before = opened.entries()
+    try:
+        opened.evict()
+    except OSError as e:
+        raise OutputError(f"{folder}: {e.strerror or e}") from None
+    after = opened.entries()
+    freed = sum(n for _, n, _ in before) - sum(n for _, n, _ in after)
+    click.echo(f"{folder}: {len(before) - len(after):,} tensors removed, {freed:,} bytes; {len(after):,} are left")
+
+
+def _open(folder: Path, max_size: int) -> Cache:
+    from quantkit.cache import Cache
+    from quantkit.errors import OutputError
+
+    if not (folder / "objects").is_dir():
+        raise OutputError(f"{folder}: is no folder of `quantkit build --cache`")
+    return Cache(folder, max_size)
