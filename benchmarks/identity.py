@@ -1,8 +1,8 @@
 """quantkit's own kernels against ggml, byte by byte, on as many weights as asked: every law under every importance.
 
-    python benchmarks/identity.py [TYPE …] --weights 1e9 [--seed N] [--threads N]
+    python benchmarks/identity.py [TYPE …] --weights 1e9 [--seed N] [--threads N] [--record]
 
-Prints a line a type: weights compared, blocks that differ (each of the first ten with its law, seed and place).
+--record puts each type's line into benchmarks/results/identity.md, in place of the type's older one. Prints a line a type: weights compared, blocks that differ (each of the first ten with its law, seed and place).
 Exits 1 when any differs. 10^9 weights of a slow type take ggml minutes to an hour of processor time.
 """
 
@@ -13,6 +13,8 @@ import itertools
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime, timezone
+from pathlib import Path
 
 import laws
 import numpy as np
@@ -21,6 +23,7 @@ from quantkit import kernels, toolchain
 from quantkit.qtypes import ABORT_WITHOUT_IMATRIX, QTYPES
 
 SHAPE = (32, 4096 + 256)
+RECORD = Path(__file__).parent / "results" / "identity.md"
 
 
 def cell(name: str, weights: str, importance: str, seed: int) -> tuple[int, list[str]]:
@@ -41,12 +44,30 @@ def cell(name: str, weights: str, importance: str, seed: int) -> tuple[int, list
     return x.size, found
 
 
+def record(name: str, seen: int, sets: str, different: int, seed: int) -> None:
+    """Put a type's line into the record."""
+    head = [
+        "# Own kernels against ggml, byte by byte: `python benchmarks/identity.py --record`",
+        "",
+        "| type | weights | compared in each of | blocks that differ | seeds from | built as | on |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    old = RECORD.read_text().splitlines()[len(head) :] if RECORD.exists() else []
+    lines = {line.split("|")[1].strip(): line for line in old}
+    today = datetime.now(timezone.utc).date().isoformat()
+    lines[name] = f"| {name} | {seen:,} | {sets} | {different} | {seed} | {kernels.version()} | {today} |"
+    RECORD.parent.mkdir(exist_ok=True)
+    ordered = [lines[n] for n in sorted(lines, key=lambda t: QTYPES[t].id)]
+    RECORD.write_text("\n".join([*head, *ordered]) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("types", nargs="*", help="all that have a kernel of our own")
     parser.add_argument("--weights", type=float, default=1e9)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--record", action="store_true")
     options = parser.parse_args()
     kernels.use_pinned_library(toolchain.ggml_library())
     types = options.types or sorted(set().union(*kernels.OWN.values()), key=lambda t: QTYPES[t].id)
@@ -63,8 +84,10 @@ def main() -> None:
         for line in different[:10]:
             print(f"  {name} {line}")
         took = time.monotonic() - start
-        print(f"{name}: {seen:,} weights in {', '.join(k for k, t in kernels.OWN.items() if name in t)}, "
-              f"{len(different)} blocks differ, {took:.0f} s", flush=True)  # fmt: skip
+        sets = ", ".join(k for k, t in kernels.OWN.items() if name in t)
+        print(f"{name}: {seen:,} weights in {sets}, {len(different)} blocks differ, {took:.0f} s", flush=True)
+        if options.record:
+            record(name, seen, sets, len(different), options.seed)
         failed |= bool(different)
     sys.exit(failed)
 
