@@ -2,7 +2,8 @@
 
     python benchmarks/identity.py [TYPE …] --weights 1e9 [--seed N] [--threads N] [--record]
 
---record puts each type's line into benchmarks/results/identity.md, in place of the type's older one. Prints a line a type: weights compared, blocks that differ (each of the first ten with its law, seed and place).
+--record puts each type's line into benchmarks/results/identity.md, in place of the type's older one.
+Prints a line a type: weights compared, blocks that differ (each of the first ten with its law, seed and place).
 Exits 1 when any differs. 10^9 weights of a slow type take ggml minutes to an hour of processor time.
 """
 
