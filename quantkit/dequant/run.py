@@ -144,9 +144,9 @@ def _begun(job: Job) -> Iterator[None]:
             raise ResumeError(f"{job.dst}: has changed in the meantime; run the same again")
         for path in leftovers(job.dst, job.found, job.restart):
             path.unlink()
-        with _replacing(job.dst / STATE) as part:
-            part.write_bytes(state_bytes(job.state))
         try:
+            with _replacing(job.dst / STATE) as part:
+                part.write_bytes(state_bytes(job.state))
             yield
         except BaseException:
             if not any((job.dst / s.name).exists() for s in job.plan.shards):
@@ -158,7 +158,7 @@ def _begun(job: Job) -> Iterator[None]:
 
 def _undo(job: Job, made: bool) -> None:
     with suppress(OSError):
-        (job.dst / STATE).unlink()
+        (job.dst / STATE).unlink(missing_ok=True)
         if made:
             job.dst.rmdir()
 
@@ -171,6 +171,7 @@ def _replacing(path: Path) -> Iterator[Path]:
         yield part
         _sync(part)
         os.replace(part, path)
+        _sync(path.parent)
     finally:
         part.unlink(missing_ok=True)
 
@@ -271,8 +272,7 @@ class _Mover:
                         number, slab = next(jobs, (number, None))
                     if slab is None:
                         return
-                    worker.do(slab)
-                    self.progress(slab.tensor.source.name, worker.written)
+                    self.progress(slab.tensor.source.name, worker.do(slab))
                     self._done(slab.file)
             except BaseException as e:
                 failures.append((number, e))
@@ -334,9 +334,9 @@ class _Worker:
         self.made = np.empty(0, np.uint8)
         self.scale = np.empty((0, 0), np.float32)
         self.scale_of = ""
-        self.written = 0
 
-    def do(self, slab: _Slab) -> None:
+    def do(self, slab: _Slab) -> int:
+        """Make and write a slab; the bytes written."""
         tensor, source = slab.tensor, slab.tensor.source
         if source.dtype == FP8:
             n_cols = source.shape[1]
@@ -357,7 +357,7 @@ class _Worker:
             made, offset = self.made[: slab.n], slab.start
             self.source.read(source, offset, made)
         slab.file.write(made, tensor.offset + offset)
-        self.written = made.nbytes
+        return made.nbytes
 
 
 def _grown(buffer: npt.NDArray[np.uint8], n: int) -> npt.NDArray[np.uint8]:
