@@ -544,6 +544,20 @@ def test_scales_of_every_dtype_as_float32(tmp_path: Path, dtype: str, raw: bytes
     assert got.tobytes() == np.array([values], np.float32).tobytes()
 
 
+def test_u8_scales_are_ue8m0_where_the_config_says_so(tmp_path: Path) -> None:
+    header = {
+        "w": {"dtype": "F8_E4M3", "shape": [1, 256], "data_offsets": [0, 256]},
+        "w_scale_inv": {"dtype": "U8", "shape": [1, 2], "data_offsets": [256, 258]},
+    }
+    checkpoint(tmp_path, {}, {"quantization_config": {"scale_fmt": "ue8m0"}})
+    write_safetensors(tmp_path / "model.safetensors", header, bytes(256) + bytes([128, 1]))
+    assert open_checkpoint(tmp_path).scale("w").tolist() == [[2.0, 2.0**-126]]
+    checkpoint(tmp_path, {}, {"quantization_config": {"scale_fmt": "float"}})
+    write_safetensors(tmp_path / "model.safetensors", header, bytes(256) + bytes([128, 1]))
+    said = sentence(lambda: open_checkpoint(tmp_path), UnsupportedError)
+    assert said.endswith("scale 'w_scale_inv' is U8; quantkit reads F32, BF16, F16, F8_E8M0")
+
+
 def test_read_gives_the_stored_bytes_from_anywhere(tmp_path: Path) -> None:
     data = bytes(range(32))
     header = {

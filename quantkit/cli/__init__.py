@@ -16,7 +16,7 @@ import click
 from quantkit import __version__
 from quantkit.errors import QuantkitError
 
-from . import build, cache, demo, doctor, fit, inspect, plan, recipe, sizes, status, toolchain
+from . import build, cache, demo, dequant, doctor, fit, inspect, plan, recipe, sizes, status, toolchain
 
 INTERRUPTED = 130
 _TERMINATED = 143
@@ -39,6 +39,7 @@ for _command in (
     build.build,
     status.status,
     cache.cache,
+    dequant.dequant,
     inspect.inspect,
     recipe.recipe,
     sizes.sizes,

@@ -5,7 +5,8 @@
 
 Only headers are read here, and everything they claim is checked: against the file, the index and
 each other. FP8 weights (F8_E4M3) have their scales beside them as `<name>_scale_inv`, one for each
-block of 128 x 128, those at the edges partial. `metadata.total_size` of the index is not used: the
+block of 128 x 128, those at the edges partial; U8 scales are powers of two (F8_E8M0) where config.json
+has the scale_fmt "ue8m0". `metadata.total_size` of the index is not used: the
 official repository's is wrong.
 """
 
@@ -51,6 +52,8 @@ class Checkpoint:
         self.block = weight_block(path, config)
         self.tensors = {n: t for n, t in tensors.items() if not n.endswith(SCALE_SUFFIX)}
         self.scales = {n.removesuffix(SCALE_SUFFIX): t for n, t in tensors.items() if n.endswith(SCALE_SUFFIX)}
+        if (config.get("quantization_config") or {}).get("scale_fmt") == "ue8m0":
+            self.scales = {n: t._replace(dtype="F8_E8M0") if t.dtype == "U8" else t for n, t in self.scales.items()}
         self._check_scales()
         self.files = tuple(sorted({t.file for t in tensors.values()}))
         self._files = Files(self.files)

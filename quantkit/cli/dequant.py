@@ -1,0 +1,154 @@
+"""quantkit dequant."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from .options import Size, default_threads
+
+if TYPE_CHECKING:
+    from quantkit.dequant import Job
+    from quantkit.dequant.decode import Decoder
+
+
+@click.command()
+@click.argument("source", metavar="SRC", type=click.Path(path_type=Path))
+@click.argument("output", metavar="DST", type=click.Path(path_type=Path))
+@click.option(
+    "--dtype",
+    type=click.Choice(["bf16", "f16", "f32"]),
+    default="bf16",
+    show_default=True,
+    help="Of the weights that are FP8; other tensors keep theirs.",
+)
+@click.option(
+    "--shard-size",
+    type=Size(),
+    default="5G",
+    show_default=True,
+    metavar="N[K|M|G]",
+    help="Most tensor data in a shard (G = 10^9 bytes); a larger tensor has one of its own.",
+)
+@click.option(
+    "--mtp",
+    type=click.Choice(["keep", "drop"]),
+    default="keep",
+    show_default=True,
+    help="The layers that predict further tokens (from num_hidden_layers on).",
+)
+@click.option(
+    "--device",
+    type=click.Choice(["cpu", "cuda"]),
+    default="cpu",
+    show_default=True,
+    help="cuda: on the GPU, through torch. The same bytes.",
+)
+@click.option("-t", "--threads", type=click.IntRange(1, 1024), help="Worker threads.  [default: all processors]")
+@click.option("--restart", is_flag=True, help="Begin anew where DST holds an unfinished run.")
+@click.option("-n", "--dry-run", is_flag=True, help="Check everything and print the plan; write nothing.")
+@click.option("-q", "--quiet", is_flag=True, help="Neither plan nor progress; errors only.")
+def dequant(
+    source: Path,
+    output: Path,
+    dtype: str,
+    shard_size: int,
+    mtp: str,
+    device: str,
+    threads: int | None,
+    restart: bool,
+    dry_run: bool,
+    quiet: bool,
+) -> None:
+    """Write an FP8 checkpoint as one in BF16, with the bytes that torch's weight.float() * scale gives.
+
+    SRC and DST are Hugging Face directories. DST gets the shards with an index, config.json without
+    quantization_config, and the tokenizer and every other file that holds no weights, folders included. A run that
+    was interrupted goes on where it was when it is started again.
+
+    \b
+    quantkit dequant DeepSeek-R1/ DeepSeek-R1-BF16/
+    quantkit dequant DeepSeek-R1/ R1-F16/ --dtype f16 --mtp drop --shard-size 10G
+    """
+    from quantkit.dequant import Options, prepare
+    from quantkit.dequant.decode import Native, Torch
+    from quantkit.sources.safetensors_dir import open_checkpoint
+
+    job = prepare(open_checkpoint(source), output, Options(dtype, shard_size, mtp == "keep"), restart)
+    decoder: Decoder = Native() if device == "cpu" else Torch(device)
+    if not quiet:
+        click.echo(_plan_text(job))
+    if dry_run:
+        click.echo("dry run: everything was checked, nothing was written")
+        return
+    _run(job, decoder, threads or default_threads(), quiet)
+
+
+def _plan_text(job: Job) -> str:
+    """What is to be made, in a few lines."""
+    plan = job.plan
+    counts: dict[tuple[str, str], int] = {}
+    for t in plan.tensors:
+        counts[t.source.dtype, t.dtype] = counts.get((t.source.dtype, t.dtype), 0) + 1
+    kinds = [f"{n:,} {a} to {b}" if a != b else f"{n:,} {a} as they are" for (a, b), n in sorted(counts.items())]
+    n = len(plan.shards)
+    lines = [
+        f"{job.source.path} -> {job.dst}",
+        f"  tensors      {sum(counts.values()):,}: {', '.join(kinds)}",
+        f"  shards       {n:,}, {plan.tensor_bytes:,} bytes of tensors",
+        f"  other files  {len(plan.carried):,} copied, {sum(size for _, size in plan.carried):,} bytes",
+        f"  directory    {plan.nbytes:,} bytes = {plan.nbytes / 2**30:.3f} GiB",
+    ]
+    if plan.n_dropped:
+        lines.insert(2, f"  dropped      {plan.n_dropped:,} weights of MTP layers")
+    if plan.left_out:
+        more = f" and {len(plan.left_out) - 1} more" if len(plan.left_out) > 1 else ""
+        lines.append(f"  left out     {plan.left_out[0]}{more}: weights that are not of this checkpoint")
+    if job.finished:
+        lines.append(f"  finished     {len(job.finished):,} of the shards, {job.need_bytes:,} bytes are to be written")
+    return "\n".join(lines)
+
+
+def _run(job: Job, decoder: Decoder, n_threads: int, quiet: bool) -> None:
+    from tqdm import tqdm
+
+    from quantkit.dequant import run
+
+    start = time.monotonic()
+    total = sum(shard.tensor_bytes for shard in job.todo)
+    # a line now and then where the bar cannot be redrawn
+    often = 0.1 if sys.stderr.isatty() else 10.0
+    try:
+        with tqdm(total=total, unit="B", unit_scale=True, disable=quiet, mininterval=often, dynamic_ncols=True) as bar:
+            lock = threading.Lock()
+
+            def progress(name: str, done: int) -> None:
+                with lock:
+                    bar.set_description_str(name, refresh=False)
+                    bar.update(done)
+
+            run(job, decoder, n_threads, progress)
+            bar.set_description_str("done", refresh=True)
+    except BaseException as e:
+        kept = [s for s in job.plan.shards if (job.dst / s.name).exists()]
+        if isinstance(e, Exception) or not kept:
+            raise
+        # not the usual words for an interrupt, that nothing was left behind
+        click.echo(
+            f"interrupted: {len(kept)} of {len(job.plan.shards)} shards are finished and kept; run the same again to "
+            "go on",
+            err=True,
+        )
+        raise SystemExit(130 if isinstance(e, KeyboardInterrupt) else 143) from None
+    seconds = time.monotonic() - start
+    if not quiet:
+        click.echo(
+            f"{job.dst}  {len(job.plan.shards):,} shard{'s' * (len(job.plan.shards) != 1)}, {job.plan.nbytes:,} bytes; "
+            f"{total / 2**30:.3f} GiB written in {seconds:.1f} s, {total / seconds / 1e6:,.0f} MB/s, "
+            f"{n_threads} thread{'s' * (n_threads != 1)}"
+        )

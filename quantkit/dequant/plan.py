@@ -1,0 +1,219 @@
+"""What a dequantized checkpoint is, to the byte: its shards, index, config.json, and the files carried over.
+
+Shards are cut as Hugging Face's `save_pretrained` does: tensors in order, a new shard where the next one would
+exceed the size, `model.safetensors` alone where one is enough. Nothing is read here but the names and sizes of
+files that are carried over.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import struct
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..catalogue import SourceTensor
+from ..errors import SourceError
+from ..sources.files import regular_size
+from ..sources.safetensors_dir import DTYPE_BYTES, INDEX, SINGLE, Checkpoint
+
+FP8 = "F8_E4M3"
+#: --dtype -> (safetensors' name of it, torch's)
+DTYPES = {"bf16": ("BF16", "bfloat16"), "f16": ("F16", "float16"), "f32": ("F32", "float32")}
+CONFIG = "config.json"
+
+_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+#: files with weights, of which the output has its own
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
+
+
+class Options(NamedTuple):
+    """What to make."""
+
+    dtype: str = "bf16"
+    """of what was FP8: one of DTYPES"""
+    shard_size: int = 5 * 10**9
+    """most bytes of tensor data in a shard; a larger tensor has one of its own"""
+    keep_mtp: bool = True
+    """keep the layers from num_hidden_layers on, which predict further tokens"""
+
+
+class Moved(NamedTuple):
+    """A tensor of the output, and where it comes from."""
+
+    source: SourceTensor
+    dtype: str
+    offset: int
+    """of its first byte, from the start of the shard"""
+    nbytes: int
+
+
+class Shard(NamedTuple):
+    """A safetensors file of the output."""
+
+    name: str
+    header: bytes
+    """everything before the data"""
+    tensors: tuple[Moved, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Of the whole file."""
+        return len(self.header) + self.tensor_bytes
+
+    @property
+    def tensor_bytes(self) -> int:
+        return sum(t.nbytes for t in self.tensors)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The output directory."""
+
+    options: Options
+    shards: tuple[Shard, ...]
+    index: bytes | None
+    """None for a single shard"""
+    config: bytes
+    carried: tuple[tuple[str, int], ...]
+    """path inside the directory and size of each file that is copied"""
+    left_out: tuple[str, ...]
+    """files of weights that are neither read nor copied"""
+    n_dropped: int
+    """weights of MTP layers that are not in the output"""
+
+    @property
+    def tensors(self) -> Iterable[Moved]:
+        return (t for shard in self.shards for t in shard.tensors)
+
+    @property
+    def tensor_bytes(self) -> int:
+        return sum(shard.tensor_bytes for shard in self.shards)
+
+    @property
+    def nbytes(self) -> int:
+        """Of every file together."""
+        own = sum(s.nbytes for s in self.shards) + len(self.index or b"") + len(self.config)
+        return own + sum(size for _, size in self.carried)
+
+
+def make_plan(source: Checkpoint, options: Options) -> Plan:
+    """Plan the output of a checkpoint. Raises SourceError where it has no FP8 weights, or says not how many
+    layers it has when those beyond are to be dropped."""
+    stored = list(source.tensors.values())
+    if not any(t.dtype == FP8 for t in stored):
+        dtypes = ", ".join(sorted({t.dtype for t in stored}))
+        raise SourceError(f"{source.path}: there is nothing to dequantize, its tensors are {dtypes}; use it as it is")
+    kept = stored if options.keep_mtp else _main_layers(source, stored)
+    # as readers meet them, who list a file's tensors by name
+    kept.sort(key=lambda t: (t.file, t.name))
+    dtype = DTYPES[options.dtype][0]
+    shards = tuple(_lay_out([(t, dtype if t.dtype == FP8 else t.dtype) for t in kept], options.shard_size))
+    index = None
+    if len(shards) > 1:
+        where = {t.source.name: shard.name for shard in shards for t in shard.tensors}
+        total = sum(shard.tensor_bytes for shard in shards)
+        index = _json({"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))})
+    carried, left_out = _other_files(source)
+    config = _config(source.config, options)
+    return Plan(options, shards, index, config, carried, left_out, len(stored) - len(kept))
+
+
+def _main_layers(source: Checkpoint, tensors: Iterable[SourceTensor]) -> list[SourceTensor]:
+    n_layers = source.config.get("num_hidden_layers")
+    if type(n_layers) is not int or n_layers < 1:
+        raise SourceError(
+            f"{source.path / CONFIG}: num_hidden_layers is {n_layers!r:.80}, so MTP layers cannot be told from others; "
+            "keep them with --mtp keep"
+        )
+
+    def beyond(name: str) -> bool:
+        found = _LAYER.search(name)
+        return found is not None and int(found[1]) >= n_layers
+
+    return [t for t in tensors if not beyond(t.name)]
+
+
+def _lay_out(tensors: Sequence[tuple[SourceTensor, str]], shard_size: int) -> Iterable[Shard]:
+    groups: list[list[tuple[SourceTensor, str, int]]] = [[]]
+    size = 0
+    for source, dtype in tensors:
+        nbytes = prod(source.shape) * DTYPE_BYTES[dtype]
+        if groups[-1] and size + nbytes > shard_size:
+            groups.append([])
+            size = 0
+        groups[-1].append((source, dtype, nbytes))
+        size += nbytes
+    n = len(groups)
+    for i, group in enumerate(groups):
+        yield _shard(SINGLE if n == 1 else f"model-{i + 1:05d}-of-{n:05d}.safetensors", group)
+
+
+def _shard(name: str, tensors: list[tuple[SourceTensor, str, int]]) -> Shard:
+    """A shard of these tensors in their order; widest values first, as safetensors' own writers have it, where
+    else some would not be aligned: readers map the file."""
+    begin = 0
+    for _, dtype, nbytes in tensors:
+        if begin % DTYPE_BYTES[dtype]:
+            tensors = sorted(tensors, key=lambda t: -DTYPE_BYTES[t[1]])
+            break
+        begin += nbytes
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    begin = 0
+    for source, dtype, nbytes in tensors:
+        entries[source.name] = {"dtype": dtype, "shape": source.shape, "data_offsets": (begin, begin + nbytes)}
+        begin += nbytes
+    raw = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)
+    header = struct.pack("<Q", len(raw)) + raw
+    moved, at = [], len(header)
+    for source, dtype, nbytes in tensors:
+        moved.append(Moved(source, dtype, at, nbytes))
+        at += nbytes
+    return Shard(name, header, tuple(moved))
+
+
+def _config(config: Mapping[str, Any], options: Options) -> bytes:
+    """config.json of the output: without quantization_config, of the new dtype, the other keys as they were."""
+    out = {k: v for k, v in config.items() if k != "quantization_config"}
+    # transformers renamed it: a config has the old key, the new one, or both
+    for key in [k for k in ("dtype", "torch_dtype") if k in out] or ["torch_dtype"]:
+        out[key] = DTYPES[options.dtype][1]
+    if not options.keep_mtp and "num_nextn_predict_layers" in out:
+        out["num_nextn_predict_layers"] = 0
+    return _json(out)
+
+
+def _json(value: Mapping[str, Any]) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _other_files(source: Checkpoint) -> tuple[tuple[tuple[str, int], ...], tuple[str, ...]]:
+    """The files to copy, folders included, and those of weights, which are not. Hidden ones are neither: they are
+    git's and the downloader's."""
+    carried, left_out = [], []
+    read = {os.path.normpath(p) for p in (*source.files, source.path / CONFIG, source.path / INDEX)}
+    try:
+        for folder, folders, files in os.walk(source.path, onerror=_raise):
+            folders[:] = sorted(f for f in folders if not f.startswith("."))
+            for name in sorted(files):
+                path = Path(folder, name)
+                inside = path.relative_to(source.path).as_posix()
+                if name.startswith(".") or os.path.normpath(path) in read:
+                    continue
+                if name.endswith(_WEIGHTS):
+                    left_out.append(inside)
+                else:
+                    carried.append((inside, regular_size(path)))
+    except OSError as e:
+        raise SourceError(f"{e.filename}: cannot be read: {e.strerror or e}") from None
+    return tuple(carried), tuple(left_out)
+
+
+def _raise(error: OSError) -> None:
+    raise error

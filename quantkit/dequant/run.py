@@ -1,0 +1,364 @@
+"""The moving: from a checked plan to a finished directory, on several threads, in bounded memory, resumable.
+
+Work is cut into slabs: a few rows of an FP8 weight, or a few MiB of any other tensor. A thread reads
+one, decodes it, and writes it at its own offset, so memory is threads x slab whatever the model's
+size. Who writes the last slab of a shard brings it to disk and gives it its name, while the others
+are at the next one.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import OutputError, QuantkitError, ResumeError, SourceError
+from ..sources.safetensors_dir import DTYPE_BYTES, INDEX, Checkpoint
+from .decode import Decoder, refuse
+from .plan import CONFIG, FP8, Moved, Options, Plan, Shard, make_plan
+from .state import PART, STATE, finished, leftovers, read_state, require_same, state_bytes, state_of
+
+#: called with the name of the tensor at work and the bytes written since the last call
+Progress = Callable[[str, int], None]
+
+#: bytes of a slab of what is carried over as it is
+_COPY_BYTES = 1 << 22
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run that has been checked and can begin."""
+
+    source: Checkpoint
+    plan: Plan
+    dst: Path
+    finished: frozenset[str]
+    """names of the shards that an earlier run has finished"""
+    state: dict[str, Any]
+    found: dict[str, Any] | None
+    """the state of the run that was not finished"""
+    restart: bool
+
+    @property
+    def todo(self) -> tuple[Shard, ...]:
+        return tuple(s for s in self.plan.shards if s.name not in self.finished)
+
+    @property
+    def need_bytes(self) -> int:
+        """What is still to be written."""
+        return self.plan.nbytes - sum(s.nbytes for s in self.plan.shards if s.name in self.finished)
+
+
+def prepare(source: Checkpoint, dst: Path, options: Options, restart: bool = False) -> Job:
+    """Check everything that can be checked before the first byte; nothing is written. With `restart` what an
+    unfinished run left in `dst` does not count. Raises SourceError, OutputError, ResumeError."""
+    plan = make_plan(source, options)
+    state = state_of(source, plan)
+    try:
+        return _prepare(source, plan, dst, state, restart)
+    except OSError as e:
+        raise OutputError(f"{dst}: {e.strerror or e}; choose another directory") from None
+
+
+def _prepare(source: Checkpoint, plan: Plan, dst: Path, state: dict[str, Any], restart: bool) -> Job:
+    _check_place(source.path, dst)
+    found = read_state(dst)
+    done: frozenset[str] = frozenset()
+    if found is None:
+        if dst.is_dir() and any(p.name != STATE + PART for p in dst.iterdir()):
+            raise OutputError(f"{dst}: is not empty, and holds no unfinished run; choose another directory")
+    elif not restart:
+        require_same(dst, found, state)
+        done = finished(dst, plan)
+    job = Job(source, plan, dst, done, state, found, restart)
+    freed = sum(p.stat().st_blocks * 512 for p in leftovers(dst, found, restart))
+    free = shutil.disk_usage(dst if dst.is_dir() else dst.parent).free + freed
+    if job.need_bytes > free:
+        raise OutputError(
+            f"{dst}: {job.need_bytes:,} bytes are to be written, but {free:,} are free; free {job.need_bytes - free:,} "
+            "more, or choose another place"
+        )
+    return job
+
+
+def _check_place(src: Path, dst: Path) -> None:
+    if dst.exists() and not dst.is_dir():
+        raise OutputError(f"{dst}: is a file; give the name of the directory to make")
+    if not dst.absolute().parent.is_dir():
+        raise OutputError(f"{dst}: there is no directory {dst.absolute().parent}; create it first")
+    real, of = dst.resolve(), src.resolve()
+    if real == of or of in real.parents:
+        raise OutputError(f"{dst}: is the source, or inside it; choose another directory")
+    existing = dst if dst.is_dir() else dst.absolute().parent
+    if not os.access(existing, os.R_OK | os.W_OK | os.X_OK):
+        raise OutputError(f"{existing}: no permission to read and write there")
+
+
+def run(job: Job, decoder: Decoder, n_threads: int, progress: Progress) -> None:
+    """Make the directory. Whatever ends it early, finished shards stay for the next run; where there are none,
+    nothing stays. Raises WeightError for a value that is not finite in the dtype, SourceError, OutputError,
+    ResumeError."""
+    try:
+        with _begun(job):
+            _Mover(job, decoder, progress).run(n_threads)
+            for name, _ in job.plan.carried:
+                (job.dst / name).parent.mkdir(parents=True, exist_ok=True)
+                with _replacing(job.dst / name) as part:
+                    _copy(job.source.path / name, part)
+            for name, data in ((INDEX, job.plan.index), (CONFIG, job.plan.config)):
+                if data is not None:
+                    with _replacing(job.dst / name) as part:
+                        part.write_bytes(data)
+            (job.dst / STATE).unlink()
+            _sync(job.dst)
+    except OSError as e:
+        raise OutputError(
+            f"{e.filename or job.dst}: {e.strerror or e}; mend that and run the same again: finished shards are kept"
+        ) from None
+
+
+@contextmanager
+def _begun(job: Job) -> Iterator[None]:
+    """The directory, held against other runs, with the state in it and nothing unfinished."""
+    made = not job.dst.exists()
+    job.dst.mkdir(exist_ok=True)
+    held = os.open(job.dst, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ResumeError(f"{job.dst}: another quantkit is at work there; wait for it") from None
+        except OSError:
+            pass  # not every filesystem has locks
+        if read_state(job.dst) != job.found:
+            raise ResumeError(f"{job.dst}: has changed in the meantime; run the same again")
+        for path in leftovers(job.dst, job.found, job.restart):
+            path.unlink()
+        try:
+            with _replacing(job.dst / STATE) as part:
+                part.write_bytes(state_bytes(job.state))
+            yield
+        except BaseException:
+            if not any((job.dst / s.name).exists() for s in job.plan.shards):
+                _undo(job, made)
+            raise
+    finally:
+        os.close(held)
+
+
+def _undo(job: Job, made: bool) -> None:
+    with suppress(OSError):
+        (job.dst / STATE).unlink(missing_ok=True)
+        if made:
+            job.dst.rmdir()
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A temporary name beside a file, which it gets when it is whole and on disk."""
+    part = _part(path)
+    try:
+        yield part
+        _sync(part)
+        os.replace(part, path)
+        _sync(path.parent)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _part(path: Path) -> Path:
+    return path.with_name(f".{path.name.lstrip('.')}{PART}")
+
+
+def _copy(path: Path, to: Path) -> None:
+    try:
+        shutil.copyfile(path, to)
+    except FileNotFoundError:
+        raise SourceError(f"{path}: is gone since this run began") from None
+
+
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+class _File:
+    """A shard that is being written, under its temporary name."""
+
+    def __init__(self, path: Path, shard: Shard, n_slabs: int) -> None:
+        self.path = path
+        self.part = _part(path)
+        self.left = n_slabs
+        self.fd = os.open(self.part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        try:
+            with self._writing("making it", shard.nbytes):
+                os.ftruncate(self.fd, shard.nbytes)
+            self.write(np.frombuffer(shard.header, np.uint8), 0)
+        except BaseException:
+            self.close()
+            raise
+
+    def write(self, data: npt.NDArray[np.uint8], offset: int) -> None:
+        view, done = data.data.cast("B"), 0
+        while done < len(view):
+            with self._writing("writing", offset + done):
+                done += os.pwrite(self.fd, view[done:], offset + done)
+
+    @contextmanager
+    def _writing(self, what: str, at: int) -> Iterator[None]:
+        try:
+            yield
+        except OSError as e:
+            raise OutputError(
+                f"{self.path}: {what} at {at:,} bytes failed: {e.strerror or e}; free some space and run the same "
+                "again: finished shards are kept"
+            ) from None
+
+    def finish(self) -> None:
+        os.fsync(self.fd)
+        os.replace(self.part, self.path)
+        _sync(self.path.parent)
+        self.close()
+
+    def close(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+        self.part.unlink(missing_ok=True)
+
+
+class _Slab(NamedTuple):
+    file: _File
+    tensor: Moved
+    start: int
+    """its first row of an FP8 weight, else its first byte of the tensor"""
+    n: int
+
+
+class _Mover:
+    """The shards still to be made, as slabs in order, and the threads that take them."""
+
+    def __init__(self, job: Job, decoder: Decoder, progress: Progress) -> None:
+        self.job = job
+        self.decoder = decoder
+        self.progress = progress
+        self.lock = threading.Lock()
+        self.open: list[_File] = []
+
+    def run(self, n_threads: int) -> None:
+        jobs = enumerate(self._slabs())
+        stop = threading.Event()
+        failures: list[tuple[int, BaseException]] = []
+
+        def labour() -> None:
+            worker = _Worker(self.job.source, self.decoder)
+            number = -1
+            try:
+                while not stop.is_set():
+                    with self.lock:
+                        number, slab = next(jobs, (number, None))
+                    if slab is None:
+                        return
+                    self.progress(slab.tensor.source.name, worker.do(slab))
+                    self._done(slab.file)
+            except BaseException as e:
+                failures.append((number, e))
+                stop.set()
+                raise
+
+        try:
+            # as in the native engine: an executor, waited for in short turns, so that Ctrl-C is heard
+            with ThreadPoolExecutor(n_threads, "quantkit") as pool:
+                futures = [pool.submit(labour) for _ in range(n_threads)]
+                try:
+                    while wait(futures, timeout=0.2).not_done:
+                        pass
+                finally:
+                    stop.set()
+        finally:
+            for file in self.open:
+                file.close()
+        if failures:
+            # slabs are taken in order and finished once taken, so the first bad one is the same whatever the threads
+            raise min(failures, key=lambda f: (not isinstance(f[1], QuantkitError), f[0]))[1]
+
+    def _slabs(self) -> Iterator[_Slab]:
+        """Every slab; a shard's file is opened when its first one is taken."""
+        for shard in self.job.todo:
+            file = _File(self.job.dst / shard.name, shard, sum(1 for t in shard.tensors for _ in self._cuts(t)))
+            self.open.append(file)
+            if file.left == 0:
+                file.finish()
+            for tensor in shard.tensors:
+                for start, n in self._cuts(tensor):
+                    yield _Slab(file, tensor, start, n)
+
+    def _cuts(self, tensor: Moved) -> Iterator[tuple[int, int]]:
+        whole, step = tensor.nbytes, _COPY_BYTES
+        if tensor.source.dtype == FP8:
+            n_rows, n_cols = tensor.source.shape
+            whole, step = (n_rows if n_cols else 0), max(1, self.decoder.slab_values // max(1, n_cols))
+        for start in range(0, whole, step):
+            yield start, min(step, whole - start)
+
+    def _done(self, file: _File) -> None:
+        with self.lock:
+            file.left -= 1
+            last = file.left == 0
+        if last:
+            file.finish()
+            with self.lock:
+                self.open.remove(file)
+
+
+class _Worker:
+    """A thread's buffers and the steps of a slab."""
+
+    def __init__(self, source: Checkpoint, decoder: Decoder) -> None:
+        self.source = source
+        self.decoder = decoder
+        self.stored = np.empty(0, np.uint8)
+        self.made = np.empty(0, np.uint8)
+        self.scale = np.empty((0, 0), np.float32)
+        self.scale_of = ""
+
+    def do(self, slab: _Slab) -> int:
+        """Make and write a slab; the bytes written."""
+        tensor, source = slab.tensor, slab.tensor.source
+        if source.dtype == FP8:
+            n_cols = source.shape[1]
+            row_bytes = n_cols * DTYPE_BYTES[tensor.dtype]
+            self.stored = _grown(self.stored, slab.n * n_cols)
+            self.made = _grown(self.made, slab.n * row_bytes)
+            stored = self.stored[: slab.n * n_cols].reshape(slab.n, n_cols)
+            made = self.made[: slab.n * row_bytes].reshape(slab.n, row_bytes)
+            self.source.read(source, slab.start * n_cols, stored)
+            if self.scale_of != source.name:
+                self.scale, self.scale_of = np.ascontiguousarray(self.source.scale(source.name)), source.name
+            scale, block = self.scale, self.source.block
+            if not self.decoder(stored, slab.start, scale, block, tensor.dtype, made):
+                refuse(source, stored, slab.start, scale, block, tensor.dtype)
+            offset = slab.start * row_bytes
+        else:
+            self.made = _grown(self.made, slab.n)
+            made, offset = self.made[: slab.n], slab.start
+            self.source.read(source, offset, made)
+        slab.file.write(made, tensor.offset + offset)
+        return made.nbytes
+
+
+def _grown(buffer: npt.NDArray[np.uint8], n: int) -> npt.NDArray[np.uint8]:
+    return buffer if buffer.size >= n else np.empty(n, np.uint8)

@@ -1,0 +1,129 @@
+"""What an unfinished output directory is: a small JSON file in it that says of what run, there until the run is whole.
+
+A shard under its own name is finished: it was renamed to it after its bytes were on disk. config.json and the
+index come last, so that nothing takes an unfinished directory for a checkpoint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from .. import __version__
+from ..errors import OutputError, ResumeError, SourceError
+from ..sources.safetensors_dir import INDEX, Checkpoint, read_json
+from .plan import CONFIG, Plan
+
+STATE = ".quantkit-dequant.json"
+#: suffix of a file that is being written
+PART = ".quantkit-part"
+#: how to go on when one cannot
+_OTHERWISE = "begin anew with --restart, or choose another directory"
+
+#: keys of the state that must be the same -> what they are called
+_SETTINGS = {"quantkit": "quantkit's version", "dtype": "--dtype", "shard_size": "--shard-size", "mtp": "--mtp"}
+
+
+def state_of(source: Checkpoint, plan: Plan) -> dict[str, Any]:
+    """What a run is of: its settings, and size, modification time and SHA-256 of the header of each source file
+    (of config.json the whole), with the files that it makes. Raises SourceError."""
+    return {
+        "quantkit": __version__,
+        "dtype": plan.options.dtype,
+        "shard_size": plan.options.shard_size,
+        "mtp": "keep" if plan.options.keep_mtp else "drop",
+        "source": {p.relative_to(source.path).as_posix(): _print_of(p) for p in (*source.files, source.path / CONFIG)},
+        "makes": [*(s.name for s in plan.shards), *(name for name, _ in plan.carried), INDEX, CONFIG],
+    }
+
+
+def _print_of(path: Path) -> list[int | str]:
+    try:
+        with open(path, "rb") as f:
+            n = int.from_bytes(f.read(8), "little") if path.name != CONFIG else -1
+            f.seek(0)
+            digest = hashlib.sha256(f.read(8 + n if n >= 0 else -1)).hexdigest()
+        info = path.stat()
+    except OSError as e:
+        raise SourceError(f"{path}: cannot be read: {e.strerror or e}") from None
+    return [info.st_size, info.st_mtime_ns, digest]
+
+
+def read_state(folder: Path) -> dict[str, Any] | None:
+    """The state in a directory, None where there is none. Raises ResumeError for one that is damaged."""
+    path = folder / STATE
+    if not path.is_file():
+        return None
+    try:
+        state = read_json(path)
+    except SourceError as e:
+        raise ResumeError(f"{e}; remove {folder} to begin anew") from None
+    makes, files = state.get("makes"), state.get("source")
+    if isinstance(files, dict) and isinstance(makes, list) and all(_is_inside(name) for name in makes):
+        return state
+    raise ResumeError(f"{path}: is not what quantkit dequant writes; remove {folder} to begin anew")
+
+
+def _is_inside(name: object) -> bool:
+    """Whether this is the name of a file in a directory or one below."""
+    if not isinstance(name, str) or not name:
+        return False
+    path = PurePosixPath(name)
+    return not path.is_absolute() and ".." not in path.parts
+
+
+def require_same(folder: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Raise ResumeError, naming the first difference, where the state found is not that of the run wanted."""
+    for key, what in _SETTINGS.items():
+        if found.get(key) != wanted[key]:
+            raise ResumeError(
+                f"{folder}: holds an unfinished run, whose {what} was {found.get(key)!r:.80} and now is "
+                f"{wanted[key]!r}; {_OTHERWISE}"
+            )
+    before, now = found["source"], wanted["source"]
+    for name in sorted(before.keys() | now.keys()):
+        if before.get(name) == now.get(name):
+            continue
+        how = "is gone" if name not in now else "is new"
+        if name in now and name in before:
+            pairs = zip(("size", "modification time", "header"), before[name], now[name], strict=False)
+            how = f"has another {next((what for what, a, b in pairs if a != b), 'fingerprint')}"
+        raise ResumeError(f"{folder}: holds an unfinished run, since which {name} of the source {how}; {_OTHERWISE}")
+
+
+def finished(folder: Path, plan: Plan) -> frozenset[str]:
+    """The names of the shards that are finished. Raises ResumeError for one that is not as it should be."""
+    done = set()
+    for shard in plan.shards:
+        path = folder / shard.name
+        if not path.exists():
+            continue
+        try:
+            size = path.stat().st_size
+            with open(path, "rb") as f:
+                header = f.read(len(shard.header))
+        except OSError as e:
+            raise OutputError(f"{path}: cannot be read: {e.strerror or e}") from None
+        if size != shard.nbytes or header != shard.header:
+            how = f"is {size:,} bytes, not {shard.nbytes:,}" if size != shard.nbytes else "has another header"
+            raise ResumeError(f"{path}: is not the shard that was finished here, it {how}; remove it, or {_OTHERWISE}")
+        done.add(shard.name)
+    return frozenset(done)
+
+
+def leftovers(folder: Path, found: Mapping[str, Any] | None, restart: bool) -> list[Path]:
+    """The files in the directory that are to go before a run goes on: unfinished ones, and where it begins anew
+    all that the state says were made."""
+    if not folder.is_dir():
+        return []
+    out = [p for p in folder.rglob(f".*{PART}") if p.is_file()]
+    if restart and found is not None:
+        out += [folder / name for name in dict.fromkeys(found["makes"]) if (folder / name).is_file()]
+    return out
+
+
+def state_bytes(state: Mapping[str, Any]) -> bytes:
+    return (json.dumps(state, indent=1, ensure_ascii=False) + "\n").encode()
