@@ -16,7 +16,7 @@ import click
 from quantkit import __version__
 from quantkit.errors import QuantkitError
 
-from . import build, demo, doctor, fit, inspect, plan, recipe, sizes, toolchain
+from . import build, demo, doctor, fit, inspect, plan, recipe, shards, sizes, toolchain
 
 INTERRUPTED = 130
 _TERMINATED = 143
@@ -38,6 +38,8 @@ for _command in (
     plan.plan,
     build.build,
     inspect.inspect,
+    shards.split,
+    shards.merge,
     recipe.recipe,
     sizes.sizes,
     fit.fit,
