@@ -16,7 +16,7 @@ from pathlib import Path
 
 from .copying import Opened, Progress, copy_range, write_at
 from .errors import OutputError, SourceError
-from .shards import Input, OutputFile, Range, ShardSet
+from .shards import Input, OutputFile, ShardSet
 
 
 def check_output(model: ShardSet, files: Sequence[OutputFile], force: bool = False) -> None:
@@ -58,6 +58,8 @@ def write(model: ShardSet, files: Sequence[OutputFile], progress: Progress | Non
             made = [(scratch / f"{file.path.name}.part", file.path) for file in files]
             for (temporary, _), file in zip(made, files, strict=True):
                 _write_file(temporary, file, sources, how, progress)
+            for temporary, _ in made:
+                _sync(temporary)
             sources.check_all()
             _publish(made, scratch)
             _sync(folder)
@@ -83,16 +85,26 @@ def _write_file(
         target = Opened(fd, file.path)  # messages name what was asked for
         os.ftruncate(fd, file.nbytes)
         for piece in file.ranges:
-            way = _copy(sources, piece, target, progress)
+            moved = _Moved(fd, piece.dst_offset, progress)
+            way = copy_range(sources.open(piece.file), piece.src_offset, target, piece.dst_offset, piece.nbytes, moved)
             how[way] = how.get(way, 0) + piece.nbytes
         write_at(target, 0, file.header)
-        os.fsync(fd)
     finally:
         os.close(fd)
 
 
-def _copy(sources: _Sources, piece: Range, target: Opened, progress: Progress | None) -> str:
-    return copy_range(sources.open(piece.file), piece.src_offset, target, piece.dst_offset, piece.nbytes, progress)
+class _Moved:
+    """Progress of a range: has the kernel start to write what was copied, so that syncing has little left to do."""
+
+    def __init__(self, fd: int, offset: int, progress: Progress | None) -> None:
+        self._fd, self._at, self._progress = fd, offset, progress
+
+    def __call__(self, nbytes: int) -> None:
+        # on dirty pages this begins their writing and does not wait; only clean ones would be dropped
+        os.posix_fadvise(self._fd, self._at, nbytes, os.POSIX_FADV_DONTNEED)
+        self._at += nbytes
+        if self._progress is not None:
+            self._progress(nbytes)
 
 
 class _Sources:
@@ -162,8 +174,8 @@ def _publish(made: Sequence[tuple[Path, Path]], scratch: Path) -> None:
         raise
 
 
-def _sync(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
     finally:

@@ -117,21 +117,9 @@ def merge(
 
 def _make(model: ShardSet, files: Sequence[OutputFile], dry_run: bool, quiet: bool, as_json: bool) -> None:
     """Write the files, unless it is a dry run, and say what was made."""
-    from tqdm import tqdm
-
-    from quantkit.shard_writer import write
-
     total, start, how = sum(file.nbytes for file in files), time.monotonic(), {}
     if not dry_run:
-        n = sum(piece.nbytes for file in files for piece in file.ranges)
-        # a line now and then where the bar cannot be redrawn
-        often = 0.1 if sys.stderr.isatty() else 10.0
-        with tqdm(total=n, unit="B", unit_scale=True, disable=quiet, mininterval=often, dynamic_ncols=True) as bar:
-
-            def progress(nbytes: int) -> None:
-                bar.update(nbytes)
-
-            how = write(model, files, progress)
+        how = _write(model, files, quiet)
     seconds = time.monotonic() - start
     if as_json:
         found = {
@@ -152,3 +140,22 @@ def _make(model: ShardSet, files: Sequence[OutputFile], dry_run: bool, quiet: bo
         click.echo("dry run: everything was checked, nothing was written")
     else:
         click.echo(f"{total / 2**30:.3f} GiB in {seconds:.1f} s by {' and '.join(how) or 'header only'}")
+
+
+def _write(model: ShardSet, files: Sequence[OutputFile], quiet: bool) -> dict[str, int]:
+    """Write the files with a progress bar, in bytes."""
+    from quantkit.shard_writer import write
+
+    if quiet:
+        return write(model, files)
+    from tqdm import tqdm
+
+    n = sum(piece.nbytes for file in files for piece in file.ranges)
+    # a line now and then where the bar cannot be redrawn
+    often = 0.1 if sys.stderr.isatty() else 10.0
+    with tqdm(total=n, unit="B", unit_scale=True, mininterval=often, dynamic_ncols=True) as bar:
+
+        def progress(nbytes: int) -> None:
+            bar.update(nbytes)
+
+        return write(model, files, progress)
