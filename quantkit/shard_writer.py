@@ -27,16 +27,11 @@ def check_output(model: ShardSet, files: Sequence[OutputFile], force: bool = Fal
     if not os.access(folder, os.W_OK):
         raise OutputError(f"{folder}: no permission to write there")
     for path in (file.path for file in files):
-        if path.is_dir():
-            raise OutputError(f"{path}: is a directory; give the name of the file to make")
         if not os.path.lexists(path):
             continue
         if path.exists() and any(path.samefile(source.path) for source in model.inputs):
             raise OutputError(f"{path}: is one of the files read and would be overwritten; choose another name")
-        if not force:
-            raise OutputError(f"{path}: exists; choose another name, or replace it with --force")
-        if not path.is_file():
-            raise OutputError(f"{path}: is no regular file and will not be replaced; choose another name")
+        _check_replaceable(path, force)
     need, free = sum(file.nbytes for file in files), shutil.disk_usage(folder).free
     if need > free:
         raise OutputError(
@@ -45,11 +40,22 @@ def check_output(model: ShardSet, files: Sequence[OutputFile], force: bool = Fal
         )
 
 
-def write(model: ShardSet, files: Sequence[OutputFile], progress: Progress | None = None) -> dict[str, int]:
+def _check_replaceable(path: Path, force: bool) -> None:
+    if path.is_dir():
+        raise OutputError(f"{path}: is a directory; give the name of the file to make")
+    if not force:
+        raise OutputError(f"{path}: exists; choose another name, or replace it with --force")
+    if not path.is_file():
+        raise OutputError(f"{path}: is no regular file and will not be replaced; choose another name")
+
+
+def write(
+    model: ShardSet, files: Sequence[OutputFile], progress: Progress | None = None, force: bool = False
+) -> dict[str, int]:
     """Make the files and give them their names. Returns the bytes moved by each way of copying.
 
     Raises SourceError if a file of the set has changed since its header was read, OutputError for what cannot
-    be written. The output is then as it was before.
+    be written, or if without `force` a name was taken meanwhile. The output is then as it was before.
     """
     folder = files[0].path.parent
     how: dict[str, int] = {}
@@ -61,7 +67,7 @@ def write(model: ShardSet, files: Sequence[OutputFile], progress: Progress | Non
             for temporary, _ in made:
                 _sync(temporary)
             sources.check_all()
-            _publish(made, scratch)
+            _publish(made, scratch, force)
             _sync(folder)
     except OSError as e:
         raise OutputError(f"{files[0].path}: {e.strerror or e}; nothing was changed: mend that and try again") from None
@@ -152,7 +158,7 @@ class _Sources:
         self._file = self._fd = -1
 
 
-def _publish(made: Sequence[tuple[Path, Path]], scratch: Path) -> None:
+def _publish(made: Sequence[tuple[Path, Path]], scratch: Path, force: bool) -> None:
     """Rename all, or none: files that are replaced are kept until the new ones have their names.
 
     The first shard goes first and comes last, so that at no moment new and old shards look like one model."""
@@ -161,6 +167,7 @@ def _publish(made: Sequence[tuple[Path, Path]], scratch: Path) -> None:
     try:
         for _, path in made:
             if os.path.lexists(path):
+                _check_replaceable(path, force)
                 os.replace(path, old / path.name)
         for temporary, path in reversed(made):
             os.replace(temporary, path)

@@ -82,7 +82,7 @@ def split(
         click.echo(f"note: merging these shards will not give {source} back byte for byte:", err=True)
         for note in model.notes:
             click.echo(f"  {note}", err=True)
-    _make(model, files, dry_run, quiet, as_json)
+    _make(model, files, force, dry_run, quiet, as_json)
 
 
 @click.command()
@@ -112,14 +112,14 @@ def merge(
     model = open_set(first)
     files = (plan_merge(model, output, gguf_split_compat),)
     check_output(model, files, force)
-    _make(model, files, dry_run, quiet, as_json)
+    _make(model, files, force, dry_run, quiet, as_json)
 
 
-def _make(model: ShardSet, files: Sequence[OutputFile], dry_run: bool, quiet: bool, as_json: bool) -> None:
+def _make(model: ShardSet, files: Sequence[OutputFile], force: bool, dry_run: bool, quiet: bool, as_json: bool) -> None:
     """Write the files, unless it is a dry run, and say what was made."""
     total, start, how = sum(file.nbytes for file in files), time.monotonic(), {}
     if not dry_run:
-        how = _write(model, files, quiet)
+        how = _write(model, files, force, quiet)
     seconds = time.monotonic() - start
     if as_json:
         found = {
@@ -142,12 +142,12 @@ def _make(model: ShardSet, files: Sequence[OutputFile], dry_run: bool, quiet: bo
         click.echo(f"{total / 2**30:.3f} GiB in {seconds:.1f} s by {' and '.join(how) or 'header only'}")
 
 
-def _write(model: ShardSet, files: Sequence[OutputFile], quiet: bool) -> dict[str, int]:
+def _write(model: ShardSet, files: Sequence[OutputFile], force: bool, quiet: bool) -> dict[str, int]:
     """Write the files with a progress bar, in bytes."""
     from quantkit.shard_writer import write
 
     if quiet:
-        return write(model, files)
+        return write(model, files, force=force)
     from tqdm import tqdm
 
     n = sum(piece.nbytes for file in files for piece in file.ranges)
@@ -158,4 +158,4 @@ def _write(model: ShardSet, files: Sequence[OutputFile], quiet: bool) -> dict[st
         def progress(nbytes: int) -> None:
             bar.update(nbytes)
 
-        return write(model, files, progress)
+        return write(model, files, progress, force)
