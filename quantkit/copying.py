@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from .errors import OutputError, SourceError
 
-#: bytes of one call; a caller that has each piece written to disk while the next is copied does best with this size
+#: bytes of one call: progress, interrupts and what the caller does after each piece come as often as this
 CHUNK = 1 << 23
 _BUFFER = 1 << 20
 _FICLONERANGE = 0x4020940D
