@@ -17,8 +17,8 @@ from typing import NamedTuple
 
 from .errors import OutputError, SourceError
 
-#: bytes of one call
-CHUNK = 1 << 25
+#: bytes of one call: progress, interrupts and what the caller does after each piece come as often as this
+CHUNK = 1 << 23
 _BUFFER = 1 << 20
 _FICLONERANGE = 0x4020940D
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS})

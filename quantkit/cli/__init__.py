@@ -16,7 +16,7 @@ import click
 from quantkit import __version__
 from quantkit.errors import QuantkitError
 
-from . import build, cache, demo, dequant, doctor, fit, inspect, plan, recipe, sizes, status, toolchain
+from . import build, cache, demo, dequant, doctor, fit, inspect, plan, recipe, shards, sizes, status, toolchain
 
 INTERRUPTED = 130
 _TERMINATED = 143
@@ -41,6 +41,8 @@ for _command in (
     cache.cache,
     dequant.dequant,
     inspect.inspect,
+    shards.split,
+    shards.merge,
     recipe.recipe,
     sizes.sizes,
     fit.fit,

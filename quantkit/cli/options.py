@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Sequence
+from fractions import Fraction
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import click
@@ -23,18 +24,19 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 class Size(_IntParam):
-    """50G, 500M, 4000K or plain bytes; decimal units, as in llama-gguf-split."""
+    """50G, 1.5M, 4000K or plain bytes; decimal units, as in llama-gguf-split, and decimals taken exactly."""
 
     name = "size"
-    _units: ClassVar[dict[str, int]] = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
+    _units: ClassVar[dict[str, int]] = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         if isinstance(value, int):
             return value
-        m = re.fullmatch(r"([0-9]{1,15})([KMG]?)", str(value).upper())
-        if m is None or int(m[1]) == 0:
-            self.fail(f"{value!r} is not a size such as 50G, 500M or 4000000 (G = 10^9 bytes)", param, ctx)
-        return int(m[1]) * self._units[m[2]]
+        m = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,12})?)([KMGT]?)", str(value).upper())
+        nbytes = Fraction(m[1]) * self._units[m[2]] if m else Fraction(0)
+        if nbytes == 0 or nbytes.denominator != 1:
+            self.fail(f"{value!r} is not a size such as 50G, 1.5G or 4000000 (G = 10^9 bytes)", param, ctx)
+        return int(nbytes)
 
 
 layout_option = click.option(
@@ -73,7 +75,7 @@ def source_options(command: F) -> F:
             click.option(
                 "--split-max-size",
                 type=Size(),
-                metavar="N[K|M|G]",
+                metavar="N[K|M|G|T]",
                 help="Split the output into shards of at most so much tensor data (G = 10^9 bytes).",
             ),
         ]

@@ -1,0 +1,161 @@
+"""quantkit split and merge: GGUF shards."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from .options import Size
+
+if TYPE_CHECKING:
+    from quantkit.shards import OutputFile, ShardSet
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _common(command: F) -> F:
+    """--force, --dry-run, --quiet, --json."""
+    for decorate in reversed(
+        [
+            click.option("--force", is_flag=True, help="Replace output files that exist."),
+            click.option("-n", "--dry-run", is_flag=True, help="Check everything, print the files; write nothing."),
+            click.option("-q", "--quiet", is_flag=True, help="No list of files, no progress; errors only."),
+            click.option("--json", "as_json", is_flag=True, help="The files as JSON on standard output."),
+        ]
+    ):
+        command = decorate(command)
+    return command
+
+
+@click.command()
+@click.argument("source", metavar="IN", type=click.Path(path_type=Path))
+@click.argument("prefix", metavar="OUTPREFIX")
+@click.option(
+    "--max-size",
+    type=Size(),
+    metavar="N[K|M|G|T]",
+    help="At most so much tensor data a shard (G = 10^9 bytes); a larger tensor gets a shard of its own. 1.5M is "
+    "1,500,000 bytes; llama-gguf-split takes it for 1M.",
+)
+@click.option("--max-tensors", type=click.IntRange(1), metavar="N", help="So many tensors a shard.  [default: 128]")
+@click.option("--no-tensor-first-split", is_flag=True, help="Put the metadata only into the first shard.")
+@_common
+def split(
+    source: Path,
+    prefix: str,
+    max_size: int | None,
+    max_tensors: int | None,
+    no_tensor_first_split: bool,
+    force: bool,
+    dry_run: bool,
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    """Split a GGUF into shards, as llama-gguf-split does to the byte.
+
+    IN is a GGUF, or the first of a set of shards, which is split anew without merging it first. The shards are
+    OUTPREFIX-00001-of-0000N.gguf and so on. IN is left as it is.
+
+    \b
+    quantkit split R1.gguf R1 --max-size 50G
+    quantkit split R1-00001-of-00003.gguf small/R1 --max-size 10G --dry-run
+    """
+    from quantkit.errors import OutputError
+    from quantkit.shard_writer import check_output
+    from quantkit.shards import DEFAULT_MAX_TENSORS, Limits, open_set, plan_split
+
+    if max_size is not None and max_tensors is not None:
+        raise click.UsageError("give --max-size or --max-tensors, not both")
+    if prefix.endswith(os.sep) or Path(prefix).name in ("", ".."):
+        raise OutputError(f"{prefix}: is a directory; give a prefix for the names, such as {Path(prefix) / 'model'}")
+    model = open_set(source)
+    files = plan_split(model, Path(prefix), Limits(max_tensors or DEFAULT_MAX_TENSORS, max_size, no_tensor_first_split))
+    check_output(model, files, force)
+    if model.notes and not quiet:
+        click.echo(f"note: merging these shards will not give {source} back byte for byte:", err=True)
+        for note in model.notes:
+            click.echo(f"  {note}", err=True)
+    _make(model, files, force, dry_run, quiet, as_json)
+
+
+@click.command()
+@click.argument("first", metavar="FIRST", type=click.Path(path_type=Path))
+@click.argument("output", metavar="OUT", type=click.Path(path_type=Path))
+@click.option(
+    "--gguf-split-compat",
+    is_flag=True,
+    help="Leave the split keys in the file as llama-gguf-split --merge does; the default is the file as it was before.",
+)
+@_common
+def merge(
+    first: Path, output: Path, gguf_split_compat: bool, force: bool, dry_run: bool, quiet: bool, as_json: bool
+) -> None:
+    """Merge the shards of a GGUF into the file that was split.
+
+    FIRST is the first shard; the others are found beside it. A shard that is missing, truncated or of another
+    set is refused. The shards are left as they are.
+
+    \b
+    quantkit merge R1-00001-of-00003.gguf R1.gguf
+    quantkit merge R1-00001-of-00003.gguf R1.gguf --gguf-split-compat
+    """
+    from quantkit.shard_writer import check_output
+    from quantkit.shards import open_set, plan_merge
+
+    model = open_set(first)
+    files = (plan_merge(model, output, gguf_split_compat),)
+    check_output(model, files, force)
+    _make(model, files, force, dry_run, quiet, as_json)
+
+
+def _make(model: ShardSet, files: Sequence[OutputFile], force: bool, dry_run: bool, quiet: bool, as_json: bool) -> None:
+    """Write the files, unless it is a dry run, and say what was made."""
+    total, start, how = sum(file.nbytes for file in files), time.monotonic(), {}
+    if not dry_run:
+        how = _write(model, files, force, quiet)
+    seconds = time.monotonic() - start
+    if as_json:
+        found = {
+            "files": [{"path": str(f.path), "bytes": f.nbytes, "tensors": f.n_tensors} for f in files],
+            "bytes": total,
+            "tensors": len(model.tensors),
+            "notes": list(model.notes),
+            "written": not dry_run,
+            "copied": how,
+        }
+        click.echo(json.dumps(found, indent=1, ensure_ascii=False))
+        return
+    if quiet:
+        return
+    for f in files:
+        click.echo(f"{f.path}  {f.nbytes:,} bytes, {f.n_tensors:,} tensor{'s' * (f.n_tensors != 1)}")
+    if dry_run:
+        click.echo("dry run: everything was checked, nothing was written")
+    else:
+        click.echo(f"{total / 2**30:.3f} GiB in {seconds:.1f} s by {' and '.join(how) or 'header only'}")
+
+
+def _write(model: ShardSet, files: Sequence[OutputFile], force: bool, quiet: bool) -> dict[str, int]:
+    """Write the files with a progress bar, in bytes."""
+    from quantkit.shard_writer import write
+
+    if quiet:
+        return write(model, files, force=force)
+    from tqdm import tqdm
+
+    n = sum(piece.nbytes for file in files for piece in file.ranges)
+    # a line now and then where the bar cannot be redrawn
+    often = 0.1 if sys.stderr.isatty() else 10.0
+    with tqdm(total=n, unit="B", unit_scale=True, mininterval=often, dynamic_ncols=True) as bar:
+
+        def progress(nbytes: int) -> None:
+            bar.update(nbytes)
+
+        return write(model, files, progress, force)

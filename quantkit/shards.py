@@ -1,0 +1,387 @@
+"""Shards of a GGUF: a set of them read and checked, and what splitting, splitting anew and merging make of it.
+
+Files are those of llama-gguf-split for the same options (tools/gguf-split/gguf-split.cpp), except where it
+is wrong: tensors above the limit have a shard of their own even when they come first, a set given by its
+first shard is split as the whole model, and a truncated or foreign shard is refused. Only headers, and
+the few bytes between tensors, are read here; shard_writer.py moves the data.
+
+Every shard has split.no, split.tensors.count and split.count; the first has all other keys. Nothing
+else ties a set together. So a shard is known to be foreign by its name, its numbers, its tensors (twice or
+missing), or a key that the first has with another value. One of another build of the same model that holds the
+same tensors cannot be told from the right one.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from .errors import DamageError, OutputError, SourceError
+from .gguf_format import (
+    ALIGNMENT,
+    I32,
+    INTEGERS,
+    KV,
+    TYPE_NAMES,
+    U16,
+    VERSION,
+    Header,
+    PrefixTooShortError,
+    TensorInfo,
+    decode,
+    header_bytes,
+    kv,
+    pad,
+    parse_header,
+)
+
+SPLIT_KEYS = ("split.no", "split.tensors.count", "split.count")
+MAX_SHARDS = 65535
+DEFAULT_MAX_TENSORS = 128
+
+_NAME = re.compile(r"(?P<prefix>.*)-(?P<no>\d{5,})-of-(?P<count>\d{5,})\.gguf", re.S)
+_FIRST_READ = 1 << 20
+#: a header is parsed before the length of its file is judged, so that a truncated one can be told by its numbers
+_ANY_LENGTH = 1 << 62
+#: bytes between two tensors that are looked at; there are fewer than the alignment
+_MAX_GAP = 1 << 16
+
+
+class Input(NamedTuple):
+    """A file of a set, as it was when its header was read. `mtime_ns` and `inode` tell whether it still is."""
+
+    path: Path
+    nbytes: int
+    mtime_ns: int
+    inode: int
+
+
+class Stored(NamedTuple):
+    """A tensor in a file of a set. `zeros` is how many bytes, all zero, lie between it and what comes next."""
+
+    file: int
+    info: TensorInfo
+    zeros: int
+
+
+@dataclass(frozen=True)
+class ShardSet:
+    """A model in one file or in several, checked."""
+
+    inputs: tuple[Input, ...]
+    kvs: tuple[KV, ...]
+    """of the first file, the split keys too"""
+    tensors: tuple[Stored, ...]
+    alignment: int
+    """of the first file, which alone has general.alignment; the others have 32"""
+    notes: tuple[str, ...]
+    """why merging what this is split into will not give the same bytes; empty for shards"""
+
+    @property
+    def own_kvs(self) -> tuple[KV, ...]:
+        """The keys of the model itself."""
+        return tuple(item for item in self.kvs if item.key not in SPLIT_KEYS)
+
+
+class Range(NamedTuple):
+    """Bytes to copy: from a file of the set to an offset of the output."""
+
+    file: int
+    src_offset: int
+    dst_offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class OutputFile:
+    """A file to make: the header, the data copied from elsewhere, zeros where nothing is copied."""
+
+    path: Path
+    header: bytes
+    ranges: tuple[Range, ...]
+    nbytes: int
+    n_tensors: int
+
+
+class Limits(NamedTuple):
+    """How to cut: at `max_bytes` of tensor data a shard if given (each tensor padded to 32, headers not
+    counted), else after every `max_tensors` tensors. `no_tensor_first` puts a shard with the keys only before."""
+
+    max_tensors: int = DEFAULT_MAX_TENSORS
+    max_bytes: int | None = None
+    no_tensor_first: bool = False
+
+
+# ---------------------------------------------------------------- reading
+
+
+def shard_name(prefix: str, no: int, count: int) -> str:
+    """llama.cpp's name of shard `no`, counted from 0 (llama_split_path)."""
+    return f"{prefix}-{no + 1:05d}-of-{count:05d}.gguf"
+
+
+def open_set(first: Path) -> ShardSet:
+    """Read the headers of a GGUF: of one file, or of all shards when the first of them is given.
+
+    Raises SourceError for what is missing, malformed or not the first shard, DamageError for a shard that is
+    truncated, too long, or of another set.
+    """
+    opened, header, raw = _read(first)
+    split = _split(first, header)
+    count = split.get("split.count", 0)
+    if count <= 1:
+        stored = _stored(0, opened, header)
+        _check_length(opened, header, 1, 1, exact=False)
+        notes = tuple(_notes(opened, header, raw, stored, split))
+        return ShardSet((opened,), header.kvs, stored, header.alignment, notes)
+    prefix = _prefix(first, split.get("split.no", 0), count)
+    inputs, tensors = [opened], list(_stored(0, opened, header))
+    _check_length(opened, header, 1, count)
+    for no in range(1, count):
+        path = first.with_name(shard_name(prefix, no, count))
+        if not path.exists():
+            raise SourceError(f"{path}: shard {no + 1} of {count} is missing; get it and put it beside the first")
+        other, its, _ = _read(path)
+        _check_same_set(path, no, split, _split(path, its), header.kvs, its.kvs)
+        _check_length(other, its, no + 1, count)
+        inputs.append(other)
+        tensors += _stored(no, other, its)
+    _check_tensors(inputs, tensors, split)
+    return ShardSet(tuple(inputs), header.kvs, tuple(tensors), header.alignment, ())
+
+
+def _read(path: Path) -> tuple[Input, Header, bytes]:
+    """A file, its header, and the bytes of that."""
+    try:
+        with open(path, "rb", opener=lambda p, flags: os.open(p, flags | os.O_NONBLOCK)) as file:
+            info = os.fstat(file.fileno())
+            if not stat.S_ISREG(info.st_mode):
+                raise SourceError(f"{path}: is not a regular file")
+            n = _FIRST_READ
+            while True:
+                prefix = os.pread(file.fileno(), n, 0)
+                try:
+                    header = parse_header(str(path), prefix, _ANY_LENGTH)
+                    break
+                except PrefixTooShortError as e:
+                    if len(prefix) < n:
+                        raise DamageError(
+                            f"{path}: is truncated: the file ends at {info.st_size:,}, inside its header, which needs "
+                            f"{e.needed:,} bytes or more; get it again"
+                        ) from None
+                    n *= 4
+    except OSError as e:
+        raise SourceError(f"{path}: cannot be read: {e.strerror or e}") from None
+    return Input(path, info.st_size, info.st_mtime_ns, info.st_ino), header, prefix[: header.data_offset]
+
+
+def _split(path: Path, header: Header) -> dict[str, int]:
+    found = {}
+    for item in header.kvs:
+        if item.key in SPLIT_KEYS:
+            if item.type not in INTEGERS:
+                raise SourceError(f"{path}: {item.key} is of type {TYPE_NAMES[item.type]}, not an integer")
+            found[item.key] = int(decode(item))
+    return found
+
+
+def _prefix(first: Path, no: int, count: int) -> str:
+    """The prefix of the names of a set. Raises SourceError unless the name is the first shard's."""
+    if count > MAX_SHARDS:
+        raise SourceError(f"{first}: split.count says {count:,} shards, more than {MAX_SHARDS:,}; get it again")
+    m = _NAME.fullmatch(first.name)
+    if no != 0 or (m and int(m["no"]) != 1):
+        want = shard_name(m["prefix"], 0, count) if m else "the one with split.no = 0"
+        raise SourceError(f"{first}: this is shard {no + 1} of {count}; give the first, {want}")
+    if not m or first.name != shard_name(m["prefix"], 0, count):
+        raise SourceError(
+            f"{first}: is the first of {count} shards, but not named …{shard_name('', 0, count)}; give it and the "
+            "others their names back"
+        )
+    return m["prefix"]
+
+
+def _stored(file: int, opened: Input, header: Header) -> tuple[Stored, ...]:
+    """The tensors in the order of the header, each with the zeros that follow its data."""
+    starts = sorted(t.offset for t in header.tensors)
+    following = dict(zip(starts, [*starts[1:], opened.nbytes], strict=True)) if starts else {}
+    gaps = {t.name: following[t.offset] - t.offset - t.nbytes for t in header.tensors}
+    zeros = {}
+    if any(0 < gap <= _MAX_GAP for gap in gaps.values()):
+        try:
+            with open(opened.path, "rb") as f:
+                for t in header.tensors:
+                    n = gaps[t.name]
+                    if 0 < n <= _MAX_GAP and os.pread(f.fileno(), n, t.offset + t.nbytes) == bytes(n):
+                        zeros[t.name] = n
+        except OSError as e:
+            raise SourceError(f"{opened.path}: cannot be read: {e.strerror or e}") from None
+    return tuple(Stored(file, t, zeros.get(t.name, 0)) for t in header.tensors)
+
+
+# ---------------------------------------------------------------- checks
+
+
+def _check_length(opened: Input, header: Header, no: int, count: int, exact: bool = True) -> None:
+    """The file has all its data and, if `exact`, nothing else; the padding after the last tensor may be missing."""
+    end = max((t.offset + t.nbytes for t in header.tensors), default=header.data_offset - header.alignment + 1)
+    whole = header.data_offset + pad(max(end - header.data_offset, 0), header.alignment)
+    what = f"shard {no} of {count} " if count > 1 else ""
+    if opened.nbytes < end:
+        raise DamageError(
+            f"{opened.path}: {what}is truncated: by its header it has {whole:,} bytes, found are {opened.nbytes:,}, "
+            f"{whole - opened.nbytes:,} less; get it again"
+        )
+    if exact and opened.nbytes > whole:
+        raise DamageError(
+            f"{opened.path}: {what}is too long: by its header it has {whole:,} bytes, found are {opened.nbytes:,}, "
+            f"{opened.nbytes - whole:,} more; get it again"
+        )
+
+
+def _check_same_set(
+    path: Path, no: int, first: dict[str, int], own: dict[str, int], first_kvs: Sequence[KV], kvs: Sequence[KV]
+) -> None:
+    """Everything by which the header of a later shard can contradict its name and the first shard."""
+    count, total = first["split.count"], first.get("split.tensors.count")
+    if own.get("split.no") != no or own.get("split.count") != count:
+        says = ", ".join(f"{k} {v}" for k, v in own.items()) or "nothing"
+        raise DamageError(
+            f"{path}: its name says shard {no + 1} of {count} (split.no {no}), but its split keys say {says}; it is "
+            "another shard under this name: get the right one"
+        )
+    if own.get("split.tensors.count", total) != total:
+        raise DamageError(
+            f"{path}: is of another set: it says the model has {own['split.tensors.count']:,} tensors, the first shard "
+            f"says {total}; get the shards of one build"
+        )
+    firsts = {item.key: item for item in first_kvs}
+    for item in kvs:
+        if item.key not in SPLIT_KEYS and item.key in firsts and item != firsts[item.key]:
+            shown = f"'{decode(item)}', not '{decode(firsts[item.key])}'"
+            raise DamageError(
+                f"{path}: is of another set: its {item.key} is {shown if len(shown) < 200 else 'another'} as in the "
+                "first shard; get the shards of one build"
+            )
+
+
+def _check_tensors(inputs: Sequence[Input], tensors: Sequence[Stored], split: dict[str, int]) -> None:
+    seen: dict[str, int] = {}
+    for t in tensors:
+        before = seen.setdefault(t.info.name, t.file)
+        if before != t.file:
+            raise DamageError(
+                f"{inputs[t.file].path}: '{t.info.name}' is also in {inputs[before].path.name}: shards "
+                f"{before + 1} and {t.file + 1} are not of one set; get the shards of one build"
+            )
+    total = split.get("split.tensors.count")
+    if total is not None and total != len(tensors):
+        raise DamageError(
+            f"{inputs[0].path}: split.tensors.count says {total:,} tensors, its {len(inputs)} shards hold "
+            f"{len(tensors):,}; get the shards of one build"
+        )
+
+
+def _notes(opened: Input, header: Header, raw: bytes, stored: Sequence[Stored], split: dict[str, int]) -> list[str]:
+    """What of a single file its shards cannot keep, nor llama-gguf-split's."""
+    notes = []
+    if split:
+        keys = ", ".join(k for k in SPLIT_KEYS if k in split)
+        notes.append(f"it has {keys}, as llama-gguf-split --merge leaves them; `quantkit merge` writes them with "
+                     "--gguf-split-compat only")  # fmt: skip
+    made = _file(opened.path, header.kvs, stored, header.alignment)
+    n_data = made.nbytes - len(made.header)
+    in_place = opened.nbytes == header.data_offset + n_data and (
+        not stored or (len(made.ranges) == 1 and stored[-1].zeros == n_data - made.ranges[0].nbytes)
+    )
+    if not in_place:
+        notes.append("its data is not as llama.cpp lays it out: in the order of the header, padded with zeros, nothing "
+                     "between or after")  # fmt: skip
+    if header.version != VERSION:
+        notes.append(f"it is GGUF version {header.version}, what is written is version {VERSION}")
+    elif in_place and made.header != raw:
+        notes.append("its header is not as llama.cpp writes it: it states trailing dimensions of 1, or is padded with "
+                     "something else than zeros")  # fmt: skip
+    return notes
+
+
+# ---------------------------------------------------------------- planning
+
+
+def groups(sizes: Sequence[int], limits: Limits) -> list[tuple[int, int]]:
+    """The shards of tensors of these sizes in bytes, each as the first index and the one after the last."""
+    starts, current = [0], 0
+    for i, nbytes in enumerate(sizes):
+        n = pad(nbytes)
+        if limits.max_bytes is None:
+            full = i > 0 and i % limits.max_tensors == 0
+        else:
+            full = i > starts[-1] and current + n > limits.max_bytes
+        if full:
+            starts.append(i)
+            current = 0
+        current += n
+    cut = list(zip(starts, [*starts[1:], len(sizes)], strict=True))
+    return [(0, 0), *cut] if limits.no_tensor_first else cut
+
+
+def plan_split(model: ShardSet, prefix: Path, limits: Limits) -> tuple[OutputFile, ...]:
+    """The shards of a model. Raises OutputError for more than can be numbered."""
+    cut = groups([t.info.nbytes for t in model.tensors], limits)
+    count = len(cut)
+    if count > MAX_SHARDS:
+        raise OutputError(f"{prefix}: these limits make {count:,} shards, more than {MAX_SHARDS:,}; raise the limit")
+    out = []
+    for no, (start, stop) in enumerate(cut):
+        own = [
+            kv("split.no", U16, no),
+            kv("split.tensors.count", I32, len(model.tensors)),
+            kv("split.count", U16, count),
+        ]
+        kvs = [*model.own_kvs, *own] if no == 0 else own
+        path = prefix.with_name(shard_name(prefix.name, no, count))
+        out.append(_file(path, kvs, model.tensors[start:stop], model.alignment if no == 0 else ALIGNMENT))
+    return tuple(out)
+
+
+def plan_merge(model: ShardSet, out: Path, gguf_split_compat: bool = False) -> OutputFile:
+    """The one file of a set: as it was before the split, or with the split keys as llama-gguf-split --merge
+    leaves them (split.count last, and 0). Raises SourceError for a file that was never split."""
+    if not any(item.key in SPLIT_KEYS for item in model.kvs):
+        raise SourceError(f"{model.inputs[0].path}: is one whole file, not a shard: there is nothing to merge")
+    kvs = model.own_kvs
+    if gguf_split_compat:
+        kvs = (*(item for item in model.kvs if item.key != "split.count"), kv("split.count", U16, 0))
+    return _file(out, kvs, model.tensors, model.alignment)
+
+
+def _file(path: Path, kvs: Sequence[KV], tensors: Sequence[Stored], alignment: int) -> OutputFile:
+    """A file of these keys and tensors. Tensors that follow each other here as there are one range."""
+    infos, at = [], 0
+    for t in tensors:
+        infos.append((t.info.name, t.info.shape, t.info.type, at))
+        at += pad(t.info.nbytes, alignment)
+    header = header_bytes(kvs, infos, alignment)
+    ranges: list[Range] = []
+    zeros = 0
+    for t, (_, _, _, offset) in zip(tensors, infos, strict=True):
+        made = Range(t.file, t.info.offset, len(header) + offset, t.info.nbytes)
+        if ranges and (joined := _joined(ranges[-1], made, zeros)):
+            ranges[-1] = joined
+        else:
+            ranges.append(made)
+        zeros = t.zeros
+    return OutputFile(path, header, tuple(ranges), len(header) + at, len(tensors))
+
+
+def _joined(a: Range, b: Range, zeros: int) -> Range | None:
+    """One range for two if the same bytes, all zero, lie between them in both files."""
+    gap = b.src_offset - a.src_offset - a.nbytes
+    if a.file != b.file or gap < 0 or gap > zeros or gap != b.dst_offset - a.dst_offset - a.nbytes:
+        return None
+    return Range(a.file, a.src_offset, a.dst_offset, b.src_offset + b.nbytes - a.src_offset)
