@@ -280,8 +280,8 @@ QK_INLINE void tile_q3_k(const float* const* xs, const float* const* ws, uint8_t
         d = block.scale;
     } else {
         F amax{}, max_scale{};
-        for (int j = 0; j < 16; j += 2)
-            search_q3<16, 4, 2>(x + 16 * j, found_level + 16 * j, scales + j, found_zero + j);
+        for (int j = 0; j < 16; j += 1)
+            search_q3<16, 4, 1>(x + 16 * j, found_level + 16 * j, scales + j, found_zero + j);
         for (int j = 0; j < 16; ++j) {
             const F a = abs_of(scales[j]);
             const I more = I(a > amax);

@@ -371,13 +371,12 @@ QK_INLINE void search_q3(const F* x, F* level, F* scale, I* zero) {
     struct Value {
         F w, wx, term, square, below, above;
     } values[GROUPS][N];
-    F sumlx_of[GROUPS], suml2_of[GROUPS];
+    F sumlx[GROUPS] = {}, suml2[GROUPS] = {};
     for (int g = 0; g < GROUPS; ++g) {
         F mx, amax;
         extreme<N>(x + g * N, &mx, &amax);
         zero[g] = I(amax < GROUP_MAX_EPS);
         const F iscale = -static_cast<float>(NMAX) / mx;
-        F sumlx{}, suml2{};
         for (int i = 0; i < N; ++i) {
             Value& v = values[g][i];
             const F xi = x[g * N + i];
@@ -389,58 +388,64 @@ QK_INLINE void search_q3(const F* x, F* level, F* scale, I* zero) {
             v.wx = v.w * xi;
             v.term = v.wx * l;
             v.square = v.w * l * l;
-            sumlx += v.term;
-            suml2 += v.square;
+            sumlx[g] += v.term;
+            suml2[g] += v.square;
             v.below = l - 0.499f;
             v.above = u + 0.499f;
         }
-        sumlx_of[g] = sumlx;
-        suml2_of[g] = suml2;
     }
+    M running[GROUPS];
+    bool certain[GROUPS];
     for (int g = 0; g < GROUPS; ++g) {
-        F sumlx = sumlx_of[g], suml2 = suml2_of[g];
-        M running = less(F{}, sumlx) & ~mask_of(zero[g]);
-        bool certain = !any(M(running & less(sumlx, splat(0x1p-100f))));
-        for (int pass = 0; pass < 5 && any(running); ++pass) {
-            const uint32_t mine = lanes_of(running);
-            if (pass > 0 && certain) {
+        running[g] = less(F{}, sumlx[g]) & ~mask_of(zero[g]);
+        certain[g] = !any(M(running[g] & less(sumlx[g], splat(0x1p-100f))));
+    }
+    for (int pass = 0; pass < 5; ++pass) {
+        M changed[GROUPS] = {};
+        uint32_t mine[GROUPS], some = 0;
+        for (int g = 0; g < GROUPS; ++g) {
+            mine[g] = lanes_of(running[g]);
+            if (pass > 0 && mine[g] && certain[g]) {
                 M all = ~M{};
                 for (int i = 0; i < N; ++i) {
                     const Value& v = values[g][i];
-                    const F slx = sumlx - v.term, p = x[g * N + i] * (suml2 - v.square);
+                    const F slx = sumlx[g] - v.term, p = x[g * N + i] * (suml2[g] - v.square);
                     all &= less(v.below * slx, p) & less(p, v.above * slx);
                 }
-                if ((lanes_of(all) & mine) == mine) break;
+                if ((lanes_of(all) & mine[g]) == mine[g]) mine[g] = 0, running[g] = M{};
             }
-            M changed{};
-            for (int i = 0; i < N; ++i) {
+            some |= mine[g];
+        }
+        if (!some) break;
+        for (int i = 0; i < N; ++i)
+            for (int g = 0; g < GROUPS; ++g) {
                 Value& v = values[g][i];
-                F slx = sumlx - v.term;
-                F sl2 = suml2 - v.square;
+                F slx = sumlx[g] - v.term;
+                F sl2 = suml2[g] - v.square;
                 const F p = x[g * N + i] * sl2;
                 const M same = less(v.below * slx, p) & less(p, v.above * slx);
-                if (certain && (lanes_of(same) & mine) == mine) continue;
-                const M candidate = running & less(F{}, slx);
+                if ((lanes_of(same) & mine[g]) == mine[g] && (certain[g] || !mine[g])) continue;
+                const M candidate = running[g] & less(F{}, slx);
                 const F next = nearest_clamped(p / slx, LOW, HIGH);
                 slx += v.wx * next;
                 sl2 += v.w * next * next;
                 const M take = candidate & differ(next, level[g * N + i]) & less(F{}, sl2) &
-                               less(sumlx * sumlx * sl2, slx * slx * suml2);
+                               less(sumlx[g] * sumlx[g] * sl2, slx * slx * suml2[g]);
                 const F l = select(take, next, level[g * N + i]);
                 level[g * N + i] = l;
                 v.term = v.wx * l;
                 v.square = v.w * l * l;
                 v.below = l - 0.499f;
                 v.above = select(take, next + 0.499f, v.above);
-                sumlx = select(take, slx, sumlx);
-                suml2 = select(take, sl2, suml2);
-                certain = certain && !any(M(running & less(sumlx, splat(0x1p-100f))));
-                changed |= take;
+                sumlx[g] = select(take, slx, sumlx[g]);
+                suml2[g] = select(take, sl2, suml2[g]);
+                certain[g] = certain[g] && !any(M(running[g] & less(sumlx[g], splat(0x1p-100f))));
+                changed[g] |= take;
             }
-            running &= changed;
-        }
-        scale[g] = select(zero[g] | ~I(suml2 > 0.0f), F{}, sumlx / suml2);
+        for (int g = 0; g < GROUPS; ++g) running[g] &= changed[g];
     }
+    for (int g = 0; g < GROUPS; ++g)
+        scale[g] = select(zero[g] | ~I(suml2[g] > 0.0f), F{}, sumlx[g] / suml2[g]);
 }
 
 }  // namespace quantkit::QK_ISA
