@@ -73,6 +73,21 @@ QK_INLINE void symmetric_levels(const F* x, F d, Found found, I* level) {
         for (int i = 0; i < N; ++i) level[i] = select(none, found(x[i], i), level[i]);
 }
 
+// The same levels as bytes, four a word.
+template <int N, int NMAX, typename Found>
+QK_INLINE void symmetric_words(const F* x, F d, Found found, I* words) {
+    constexpr int ZERO = 0x00400000;
+    const I none = I(d == 0.0f);
+    const bool some = any(none);
+    for (int i = 0; i < N; i += 4) {
+        I l[4];
+        for (int k = 0; k < 4; ++k) l[k] = (bits_of(x[i + k] / d + 12582912.0f) & 0x007fffff) - (ZERO - NMAX);
+        if (some)
+            for (int k = 0; k < 4; ++k) l[k] = select(none, found(x[i + k], i + k), l[k]);
+        words[i / 4] = clamped_bytes<2 * NMAX - 1>(l[0], l[1], l[2], l[3]);
+    }
+}
+
 // Two-bit fields of 256 levels: byte l of half h has levels 128h + l, +32, +64, +96.
 QK_INLINE void store_two_bits(const I* level, uint8_t* const* y, int offset) {
     I words[16];
@@ -245,7 +260,7 @@ template <bool WEIGHTS>
 QK_INLINE void tile_q3_k(const float* const* xs, const float* const* ws, uint8_t* const* y) {
     alignas(64) F x[QK_K];
     load_lanes<QK_K>(xs, x);
-    I level[QK_K], ls[16];
+    I ls[16];
     F scales[16], d;
     Symmetric found[WEIGHTS ? 16 : 1];
     F found_level[WEIGHTS ? 1 : QK_K];
@@ -259,13 +274,14 @@ QK_INLINE void tile_q3_k(const float* const* xs, const float* const* ws, uint8_t
             found[j] = search_symmetric<16, 4, true>(x + 16 * j, w + 16 * j);
             scales[j] = found[j].scale;
         }
-        const Symmetric block = search_symmetric<16, 32, true, false>(scales, sw);
+        const Symmetric block = all_finite<16>(scales) ? search_symmetric<16, 32, true>(scales, sw)
+                                                       : search_symmetric<16, 32, true, false>(scales, sw);
         for (int j = 0; j < 16; ++j) ls[j] = levels_of<32>(block, scales[j]);
         d = block.scale;
     } else {
         F amax{}, max_scale{};
-        for (int j = 0; j < 16; j += 2)
-            search_q3<16, 4, 2>(x + 16 * j, found_level + 16 * j, scales + j, found_zero + j);
+        for (int j = 0; j < 16; j += 1)
+            search_q3<16, 4, 1>(x + 16 * j, found_level + 16 * j, scales + j, found_zero + j);
         for (int j = 0; j < 16; ++j) {
             const F a = abs_of(scales[j]);
             const I more = I(a > amax);
@@ -291,6 +307,7 @@ QK_INLINE void tile_q3_k(const float* const* xs, const float* const* ws, uint8_t
             q[j - 8] |= (ls[j] & 0xf) << 4;
         q[8 + j % 4] |= ((ls[j] >> 4) & 3) << (2 * (j / 4));
     }
+    I hmask[8] = {}, qs[16] = {};
     for (int j = 0; j < 16; ++j) {
         const auto kept = [&](F at, int i) QK_LAMBDA {
             if constexpr (WEIGHTS)
@@ -298,17 +315,16 @@ QK_INLINE void tile_q3_k(const float* const* xs, const float* const* ws, uint8_t
             else
                 return select(found_zero[j], I{}, nearest_int(found_level[16 * j + i]) + 4);
         };
-        symmetric_levels<16, 4>(x + 16 * j, fd * to_float((ls[j] & 63) - 32), kept, level + 16 * j);
+        I words[4];
+        symmetric_words<16, 4>(x + 16 * j, fd * to_float((ls[j] & 63) - 32), kept, words);
+        for (int t = 0; t < 4; ++t) {
+            const int at = 4 * (j % 2) + t;  // of the 8 words that 32 values make
+            hmask[at] |= (words[t] >> 2 & 0x01010101) << (j / 2);
+            qs[8 * (j / 8) + at] |= (words[t] & 0x03030303) << (2 * (j / 2 % 4));
+        }
     }
-    I high[32] = {};
-    for (int k = 0; k < QK_K; ++k) {
-        high[k % 32] |= (level[k] >> 2) << (k / 32);
-        level[k] &= 3;
-    }
-    I hmask[8];
-    for (int t = 0; t < 8; ++t) hmask[t] = bytes(high[4 * t], high[4 * t + 1], high[4 * t + 2], high[4 * t + 3]);
     store_lanes<8>(hmask, y, 0);
-    store_two_bits(level, y, 32);
+    store_lanes<16>(qs, y, 32);
     for (int i = 0; i < 3; ++i) store_word(bytes(q[4 * i], q[4 * i + 1], q[4 * i + 2], q[4 * i + 3]), y, 96 + 4 * i);
     store_word(hd, y, 108, 2);
 }

@@ -1,6 +1,7 @@
 // The scale searches of ggml's K types, LANES groups at once. Each function names the ggml function whose
 // bytes it reproduces (ggml/src/ggml-quants.c); the order of every float operation is that function's.
 #pragma once
+#include <cfloat>
 #include <type_traits>
 
 #include "lanes.h"
@@ -226,6 +227,17 @@ QK_INLINE void extreme(const F* x, F* mx, F* amax) {
     *amax = max_of(a[1], a[0]);
 }
 
+template <int N>
+QK_INLINE bool all_finite(const F* x) {
+    F most{};
+    I nan{};
+    for (int i = 0; i < N; ++i) {
+        most = max_of(abs_of(x[i]), most);
+        nan |= I(x[i] != x[i]);
+    }
+    return !any(nan | I(most > FLT_MAX));
+}
+
 // What search_symmetric found: levels follow from `kept`.
 struct Symmetric {
     F scale;
@@ -239,36 +251,52 @@ QK_INLINE I levels_of(const Symmetric& s, F x) {
     return select(s.zero, I{}, l + NMAX);
 }
 
-// For S inverse scales side by side: the sums of w*x*l and w*l*l over N values, l = iscale * x rounded and clamped.
-template <int N, int NMAX, int S, bool FINITE>
-QK_INLINE void symmetric_sums(const F* x, const F* wx, const F* w, const F* iscale, bool limit_low, bool limit_high,
-                              F* sumlx, F* suml2) {
+// For S inverse scales side by side: the sums of w*x*l and w*l*l over N values, l = iscale * x rounded; where LIMIT,
+// also clamped.
+template <int N, int NMAX, int S, bool LIMIT>
+QK_INLINE void symmetric_sums(const F* x, const F* wx, const F* w, const F* iscale, F* sumlx, F* suml2) {
     constexpr float MAGIC = 12582912.0f;
     F slx[S] = {}, sl2[S] = {};
+#pragma GCC unroll 4  // all of them at once do not fit the registers
     for (int i = 0; i < N; ++i)
         for (int s = 0; s < S; ++s) {
             F l;
-            if constexpr (FINITE) {
-                l = (iscale[s] * x[i] + MAGIC) - MAGIC;
-                if (limit_high) l = min_of(splat(static_cast<float>(NMAX - 1)), l);
-                if (limit_low) l = max_of(splat(-static_cast<float>(NMAX)), l);
-            } else {
+            if constexpr (LIMIT)
                 l = nearest_clamped(iscale[s] * x[i], -NMAX, NMAX - 1);
-            }
+            else
+                l = (iscale[s] * x[i] + MAGIC) - MAGIC;
             slx[s] += wx[i] * l;
             sl2[s] += w[i] * l * l;
         }
     for (int s = 0; s < S; ++s) sumlx[s] = slx[s], suml2[s] = sl2[s];
 }
 
+// What ggml divides by the largest value for its step `is`, -9..9.
+template <int NMAX>
+struct Numerators {
+    float of_step[19] = {};
+    constexpr Numerators() {
+        for (int is = -9; is <= 9; ++is) of_step[9 + is] = -(static_cast<float>(NMAX) + 0.1f * static_cast<float>(is));
+    }
+};
+
 // make_qx_quants with rmse_type 1 (N values, levels 0..2*NMAX-1 around NMAX); weights w, or x*x where w is null.
 //
-// Every product iscale * x here is within NMAX + 0.9 (and rounding) of 0, since |x| <= |mx| and |mx| >= 1e-15 (other
-// groups are dropped): levels are rounded in float, and steps that cannot pass a limit do not clamp there. That needs
-// finite x; where x may be Inf or NaN (scales whose sums overflowed), FINITE is false.
+// FINITE says that all x are. Then, with a = |iscale| and y = x with the sign of iscale * x, every product a * y is
+// within NMAX + 0.9 (and rounding) of 0, since |x| <= |mx| and |mx| >= 1e-15 (other groups are dropped), and levels
+// are rounded in float. They need no clamping where y is clamped once for many steps: a is (NMAX + 0.1 * is) / |mx|,
+// and h = c * |mx| makes a * h another number between NMAX - 1.5 and NMAX - 0.5 at each of these steps, so a y up to
+// h gives a level up to NMAX - 1, and what is above h gives at least NMAX - 1, as h does. The same below, where a
+// level under -NMAX needs is > 0.
 template <int N, int NMAX, bool WEIGHTS, bool FINITE = true>
 QK_INLINE Symmetric search_symmetric(const F* x, const F* weights) {
-    constexpr int S = LANES >= 16 ? 4 : 2;  // steps side by side
+    constexpr int S = 3;  // steps side by side
+    constexpr float MAX = NMAX;
+    constexpr float HIGH[2] = {(MAX - 1) / (MAX - 0.45f), (MAX - 1) / (MAX + 0.5f)};  // is <= 0, is > 0
+    constexpr float LOW = -MAX / (MAX + 0.5f);
+    static_assert((MAX - 0.9f) * HIGH[0] > MAX - 1.45f && MAX * HIGH[0] < MAX - 0.55f, "a level is 0.05 from the next");
+    static_assert((MAX + 0.1f) * HIGH[1] > MAX - 1.45f && (MAX + 0.9f) * HIGH[1] < MAX - 0.55f, "with is > 0");
+    static_assert((MAX + 0.1f) * LOW < 0.45f - MAX && (MAX + 0.9f) * LOW > -0.45f - MAX, "and the lowest one");
     F mx, amax;
     extreme<N>(x, &mx, &amax);
     Symmetric out;
@@ -279,19 +307,31 @@ QK_INLINE Symmetric search_symmetric(const F* x, const F* weights) {
         wx[i] = (WEIGHTS ? weights[i] : square[i]) * x[i];
     }
     const F* w = WEIGHTS ? weights : square;
+    F y[2][FINITE ? N : 1];  // of the steps to 0 and of those above
+    const I flip = FINITE ? ~bits_of(mx) & INT32_MIN : I{};
+    if constexpr (FINITE)
+        for (int i = 0; i < N; ++i) {
+            const F yi = float_of(bits_of(x[i]) ^ flip);
+            y[0][i] = min_of(HIGH[0] * amax, yi);
+            y[1][i] = max_of(LOW * amax, min_of(HIGH[1] * amax, yi));
+        }
+    static constexpr Numerators<NMAX> NUMERATORS;
     F best;
     // ggml's is = 0 is the scale it starts from; the others follow in order
-    const auto steps = [&](auto count, int first, bool limit_low, bool limit_high) QK_LAMBDA {
+    const auto steps = [&](auto count, int first, int is) QK_LAMBDA {
         constexpr int C = decltype(count)::value;
         F iscale[C], sumlx[C], suml2[C];
-        for (int s = 0; s < C; ++s) {
-            const int at = first + s, is = at == 0 ? 0 : at < 10 ? at - 10 : at - 9;
-            iscale[s] = -(static_cast<float>(NMAX) + 0.1f * static_cast<float>(is)) / mx;
+        for (int s = 0; s < C; ++s) iscale[s] = NUMERATORS.of_step[9 + is + s] / mx;
+        if constexpr (FINITE) {
+            F a[C];
+            for (int s = 0; s < C; ++s) a[s] = abs_of(iscale[s]);
+            symmetric_sums<N, NMAX, C, false>(y[is > 0], wx, w, a, sumlx, suml2);
+        } else {
+            symmetric_sums<N, NMAX, C, true>(x, wx, w, iscale, sumlx, suml2);
         }
-        symmetric_sums<N, NMAX, C, FINITE>(x, wx, w, iscale, limit_low, limit_high, sumlx, suml2);
         for (int s = 0; s < C; ++s) {
             const F scale = sumlx[s] / suml2[s];
-            if (first + s == 0) {
+            if (first) {
                 out.kept = iscale[s];
                 out.scale = select(I(suml2[s] != 0.0f), scale, F{});
                 best = out.scale * sumlx[s];
@@ -303,15 +343,10 @@ QK_INLINE Symmetric search_symmetric(const F* x, const F* weights) {
             best = select(better, scale * sumlx[s], best);
         }
     };
-    // numbers 0; 1..9 for is = -9..-1; 10..18 for is = 1..9
+    steps(std::integral_constant<int, 1>{}, true, 0);
     constexpr std::integral_constant<int, S> SOME;
-    constexpr std::integral_constant<int, 1> ONE;
-    constexpr std::integral_constant<int, 2> TWO;
-    steps(ONE, 0, false, true);
-    for (int at = 1; at <= 4; at += S) steps(SOME, at, false, false);  // is <= -6: at most NMAX - 0.6
-    for (int at = 5; at <= 12; at += S) steps(SOME, at, false, true);  // is <= 3: at least -(NMAX + 0.3)
-    for (int at = 13; at + S <= 19; at += S) steps(SOME, at, true, true);
-    if constexpr (S == 4) steps(TWO, 17, true, true);
+    for (int is = -9; is < 0; is += S) steps(SOME, false, is);
+    for (int is = 1; is < 10; is += S) steps(SOME, false, is);
     out.scale = select(out.zero, F{}, out.scale);
     return out;
 }
@@ -336,13 +371,12 @@ QK_INLINE void search_q3(const F* x, F* level, F* scale, I* zero) {
     struct Value {
         F w, wx, term, square, below, above;
     } values[GROUPS][N];
-    F sumlx_of[GROUPS], suml2_of[GROUPS];
+    F sumlx[GROUPS] = {}, suml2[GROUPS] = {};
     for (int g = 0; g < GROUPS; ++g) {
         F mx, amax;
         extreme<N>(x + g * N, &mx, &amax);
         zero[g] = I(amax < GROUP_MAX_EPS);
         const F iscale = -static_cast<float>(NMAX) / mx;
-        F sumlx{}, suml2{};
         for (int i = 0; i < N; ++i) {
             Value& v = values[g][i];
             const F xi = x[g * N + i];
@@ -354,58 +388,64 @@ QK_INLINE void search_q3(const F* x, F* level, F* scale, I* zero) {
             v.wx = v.w * xi;
             v.term = v.wx * l;
             v.square = v.w * l * l;
-            sumlx += v.term;
-            suml2 += v.square;
+            sumlx[g] += v.term;
+            suml2[g] += v.square;
             v.below = l - 0.499f;
             v.above = u + 0.499f;
         }
-        sumlx_of[g] = sumlx;
-        suml2_of[g] = suml2;
     }
+    M running[GROUPS];
+    bool certain[GROUPS];
     for (int g = 0; g < GROUPS; ++g) {
-        F sumlx = sumlx_of[g], suml2 = suml2_of[g];
-        M running = less(F{}, sumlx) & ~mask_of(zero[g]);
-        bool certain = !any(M(running & less(sumlx, splat(0x1p-100f))));
-        for (int pass = 0; pass < 5 && any(running); ++pass) {
-            const uint32_t mine = lanes_of(running);
-            if (pass > 0 && certain) {
+        running[g] = less(F{}, sumlx[g]) & ~mask_of(zero[g]);
+        certain[g] = !any(M(running[g] & less(sumlx[g], splat(0x1p-100f))));
+    }
+    for (int pass = 0; pass < 5; ++pass) {
+        M changed[GROUPS] = {};
+        uint32_t mine[GROUPS], some = 0;
+        for (int g = 0; g < GROUPS; ++g) {
+            mine[g] = lanes_of(running[g]);
+            if (pass > 0 && mine[g] && certain[g]) {
                 M all = ~M{};
                 for (int i = 0; i < N; ++i) {
                     const Value& v = values[g][i];
-                    const F slx = sumlx - v.term, p = x[g * N + i] * (suml2 - v.square);
+                    const F slx = sumlx[g] - v.term, p = x[g * N + i] * (suml2[g] - v.square);
                     all &= less(v.below * slx, p) & less(p, v.above * slx);
                 }
-                if ((lanes_of(all) & mine) == mine) break;
+                if ((lanes_of(all) & mine[g]) == mine[g]) mine[g] = 0, running[g] = M{};
             }
-            M changed{};
-            for (int i = 0; i < N; ++i) {
+            some |= mine[g];
+        }
+        if (!some) break;
+        for (int i = 0; i < N; ++i)
+            for (int g = 0; g < GROUPS; ++g) {
                 Value& v = values[g][i];
-                F slx = sumlx - v.term;
-                F sl2 = suml2 - v.square;
+                F slx = sumlx[g] - v.term;
+                F sl2 = suml2[g] - v.square;
                 const F p = x[g * N + i] * sl2;
                 const M same = less(v.below * slx, p) & less(p, v.above * slx);
-                if (certain && (lanes_of(same) & mine) == mine) continue;
-                const M candidate = running & less(F{}, slx);
+                if ((lanes_of(same) & mine[g]) == mine[g] && (certain[g] || !mine[g])) continue;
+                const M candidate = running[g] & less(F{}, slx);
                 const F next = nearest_clamped(p / slx, LOW, HIGH);
                 slx += v.wx * next;
                 sl2 += v.w * next * next;
                 const M take = candidate & differ(next, level[g * N + i]) & less(F{}, sl2) &
-                               less(sumlx * sumlx * sl2, slx * slx * suml2);
+                               less(sumlx[g] * sumlx[g] * sl2, slx * slx * suml2[g]);
                 const F l = select(take, next, level[g * N + i]);
                 level[g * N + i] = l;
                 v.term = v.wx * l;
                 v.square = v.w * l * l;
                 v.below = l - 0.499f;
                 v.above = select(take, next + 0.499f, v.above);
-                sumlx = select(take, slx, sumlx);
-                suml2 = select(take, sl2, suml2);
-                certain = certain && !any(M(running & less(sumlx, splat(0x1p-100f))));
-                changed |= take;
+                sumlx[g] = select(take, slx, sumlx[g]);
+                suml2[g] = select(take, sl2, suml2[g]);
+                certain[g] = certain[g] && !any(M(running[g] & less(sumlx[g], splat(0x1p-100f))));
+                changed[g] |= take;
             }
-            running &= changed;
-        }
-        scale[g] = select(zero[g] | ~I(suml2 > 0.0f), F{}, sumlx / suml2);
+        for (int g = 0; g < GROUPS; ++g) running[g] &= changed[g];
     }
+    for (int g = 0; g < GROUPS; ++g)
+        scale[g] = select(zero[g] | ~I(suml2[g] > 0.0f), F{}, sumlx[g] / suml2[g]);
 }
 
 }  // namespace quantkit::QK_ISA

@@ -251,6 +251,29 @@ QK_INLINE uint32_t lanes_of(M mask) {  // a bit a lane
 }
 #endif
 
+// Four values of every lane as the bytes of its word, each clamped to 0..MOST.
+template <int MOST>
+QK_INLINE I clamped_bytes(I a, I b, I c, I d) {
+    static_assert(MOST <= 255, "a byte");
+#if defined(__AVX512BW__)
+    // packing works in quarters: 4 of a, 4 of b, … are to become a b c d of 4 lanes
+    const __m512i ab = _mm512_packs_epi32(reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b));
+    const __m512i cd = _mm512_packs_epi32(reinterpret_cast<__m512i>(c), reinterpret_cast<__m512i>(d));
+    const __m512i turn = _mm512_set4_epi32(0x0f0b0703, 0x0e0a0602, 0x0d090501, 0x0c080400);
+    const __m512i limited = _mm512_min_epu8(_mm512_packus_epi16(ab, cd), _mm512_set1_epi8(static_cast<char>(MOST)));
+    return reinterpret_cast<I>(_mm512_shuffle_epi8(limited, turn));
+#elif defined(__AVX2__)
+    const __m256i ab = _mm256_packs_epi32(reinterpret_cast<__m256i>(a), reinterpret_cast<__m256i>(b));
+    const __m256i cd = _mm256_packs_epi32(reinterpret_cast<__m256i>(c), reinterpret_cast<__m256i>(d));
+    const __m256i turn = _mm256_broadcastsi128_si256(_mm_set_epi32(0x0f0b0703, 0x0e0a0602, 0x0d090501, 0x0c080400));
+    const __m256i limited = _mm256_min_epu8(_mm256_packus_epi16(ab, cd), _mm256_set1_epi8(static_cast<char>(MOST)));
+    return reinterpret_cast<I>(_mm256_shuffle_epi8(limited, turn));
+#else
+    const auto limited = [](I x) { return max_of(I{}, min_of(splat(MOST), x)); };
+    return limited(a) | (limited(b) << 8) | (limited(c) << 16) | (limited(d) << 24);
+#endif
+}
+
 // One word of n <= 4 bytes a lane.
 QK_INLINE void store_word(I word, uint8_t* const* y, int offset, int n_bytes = 4) {
     for (int lane = 0; lane < LANES; ++lane) {

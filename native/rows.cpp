@@ -110,6 +110,6 @@ uint32_t largest_of(const float* x, size_t n) {
 
 }  // namespace
 
-const RowKernels PLAIN_ROWS = {e4m3, bf16, f16, f32, largest_of};
+const RowKernels PLAIN_ROWS = {e4m3, bf16, f16, f32, largest_of, nullptr, nullptr};
 
 }  // namespace quantkit

@@ -15,6 +15,8 @@
 
 namespace quantkit {
 
+enum class FileFloat { BF16, F32, F32_ROUNDED };  // the last: rounded to bfloat16
+
 // One row, or n values of one, to float32. Each returns the largest magnitude of what it made, as bits: from INF_BITS
 // on there is an infinity or a NaN among them. With `round_bf16` every value is rounded to bfloat16. A NaN stays one.
 struct RowKernels {
@@ -25,6 +27,13 @@ struct RowKernels {
     uint32_t (*f32)(const uint8_t* src, size_t n, bool round_bf16, float* out);
     // Of float32 values as they are.
     uint32_t (*largest)(const float* x, size_t n);
+    // E4M3 straight to rows of a file: bfloat16, or float32 as e4m3 makes it. Gives the largest magnitude (before
+    // it is rounded for BF16); INF_BITS, with the row unfinished, where a code is NaN or a scale has no finite multiple by 256: e4m3
+    // knows what to do then. `stream`: past the caches, for out and rows at multiples of 16 bytes, then `streamed`.
+    // Null where the set has none.
+    uint32_t (*e4m3_to_file)(const uint8_t* src, size_t n, const float* scale, size_t block_cols, FileFloat type,
+                             bool stream, uint8_t* out);
+    void (*streamed)();
 };
 
 constexpr uint32_t INF_BITS = 0x7f800000u;

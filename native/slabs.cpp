@@ -34,14 +34,34 @@ private:
     size_t size_ = 0;
 };
 
-uint32_t decode_row(const RowKernels& kernels, const StoredRows& rows, size_t i, float* out) {
+// Where row i is: number `at` of its run, number `row` of the data.
+struct Place {
+    size_t run, at, row;
+};
+
+Place place(const StoredRows& rows, size_t i) {
     const size_t run = i % rows.n_runs, at = i / rows.n_runs;
     // the first n_rows % n_runs runs have a row more
     const size_t before = run * (rows.n_rows / rows.n_runs) + std::min(run, rows.n_rows % rows.n_runs);
-    const uint8_t* src = rows.data + (before + at) * rows.row_bytes();
+    return {run, at, before + at};
+}
+
+const float* scales_of(const StoredRows& rows, size_t run, size_t at) {
+    return rows.scale + (rows.first_rows[run] + at) / rows.block_rows * rows.scale_stride;
+}
+
+uint32_t decode_row(const RowKernels& kernels, const StoredRows& rows, size_t i, float* out, bool stream = false) {
+    const Place from = place(rows, i);
+    const uint8_t* src = rows.data + from.row * rows.row_bytes();
     switch (rows.dtype) {
         case Stored::E4M3: {
-            const float* scale = rows.scale + (rows.first_rows[run] + at) / rows.block_rows * rows.scale_stride;
+            const float* scale = scales_of(rows, from.run, from.at);
+            if (kernels.e4m3_to_file) {
+                const FileFloat type = rows.round_bf16 ? FileFloat::F32_ROUNDED : FileFloat::F32;
+                const uint32_t bits = kernels.e4m3_to_file(src, rows.n_cols, scale, rows.block_cols, type, stream,
+                                                           reinterpret_cast<uint8_t*>(out));
+                if (bits < INF_BITS) return bits;
+            }
             return kernels.e4m3(src, rows.n_cols, scale, rows.block_cols, rows.round_bf16, out);
         }
         case Stored::BF16: return kernels.bf16(src, rows.n_cols, rows.round_bf16, out);
@@ -49,6 +69,29 @@ uint32_t decode_row(const RowKernels& kernels, const StoredRows& rows, size_t i,
         case Stored::F32: break;
     }
     return kernels.f32(src, rows.n_cols, rows.round_bf16, out);
+}
+
+// Whether rows are to be written past the caches: more than the reader would find there.
+bool streams(const void* out, size_t n_rows, size_t row_bytes) {
+    constexpr size_t MANY = 16 << 20;
+    return n_rows * row_bytes >= MANY && reinterpret_cast<uintptr_t>(out) % 16 == 0 && row_bytes % 16 == 0;
+}
+
+// E4M3 rows to a BF16 or F32 file in one step. False where a row needs the long way, or is to be refused there.
+bool copy_e4m3(const RowKernels& kernels, const StoredRows& rows, FileFloat type, Limits limits, uint8_t* out) {
+    const size_t row_bytes = rows.n_cols * (type == FileFloat::BF16 ? 2 : 4);
+    const bool stream = streams(out, rows.n_rows, row_bytes);
+    uint32_t bits = 0;
+    for (size_t i = 0; i < rows.n_rows && bits < INF_BITS; ++i) {
+        const Place from = place(rows, i);
+        const uint8_t* src = rows.data + from.row * rows.row_bytes();
+        bits = std::max(bits, kernels.e4m3_to_file(src, rows.n_cols, scales_of(rows, from.run, from.at),
+                                                   rows.block_cols, type, stream, out + i * row_bytes));
+    }
+    if (stream) kernels.streamed();
+    float largest;
+    std::memcpy(&largest, &bits, sizeof largest);
+    return bits < INF_BITS && largest <= limits.weight;
 }
 
 // Rows a turn: enough to fill a kernel's lanes, of which no set has more than 16, and not much more than half a
@@ -63,7 +106,9 @@ size_t rows_a_turn(size_t n_cols, size_t block) {
 }  // namespace
 
 void decode(const RowKernels& kernels, const StoredRows& rows, float* out) {
-    for (size_t i = 0; i < rows.n_rows; ++i) decode_row(kernels, rows, i, out + i * rows.n_cols);
+    const bool stream = kernels.streamed && streams(out, rows.n_rows, rows.n_cols * sizeof(float));
+    for (size_t i = 0; i < rows.n_rows; ++i) decode_row(kernels, rows, i, out + i * rows.n_cols, stream);
+    if (stream) kernels.streamed();
 }
 
 bool quantize(const RowKernels& kernels, const StoredRows& stored, const Kernel& kernel, const float* importance,
@@ -83,6 +128,11 @@ bool quantize(const RowKernels& kernels, const StoredRows& stored, const Kernel&
         }
         if (!ok) return false;
         most = largest;
+    }
+    if (stored.dtype == Stored::E4M3 && kernels.e4m3_to_file && !importance) {
+        const bool bf16 = std::strcmp(kernel.type, "BF16") == 0;
+        const FileFloat type = bf16 ? FileFloat::BF16 : rows.round_bf16 ? FileFloat::F32_ROUNDED : FileFloat::F32;
+        if ((bf16 || std::strcmp(kernel.type, "F32") == 0) && copy_e4m3(kernels, rows, type, limits, out)) return true;
     }
     for (size_t i = 0; i < rows.n_rows; i += step) {
         const size_t n = std::min(step, rows.n_rows - i);
