@@ -351,7 +351,7 @@ QK_INLINE Symmetric search_symmetric(const F* x, const F* weights) {
     return out;
 }
 
-// make_q3_quants with do_rmse (N values, levels 0..2*NMAX-1 around NMAX), GROUPS groups one after the other. `level`
+// make_q3_quants with do_rmse (N values, levels 0..2*NMAX-1 around NMAX), GROUPS groups side by side. `level`
 // receives the levels as floats around 0. Gives the scales, and whether a group has nothing but zeros (level 0).
 //
 // Its refinement asks of every value whether q = x * sl2 / slx, rounded and clamped, is another level than l, and

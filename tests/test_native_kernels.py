@@ -12,6 +12,7 @@ import laws
 import numpy as np
 import numpy.typing as npt
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -144,3 +145,29 @@ def test_the_kernel_that_is_forced_runs(kernel: str, tmp_path: Path) -> None:
         check=False, cwd=tmp_path,
     )  # fmt: skip
     assert (done.stdout, done.stderr) == (f"{kernel}\n", "")
+
+
+# ---------------------------------------------------------------- FP8 to a float file
+
+
+@pytest.mark.parametrize("kernel", SETS)
+@pytest.mark.parametrize("name", ["BF16", "F32"])
+@pytest.mark.parametrize(
+    "shape", [(3, 7168), (130, 1000), (257, 129), (5, 1), (2304, 4096)], ids=lambda shape: f"{shape[0]}x{shape[1]}"
+)
+def test_fp8_to_a_float_file_equals_torch(
+    shape: tuple[int, int], name: str, kernel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every code, under scales of every size that leave the product finite; the last is written past the caches."""
+    monkeypatch.setenv("QUANTKIT_KERNELS", kernel)
+    rng = np.random.default_rng(3)
+    codes = rng.integers(0, 256, shape, dtype=np.uint8)
+    codes[(codes & 0x7F) == 0x7F] = 0  # NaN
+    scale = np.exp(rng.uniform(-103, 82, (-(-shape[0] // 128), -(-shape[1] // 128)))).astype(np.float32)
+    out = np.empty((shape[0], shape[1] * (2 if name == "BF16" else 4)), np.uint8)
+    rows = kernels.StoredRows(codes, "F8_E4M3", shape[1], np.zeros(1, np.uint64), scale, (128, 128), True)
+    assert kernels.quantize_stored(rows, name, None, out)
+    spread = torch.from_numpy(scale).repeat_interleave(128, 0).repeat_interleave(128, 1)[: shape[0], : shape[1]]
+    expected = (torch.from_numpy(codes).view(torch.float8_e4m3fn).float() * spread).bfloat16()
+    got = torch.from_numpy(out)
+    assert torch.equal(got, (expected if name == "BF16" else expected.float()).view(torch.uint8))
