@@ -16,7 +16,7 @@ import click
 from quantkit import __version__
 from quantkit.errors import QuantkitError
 
-from . import build, demo, doctor, fit, inspect, plan, recipe, sizes, toolchain
+from . import build, demo, doctor, fit, inspect, plan, recipe, sizes, toolchain, verify
 
 INTERRUPTED = 130
 _TERMINATED = 143
@@ -37,6 +37,7 @@ def cli() -> None:
 for _command in (
     plan.plan,
     build.build,
+    verify.verify,
     inspect.inspect,
     recipe.recipe,
     sizes.sizes,
