@@ -6,18 +6,13 @@ of the output is, the catalogue says (Part). Source: conversion/base.py and gguf
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
 import numpy as np
 import numpy.typing as npt
 
 from ..catalogue import Part, Source, SourceTensor, Tensor
 from ..errors import SourceError, UnsupportedError
 from ..qtypes import INTEGER_TYPES, QTYPES
-from ..sources.safetensors_dir import Checkpoint
 from .ggml import Ggml
-from .gguf import read_into
 
 F32 = npt.NDArray[np.float32]
 I64 = npt.NDArray[np.int64]
@@ -65,16 +60,11 @@ def stored_row_bytes(dtype: str, n_cols: int) -> int:
 
 
 class Deriver:
-    """Derives rows of output tensors from a source; one a thread, since it keeps open files and scales."""
+    """Derives rows of output tensors from a source; one a thread, since it keeps scales."""
 
     def __init__(self, source: Source, ggml: Ggml) -> None:
         self.source, self.ggml = source, ggml
-        self._fds: dict[Path, int] = {}
         self._scales: dict[str, F32] = {}
-
-    def __del__(self) -> None:
-        for fd in getattr(self, "_fds", {}).values():
-            os.close(fd)
 
     def rows(self, tensor: Tensor, wanted: I64) -> F32:
         """float32 [len(wanted), n_cols]: these rows of a tensor of the output (ascending)."""
@@ -132,9 +122,9 @@ class Deriver:
         """The scales of an FP8 weight, float32 [ceil(rows / block), ceil(cols / block)]."""
         found = self._scales.pop(name, None)
         if found is None:
-            if not isinstance(self.source, Checkpoint):
+            st = getattr(self.source, "scales", {}).get(name)
+            if st is None:
                 raise SourceError(f"{self.source.path}: '{name}' has no scales")
-            st = self.source.scales[name]
             raw = self._bytes(st, 0, st.nbytes)
             if st.dtype == "F8_E8M0":
                 found = np.where(raw == 255, np.nan, np.exp2(raw.astype(np.float64) - 127)).astype(np.float32)
@@ -149,15 +139,8 @@ class Deriver:
         return found
 
     def _bytes(self, st: SourceTensor, start: int, n: int) -> U8:
-        try:
-            if st.file not in self._fds:
-                self._fds[st.file] = os.open(st.file, os.O_RDONLY)
-            out = np.empty(n, np.uint8)
-            done = read_into(self._fds[st.file], st.offset + start, out)
-        except OSError as e:
-            raise SourceError(f"{st.file}: '{st.name}' cannot be read: {e.strerror or e}") from None
-        if done < n:
-            raise SourceError(f"{st.file}: ends within '{st.name}'; it has changed since it was opened")
+        out = np.empty(n, np.uint8)
+        self.source.read(st, start, out)
         return out
 
 
