@@ -61,6 +61,14 @@ MIX = rules(
 )
 
 
+MINE = """name: mine
+arch: [deepseek2]
+file_type: Q8_0
+rules:
+  - {match: "*", type: Q8_0, why: t}
+"""
+
+
 class Silent:
     """Progress that nobody sees."""
 
@@ -232,7 +240,8 @@ def test_what_llama_quantize_itself_makes_passes(
     assert check(out, made, tiny_imatrix).findings.kept() == []
     # and as shards of llama-gguf-split
     subprocess.run([tools.gguf_split, "--split-max-tensors", "9", out, tmp_path / "s"], check=True, capture_output=True)
-    assert check(tmp_path / "s-00001-of-00007.gguf", made, tiny_imatrix).findings.kept() == []
+    verdict = check(tmp_path / "s-00001-of-00006.gguf", made, tiny_imatrix, "1%")
+    assert (len(verdict.files), verdict.findings.kept()) == (6, [])
 
 
 # ---------------------------------------------------------------- planted damage
@@ -1064,6 +1073,44 @@ def test_the_command_line(quantkit: Run, tiny_v3: Path, tmp_path: Path) -> None:
     assert re.search(r"blk\.1\.attn_output\.weight: row 0, block 2 of 4: Q5_0 bytes are not what ggml", lines[-2])
     assert f"(byte {at:,})" in lines[-2]
     assert not again.exists()
+
+
+def test_build_attests_and_verify_derives_again_from_that(quantkit: Run, tiny_v3: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(MINE.replace("type: Q8_0,", "type: $down,") + "vars: {down: Q8_0}\n")
+    out, file = tmp_path / "out.gguf", tmp_path / "a.json"
+    common = ("-r", recipe, "--set", "down=Q5_K", "--pre", "deepseek-v3")
+    done = quantkit("build", tiny_v3, "-o", out, *common, "--attest", file, "--split-max-size", "1M", "-q")
+    assert (done.returncode, done.stderr) == (0, "")
+    statement = json.loads(file.read_text())
+    assert len(statement["subject"]) == 3
+    assert statement["predicate"]["runDetails"]["builder"]["version"].keys() == {"quantkit", "ggml"}
+    recipe.unlink()
+    first = tmp_path / "out-00001-of-00003.gguf"
+    done = quantkit("verify", first, "--attestation", file, "-s", tiny_v3, "-q")
+    assert done.returncode == 0, done.stdout
+    assert re.search(
+        r"^OK: 3 files, .*plan, metadata, .* rows .*attested digests, attested plan, attested sources$", done.stdout
+    )
+    last = tmp_path / "out-00003-of-00003.gguf"
+    flip(last, last.stat().st_size - 1)
+    done = quantkit("verify", first, "--attestation", file, "-q")
+    assert done.returncode == 12
+    assert "out-00003-of-00003.gguf: SHA-256: expected" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("attest", "says"),
+    [("out.gguf", "is an output of this build"), ("none/a.json", "there is no directory"), (".", "is a directory")],
+)
+def test_an_attestation_that_cannot_be_written_is_found_before_the_build(
+    quantkit: Run, tiny_v3: Path, tmp_path: Path, attest: str, says: str
+) -> None:
+    common = ("-r", "Q8_0", "--pre", "deepseek-v3", "-o", "out.gguf", "--attest", attest)
+    done = quantkit("build", tiny_v3, *common, cwd=tmp_path)
+    assert done.returncode == 7
+    assert says in done.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

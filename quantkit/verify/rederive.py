@@ -25,7 +25,7 @@ from .derive import F32, I64, U8, Deriver
 from .ggml import Ggml
 from .gguf import Gguf, Info, read_into
 from .parallel import each
-from .verdict import Finding, Findings, Progress
+from .verdict import KEPT_EACH, Finding, Findings, Progress
 
 #: values of a batch: 4 MiB as float32
 _BATCH = 1 << 20
@@ -62,12 +62,17 @@ def parse_sample(text: str) -> Sample:
     raise ValueError(f"{text!r:.40} is no sample such as 1%, 0.1%, all, none, or a number of rows")
 
 
+def n_chosen(n_rows: int, fraction: float) -> int:
+    """How many rows of a matrix of `n_rows` are taken: one at least."""
+    return min(n_rows, max(1, round(fraction * n_rows)))
+
+
 def choose(n_rows: int, fraction: float, seed: int, name: str, mat: int) -> I64:
     """Numbers of the rows that are taken from a matrix of `n_rows`, ascending: one from each of as many
     equal stretches as there are rows to take, so that no part of it goes unseen."""
-    if fraction >= 1:
+    n = n_chosen(n_rows, fraction)
+    if n == n_rows:
         return np.arange(n_rows)
-    n = min(n_rows, max(1, round(fraction * n_rows)))
     edges = np.arange(n + 1, dtype=np.int64) * n_rows // n
     rng = np.random.default_rng([seed, mat, *name.encode()])
     return edges[:-1] + rng.integers(0, np.diff(edges))
@@ -137,14 +142,16 @@ def rederive(
                 done.add(info.name)
     total = sum(t.n_rows for t in by_name.values())
     fraction = rows.sample.of(total)
-    sampled = [(g, info, t, mat, chosen) for g, info, t in pairs for mat, chosen in _matrices(t, fraction, rows.seed)]
-    progress.start("rows", sum(len(chosen) * t.n_cols for _, _, t, _, chosen in sampled), "w")
+    n_sampled = {t.name: prod(t.shape[2:]) * n_chosen(_mat_rows(t), fraction) for _, _, t in pairs}
+    progress.start("rows", sum(n_sampled[t.name] * t.n_cols for _, _, t in pairs), "w")
 
     def batches() -> Iterator[_Batch]:
-        for g, info, t, mat, chosen in sampled:
+        for g, info, t in pairs:
             step = max(1, _BATCH // t.n_cols)
-            for at in range(0, len(chosen), step):
-                yield _Batch(g, info, t, mat, chosen[at : at + step])
+            for mat in range(prod(t.shape[2:])):
+                chosen = mat * _mat_rows(t) + choose(_mat_rows(t), fraction, rows.seed, t.name, mat)
+                for at in range(0, len(chosen), step):
+                    yield _Batch(g, info, t, mat, chosen[at : at + step])
 
     def make() -> Callable[[_Batch], None]:
         worker = _Worker(rows, findings)
@@ -156,14 +163,12 @@ def rederive(
         return do
 
     each(batches(), n_threads, make)
-    return sum(len(chosen) for *_, chosen in sampled), total
+    return sum(n_sampled.values()), total
 
 
-def _matrices(t: Tensor, fraction: float, seed: int) -> Iterator[tuple[int, I64]]:
-    """(matrix, chosen rows of the tensor in it) for each matrix of a tensor."""
-    n_rows = t.shape[1] if len(t.shape) > 1 else 1
-    for mat in range(prod(t.shape[2:])):
-        yield mat, mat * n_rows + choose(n_rows, fraction, seed, t.name, mat)
+def _mat_rows(t: Tensor) -> int:
+    """Rows of each matrix of a tensor."""
+    return t.shape[1] if len(t.shape) > 1 else 1
 
 
 class _Worker:
@@ -180,8 +185,10 @@ class _Worker:
             self.findings.add(Finding("row", batch.g.name, text, tensor.name, row=row), len(batch.rows))
             return
         there = _stored(batch, due.shape[1])
-        for i in np.flatnonzero((there != due).any(axis=1)):
-            self._differs(batch, int(batch.rows[i]), due[i], there[i])
+        bad = np.flatnonzero((there != due).any(axis=1))
+        for nth, i in enumerate(bad[: KEPT_EACH + 1]):  # the last stands for all that are not kept
+            times = 1 if nth < KEPT_EACH else len(bad) - KEPT_EACH
+            self._differs(batch, int(batch.rows[i]), due[i], there[i], times)
 
     def _due(self, batch: _Batch) -> U8 | str:
         """The bytes that the rows must have, or why they cannot be known."""
@@ -199,7 +206,7 @@ class _Worker:
             return None
         return np.ascontiguousarray(imatrix.weights(t.name, batch.mat, t.n_cols), np.float32)
 
-    def _differs(self, batch: _Batch, row: int, due: U8, there: U8) -> None:
+    def _differs(self, batch: _Batch, row: int, due: U8, there: U8, times: int) -> None:
         info, qt = batch.info, batch.info.type
         differ = np.flatnonzero(due != there)
         blocks = np.unique(differ // qt.block_bytes)
@@ -215,7 +222,8 @@ class _Worker:
                 "what ggml makes of the source",
                 info.name, begin + at, row, block, due[at : at + _SHOWN].tobytes().hex(),
                 there[at : at + _SHOWN].tobytes().hex(),
-            )
+            ),
+            times,
         )  # fmt: skip
 
 

@@ -103,8 +103,18 @@ def scan(
     return digests
 
 
+def _apart(g: Gguf) -> Iterator[Info]:
+    """The tensors in the order of their data, without those that overlap one before: no byte is read twice,
+    whatever a header claims."""
+    end = 0
+    for t in sorted(g.tensors, key=lambda t: (t.start, t.end)):
+        if t.start >= end:
+            yield t
+            end = t.end
+
+
 def _chunks(g: Gguf) -> Iterator[_Chunk]:
-    for t in g.tensors:
+    for t in _apart(g):
         there = max(0, min(t.end, g.nbytes) - t.start)
         there -= there % t.type.block_bytes
         step = _CHUNK // t.type.block_bytes * t.type.block_bytes
@@ -152,9 +162,9 @@ class _Hasher:
         whole = hashlib.sha256()
         at = 0
         with ThreadPoolExecutor(2, "hash") as pool:
-            for t in sorted(g.tensors, key=lambda t: (t.start, t.end)):
-                if t.start < at or t.end > g.nbytes:
-                    continue  # overlaps or is cut off: found before, and no manifest is made of it
+            for t in _apart(g):
+                if t.end > g.nbytes:
+                    continue  # cut off: found before, and no manifest is made of it
                 self._through(g, at, t.start, [whole], pool)
                 own = hashlib.sha256()
                 self._through(g, t.start, t.end, [whole, own], pool, t)
