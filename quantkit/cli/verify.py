@@ -192,10 +192,14 @@ def _check_usage(
 
 def _attested_recipe(attested: Attested) -> Recipe:
     """The recipe whose text an attestation has."""
+    from quantkit.errors import RecipeError
     from quantkit.recipe import parse
 
     asked = attested.asked
-    return parse(asked.recipe_text, asked.recipe_name, asked.sets, None)
+    try:
+        return parse(asked.recipe_text, asked.recipe_name, asked.sets, None)
+    except RecipeError as e:  # its base was a file of its own
+        raise RecipeError(f"{e}; the attested recipe cannot be read alone: give it with --recipe") from None
 
 
 def _plan(model: Catalogue | None, rules: Recipe | None, weights: Any, mixture_version: str) -> Plan | None:
