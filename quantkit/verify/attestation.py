@@ -131,20 +131,23 @@ def dependencies(source: Source, imatrix: Imatrix | None, whole: bool, progress:
     folder = source.path if source.path.is_dir() else source.path.parent
     beside = [folder / name for name in _BESIDE if (folder / name).is_file()] if source.path.is_dir() else []
     small = [p for p in beside if regular(p) <= _SMALL]
-    sizes = {path: regular(path) for path in (*source.files, *small)}
-    lengths = {path: sizes[path] if whole else _header_bytes(path) for path in source.files}
-    lengths |= {path: sizes[path] for path in small}
-    if imatrix is not None:
-        sizes[imatrix.path] = lengths[imatrix.path] = regular(imatrix.path)
-    progress.start("source hashes", sum(lengths.values()), "B")
+    headers = {path: _header_bytes(path) for path in source.files}
+    everything = [*small, *([imatrix.path] if imatrix is not None else [])]
+    sizes = {path: regular(path) for path in (*source.files, *everything)}
+    hashed = {path for path in sizes if whole or path not in headers}
+    progress.start("source hashes", sum(headers.values()) + sum(sizes[path] for path in hashed), "B")
     out = []
-    for path, n in lengths.items():
-        role = "imatrix" if imatrix is not None and path == imatrix.path else "source"
-        kind = "sha256" if n == sizes[path] else HEADER_DIGEST
-        notes: dict[str, Any] = {"role": role, "bytes": sizes[path]}
-        if kind == HEADER_DIGEST:
-            notes["headerBytes"] = n
-        out.append({"name": path.name, "digest": {kind: file_digest(path, n, progress)}, "annotations": notes})
+    for path, nbytes in sizes.items():
+        digest: dict[str, str] = {}
+        notes: dict[str, Any] = {"role": "source", "bytes": nbytes}
+        if imatrix is not None and path == imatrix.path:
+            notes["role"] = "imatrix"
+        if path in headers:
+            notes["headerBytes"] = headers[path]
+            digest[HEADER_DIGEST] = file_digest(path, headers[path], progress)
+        if path in hashed:
+            digest["sha256"] = file_digest(path, progress=progress)
+        out.append({"name": path.name, "digest": digest, "annotations": notes})
     return out
 
 
@@ -273,16 +276,15 @@ def compare_sources(
     progress: Progress,
 ) -> None:  # fmt: skip
     """The source and the importance matrix given are those of the build, as far as was asked to look: of
-    big files the header and the length, and with `whole` every byte where the statement has its digest."""
+    big files the header and the length, and with `whole` every byte. Where the statement lacks a digest that was
+    asked for, that is a finding."""
 
     def of(role: str) -> dict[str, dict[str, Any]]:
         return {d["name"]: d for d in attested.dependencies if d["annotations"].get("role") == role}
 
     found: list[dict[str, Any]] = []
     if source is not None:
-        found = dependencies(source, imatrix, False, progress)
-        if whole and any("sha256" in of("source").get(p.name, {}).get("digest", {}) for p in source.files):
-            found = dependencies(source, imatrix, True, progress)
+        found = dependencies(source, imatrix, whole, progress)
     elif imatrix is not None:
         progress.start("source hashes", regular(imatrix.path), "B")
         notes = {"role": "imatrix", "bytes": regular(imatrix.path)}
@@ -309,6 +311,6 @@ def _compare_one(name: str, want: Mapping[str, Any], item: Mapping[str, Any], fi
     if a != b:
         findings.add(Finding("attestation", name, "bytes", expected=str(a), found=str(b)))
     for kind, sha in item["digest"].items():
-        given = want["digest"].get(kind)
-        if given is not None and given != sha:
+        given = want["digest"].get(kind, "none: it was not hashed whole")
+        if given != sha:
             findings.add(Finding("attestation", name, kind, expected=given, found=sha))

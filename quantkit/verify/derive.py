@@ -113,7 +113,8 @@ class Deriver:
         if st.dtype == "BF16":
             return bf16_values(stored)
         if st.dtype in ("F16", "F32"):
-            return stored.view("<f2" if st.dtype == "F16" else "<f4").astype(np.float32)
+            with np.errstate(invalid="ignore"):
+                return stored.view("<f2" if st.dtype == "F16" else "<f4").astype(np.float32)
         if st.dtype in INTEGER_TYPES:
             raise UnsupportedError(f"{st.file}: '{st.name}' is {st.dtype}: rows of it cannot be derived")
         return self.ggml.dequantize(stored, st.dtype, n_cols)

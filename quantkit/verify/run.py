@@ -117,7 +117,8 @@ def _attested(
     if expected is not None:
         attestation.compare_plan(attested, expected, findings)
         verdict.checked.append("attested plan")
-    source = request.plan.catalogue.source if request.plan is not None else None
+    given = request.plan.catalogue if request.plan is not None else request.rows.catalogue if request.rows else None
+    source = given.source if given is not None else None
     if source is not None or request.imatrix is not None:
         attestation.compare_sources(attested, source, request.imatrix, request.hash_source, findings, progress)
         verdict.checked.append("attested sources")

@@ -136,14 +136,20 @@ def _check_layout(g: Gguf, findings: Findings) -> None:
 
 
 def _check_padding(g: Gguf, findings: Findings) -> None:
-    """Zeros wherever no tensor and no header is."""
+    """Zeros wherever no tensor and no header is. Not judged where the place of some tensor is not known.
+    Raises SourceError."""
+    if len(g.tensors) != g.n_claimed:
+        return
     at, what = g.header_end, "the header"
-    with open(g.path, "rb", buffering=0) as file:
-        for t in sorted(g.tensors, key=lambda t: (t.start, t.end)):
-            _check_zeros(file.fileno(), g, at, min(t.start, g.nbytes), what, findings)
-            if t.end > at:
-                at, what = t.end, f"'{t.name}'"
-        _check_zeros(file.fileno(), g, at, g.nbytes, what, findings)
+    try:
+        with open(g.path, "rb", buffering=0) as file:
+            for t in sorted(g.tensors, key=lambda t: (t.start, t.end)):
+                _check_zeros(file.fileno(), g, at, min(t.start, g.nbytes), what, findings)
+                if t.end > at:
+                    at, what = t.end, f"'{t.name}'"
+            _check_zeros(file.fileno(), g, at, g.nbytes, what, findings)
+    except OSError as e:
+        raise SourceError(f"{g.path}: cannot be read: {e.strerror or e}") from None
 
 
 def _check_zeros(fd: int, g: Gguf, begin: int, end: int, what: str, findings: Findings) -> None:
