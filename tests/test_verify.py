@@ -777,6 +777,42 @@ def verdict_tensors(path: Path) -> list[TensorInfo]:
     return list(read_header(path).tensors)
 
 
+def test_without_a_plan_the_files_own_types_are_derived(made: Path, out: Path, plan: Plan, tiny_imatrix: Path) -> None:
+    assert plan.catalogue.source is not None
+    weights = open_imatrix(str(tiny_imatrix))
+    rows = Rows(plan.catalogue, plan.catalogue.source, weights, Ggml(None), parse_sample("1%"), 0)
+    outcome = verify(Request(made, imatrix=weights, rows=rows), Silent())
+    assert outcome.verdict.findings.kept() == []
+    assert "names and shapes of the source" in outcome.verdict.checked
+    rewrite(out, reshape("blk.0.attn_output.weight", (256, 128)))
+    verdict = verify(Request(out, imatrix=weights, rows=rows), Silent()).verdict
+    assert_found(verdict, "plan", r"attn_output\.weight: shape: expected 128x256, found 256x128")
+
+
+def test_a_key_can_be_left_out(out: Path, plan: Plan, tiny_imatrix: Path) -> None:
+    rewrite(out, lambda kvs, _i: set_key(kvs, kv("general.name", STRING, "Renamed")))
+    verdict = check(out, plan, tiny_imatrix, None)
+    assert [str(f) for f in verdict.findings.kept()] == [
+        f"tiny.gguf: key 'general.name': expected str 'Tiny V3', found str 'Renamed' (byte {key_offset(out)})"
+    ]
+    assert check(out, plan, tiny_imatrix, None, ignored_keys=("general.name",)).ok
+
+
+def key_offset(path: Path) -> int:
+    return path.read_bytes().index(struct.pack("<Q", 12) + b"general.name")
+
+
+def test_a_plan_from_a_config_alone_checks_what_it_knows(
+    made: Path, out: Path, tiny_v3: Path, tiny_imatrix: Path
+) -> None:
+    config = plan_of(tiny_v3 / "config.json", MIX, tiny_imatrix)
+    verdict = check(made, config, tiny_imatrix)
+    assert verdict.findings.kept() == []
+    assert "only the config is known" in verdict.notes[0]
+    rewrite(out, lambda kvs, _i: set_key(kvs, kv("deepseek2.block_count", U32, 4)))
+    assert_found(check(out, config, tiny_imatrix), "metadata", r"deepseek2\.block_count': expected u32 3, found u32 4")
+
+
 def test_iq1_m_is_not_compared_with_the_wheels_ggml(tiny_v3: Path, tiny_imatrix: Path) -> None:
     with pytest.raises(KernelError, match="rows of IQ1_M can only be compared with the ggml of the pinned"):
         Ggml(None).require("IQ1_M")
