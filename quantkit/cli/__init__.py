@@ -16,7 +16,7 @@ import click
 from quantkit import __version__
 from quantkit.errors import QuantkitError
 
-from . import build, cache, demo, dequant, doctor, fit, inspect, plan, recipe, shards, sizes, status, toolchain
+from . import build, cache, demo, dequant, doctor, fit, inspect, plan, recipe, shards, sizes, status, toolchain, verify
 
 INTERRUPTED = 130
 _TERMINATED = 143
@@ -40,6 +40,7 @@ for _command in (
     status.status,
     cache.cache,
     dequant.dequant,
+    verify.verify,
     inspect.inspect,
     shards.split,
     shards.merge,

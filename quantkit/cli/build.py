@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 import time
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from quantkit.build import Build
     from quantkit.cache import Cache
     from quantkit.engines import Engine
+    from quantkit.verify.attestation import Asked
 
 
 @click.command()
@@ -33,6 +35,13 @@ if TYPE_CHECKING:
 )
 @click.option("-t", "--threads", type=click.IntRange(1, 1024), help="Worker threads.  [default: all processors]")
 @click.option("--allow-requantize", is_flag=True, help="Quantize tensors again that the source has quantized.")
+@click.option(
+    "--attest",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Write an in-toto statement of what was built from what; `quantkit verify --attestation` reads it.",
+)
+@click.option("--hash-source", is_flag=True, help="With --attest: hash all of the source, not only its headers.")
 @click.option("--force", is_flag=True, help="Replace the output if it exists.")
 @click.option(
     "--resume/--restart",
@@ -71,6 +80,8 @@ def build(
     binary: str | None,
     threads: int | None,
     allow_requantize: bool,
+    attest: Path | None,
+    hash_source: bool,
     force: bool,
     resume: bool | None,
     cache_dir: Path | None,
@@ -85,6 +96,8 @@ def build(
     quantkit build R1-BF16-00001-of-00030.gguf -o R1.gguf --recipe UD-IQ2_XXS --imatrix imatrix.dat \\
         --split-max-size 50G
     """
+    if hash_source and attest is None:
+        raise click.UsageError("--hash-source needs --attest")
     from quantkit import report
     from quantkit.build import prepare
     from quantkit.cache import Cache
@@ -96,6 +109,8 @@ def build(
     made = make_plan(open_model(source, conversion(layout, pre, pad_token)), rules, weights, mixture_version)
     chosen = make_engine(engine, binary)
     ready = prepare(made, output, weights, split_max_size, force, allow_requantize, chosen, resume)
+    if attest is not None:
+        check_attest(attest, ready)
     if not quiet:
         click.echo(report.plan_text(made, [(path.name, f.nbytes) for path, f in ready.files]))
         click.echo()
@@ -108,6 +123,48 @@ def build(
         return
     cache = Cache(cache_dir, cache_size) if cache_dir is not None else None
     run_with_progress(ready, chosen, threads or default_threads(), quiet, cache)
+    if attest is not None:
+        from quantkit.recipe import parse_sets, text_of
+        from quantkit.verify.attestation import Asked
+
+        asked = Asked(
+            recipe, text_of(recipe), parse_sets(sets), mixture_version, layout, pre, pad_token, split_max_size,
+            allow_requantize, engine,
+        )  # fmt: skip
+        write_attestation(attest, ready, asked, hash_source, quiet)
+
+
+def check_attest(path: Path, ready: Build) -> None:
+    """Raise OutputError for a place where an attestation cannot be written, before the build."""
+    from quantkit.errors import OutputError
+
+    if path.is_dir():
+        raise OutputError(f"{path}: is a directory; give --attest the name of a file, such as {path / 'build.json'}")
+    if not path.parent.is_dir():
+        raise OutputError(f"{path}: there is no directory {path.parent}; create it first")
+    if not os.access(path.parent, os.W_OK):
+        raise OutputError(f"{path.parent}: no permission to write there")
+    if path.resolve() in {name.resolve() for name, _ in ready.files}:
+        raise OutputError(f"{path}: is an output of this build; give --attest another name")
+
+
+def write_attestation(path: Path, ready: Build, asked: Asked, whole: bool, quiet: bool) -> None:
+    """Hash what was made and what it was made from, and write the statement. `whole`: all of the source."""
+    from quantkit.toolchain import GGML_VERSION
+    from quantkit.verify.attestation import statement
+    from quantkit.verify.manifest import write_json
+
+    from .verify import Bars
+
+    bars = Bars(quiet)
+    try:
+        files = [name for name, _ in ready.files]
+        made = statement(ready.plan, ready.imatrix, asked, files, {"ggml": GGML_VERSION}, bars, whole)
+    finally:
+        bars.close()
+    write_json(path, made)
+    if not quiet:
+        click.echo(f"{path}  attestation of {len(files)} file{'s' * (len(files) != 1)}")
 
 
 def make_engine(name: str, binary: str | None) -> Engine:

@@ -1,0 +1,226 @@
+"""quantkit verify."""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from .options import (
+    conversion,
+    default_threads,
+    imatrix_of,
+    layout_option,
+    mixture_version_option,
+    recipe_of,
+    set_option,
+)
+
+if TYPE_CHECKING:
+    from quantkit.catalogue import Catalogue
+    from quantkit.plan import Plan
+    from quantkit.recipe import Recipe
+    from quantkit.verify.attestation import Attested
+    from quantkit.verify.rederive import Rows
+
+_File = click.Path(path_type=Path)
+
+
+class Bars:
+    """A progress bar for each stage, with the time left."""
+
+    def __init__(self, quiet: bool) -> None:
+        self._quiet, self._lock = quiet, threading.Lock()
+        self._bar: Any = None
+
+    def start(self, stage: str, total: int, unit: str) -> None:
+        from tqdm import tqdm
+
+        self.close()
+        # a line now and then where the bar cannot be redrawn
+        often = 0.1 if sys.stderr.isatty() else 10.0
+        self._bar = tqdm(
+            total=total, unit=unit, unit_scale=True, desc=stage, disable=self._quiet, mininterval=often,
+            dynamic_ncols=True,
+        )  # fmt: skip
+
+    def advance(self, n: int) -> None:
+        with self._lock:
+            self._bar.update(n)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+@click.command()
+@click.argument("output", metavar="OUT", type=_File)
+@click.option("-r", "--recipe", help="The recipe it should be: a shipped one's name, or a YAML file. Needs --source.")
+@click.option("--plan", "plan_file", type=_File, metavar="FILE", help="Or the plan, from `quantkit plan --json`.")
+@click.option(
+    "-s", "--source", metavar="SOURCE",
+    help="What it was made from: a checkpoint directory or a GGUF, to derive rows again; or a config.json, or the "
+    "name of a known model, for the plan only.",
+)  # fmt: skip
+@click.option("--imatrix", metavar="FILE", help="The importance matrix it was made with.")
+@click.option(
+    "--sample", metavar="1%|N|all|none",
+    help="Rows to derive again: a share, a number, all, or none; at least one of each matrix and expert.  "
+    "[default: 1%]",
+)  # fmt: skip
+@click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Chooses the rows.")
+@set_option
+@mixture_version_option
+@layout_option
+@click.option("--pre", metavar="NAME", help="tokenizer.ggml.pre, as for build.")
+@click.option("--pad-token", metavar="TOKEN", help="Padding token, as for build.")
+@click.option("--ignore-key", "ignored", multiple=True, metavar="KEY", help="Do not compare this metadata key.")
+@click.option("--manifest", type=_File, metavar="FILE", help="Compare with the hashes in FILE.")
+@click.option(
+    "--write-manifest", type=_File, metavar="FILE",
+    help="Write SHA-256 of each file and tensor to FILE, if nothing is found wrong.",
+)  # fmt: skip
+@click.option("--attestation", "attestation_file", type=_File, metavar="FILE", help="Check what build --attest wrote.")
+@click.option("--hash-source", is_flag=True, help="With --attestation: hash all of the source, not only its headers.")
+@click.option("-t", "--threads", type=click.IntRange(1, 1024), help="Worker threads.  [default: all processors]")
+@click.option(
+    "--findings", "most", type=click.IntRange(1, 10_000), default=40, show_default=True, help="Print so many."
+)
+@click.option("--json", "as_json", is_flag=True, help="The verdict as JSON on standard output.")
+@click.option("-q", "--quiet", is_flag=True, help="No progress.")
+@click.pass_context
+def verify(
+    ctx: click.Context,
+    output: Path,
+    recipe: str | None,
+    plan_file: Path | None,
+    source: str | None,
+    imatrix: str | None,
+    sample: str | None,
+    seed: int,
+    sets: tuple[str, ...],
+    mixture_version: str,
+    layout: str,
+    pre: str | None,
+    pad_token: str | None,
+    ignored: tuple[str, ...],
+    manifest: Path | None,
+    write_manifest: Path | None,
+    attestation_file: Path | None,
+    hash_source: bool,
+    threads: int | None,
+    most: int,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Check a finished GGUF cold, with code apart from what wrote it.
+
+    OUT is a file or any shard. Alone: its structure, padding, lengths, shards, and every block's scales. With a
+    plan (--recipe and --source, or --plan): types, shapes, bytes, and the metadata. With --source and --imatrix:
+    rows quantized again from the source by ggml itself, and compared bit for bit.
+
+    The last line is the verdict. Exit code 0 if all is well, 12 if anything was found.
+
+    \b
+    quantkit verify R1-UD-IQ1_S.gguf
+    quantkit verify R1-UD-IQ1_S.gguf --recipe UD-IQ1_S --source DeepSeek-R1/ --imatrix imatrix.gguf --sample 1%
+    quantkit verify R1-UD-IQ1_S.gguf --write-manifest R1.json
+    """
+    from quantkit.errors import DamageError
+    from quantkit.verify import against_plan, attestation
+    from quantkit.verify import manifest as manifests
+    from quantkit.verify.run import Request
+    from quantkit.verify.run import verify as run
+
+    attested = None if attestation_file is None else attestation.read(attestation_file)
+    _check_usage(recipe, plan_file, source, sample, hash_source, attested)
+    given = None if manifest is None else manifests.read(manifest)
+    weights = imatrix_of(imatrix)
+    if attested is not None:  # what it was built with, unless said otherwise here
+        asked = attested.asked
+        layout, pre, pad_token = asked.layout, pre or asked.pre, pad_token or asked.pad_token
+        mixture_version = asked.mixture_version
+    rules = recipe_of(recipe, sets) if recipe else _attested_recipe(attested) if attested and source else None
+    model = None
+    if source is not None:
+        from quantkit.models import open_model
+
+        model = open_model(source, conversion(layout, pre, pad_token))
+    made = _plan(model, rules, weights, mixture_version)
+    expected = against_plan.read_plan(plan_file) if plan_file else against_plan.expected_of(made) if made else None
+    rows = _rows(model, weights, sample, seed)
+    request = Request(
+        output, expected, made, weights, ignored, rows, given, attested, hash_source, write_manifest is not None,
+        threads or default_threads(),
+    )  # fmt: skip
+    bars = Bars(quiet)
+    try:
+        outcome = run(request, bars)
+    finally:
+        bars.close()
+    verdict = outcome.verdict
+    if rows is None and model is not None and sample is None:
+        verdict.notes.append("no rows were derived again: of the source only headers are known")
+    if write_manifest is not None and verdict.ok:
+        manifests.write_json(write_manifest, manifests.make(outcome.files.files, outcome.digests))
+        verdict.notes.append(f"wrote the manifest {write_manifest}")
+    elif write_manifest is not None:
+        verdict.notes.append(f"{write_manifest} was not written, since the file is damaged")
+    click.echo(json.dumps(verdict.to_json(), indent=1, ensure_ascii=False) if as_json else verdict.text(most))
+    ctx.exit(0 if verdict.ok else DamageError.exit_code)
+
+
+def _check_usage(
+    recipe: str | None, plan: Path | None, source: str | None, sample: str | None, hash_source: bool,
+    attested: Attested | None,
+) -> None:  # fmt: skip
+    if recipe and plan:
+        raise click.UsageError("--recipe and --plan both say what the file should be; give one")
+    if recipe and not source:
+        raise click.UsageError(
+            "--recipe needs --source: a checkpoint, a GGUF, a config.json, or the name of a known model"
+        )
+    if sample and sample != "none" and not source:
+        raise click.UsageError("--sample needs --source: rows are derived again from the weights")
+    if hash_source and attested is None:
+        raise click.UsageError("--hash-source needs --attestation")
+
+
+def _attested_recipe(attested: Attested) -> Recipe:
+    """The recipe whose text an attestation has."""
+    from quantkit.errors import RecipeError
+    from quantkit.recipe import parse
+
+    asked = attested.asked
+    try:
+        return parse(asked.recipe_text, asked.recipe_name, asked.sets, None)
+    except RecipeError as e:  # its base was a file of its own
+        raise RecipeError(f"{e}; the attested recipe cannot be read alone: give it with --recipe") from None
+
+
+def _plan(model: Catalogue | None, rules: Recipe | None, weights: Any, mixture_version: str) -> Plan | None:
+    from quantkit.plan import make_plan
+
+    return None if model is None or rules is None else make_plan(model, rules, weights, mixture_version)
+
+
+def _rows(model: Catalogue | None, weights: Any, sample: str | None, seed: int) -> Rows | None:
+    """What rows to derive again; None for none. Raises UsageError, SourceError, ImatrixError, KernelError."""
+    if model is None or sample == "none" or (sample is None and model.source is None):
+        return None
+    from quantkit import toolchain
+    from quantkit.verify.ggml import Ggml
+    from quantkit.verify.rederive import Rows, check_source, parse_sample
+
+    try:
+        chosen = parse_sample(sample or "1%")
+    except ValueError as e:
+        raise click.UsageError(f"--sample: {e}") from None
+    source = check_source(model)
+    if weights is not None:
+        weights.check()
+    return Rows(model, source, weights, Ggml(toolchain.ggml_library()), chosen, seed)

@@ -1,0 +1,137 @@
+"""Findings: what is wrong with a file, where, what was expected and what is there; and what they come to."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+#: findings of one kind that are kept for one tensor, or one file; the others are counted
+KEPT_EACH = 16
+#: findings kept in all
+KEPT = 10_000
+
+KINDS = (
+    "header", "layout", "padding", "length", "shards", "scale", "plan", "metadata", "row", "manifest", "attestation",
+)  # fmt: skip
+
+
+class Finding(NamedTuple):
+    """Something that is not as it should be."""
+
+    kind: str
+    """one of KINDS"""
+    file: str
+    text: str
+    tensor: str = ""
+    offset: int | None = None
+    """from the start of the file"""
+    row: int | None = None
+    block: int | None = None
+    """of the row"""
+    expected: str = ""
+    found: str = ""
+
+    def __str__(self) -> str:
+        parts = [self.file] if self.file else []
+        if self.tensor:
+            parts.append(self.tensor)
+        parts.append(self.text)
+        line = ": ".join(parts)
+        said = [f"{word} {value}" for word, value in (("expected", self.expected), ("found", self.found)) if value]
+        if said:
+            line += f": {', '.join(said)}"
+        return line + (f" (byte {self.offset:,})" if self.offset is not None else "")
+
+    def to_json(self) -> dict[str, Any]:
+        return {k: v for k, v in self._asdict().items() if v not in ("", None)}
+
+
+class Findings:
+    """Collects findings from any thread. Of each kind, tensor and file the first KEPT_EACH are kept, KEPT in all."""
+
+    def __init__(self) -> None:
+        self._kept: list[Finding] = []
+        self._of: Counter[tuple[str, str, str]] = Counter()
+        self._counts: Counter[str] = Counter()
+        self._lock = threading.Lock()
+
+    def add(self, finding: Finding, times: int = 1) -> None:
+        """Note a finding, which stands for `times` of its kind."""
+        with self._lock:
+            self._counts[finding.kind] += times
+            key = (finding.kind, finding.file, finding.tensor)
+            self._of[key] += 1
+            if self._of[key] <= KEPT_EACH and len(self._kept) < KEPT:
+                self._kept.append(finding)
+
+    @property
+    def count(self) -> int:
+        return sum(self._counts.values())
+
+    def counts(self) -> dict[str, int]:
+        """Findings of each kind that occurred."""
+        return {kind: self._counts[kind] for kind in KINDS if self._counts[kind]}
+
+    def kept(self) -> list[Finding]:
+        """By kind, file, tensor and place, so that the order does not depend on threads."""
+        return sorted(
+            self._kept,
+            key=lambda f: (KINDS.index(f.kind), f.file, f.offset if f.offset is not None else -1, f.tensor, f.text),
+        )
+
+
+class Progress(Protocol):
+    """Told of each stage, and how far it is."""
+
+    def start(self, stage: str, total: int, unit: str) -> None: ...
+    def advance(self, n: int) -> None: ...
+
+
+@dataclass
+class Verdict:
+    """What a verification came to."""
+
+    files: list[tuple[str, int]]
+    """(name, bytes) of the files that were read"""
+    n_tensors: int
+    findings: Findings = field(default_factory=Findings)
+    checked: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        return self.findings.count == 0
+
+    def line(self) -> str:
+        """The verdict in one line."""
+        nbytes = sum(n for _, n in self.files)
+        n = len(self.files)
+        what = f"{n} file{'s' * (n != 1)}, {self.n_tensors:,} tensors, {nbytes:,} bytes"
+        if self.ok:
+            return f"OK: {what}; checked {', '.join(self.checked)}"
+        total = self.findings.count
+        kinds = ", ".join(f"{n:,} {kind}" for kind, n in self.findings.counts().items())
+        return f"DAMAGED: {total:,} finding{'s' * (total != 1)} ({kinds}) in {what}; checked {', '.join(self.checked)}"
+
+    def text(self, most: int) -> str:
+        """Notes, at most `most` findings, and the verdict last."""
+        kept = self.findings.kept()
+        lines = [f"note: {note}" for note in self.notes] + [str(f) for f in kept[:most]]
+        more = self.findings.count - min(len(kept), most)
+        if more > 0:
+            lines.append(f"… and {more:,} more")
+        return "\n".join([*lines, self.line()])
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "ok": self.ok,
+            "verdict": self.line(),
+            "files": [{"name": name, "bytes": n} for name, n in self.files],
+            "tensors": self.n_tensors,
+            "checked": self.checked,
+            "notes": self.notes,
+            "counts": self.findings.counts(),
+            "findings": [f.to_json() for f in self.findings.kept()],
+        }
