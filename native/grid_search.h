@@ -20,6 +20,8 @@
 //    nearer comes first in ggml's order. This holds for values that round to the cell clearly. Where one is within
 //    1e-4 of being rounded otherwise, or where rounding may wrap, ggml's full list is searched.
 #pragma once
+#include <memory>
+
 #include "blocks.h"
 #include "grid_queue.h"
 
@@ -243,5 +245,14 @@ struct Slab : Searches<T> {
         for (int g = 0; g < G; ++g) found[g] = select(redo[g] & I(q2[0][g] > 0.0f), qx[0][g] / q2[0][g], found[g]);
     }
 };
+
+// This thread's slab of a type, made at first use and kept until the thread ends: a few 100 KB, more than some
+// threads' stacks have room for.
+template <typename T>
+Slab<T>& own_slab() {
+    static thread_local std::unique_ptr<Slab<T>> slab;
+    if (!slab) slab.reset(new Slab<T>);
+    return *slab;
+}
 
 }  // namespace quantkit::QK_ISA
