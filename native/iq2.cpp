@@ -231,7 +231,7 @@ QK_INLINE void tile_iq2_xs(const Grid& grid, Slab<Iq2Xs>& slab, const float* con
 void quantize_iq2_xxs(const float* x, uint8_t* y, size_t n_rows, size_t n_cols, const float* w) {
     if (!w) throw std::invalid_argument("quantize: IQ2_XXS needs an importance");
     const Grid& g = grid(GridType::IQ2_XXS);
-    alignas(64) Slab<Iq2Xxs> slab;
+    Slab<Iq2Xxs>& slab = own_slab<Iq2Xxs>();
     for_each_tile<QK_K, 66>(x, y, n_rows, n_cols, w, [&](auto xs, auto ws, auto ys) QK_LAMBDA {
         tile_iq2_xxs(g, slab, xs, ws, ys);
     });
@@ -240,7 +240,7 @@ void quantize_iq2_xxs(const float* x, uint8_t* y, size_t n_rows, size_t n_cols, 
 void quantize_iq2_xs(const float* x, uint8_t* y, size_t n_rows, size_t n_cols, const float* w) {
     if (!w) throw std::invalid_argument("quantize: IQ2_XS needs an importance");
     const Grid& g = grid(GridType::IQ2_XS);
-    alignas(64) Slab<Iq2Xs> slab;
+    Slab<Iq2Xs>& slab = own_slab<Iq2Xs>();
     for_each_tile<QK_K, 74>(x, y, n_rows, n_cols, w, [&](auto xs, auto ws, auto ys) QK_LAMBDA {
         tile_iq2_xs<true, true>(g, slab, xs, ws, ys);
     });
@@ -248,7 +248,7 @@ void quantize_iq2_xs(const float* x, uint8_t* y, size_t n_rows, size_t n_cols, c
 
 void quantize_iq2_s(const float* x, uint8_t* y, size_t n_rows, size_t n_cols, const float* w) {
     const Grid& g = grid(GridType::IQ2_S);
-    alignas(64) Slab<Iq2Xs> slab;
+    Slab<Iq2Xs>& slab = own_slab<Iq2Xs>();
     if (w)
         for_each_tile<QK_K, 82>(x, y, n_rows, n_cols, w, [&](auto xs, auto ws, auto ys) QK_LAMBDA {
             tile_iq2_xs<true, false>(g, slab, xs, ws, ys);

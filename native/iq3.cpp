@@ -98,7 +98,7 @@ QK_INLINE void tile_iq3(const Grid& grid, Slab<T>& slab, const float* const* xs,
 
 template <typename T>
 QK_INLINE void quantize_iq3(const Grid& g, const float* x, uint8_t* y, size_t n_rows, size_t n_cols, const float* w) {
-    alignas(64) Slab<T> slab;
+    Slab<T>& slab = own_slab<T>();
     const auto with = [&](auto xs, auto ws, auto ys) QK_LAMBDA {
         tile_iq3<T, true>(g, slab, xs, ws, ys);
     };

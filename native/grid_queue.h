@@ -1,0 +1,186 @@
+// The neighbour searches of a slab: collected by the length of their lists, then done one after another.
+//
+// Lanes find runs of steps of equal rounded levels (see grid_search.h); each run off the grid is an item here, searched
+// at its first and its last step at once (grid_ends.h). Where different points win at the ends, the step between at
+// which they change is found by probing where their costs cross.
+#pragma once
+#include "grid_ends.h"
+#include "grid_lanes.h"
+#include "grids.h"
+
+namespace quantkit::QK_ISA {
+
+// A word in the search's results: the grid point, whether it was the rounded levels themselves, or as the step before.
+constexpr int32_t ON_GRID = 1 << 16;
+constexpr int32_t AS_BEFORE = -1;
+
+// What is to be searched for 32 values of one type T (see Slab), and what was found.
+template <typename T>
+struct Searches {
+    static constexpr int DIM = T::DIM, K = SLAB / DIM, G = SLAB / T::GROUP, STEPS = T::LAST - T::FIRST + 1;
+    static constexpr int LEVELS = DIM == 8 ? 3 : 8;
+    static constexpr int TOP = 2 * LEVELS - 1;  // the greatest q
+    static constexpr int CELLS = DIM == 8 ? 6561 : 4096;
+    static constexpr int FINAL = STEPS;         // the step of the scale found
+    static constexpr int W = Ends<DIM>::W;
+    static constexpr int UNROLLED = W == 4 ? 6 : 4;  // lists of up to so many vectors have a queue of their own
+    static constexpr int QUEUE = 512;                // a queue is worked off when it might overflow
+    static constexpr int MOST = LANES * (STEPS + 1);  // pushed between two looks at it
+
+    // One search: steps a..b of a group of a lane have the same cell. Packed, since there are many.
+    struct Item {
+        uint64_t what;   // list: 32 bits, its length: 16, a: 8, b: 8
+        uint64_t where;  // offsets, 16 bits each: in `rows`, `scale` and `inverse`, `word` and `margin`
+
+        QK_INLINE size_t list() const { return what & 0xffffffff; }
+        QK_INLINE int n() const { return static_cast<int>((what >> 32) & 0xffff); }
+        QK_INLINE size_t a() const { return (what >> 48) & 0xff; }
+        QK_INLINE size_t b() const { return what >> 56; }
+        QK_INLINE Item inner() const { return {what + (uint64_t{1} << 48) - (uint64_t{1} << 56), where}; }
+    };
+    // Steps a and b of an item are won by different points: where they cross is to be found.
+    struct Probe {
+        uint32_t item;
+        uint16_t point_a, point_b;
+        float behind_a, behind_b;
+    };
+
+    const Grid* grid;
+    const uint16_t* words;  // of the grid
+    F x[SLAB], w[SLAB], root[SLAB];  // values without sign, weights, their square roots
+    F scale[STEPS + 1][G], inverse[STEPS + 1][G];
+    F margin[K];
+    I word[STEPS + 1][K];
+    alignas(64) float rows[LANES][2][SLAB];  // x and root
+    // runs of equal cells of one k: where in grid->cells; lane | first step << 8 | last step << 16
+    alignas(64) uint32_t run_cell[LANES * (STEPS + 1) + LANES], run_at[LANES * (STEPS + 1) + LANES];
+    Item queue[UNROLLED + 2][2 * (QUEUE + MOST)];  // by the number of vectors of the list; 0 takes what needs no search
+    Probe probes[QUEUE + MOST];
+    uint32_t again[QUEUE + MOST];
+    size_t count[UNROLLED + 2];
+
+    static constexpr int group_of(int k) { return k / (K / G); }
+
+    static QK_INLINE int32_t lane_of(const I& v, int lane) { return reinterpret_cast<const int32_t*>(&v)[lane]; }
+
+    // Appends the lanes of `m` to a list of n runs of equal cells.
+    static QK_INLINE size_t append(uint32_t* cells, uint32_t* ats, size_t n, uint32_t m, I cell, I at) {
+#if defined(__AVX512F__)
+        const __mmask16 mask = static_cast<__mmask16>(m);
+        _mm512_storeu_si512(cells + n, _mm512_maskz_compress_epi32(mask, reinterpret_cast<__m512i>(cell)));
+        _mm512_storeu_si512(ats + n, _mm512_maskz_compress_epi32(mask, reinterpret_cast<__m512i>(at)));
+        return n + static_cast<size_t>(__builtin_popcount(m));
+#elif defined(__AVX2__)
+        const __m256i from = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(static_cast<long long>(COMPRESS.lanes[m])));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(cells + n),
+                            _mm256_permutevar8x32_epi32(reinterpret_cast<__m256i>(cell), from));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(ats + n),
+                            _mm256_permutevar8x32_epi32(reinterpret_cast<__m256i>(at), from));
+        return n + static_cast<size_t>(__builtin_popcount(m));
+#else
+        for (; m; m &= m - 1, ++n) {
+            const int lane = __builtin_ctz(m);
+            cells[n] = static_cast<uint32_t>(lane_of(cell, lane));
+            ats[n] = static_cast<uint32_t>(lane_of(at, lane));
+        }
+        return n;
+#endif
+    }
+
+    // The cells of n runs: those on the grid are done, the others go to the queues.
+    QK_INLINE void take_runs(int k, size_t n) {
+        const uint64_t where = (static_cast<uint64_t>(k) * DIM) | (static_cast<uint64_t>(group_of(k)) * LANES << 16) |
+                               (static_cast<uint64_t>(k) * LANES << 32);
+        constexpr uint64_t PER_LANE = 2 * SLAB | (1 << 16) | (uint64_t{1} << 32);
+        int32_t* const to = reinterpret_cast<int32_t*>(word) + k * LANES;
+        for (size_t r = 0; r < n; ++r) {
+            const uint32_t cell = run_cell[r], at = run_at[r], lane = at & 0xff;
+            const Cell c = grid->cells[cell];
+            to[((at >> 8) & 0xff) * K * LANES + lane] = c.word() | ON_GRID;
+            const size_t n_vectors = (static_cast<size_t>(c.n()) + W - 1) / W;
+            const size_t q = n_vectors <= UNROLLED ? n_vectors : UNROLLED + 1;
+            queue[q][count[q]] = {c.list_and_n() | (static_cast<uint64_t>(at >> 8) << 48), where + lane * PER_LANE};
+            count[q] += q != 0;
+        }
+    }
+
+    // The search at steps a and b of an item's group.
+    template <int N_VECTORS>
+    QK_INLINE Found search_at(const Item& it, size_t a, size_t b) const {
+        const float* const scales = reinterpret_cast<const float*>(scale) + ((it.where >> 16) & 0xffff);
+        const float* const row = rows[0][0] + (it.where & 0xffff);
+        const Ends<DIM> ends(row, row + SLAB, scales[a * G * LANES], scales[b * G * LANES]);
+        const float m = reinterpret_cast<const float*>(margin)[it.where >> 32];
+        if constexpr (N_VECTORS > UNROLLED)
+            return nearest_of_many<DIM>(ends, words + it.list(), it.n(), m);
+        else
+            return nearest<DIM, N_VECTORS>(ends, words + it.list(), it.n(), m);
+    }
+
+    // The winner of two neighbouring steps, where the lines c_g/s^2 of the winners at a and b are expected to cross.
+    // Whether all steps between are known then.
+    template <int N_VECTORS>
+    QK_INLINE bool probe(const Item& it, const Probe& p) {
+        const float* const inverses = reinterpret_cast<const float*>(inverse) + ((it.where >> 16) & 0xffff);
+        const size_t a = it.a(), b = it.b();
+        const float id_a = inverses[a * G * LANES], id_b = inverses[b * G * LANES];
+        const float line_a = p.behind_a * id_a * id_a, line_b = p.behind_b * id_b * id_b;
+        float part = line_a / (line_a + line_b);
+        part = part > 0.0f ? part : 0.0f;  // NaN too
+        part = part < 1.0f ? part : 1.0f;
+        size_t m = a + static_cast<size_t>(static_cast<int>(part * static_cast<float>(static_cast<int>(b - a))));
+        m = m < b ? m : b - 1;
+        const Found f = search_at<N_VECTORS>(it, m, m + 1);
+        int32_t* const to = reinterpret_cast<int32_t*>(word) + (it.where >> 32);
+        const int as_a = static_cast<int>(f.clear) & static_cast<int>(f.a == p.point_a);
+        const int as_b = static_cast<int>(f.clear) & static_cast<int>(f.b == p.point_b);
+        to[(m + 1) * K * LANES] = f.b;
+        to[m * K * LANES] = f.a | -(as_a & static_cast<int>(m > a));
+        return ((as_a | static_cast<int>(m - a <= 1)) & (as_b | static_cast<int>(b - m <= 2))) != 0;
+    }
+
+    template <int N_VECTORS>
+    __attribute__((noinline)) void work_off() {
+        Item* const items = queue[N_VECTORS];
+        size_t n = count[N_VECTORS];
+        while (n) {
+            size_t n_again = 0, n_probes = 0;
+            for (size_t i = 0; i < n; ++i) {
+                const Item it = items[i];
+                const size_t a = it.a(), b = it.b();
+                const Found f = search_at<N_VECTORS>(it, a, b);
+                int32_t* const to = reinterpret_cast<int32_t*>(word) + (it.where >> 32);
+                const int same = static_cast<int>(f.clear) & static_cast<int>(f.a == f.b);
+                to[b * K * LANES] = f.b | -same;  // AS_BEFORE
+                to[a * K * LANES] = f.a;
+                const int inner = static_cast<int>(b - a >= 2);
+                // no branch: whether the ends differ is not predictable
+                probes[n_probes] = {static_cast<uint32_t>(i), f.a, f.b, f.behind_a, f.behind_b};
+                n_probes += static_cast<size_t>(inner & static_cast<int>(f.clear) & (same ^ 1));
+                if (__builtin_expect(!f.clear, 0)) {  // rare
+                    again[n_again] = static_cast<uint32_t>(i);
+                    n_again += static_cast<size_t>(inner);
+                }
+            }
+            for (size_t i = 0; i < n_probes; ++i) {
+                const Probe p = probes[i];
+                again[n_again] = p.item;
+                n_again += !probe<N_VECTORS>(items[p.item], p);
+            }
+            // too close to call, or not as expected: the steps between anew. Items are taken in any order, so those
+            // that go on are copied aside first.
+            for (size_t i = 0; i < n_again; ++i) items[n + i] = items[again[i]].inner();
+            std::memmove(static_cast<void*>(items), items + n, n_again * sizeof(Item));
+            n = n_again;
+        }
+        count[N_VECTORS] = 0;
+    }
+
+    template <int N_VECTORS = 1>
+    QK_INLINE void work_off_all(size_t above) {
+        if (count[N_VECTORS] > above) work_off<N_VECTORS>();
+        if constexpr (N_VECTORS <= UNROLLED) work_off_all<N_VECTORS + 1>(above);
+    }
+};
+
+}  // namespace quantkit::QK_ISA
