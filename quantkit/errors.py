@@ -23,13 +23,35 @@ thing, the numbers and the next step. Anything else that escapes is a defect of 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+
+#: characters of a line of a message that are kept at its start, and at its end, where the next step is
+_LINE_START, _LINE_END = 1200, 600
+#: lines of a message that lists mistakes
+_MAX_MISTAKES = 20
 
 
 class QuantkitError(Exception):
-    """The base of all errors with a message for a person."""
+    """The base of all errors with a message for a person. Whatever a hostile file brings into it, it is safe to show:
+    characters that are not printable are written as escapes, and endless lines are shortened in the middle."""
 
     exit_code = 1
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__("\n".join(map(_showable, str(message).split("\n"))))
+
+
+def _showable(line: str) -> str:
+    if len(line) > _LINE_START + _LINE_END + 1:
+        line = f"{line[:_LINE_START]}…{line[-_LINE_END:]}"
+    return line if line.isprintable() else "".join(ch if ch.isprintable() else ascii(ch)[1:-1] for ch in line)
+
+
+def listed(mistakes: Sequence[str]) -> str:
+    """A line for each mistake; of very many, the first and how many there are."""
+    if len(mistakes) <= _MAX_MISTAKES:
+        return "\n".join(mistakes)
+    return "\n".join([*mistakes[:_MAX_MISTAKES], f"and {len(mistakes) - _MAX_MISTAKES:,} mistakes more"])
 
 
 class RecipeError(QuantkitError):

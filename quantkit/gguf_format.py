@@ -44,6 +44,10 @@ MAX_DIMS = 4
 #: bytes of a key; of a tensor's name (GGML_MAX_NAME, the end of the string counted)
 MAX_KEY, MAX_NAME = 65535, 63
 MAX_ARRAY_DEPTH = 4
+#: strings and arrays in arrays, of all keys together: the largest vocabularies and merges have less than a million
+MAX_ELEMENTS = 1 << 21
+#: keys; tensors, of which a model with every expert apart has some ten thousands
+MAX_KEYS, MAX_TENSORS = 1 << 16, 1 << 18
 #: bytes of a header; R1's has 5 MB, and what claims more than this is no header
 MAX_HEADER = 1 << 26
 
@@ -185,6 +189,7 @@ class _Cursor:
 
     def __init__(self, where: str | Path, file: BinaryIO, size: int, is_prefix: bool = False) -> None:
         self.where, self.file, self.size, self.is_prefix, self.at = where, file, size, is_prefix, 0
+        self.n_elements = 0
 
     def fail(self, what: str) -> SourceError:
         return SourceError(f"{self.where}: not a usable GGUF file: {what}")
@@ -245,6 +250,9 @@ class _Cursor:
         smallest = 8 if element == STRING else 12
         if count > (self.size - self.at) // smallest:
             raise self.fail(f"{what} claims {count:,} elements, more than the file can hold")
+        self.n_elements += count
+        if self.n_elements > MAX_ELEMENTS:
+            raise self.fail(f"{what} brings the elements of arrays to {self.n_elements:,} (at most {MAX_ELEMENTS:,})")
         for _ in range(count):
             out += self.value(element, what, depth + 1)
         return bytes(out)
@@ -290,9 +298,11 @@ def _read(c: _Cursor) -> Header:
         hint = "; it is a big-endian file" if swapped in (2, 3) else ""
         raise c.fail(f"version {version} is not supported (2 and 3 are){hint}")
     n_tensors, n_kv = c.number("<Q", "the tensor count"), c.number("<Q", "the key count")
-    for n, smallest, what in ((n_kv, 13, "keys"), (n_tensors, 32, "tensors")):
+    for n, smallest, most, what in ((n_kv, 13, MAX_KEYS, "keys"), (n_tensors, 32, MAX_TENSORS, "tensors")):
         if n > (c.size - c.at) // smallest:
             raise c.fail(f"it claims {n:,} {what}, more than its {c.size:,} bytes can hold")
+        if n > most:
+            raise c.fail(f"it claims {n:,} {what} (at most {most:,})")
     kvs: list[KV] = []
     seen: set[str] = set()
     for i in range(n_kv):

@@ -230,7 +230,7 @@ def quantize(
     row_bytes = qt.row_bytes(n_cols)
     if imatrix is not None:
         _require("the imatrix", imatrix, np.float32, (n_cols,))
-        if not np.isfinite(imatrix).all() or (imatrix < 0).any():
+        if not _is_importance(imatrix):
             raise KernelError("the imatrix holds values that are NaN, Inf or negative")
     elif qt.name in ABORT_WITHOUT_IMATRIX:
         raise KernelError(f"{qt.name} cannot be quantized without an importance matrix")
@@ -256,6 +256,11 @@ def quantize(
         what = "one would be stored as Inf" if qt.is_float else "a block's scale is not valid"
         raise WeightError(f"weights out of the range of {qt.name}: {what}")
     return out
+
+
+def _is_importance(imatrix: F32) -> bool:
+    """Whether all values are finite and not negative."""
+    return bool(np.isfinite(imatrix).all() and (imatrix >= 0).all())
 
 
 def _prepare(qt: QType) -> None:
@@ -300,6 +305,8 @@ def quantize_stored(rows: StoredRows, qtype_name: str, imatrix: F32 | None, out:
     except KernelError:
         return False
     if chosen not in OWN or rows.dtype not in FUSED or (imatrix is None and qt.name in ABORT_WITHOUT_IMATRIX):
+        return False
+    if imatrix is not None and not qt.uses_imatrix and not _is_importance(imatrix):  # else the kernel looks
         return False
     _prepare(qt)
     limits = (_LARGEST_FINITE.get(qt.name, np.inf), np.inf)

@@ -16,6 +16,8 @@ from .errors import RecipeError
 Path = Sequence[str | int]
 Lines = dict[tuple[str | int, ...], int]
 _MAX_DEPTH = 6
+#: keys and values of a recipe; a rule has seven or so, and no model more than some thousand tensors
+_MAX_NODES = 20_000
 
 
 class Marked(NamedTuple):
@@ -61,13 +63,20 @@ def read(text: str, file: str) -> Marked:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML without aliases."""
+    """YAML without aliases, and with an end."""
+
+    _n_nodes = 0
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
             event = self.peek_event()  # type: ignore[no-untyped-call]
             what = f"'*{event.anchor}' is an alias, which recipes do without"
             raise yaml.composer.ComposerError("while scanning an alias", event.start_mark, what, event.start_mark)
+        self._n_nodes += 1
+        if self._n_nodes > _MAX_NODES:
+            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
+            what = f"more than {_MAX_NODES:,} keys and values are too many for a recipe"
+            raise yaml.composer.ComposerError(None, None, what, mark)
         return super().compose_node(parent, index)
 
 

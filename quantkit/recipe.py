@@ -22,7 +22,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from .errors import RecipeError, did_you_mean
+from .errors import RecipeError, did_you_mean, listed
 from .marked_yaml import Marked, read
 from .qtypes import FILE_TYPES, QTYPES
 from .recipe_file import Override, RecipeFile, Rule, known_type, messages, parse_override
@@ -97,7 +97,7 @@ def _read(text: str, file: str) -> tuple[Marked, RecipeFile]:
         if not marked.value.get("rules", []) and marked.value.get("otherwise") is None:
             wrong.append(f"{marked.place('rules')}: {'is empty' if 'rules' in marked.value else 'is missing'}")
     if given is None or wrong:
-        raise RecipeError("\n".join(wrong))
+        raise RecipeError(listed(wrong))
     return marked, given
 
 
@@ -165,7 +165,7 @@ def _resolve(
         unused = [name for name in variables if name not in used]
         wrong = [f"{recipe.place('vars', name)}: no rule uses the variable '{name}'" for name in unused]
     if wrong:
-        raise RecipeError("\n".join(wrong))
+        raise RecipeError(listed(wrong))
     return Recipe(**{**recipe.__dict__, "rules": tuple(rules)})
 
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from .catalogue import Catalogue, Tensor
-from .errors import RecipeError, did_you_mean
+from .errors import RecipeError, did_you_mean, listed
 from .patterns import expand_braces, glob_regex, pick_layers
 from .recipe import Recipe
 from .recipe_file import Rule
@@ -81,7 +81,7 @@ def claim(catalogue: Catalogue, recipe: Recipe, others: Mapping[str, str]) -> tu
             'such as a last one with match: "*.weight"'
         )
     if errors:
-        raise RecipeError("\n".join(errors))
+        raise RecipeError(listed(errors))
     return [owner.get(t.name) for t in catalogue.tensors], warnings
 
 

@@ -8,6 +8,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import fuzz_kernels
 import laws
 import numpy as np
 import numpy.typing as npt
@@ -24,8 +25,8 @@ F32 = npt.NDArray[np.float32]
 SETS = list(kernels.OWN)
 TYPES = sorted(set().union(*kernels.OWN.values()))
 PAIRS = [(name, kernel) for name in TYPES for kernel in SETS if name in kernels.OWN[kernel]]
-#: weights a type that each set is compared on
-N_WEIGHTS = 10_000_000
+#: weights a type that each set is compared on; fewer where sanitizers make it slow (tests/sanitize.py)
+N_WEIGHTS = int(os.environ.get("QUANTKIT_TEST_WEIGHTS", "10_000_000"))
 
 pytestmark = pytest.mark.skipif(not SETS, reason="this processor has none of the instruction sets")
 
@@ -123,6 +124,16 @@ def test_any_bits(name: str, seed: int, narrow: int, weighted: bool) -> None:
     for kernel in SETS:
         if name in kernels.OWN[kernel]:
             compare(x, name, importance, kernel, f"seed {seed}", expected)
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_random_bits_of_every_kind(name: str) -> None:
+    """A short run of the fuzzer, which says how to see a difference again."""
+    for number in range(20):
+        try:
+            fuzz_kernels.run(name, 1, number)
+        except fuzz_kernels.DifferenceError as e:
+            pytest.fail(f"{fuzz_kernels.again(name, 1, number)}: {e}")
 
 
 def test_threads_give_the_same() -> None:
