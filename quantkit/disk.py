@@ -32,8 +32,8 @@ def _reserve(fd: int, nbytes: int) -> None:
         raise OSError(ctypes.get_errno(), f"{os.strerror(ctypes.get_errno())}: {nbytes:,} bytes cannot be reserved")
 
 
-def sync_folder(path: Path) -> None:
-    """Make names in a folder durable. Raises OSError."""
+def sync(path: Path) -> None:
+    """Put a file's bytes, or the names in a folder, on the disk. Raises OSError."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)

@@ -28,7 +28,7 @@ import numpy as np
 import numpy.typing as npt
 
 from . import fingerprint, journal
-from .disk import create, read_at, sync_folder, write_at
+from .disk import create, read_at, sync, write_at
 from .errors import InternalCheckError, OutputError, ResumeError
 from .gguf_format import pad
 from .journal import Head, Journal, Record, Rows
@@ -145,8 +145,8 @@ class Partial:
                 journal.create(self.folder / "journal", self._head(now))
             for i in range(len(self.names)):
                 self._open_file(i, found is not None)
-            sync_folder(self.folder)
-            sync_folder(self.folder.parent)
+            sync(self.folder)
+            sync(self.folder.parent)
             self._journal_fd = os.open(self.folder / "journal", os.O_WRONLY | os.O_APPEND)
             if found is not None:
                 os.ftruncate(self._journal_fd, found.nbytes)
@@ -370,8 +370,8 @@ class Partial:
             self.before_final()
             os.fsync(self._fds[i])
             os.replace(self.folder / self.names[i].name, self.names[i])
-            sync_folder(self.out.parent)
-            sync_folder(self.folder)
+            sync(self.out.parent)
+            sync(self.folder)
             self._final[i] = True
 
     def is_durable(self, name: str) -> bool:
@@ -405,7 +405,7 @@ class Partial:
                 if not self._final[i]:
                     os.replace(self.folder / self.names[i].name, self.names[i])
                     self._final[i] = True
-            sync_folder(self.out.parent)
+            sync(self.out.parent)
         except OSError as e:
             raise self._os_error(e) from None
         self.close()

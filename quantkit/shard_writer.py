@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from .copying import Opened, Progress, copy_range, write_at
+from .disk import sync
 from .errors import OutputError, SourceError
 from .shards import Input, OutputFile, ShardSet
 
@@ -65,10 +66,10 @@ def write(
             for (temporary, _), file in zip(made, files, strict=True):
                 _write_file(temporary, file, sources, how, progress)
             for temporary, _ in made:
-                _sync(temporary)
+                sync(temporary)
             sources.check_all()
             _publish(made, scratch, force)
-            _sync(folder)
+            sync(folder)
     except OSError as e:
         raise OutputError(f"{files[0].path}: {e.strerror or e}; nothing was changed: mend that and try again") from None
     return how
@@ -179,11 +180,3 @@ def _publish(made: Sequence[tuple[Path, Path]], scratch: Path, force: bool) -> N
             if os.path.lexists(old / path.name):
                 os.replace(old / path.name, path)
         raise
-
-
-def _sync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from ..disk import sync, write_at
 from ..errors import OutputError, QuantkitError, ResumeError, SourceError
 from ..sources.safetensors_dir import DTYPE_BYTES, INDEX, Checkpoint
 from .decode import Decoder, refuse
@@ -120,7 +121,7 @@ def run(job: Job, decoder: Decoder, n_threads: int, progress: Progress) -> None:
                     with _replacing(job.dst / name) as part:
                         part.write_bytes(data)
             (job.dst / STATE).unlink()
-            _sync(job.dst)
+            sync(job.dst)
     except OSError as e:
         raise OutputError(
             f"{e.filename or job.dst}: {e.strerror or e}; mend that and run the same again: finished shards are kept"
@@ -169,9 +170,9 @@ def _replacing(path: Path) -> Iterator[Path]:
     part = _part(path)
     try:
         yield part
-        _sync(part)
+        sync(part)
         os.replace(part, path)
-        _sync(path.parent)
+        sync(path.parent)
     finally:
         part.unlink(missing_ok=True)
 
@@ -185,14 +186,6 @@ def _copy(path: Path, to: Path) -> None:
         shutil.copyfile(path, to)
     except FileNotFoundError:
         raise SourceError(f"{path}: is gone since this run began") from None
-
-
-def _sync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 class _File:
@@ -212,10 +205,8 @@ class _File:
             raise
 
     def write(self, data: npt.NDArray[np.uint8], offset: int) -> None:
-        view, done = data.data.cast("B"), 0
-        while done < len(view):
-            with self._writing("writing", offset + done):
-                done += os.pwrite(self.fd, view[done:], offset + done)
+        with self._writing("writing", offset):
+            write_at(self.fd, data.data.cast("B"), offset)
 
     @contextmanager
     def _writing(self, what: str, at: int) -> Iterator[None]:
@@ -230,7 +221,7 @@ class _File:
     def finish(self) -> None:
         os.fsync(self.fd)
         os.replace(self.part, self.path)
-        _sync(self.path.parent)
+        sync(self.path.parent)
         self.close()
 
     def close(self) -> None:
