@@ -248,7 +248,7 @@ def disk_too_small(site: Site) -> Row:
     return row
 
 
-def disk_full(reserved: bool) -> Callable[[Site], Row]:
+def disk_filled(reserved: bool) -> Callable[[Site], Row]:
     """Another process takes the room while rows are made."""
 
     def run(site: Site) -> Row:
@@ -433,10 +433,10 @@ CASES: tuple[Callable[[Site], Row], ...] = (
     call_fails("rename refused", "rename", errno.EACCES, ".gguf", (7,), "Permission denied", (0, 2), way=SHARDS),
     call_fails("no room to reserve", "fallocate", errno.ENOSPC, ".gguf", (7,), "cannot be reserved", (0, 0), n=1),
     call_fails("cannot reserve", "fallocate", errno.EOPNOTSUPP, ".gguf", (0,), skips=(0, 0), n=1),
-    call_fails("out of memory in a worker", "malloc", errno.ENOMEM, "", (1,), "memory", (30, 200), nbytes=1 << 17, n=6),
+    call_fails("out of memory in a worker", "malloc", errno.ENOMEM, "", (1,), "memory", (6, 24), nbytes=1 << 17, n=6),
     call_fails("read error at going on", "pread", errno.EIO, ".partial", (7,), "Input/output", (0, 3), begun=True, n=2),
     call_fails("cache cannot be written", "pwrite", errno.ENOSPC, "cache-", (0,), way=CACHED, skips=(1, 20), n=2),
     call_fails("cache cannot be read", "pread", errno.EIO, "cache-", (0,), way=CACHED, skips=(0, 0), n=2),
     *(source_changes(how) for how in ("shrinks", "changes", "vanishes", "is replaced", "imatrix changes")),
-    disk_too_small, disk_full(True), disk_full(False), file_too_large, out_of_memory, permissions, read_only,
+    disk_too_small, disk_filled(True), disk_filled(False), file_too_large, out_of_memory, permissions, read_only,
 )  # fmt: skip

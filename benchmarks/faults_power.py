@@ -144,23 +144,28 @@ class Scene:
 
     def prepare(self, site: Site) -> tuple[Path, dict[str, bytes]]:
         """An output's place with what is there before, and those older files."""
-        out = site.place()
-        if self.older:
-            done = site.fork(out, self.way, "-q", "--imatrix", str(site.other_imatrix))
-            require(done.code == 0, f"the older build failed: {done.err}")
-            older = files_of(out)
-            require(
-                older != site.expected(self.way) and older.keys() == site.expected(self.way).keys(), "no older files"
-            )
-            return out, older
-        if self.begun:
-            for at in range(60, 120, 4):  # the sooner the more is left
-                done = site.fork(out, self.way, "-q", root=str(out.parent), log=str(site.folder / "log"), kill_at=at,
-                                 kill="after")  # fmt: skip
-                if done.code == -9 and site.claimed(out):
-                    return out, {}
-            raise FaultError(f"no unfinished build: exit {done.code}, {done.err}")
-        return out, {}
+        out, made = site.place(), site.folder / f"scene {self.name}"
+        if not made.exists():
+            made.mkdir()
+            if self.older:
+                done = site.fork(made / out.name, self.way, "-q", "--imatrix", str(site.other_imatrix))
+                require(done.code == 0, f"the older build failed: {done.err}")
+                older, now = files_of(made / out.name), site.expected(self.way)
+                require(older != now and older.keys() == now.keys(), "no older files")
+            if self.begun:
+                self._begin(site, made / out.name)
+        shutil.copytree(made, out.parent, dirs_exist_ok=True)
+        return out, files_of(out) if self.older else {}
+
+    def _begin(self, site: Site, out: Path) -> None:
+        for at in range(60, 200, 4):  # the sooner the more is left
+            done = site.fork(out, self.way, "-q", root=str(out.parent), log=str(site.folder / "log"), kill_at=at,
+                             kill="after")  # fmt: skip
+            if done.code == -9 and site.claimed(out):
+                return
+            if done.code == 0:
+                break
+        raise FaultError(f"no unfinished build: exit {done.code}, {done.err}")
 
 
 SCENES = (
@@ -215,7 +220,7 @@ def kills_at_calls(site: Site, times: int) -> Row:
     row = Row("kill -9 at a system call", "", times, "")
     came: Counter[str] = Counter()
     claimed = kept = 0
-    for scene, n in zip(SCENES, _shares(times), strict=True):
+    for scene, n in _shares(times):
         log = _recorded(site, scene)[1]
         numbers = [i + 1 for i in range(len(log))]
         rare = [i for i in numbers if log[i - 1].what not in ("write", "sync-begin", "sync-end")]
@@ -244,7 +249,7 @@ def power_loss(site: Site, times: int) -> Row:
     row = Row("power loss, simulated", "", times, "")
     came: Counter[str] = Counter()
     claimed = kept = 0
-    for scene, n in zip(SCENES, _shares(times), strict=True):
+    for scene, n in _shares(times):
         before, log, recorded = _recorded(site, scene)
         rare = [i for i, e in enumerate(log) if e.what not in ("write", "create", "mkdir")]
 
@@ -276,6 +281,7 @@ def power_loss(site: Site, times: int) -> Row:
     return row
 
 
-def _shares(times: int) -> list[int]:
-    """How often for each scene."""
-    return [times // len(SCENES) + (i < times % len(SCENES)) for i in range(len(SCENES))]
+def _shares(times: int) -> list[tuple[Scene, int]]:
+    """How often for each scene, where it is at all."""
+    every = [(scene, times // len(SCENES) + (i < times % len(SCENES))) for i, scene in enumerate(SCENES)]
+    return [(scene, n) for scene, n in every if n]
