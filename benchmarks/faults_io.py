@@ -157,6 +157,8 @@ def source_changes(how: str) -> Callable[[Site], Row]:
         ways = (ONE, Way("cache", (*SHARDS.options, "--cache", str(cache))))
         row = Row(f"source {how}", "while rows are made, put back afterwards; with a cache too", 2 * len(ways), "")
         claimed = 0
+        for way in ways:
+            site.expected(way)  # before anything is changed
         for n in range(2 * len(ways)):
             way, out = ways[n % len(ways)], site.place()
             victim = site.imatrix if how == "imatrix changes" else site.shards[n // len(ways) + 1]
