@@ -149,6 +149,12 @@ def _check_requantize(catalogue: Catalogue, plan: Plan, allowed: bool) -> None:
 
 
 def _check_place(out: Path) -> None:
+    try:
+        os.stat(out.parent / ".")  # pathlib's questions raise where a folder is closed
+    except PermissionError as e:
+        raise OutputError(f"{out.parent}: {e.strerror}; choose another place") from None
+    except OSError:
+        pass  # what is missing is said below
     if out.is_dir() or not out.name:
         raise OutputError(f"{out}: is a directory; give the name of the file to make, such as {out / 'model.gguf'}")
     if not out.parent.is_dir():

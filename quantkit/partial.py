@@ -151,7 +151,8 @@ class Partial:
             if found is not None:
                 os.ftruncate(self._journal_fd, found.nbytes)
                 self._read_back(found.records, n_threads, progress)
-            shutil.rmtree(self.scratch, ignore_errors=True)
+            if self.scratch.exists():
+                shutil.rmtree(self.scratch)
             self.scratch.mkdir()
         except OSError as e:
             raise self._os_error(e) from None

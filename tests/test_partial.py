@@ -423,6 +423,18 @@ def test_a_folder_of_another_is_left_alone(b: Builder, tmp_path: Path, how: str)
     assert [p.name for p in b.folder.iterdir()] == ["thesis.txt"]
 
 
+def test_an_unfinished_build_whose_folder_cannot_be_written(b: Builder, monkeypatch: pytest.MonkeyPatch) -> None:
+    b.stopped(N // 4)
+    (b.folder / "scratch").mkdir(exist_ok=True)
+
+    def refused(*_args: Any, **_more: Any) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, "rmdir", refused)
+    with pytest.raises(OutputError, match=r"m\.gguf: Permission denied; mend that and build again"):
+        b.run(b.ready())
+
+
 def test_ended_between_the_names_of_shards_that_replace_others(b: Builder, monkeypatch: pytest.MonkeyPatch) -> None:
     b.run(b.ready(split_max_size=1 << 18))
     names = {p.name: p.read_bytes() for p in b.out.parent.iterdir()}
