@@ -150,7 +150,7 @@ def _check_requantize(catalogue: Catalogue, plan: Plan, allowed: bool) -> None:
 
 def _check_place(out: Path) -> None:
     try:
-        os.stat(out.parent / ".")  # pathlib's questions raise where a folder is closed
+        os.stat(os.path.join(out.parent, "."))  # pathlib's questions raise where a folder is closed
     except PermissionError as e:
         raise OutputError(f"{out.parent}: {e.strerror}; choose another place") from None
     except OSError:
