@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,6 +75,8 @@ def prepare(
             "weights to build from; give a checkpoint directory or a GGUF"
         )
     check_imatrix(plan, imatrix is not None)
+    read = [*catalogue.source.files, *([imatrix.path] if imatrix else [])]
+    sources = {path: fingerprint.stat_of(path) for path in read}
     if imatrix is not None:
         imatrix.check()
     _check_requantize(catalogue, plan, allow_requantize)
@@ -82,12 +84,13 @@ def prepare(
     layouts = lay_out(plan, kvs, split_max_size)
     names = file_names(out, len(layouts), split_max_size is not None)
     files = tuple(zip(names, layouts, strict=True))
-    sources = {path: fingerprint.stat_of(path) for path in catalogue.source.files}
     identity = fingerprint.identity(plan, kvs, split_max_size, imatrix.path if imatrix else None)
     _check_place(out)
     begun = _begun(out, identity, resume)
-    _check_output(catalogue, imatrix, out, names, force, _finished(names, begun, folder_of(out)))
-    _check_space(out, names, layouts, engine.scratch_bytes(plan) if engine is not None else 0)
+    finished = _finished(names, begun, folder_of(out))
+    _check_output(catalogue, imatrix, out, names, force, finished)
+    scratch = engine.scratch_bytes(plan) if engine is not None else 0
+    _check_space(out, [file for file in files if file[0] not in finished], scratch)
     return Build(plan, imatrix, files, out, identity, sources, resume is False, begun)
 
 
@@ -118,10 +121,10 @@ def _finished(names: tuple[Path, ...], begun: Journal | None, folder: Path) -> s
     return {name for i, name in enumerate(names) if i not in short and not (folder / name.name).exists()}
 
 
-def _check_space(out: Path, names: tuple[Path, ...], layouts: tuple[FileLayout, ...], scratch: int) -> None:
+def _check_space(out: Path, files: Sequence[tuple[Path, FileLayout]], scratch: int) -> None:
     """Raises OutputError when what is still to be written has no room."""
     need, free = 0, shutil.disk_usage(out.parent).free
-    for name, layout in zip(names, layouts, strict=True):
+    for name, layout in files:
         try:
             there = os.stat(folder_of(out) / name.name).st_blocks * 512
         except OSError:
@@ -146,6 +149,12 @@ def _check_requantize(catalogue: Catalogue, plan: Plan, allowed: bool) -> None:
 
 
 def _check_place(out: Path) -> None:
+    try:
+        os.stat(os.path.join(out.parent, "."))  # pathlib's questions raise where a folder is closed
+    except PermissionError as e:
+        raise OutputError(f"{out.parent}: {e.strerror}; choose another place") from None
+    except OSError:
+        pass  # what is missing is said below
     if out.is_dir() or not out.name:
         raise OutputError(f"{out}: is a directory; give the name of the file to make, such as {out / 'model.gguf'}")
     if not out.parent.is_dir():

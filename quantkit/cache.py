@@ -1,7 +1,7 @@
 """Finished tensors kept from build to build, by what they are made of: another recipe re-quantizes only what differs.
 
-    DIR/objects/ab/KEY        a tensor's data, then SHA-256 of it | u64 its bytes | "qkcache1"
-    DIR/sources/FILE.json     digests of source tensors, for a file of that path, inode, size and time
+    DIR/objects/ab/KEY        a tensor's data, then SHA-256 of it and of KEY | u64 its bytes | "qkcache2"
+    DIR/sources/FILE.json     digests of source tensors, for a file of that path, inode, size and time, and of these
     DIR/tmp/                  what is being written
     DIR/lock                  held while entries are removed
 
@@ -38,7 +38,7 @@ from .errors import OutputError, QuantkitError
 from .partial import Partial
 from .plan import Plan, Planned
 
-MAGIC = b"qkcache1"
+MAGIC = b"qkcache2"
 _TRAILER = struct.Struct("<32sQ8s")
 _CHUNK = 1 << 22
 #: an unfinished file of a process that is gone is removed after so many seconds
@@ -85,8 +85,9 @@ class Cache:
     ) -> dict[str, str]:
         known: dict[str, str] = {}
         memos: dict[Path, Path] = {}
+        before: dict[Path, fingerprint.FileStat] = {}
         for file in {source.tensor(n).file for n in names}:
-            s = fingerprint.stat_of(file)
+            s = before[file] = fingerprint.stat_of(file)
             memos[file] = self.folder / "sources" / f"{fingerprint.short(str(file.resolve()), repr(s))}.json"
             known.update({n: d for n, d in _read_memo(memos[file]).items() if n in names})
         missing = [source.tensor(n) for n in sorted(names - known.keys())]
@@ -103,7 +104,8 @@ class Cache:
                 fresh.setdefault(st.file, {})[st.name] = found
         with suppress(OSError):  # without its memo the next build reads the source again, no more
             for file, found_there in fresh.items():
-                _write_whole(self.folder / "tmp", memos[file], json.dumps({**_read_memo(memos[file]), **found_there}))
+                if fingerprint.stat_of(file) == before[file]:
+                    _write_memo(self.folder / "tmp", memos[file], {**_read_memo(memos[file]), **found_there})
         return known
 
     # ------------------------------------------------------------ entries
@@ -128,6 +130,7 @@ class Cache:
                 raw = read_at(fd, n * place.row_bytes, row * place.row_bytes)
                 digest.update(raw)
                 rows.append((row, n, journal.digest(raw)))
+            digest.update(key.encode())
             if read_at(fd, _TRAILER.size + 1, nbytes) != _TRAILER.pack(digest.digest(), nbytes, MAGIC):
                 with self._counting:
                     self.n_corrupt += 1
@@ -161,6 +164,7 @@ class Cache:
                 digest = hashlib.sha256()
                 for at in range(0, nbytes, _CHUNK):
                     digest.update(read_at(out, min(_CHUNK, nbytes - at), at))
+                digest.update(key.encode())  # so that no entry is taken for another
                 os.pwrite(out, _TRAILER.pack(digest.digest(), nbytes, MAGIC), nbytes)
                 self._path(key).parent.mkdir(exist_ok=True)
                 os.replace(temporary, self._path(key))
@@ -227,17 +231,23 @@ def _digest(source: Source, st: SourceTensor) -> str:
 
 
 def _read_memo(path: Path) -> dict[str, str]:
+    """The digests that a memo holds, none when it is damaged or another's."""
     try:
         found = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
+        digests, check = found["digests"], found["check"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return {}
-    if not isinstance(found, dict):
+    if not isinstance(digests, dict) or check != _memo_check(path, digests):
         return {}
-    return {k: v for k, v in found.items() if isinstance(k, str) and isinstance(v, str) and len(v) == 64}
+    return {k: v for k, v in digests.items() if isinstance(k, str) and isinstance(v, str)}
 
 
-def _write_whole(folder: Path, path: Path, text: str) -> None:
+def _memo_check(path: Path, digests: Any) -> str:
+    return fingerprint.short(path.name, json.dumps(digests, sort_keys=True))
+
+
+def _write_memo(folder: Path, path: Path, digests: dict[str, str]) -> None:
     fd, temporary = tempfile.mkstemp(dir=folder)
     with os.fdopen(fd, "w") as f:
-        f.write(text)
+        json.dump({"digests": digests, "check": _memo_check(path, digests)}, f)
     os.replace(temporary, path)

@@ -29,7 +29,7 @@ import numpy.typing as npt
 
 from . import fingerprint, journal
 from .disk import create, read_at, sync, write_at
-from .errors import InternalCheckError, OutputError, ResumeError
+from .errors import InternalCheckError, OutputError, QuantkitError, ResumeError
 from .gguf_format import pad
 from .journal import Head, Journal, Record, Rows
 from .layout import FileLayout
@@ -95,16 +95,16 @@ class Partial:
         out: Path,
         files: Sequence[tuple[Path, FileLayout]],
         identity: Mapping[str, str],
-        before_final: Callable[[], None],
+        check_sources: Callable[[], None],
     ) -> None:
-        """`files` are the names and layouts of the output; `before_final` raises when none may be given its
-        name. Nothing is done before `start`."""
+        """`files` are the names and layouts of the output; `check_sources` raises when a source has changed: then
+        no rows are told of and no file gets its name. Nothing is done before `start`."""
         self.out, self.folder = out, folder_of(out)
         self.names = [name for name, _ in files]
         self.layouts = [layout for _, layout in files]
         self.places = places(self.layouts)
         self.identity = identity
-        self.before_final = before_final
+        self.check_sources = check_sources
         self.scratch = self.folder / "scratch"
         self.n_kept = 0
         """values of tensors that an earlier run made"""
@@ -151,7 +151,8 @@ class Partial:
             if found is not None:
                 os.ftruncate(self._journal_fd, found.nbytes)
                 self._read_back(found.records, n_threads, progress)
-            shutil.rmtree(self.scratch, ignore_errors=True)
+            if self.scratch.exists():
+                shutil.rmtree(self.scratch)
             self.scratch.mkdir()
         except OSError as e:
             raise self._os_error(e) from None
@@ -162,6 +163,7 @@ class Partial:
                 self.folder.mkdir(exist_ok=True)
             except OSError as e:
                 raise OutputError(f"{self.folder}: cannot be made: {e.strerror or e}; choose another place") from None
+            self._check_folder()
             fd = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT, 0o666)
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -179,6 +181,16 @@ class Partial:
                     return
             os.close(fd)  # whoever held it has finished and removed the folder: once more
 
+    def _check_folder(self) -> None:
+        """Raises OutputError when what has the folder's name is another's: it would be emptied."""
+        ours = {"lock", "journal", "scratch", *(n.name for n in self.names), *(f"{n.name}.whole" for n in self.names)}
+        there = {path.name for path in self.folder.iterdir()}
+        if self.folder.is_symlink() or (there - ours and not there & {"lock", "journal"}):
+            what = "is a symbolic link" if self.folder.is_symlink() else f"holds '{min(there - ours)}'"
+            raise OutputError(
+                f"{self.folder}: {what} and is no unfinished build of quantkit; move it away, or give another output"
+            )
+
     def _check_identity(self, was: Mapping[str, str]) -> None:
         differs = fingerprint.difference(was, self.identity)
         if differs:
@@ -193,7 +205,7 @@ class Partial:
         return Head(started, dict(self.identity), files, tensors)
 
     def _clear(self) -> None:
-        for path in self.folder.iterdir():
+        for path in sorted(self.folder.iterdir(), key=lambda p: p.name == "journal"):
             if path.name == "lock":
                 continue
             if path.is_dir() and not path.is_symlink():
@@ -204,7 +216,8 @@ class Partial:
     def _open_file(self, i: int, resumed: bool) -> None:
         """File `i`, with its header and full length; made where it is not there."""
         path, layout = self.folder / self.names[i].name, self.layouts[i]
-        if resumed and not path.exists() and not self._together and self.names[i].is_file():
+        named = resumed and not path.exists() and self.names[i].is_file()
+        if named and (not self._together or _begins_with(self.names[i], layout)):
             self._final[i] = True
             path = self.names[i]
         elif not (resumed and path.is_file() and not path.is_symlink() and _begins_with(path, layout)):
@@ -256,7 +269,10 @@ class Partial:
                 f"{self.names[i]}: is not the file that this build made; move it away, or begin anew with --restart"
             )
         os.close(self._fds[i])
-        os.replace(self.names[i], path)
+        if self._together:
+            shutil.copyfile(self.names[i], path)
+        else:
+            os.replace(self.names[i], path)
         self._final[i] = False
         with open(path, "r+b") as f:
             f.truncate(self.layouts[i].nbytes)
@@ -337,7 +353,7 @@ class Partial:
 
     def commit(self) -> None:
         """Sync what was written, then tell the journal; a file whose rows are all durable gets its name.
-        Raises OutputError, and what before_final raises."""
+        Raises OutputError, and what check_sources raises."""
         with self._commit_lock:
             with self._pending_lock:
                 records, self._pending = self._pending, []
@@ -346,11 +362,15 @@ class Partial:
             try:
                 for file in sorted({self.places[self._by_number[r.tensor]].file for r in records}):
                     os.fdatasync(self._fds[file])
+                self.check_sources()  # before the rows are told of: they are good for as long as the journal is
                 journal.append(self._journal_fd, records)
             except OSError as e:
                 # what a failed sync has lost cannot be told: nothing more may be claimed of this run
                 self._failure = self._os_error(e)
                 raise self._failure from None
+            except QuantkitError as e:
+                self._failure = e
+                raise
             for r in records:
                 self._note_durable(r.tensor, r.row, r.n_rows)
 
@@ -367,7 +387,7 @@ class Partial:
 
     def _finalize(self, i: int) -> None:
         if not self._final[i]:
-            self.before_final()
+            self.check_sources()
             os.fsync(self._fds[i])
             os.replace(self.folder / self.names[i].name, self.names[i])
             sync(self.out.parent)
@@ -399,7 +419,7 @@ class Partial:
                 if size != layout.nbytes:
                     raise InternalCheckError(f"{self.names[i]}: has {size:,} bytes, planned are {layout.nbytes:,}")
                 os.fsync(fd)
-            self.before_final()
+            self.check_sources()
             # the first shard last: without it the others are not taken for a model
             for i in reversed(range(len(self.names))):
                 if not self._final[i]:
@@ -408,8 +428,7 @@ class Partial:
             sync(self.out.parent)
         except OSError as e:
             raise self._os_error(e) from None
-        self.close()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        self._remove()
 
     def give_up(self, keep: bool) -> str | None:
         """The build ends early: what was written is kept for the next run, if there is any and `keep`. Says so."""
@@ -420,14 +439,25 @@ class Partial:
                 self.commit()
         done, total = self.durable_bytes, sum(p.n_rows * p.row_bytes for p in self.places.values())
         keep = any(self._final) or (keep and (done > 0 or not self._fresh))
-        shutil.rmtree(self.scratch if keep else self.folder, ignore_errors=True)
-        self.close()
         if not keep:
+            self._remove()
             return None
+        shutil.rmtree(self.scratch, ignore_errors=True)
+        self.close()
         return (
             f"{done:,} of {total:,} bytes are kept in {self.folder}: the same command goes on from there, "
             "--restart begins anew"
         )
+
+    def _remove(self) -> None:
+        """Remove the folder and let go. The lock is held to the end, and goes last: who gets it next finds nothing of
+        ours, and who is ended between finds the journal as long as there is anything else."""
+        with suppress(OSError):
+            self._clear()
+            (self.folder / "lock").unlink()
+        self.close()
+        with suppress(OSError):
+            self.folder.rmdir()
 
     def close(self) -> None:
         """Let go of files and lock."""

@@ -150,6 +150,37 @@ def test_a_damaged_entry_is_made_again(
     assert (third.n_corrupt, third.n_kept) == (0, 0)
 
 
+def test_entries_that_changed_places_are_not_taken_for_each_other(
+    tiny_v3: Path, tiny_imatrix: Path, tmp_path: Path, cache: Cache
+) -> None:
+    plain = build(tiny_v3, tmp_path / "a.gguf", cache, tiny_imatrix)
+    by_size: dict[int, list[Path]] = {}
+    for _, nbytes, path in cache.entries():
+        by_size.setdefault(nbytes, []).append(path)
+    moved = 0
+    for same in by_size.values():
+        contents = [path.read_bytes() for path in same]
+        for path, raw in zip(same, contents[1:] + contents[:1], strict=True):
+            moved += path.read_bytes() != raw
+            path.write_bytes(raw)
+    assert moved > 10
+    second = again(cache)
+    assert build(tiny_v3, tmp_path / "b.gguf", second, tiny_imatrix) == plain
+    assert second.n_corrupt == moved
+
+
+def test_digests_of_other_tensors_are_not_believed(
+    tiny_v3: Path, tiny_imatrix: Path, tmp_path: Path, cache: Cache
+) -> None:
+    plain = build(tiny_v3, tmp_path / "a.gguf", cache, tiny_imatrix)
+    for path in (cache.folder / "sources").iterdir():
+        said = json.loads(path.read_text())
+        names, values = list(said["digests"]), list(said["digests"].values())
+        said["digests"] = dict(zip(names, values[1:] + values[:1], strict=True))
+        path.write_text(json.dumps(said))
+    assert build(tiny_v3, tmp_path / "b.gguf", again(cache), tiny_imatrix) == plain
+
+
 @pytest.mark.parametrize("garbage", [b"", b"{", b"[]", b'{"lm_head.weight": 3}', b"[" * 100_000, b"\xff"])
 def test_garbage_among_the_digests(
     tiny_v3: Path, tiny_imatrix: Path, tmp_path: Path, cache: Cache, garbage: bytes

@@ -378,6 +378,92 @@ def test_a_source_that_changes_during_the_build(tiny_v3: Path, tiny_imatrix: Pat
     assert not b.out.exists()
 
 
+def test_nothing_made_of_a_changed_source_is_kept(
+    tiny_v3: Path, tiny_imatrix: Path, tmp_path: Path, undisturbed: bytes
+) -> None:
+    """Put back with its time, a source is what it was for the identity: only the journal can know better."""
+    b = Builder(Path(shutil.copytree(tiny_v3, tmp_path / "Tiny-V3")), tiny_imatrix, tmp_path / "m.gguf")
+    ready = b.ready()
+    t = open_checkpoint(b.source).tensors["lm_head.weight"]
+    before, raw = os.stat(t.file), t.file.read_bytes()
+    t.file.write_bytes(raw[: t.offset] + b"\x01\x02" + raw[t.offset + 2 :])
+    with pytest.raises(SourceError, match="changed during the build"):
+        b.run(ready)
+    t.file.write_bytes(raw)
+    os.utime(t.file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    b.run(b.ready())
+    assert b.out.read_bytes() == undisturbed
+
+
+def test_an_imatrix_that_changes_during_the_build(tiny_v3: Path, tiny_imatrix: Path, tmp_path: Path) -> None:
+    imatrix = Path(shutil.copy(tiny_imatrix, tmp_path / "imatrix.gguf"))
+    b = Builder(tiny_v3, imatrix, tmp_path / "m.gguf")
+    ready = b.ready()
+    bend(imatrix)
+    with pytest.raises(SourceError, match=r"imatrix\.gguf: changed during the build: it was written to"):
+        b.run(ready)
+    assert not b.out.exists()
+
+
+@pytest.mark.parametrize("how", ["link", "folder"])
+def test_a_folder_of_another_is_left_alone(b: Builder, tmp_path: Path, how: str) -> None:
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "thesis.txt").write_text("ten years")
+    if how == "link":
+        b.folder.symlink_to(precious)
+    else:
+        precious.rename(b.folder)
+    what = "is a symbolic link" if how == "link" else r"holds 'thesis\.txt'"
+    for resume in (None, False):
+        with pytest.raises(
+            OutputError, match=rf"m\.gguf\.partial: {what} and is no unfinished build of quantkit; move"
+        ):
+            b.run(b.ready(resume=resume))
+    assert [p.name for p in b.folder.iterdir()] == ["thesis.txt"]
+
+
+def test_an_unfinished_build_whose_folder_cannot_be_written(b: Builder, monkeypatch: pytest.MonkeyPatch) -> None:
+    b.stopped(N // 4)
+    (b.folder / "scratch").mkdir(exist_ok=True)
+
+    def refused(*_args: Any, **_more: Any) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, "rmdir", refused)
+    with pytest.raises(OutputError, match=r"m\.gguf: Permission denied; mend that and build again"):
+        b.run(b.ready())
+
+
+def test_ended_between_the_names_of_shards_that_replace_others(b: Builder, monkeypatch: pytest.MonkeyPatch) -> None:
+    b.run(b.ready(split_max_size=1 << 18))
+    names = {p.name: p.read_bytes() for p in b.out.parent.iterdir()}
+    replace_, given = os.replace, 0
+
+    def once(src: Path, dst: Path) -> None:
+        nonlocal given
+        given += 1
+        if given == 2:
+            raise EnoughError
+        replace_(src, dst)
+
+    ready = b.ready(split_max_size=1 << 18, force=True)
+    monkeypatch.setattr(os, "replace", once)
+    with pytest.raises(EnoughError):
+        b.run(ready)
+    monkeypatch.undo()
+    ready = b.ready(split_max_size=1 << 18, force=True)
+    assert b.run(ready) == ready.plan.n_elements
+    assert {p.name: p.read_bytes() for p in b.out.parent.iterdir()} == names
+
+
+def test_shards_with_names_need_no_room_again(b: Builder, monkeypatch: pytest.MonkeyPatch) -> None:
+    b.stopped(int(0.8 * N), split_max_size=1 << 18)
+    assert list(b.out.parent.glob("m-*.gguf"))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: shutil._ntuple_diskusage(1 << 30, 1 << 30, 0))
+    assert b.ready(split_max_size=1 << 18).begun is not None  # what has no name yet has its space reserved
+
+
 def test_rows_that_no_engine_wrote(b: Builder) -> None:
     class Lazy(NativeEngine):
         def run(self, work: Work) -> None:

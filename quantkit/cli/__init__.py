@@ -83,6 +83,13 @@ def main() -> None:
         if kept := getattr(e, "kept", None):
             click.echo(kept, err=True)
         sys.exit(e.exit_code)
+    except (MemoryError, RuntimeError) as e:
+        if not isinstance(e, MemoryError) and "can't start new thread" not in str(e):
+            raise
+        click.echo("error: not enough memory; end other programs, raise the limit, or give fewer --threads", err=True)
+        if kept := getattr(e, "kept", None):
+            click.echo(kept, err=True)
+        sys.exit(QuantkitError.exit_code)
     except click.ClickException as e:
         e.show()
         sys.exit(e.exit_code)
