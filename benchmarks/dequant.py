@@ -133,6 +133,7 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="quantkit-dequant-") as name:
         folder = Path(name)
+        os.chdir(folder)  # not in the repository: there `quantkit` is the source folder, without its compiled module
         src = folder / "checkpoint"
         src.mkdir()
         demo.make_checkpoint(src, {**CONFIG, "n_routed_experts": args.experts})

@@ -55,7 +55,13 @@ print(n / (time.perf_counter() - start), flush=True)
 def rate(processes: int) -> float:
     """Weights a second of so many processes together, each with memory of its own."""
     started = [
-        subprocess.Popen([sys.executable, "-c", ALONE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [sys.executable, "-c", ALONE],
+            cwd=tempfile.gettempdir(),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
         for _ in range(processes)
     ]
     for p in started:

@@ -114,6 +114,7 @@ def main() -> None:
     quantkit = [sys.executable, "-m", "quantkit"]
     with tempfile.TemporaryDirectory(prefix="quantkit-shards-", dir=args.dir) as name:
         folder = Path(name)
+        os.chdir(folder)  # not in the repository: there `quantkit` is the source folder, without its compiled module
         whole = folder / "m.gguf"
         start = time.monotonic()
         make(whole, args.gib)

@@ -55,7 +55,7 @@ def check_unchanged(before: Mapping[Path, FileStat]) -> None:
         if now != was:
             what = f"had {was.nbytes:,} bytes and has {now.nbytes:,}" if now.nbytes != was.nbytes else "was written to"
             raise SourceError(
-                f"{path}: changed during the build: it {what}; leave it alone and build again with --restart"
+                f"{path}: changed during the build: it {what}; put it back as it was, or begin anew with --restart"
             )
 
 

@@ -456,7 +456,7 @@ def test_a_write_that_fails(tiny_v3: Path, tmp_path: Path) -> None:
     for limit, kept in ((0, False), (100_000, False), (260_000, True)):
         dst = tmp_path / str(limit)
         command = [sys.executable, "-c", code, str(limit), "dequant", str(tiny_v3), str(dst), "-q", "--shard-size", "1"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
         assert (done.returncode, done.stderr.count("\n")) == (7, 1), done.stderr
         assert "File too large; " in done.stderr
         assert done.stderr.endswith("run the same again: finished shards are kept\n")
@@ -542,7 +542,11 @@ def test_memory_is_bounded(tmp_path: Path) -> None:
         "print(status('VmHWM:') - before)\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code, str(src), str(tmp_path / "out")], capture_output=True, text=True, check=True
+        [sys.executable, "-c", code, str(src), str(tmp_path / "out")],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert int(done.stdout) < 32 << 20
     require_equal(load(tmp_path / "out"), reference(src))
@@ -571,7 +575,8 @@ main()
 def interrupted(src: Path, dst: Path, at: int, number: int, *options: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", SIGNALLED, str(at), str(int(number)), "dequant", str(src), str(dst)]
     command += ["-q", "-t", "1", "--shard-size", "1M", *options]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    # not in the repository: there `quantkit` would be the source folder, without its compiled module
+    return subprocess.run(command, cwd=src.parent, capture_output=True, text=True, timeout=120, check=False)
 
 
 def shards_of(folder: Path) -> dict[str, tuple[int, int]]:

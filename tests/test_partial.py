@@ -371,9 +371,7 @@ def test_a_source_that_changes_during_the_build(tiny_v3: Path, tiny_imatrix: Pat
     with t.file.open("r+b") as f:
         f.seek(t.offset)
         f.write(b"\x01\x02")
-    with pytest.raises(
-        SourceError, match=r"changed during the build: it was written to; leave it alone and build again"
-    ):
+    with pytest.raises(SourceError, match=r"changed during the build: it was written to; put it back as it was"):
         b.run(ready)
     assert not b.out.exists()
 

@@ -217,5 +217,5 @@ def uses_imatrix(files: Iterable[Gguf]) -> str | None:
     for g in files:
         key = g.keys.get("quantize.imatrix.file")
         if key is not None:
-            return key.shown()
+            return key.shown(limit=200)
     return None
