@@ -42,7 +42,9 @@ def measure(commands: list[list[str]], outputs: list[Path], env: dict[str, str])
     start, cpu, rss = time.monotonic(), 0.0, 0
     for command in commands:
         with open(outputs[-1].with_suffix(".log"), "w+b") as log:
-            process = subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT)
+            # not in the repository: there `quantkit` would be the source folder, without its compiled module
+            where = tempfile.gettempdir()
+            process = subprocess.Popen(command, cwd=where, env=env, stdout=log, stderr=subprocess.STDOUT)
             peak = 0
             while True:
                 peak = status(process.pid, "status", "VmHWM:") * 1024 or peak  # not ru_maxrss: that has our own in it

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from faults_site import ONE, SHARDS, Done, FaultError, Row, Site, Way, check_said, files_of, require
 
-from quantkit import partial
+from quantkit import partial_folder
 from quantkit.partial import folder_of
 
 _CAP_DAC_OVERRIDE, _CAP_DAC_READ_SEARCH, _PR_CAPBSET_DROP = 1, 2, 24
@@ -116,7 +116,7 @@ def kill_at_rows(site: Site, out: Path, way: Way) -> None:
 def stop_at_rows(site: Site, out: Path, process: subprocess.Popen[str]) -> None:
     """SIGSTOP as soon as the journal has rows. Raises FaultError when most are done by then."""
     while process.poll() is None:
-        found = partial.peek(out)
+        found = partial_folder.peek(out)
         if found is not None and found.records:
             process.send_signal(signal.SIGSTOP)
             break

@@ -11,16 +11,16 @@ from pathlib import Path
 
 from faults_site import ONE, SHARDS, FaultError, Row, Site, Way, files_of, require
 
-from quantkit import partial
+from quantkit import partial_folder
 
 
 def phase(site: Site, out: Path) -> str:
     """Where a build that was killed had got to."""
-    found = partial.peek(out)
+    found = partial_folder.peek(out)
     if found is None or not found.records:
         if files_of(out):
             return "removing its folder"
-        return "before the first row" if partial.folder_of(out).exists() else "starting"
+        return "before the first row" if partial_folder.folder_of(out).exists() else "starting"
     if site.claimed(out) == site.n_weights:
         return "all rows made"
     return "at the rows"
@@ -76,5 +76,5 @@ def kills(site: Site, times: int) -> Row:
 
 
 def _wait_for_journal(out: Path, process: subprocess.Popen[str]) -> None:
-    while process.poll() is None and not (partial.folder_of(out) / "journal").exists():
+    while process.poll() is None and not (partial_folder.folder_of(out) / "journal").exists():
         time.sleep(0.002)

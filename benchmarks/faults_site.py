@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from quantkit import demo, journal, partial
+from quantkit import demo, journal, partial_folder
 from quantkit.arch.options import Options
 from quantkit.models import open_model
 
@@ -183,7 +183,7 @@ class Site:
 
     def claimed(self, out: Path) -> int:
         """Weights whose rows the journal has."""
-        found = partial.peek(out)
+        found = partial_folder.peek(out)
         if found is None:
             return 0
         rows = zip(journal.durable(found), found.head.tensors, strict=True)
@@ -208,7 +208,7 @@ class Site:
         """Run the build again: the right bytes, and every row that the journal had was kept. Returns the
         weights claimed and kept. Where the build was whole and only its folder was still to go, it may be refused."""
         claimed, whole = self.claimed(out), files_of(out) == self.expected(way)
-        journal_there = partial.peek(out) is not None
+        journal_there = partial_folder.peek(out) is not None
         done = (self.fork if forked else self.run)(out, way, *more)
         if whole and not journal_there and done.code == 7 and "exists; choose another name" in done.err:
             require(files_of(out) == self.expected(way), "the finished output was changed")

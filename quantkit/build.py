@@ -29,7 +29,8 @@ from .errors import (
 from .imatrix import Imatrix
 from .journal import Journal, durable
 from .layout import FileLayout, file_names, lay_out, output_kvs
-from .partial import Partial, folder_of, peek
+from .partial import Partial
+from .partial_folder import folder_of, peek
 from .plan import Plan, check_imatrix
 from .qtypes import QTYPES
 
@@ -87,7 +88,7 @@ def prepare(
     identity = fingerprint.identity(plan, kvs, split_max_size, imatrix.path if imatrix else None)
     _check_place(out)
     begun = _begun(out, identity, resume)
-    finished = _finished(names, begun, folder_of(out))
+    finished = _finished(names, _told(out) if resume is False else begun, folder_of(out))
     _check_output(catalogue, imatrix, out, names, force, finished)
     scratch = engine.scratch_bytes(plan) if engine is not None else 0
     _check_space(out, [file for file in files if file[0] not in finished], scratch)
@@ -112,13 +113,22 @@ def _begun(out: Path, identity: Mapping[str, str], resume: bool | None) -> Journ
     return found
 
 
+def _told(out: Path) -> Journal | None:
+    """What is there when a build begins anew: shards that it has finished are its own, and may be replaced."""
+    try:
+        return peek(out)
+    except ResumeError:
+        return None
+
+
 def _finished(names: tuple[Path, ...], begun: Journal | None, folder: Path) -> set[Path]:
     """The files of an unfinished build that have their names already: all their rows are in its journal."""
     if begun is None:
         return set()
     there = zip(durable(begun), begun.head.tensors, strict=True)
     short = {file for n, (_, n_rows, _, file) in there if n < n_rows}
-    return {name for i, name in enumerate(names) if i not in short and not (folder / name.name).exists()}
+    its = {name for i, (name, _) in enumerate(begun.head.files) if i not in short}
+    return {path for path in names if path.name in its and not (folder / path.name).exists()}
 
 
 def _check_space(out: Path, files: Sequence[tuple[Path, FileLayout]], scratch: int) -> None:

@@ -1,9 +1,4 @@
-"""An unfinished build on disk: OUT.partial, beside the output, with the files being made and their journal.
-
-    OUT.partial/lock        held by the process at work, with its number
-    OUT.partial/journal     what the build is, and the rows that are on the disk for good (quantkit.journal)
-    OUT.partial/NAME.gguf   a file of the output: header first, full length, rows at their place as they come
-    OUT.partial/scratch/    of an engine; emptied
+"""An unfinished build on disk: the files being made, at their place in OUT.partial, and their journal.
 
 Every few seconds the files are synced, and then the journal tells of the rows that were written before. What it told of
 is read back and compared with its checksums when a build goes on. A file gets its name in the output's folder when all
@@ -13,7 +8,6 @@ its rows are durable; where that would replace older files, all get theirs toget
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import shutil
 import threading
@@ -31,8 +25,9 @@ from . import fingerprint, journal
 from .disk import create, read_at, sync, write_at
 from .errors import InternalCheckError, OutputError, QuantkitError, ResumeError
 from .gguf_format import pad
-from .journal import Head, Journal, Record, Rows
+from .journal import Head, Record, Rows
 from .layout import FileLayout
+from .partial_folder import clear, folder_of, take
 from .qtypes import QTYPES
 
 #: between syncs: the most work that a crash can cost, besides what is at work; QUANTKIT_COMMIT_SECONDS sets another
@@ -48,32 +43,6 @@ class Place(NamedTuple):
     n_rows: int
     row_bytes: int
     n_cols: int
-
-
-def folder_of(out: Path) -> Path:
-    """The folder of an unfinished build of `out`."""
-    return out.with_name(f"{out.name}.partial")
-
-
-def peek(out: Path) -> Journal | None:
-    """The journal of an unfinished build of `out`, if there is one. Raises ResumeError."""
-    return journal.read(folder_of(out) / "journal")
-
-
-def owner(out: Path) -> int | None:
-    """The process that is building `out` now, 0 when it cannot be told, None when there is none."""
-    try:
-        fd = os.open(folder_of(out) / "lock", os.O_RDONLY)
-    except OSError:
-        return None
-    try:
-        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except OSError:
-        said = os.read(fd, 32).strip()
-        return int(said) if said.isdigit() else 0
-    finally:
-        os.close(fd)
-    return None
 
 
 def places(layouts: Sequence[FileLayout]) -> dict[str, Place]:
@@ -128,9 +97,10 @@ class Partial:
     def start(self, restart: bool, n_threads: int, progress: Callable[[str, int], None]) -> None:
         """Take the lock, and go on with what is there or begin. Raises ResumeError, OutputError."""
         try:
-            self._lock()
+            ours = {path.name for path in self.names}
+            self._lock_fd = take(self.out, {*ours, *(f"{name}.whole" for name in ours)})
             if restart:
-                self._clear()
+                clear(self.folder)
             found = journal.read(self.folder / "journal")
             self._together = any(name.exists() for name in self.names) if not (found and found.records) else any(
                 name.exists() and (self.folder / name.name).exists() for name in self.names
@@ -138,7 +108,7 @@ class Partial:
             if found is not None and found.records:
                 self._check_identity(found.head.identity)
             else:
-                self._clear()
+                clear(self.folder)
                 self._fresh = True
                 now = datetime.now(timezone.utc).isoformat(" ", "seconds")
                 found = None
@@ -157,40 +127,6 @@ class Partial:
         except OSError as e:
             raise self._os_error(e) from None
 
-    def _lock(self) -> None:
-        while True:
-            try:
-                self.folder.mkdir(exist_ok=True)
-            except OSError as e:
-                raise OutputError(f"{self.folder}: cannot be made: {e.strerror or e}; choose another place") from None
-            self._check_folder()
-            fd = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT, 0o666)
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                by = os.read(fd, 32).decode("ascii", "replace").strip()
-                os.close(fd)
-                raise ResumeError(
-                    f"{self.out}: is being built by process {by or 'unknown'}; wait for it, or give another output"
-                ) from None
-            with suppress(OSError):
-                if os.path.samestat(os.fstat(fd), os.stat(self.folder / "lock")):
-                    self._lock_fd = fd
-                    os.ftruncate(fd, 0)
-                    os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
-                    return
-            os.close(fd)  # whoever held it has finished and removed the folder: once more
-
-    def _check_folder(self) -> None:
-        """Raises OutputError when what has the folder's name is another's: it would be emptied."""
-        ours = {"lock", "journal", "scratch", *(n.name for n in self.names), *(f"{n.name}.whole" for n in self.names)}
-        there = {path.name for path in self.folder.iterdir()}
-        if self.folder.is_symlink() or (there - ours and not there & {"lock", "journal"}):
-            what = "is a symbolic link" if self.folder.is_symlink() else f"holds '{min(there - ours)}'"
-            raise OutputError(
-                f"{self.folder}: {what} and is no unfinished build of quantkit; move it away, or give another output"
-            )
-
     def _check_identity(self, was: Mapping[str, str]) -> None:
         differs = fingerprint.difference(was, self.identity)
         if differs:
@@ -203,15 +139,6 @@ class Partial:
         files = [(name.name, layout.nbytes) for name, layout in zip(self.names, self.layouts, strict=True)]
         tensors = [(name, p.n_rows, p.row_bytes, p.file) for name, p in self.places.items()]
         return Head(started, dict(self.identity), files, tensors)
-
-    def _clear(self) -> None:
-        for path in sorted(self.folder.iterdir(), key=lambda p: p.name == "journal"):
-            if path.name == "lock":
-                continue
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
 
     def _open_file(self, i: int, resumed: bool) -> None:
         """File `i`, with its header and full length; made where it is not there."""
@@ -453,7 +380,7 @@ class Partial:
         """Remove the folder and let go. The lock is held to the end, and goes last: who gets it next finds nothing of
         ours, and who is ended between finds the journal as long as there is anything else."""
         with suppress(OSError):
-            self._clear()
+            clear(self.folder)
             (self.folder / "lock").unlink()
         self.close()
         with suppress(OSError):

@@ -23,7 +23,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from quantkit import build as builds
-from quantkit import journal, partial
+from quantkit import journal, partial_folder
 from quantkit.arch.options import Options
 from quantkit.engines import Work
 from quantkit.engines.native import NativeEngine
@@ -59,7 +59,7 @@ class Builder:
 
     def __init__(self, source: Path, imatrix: Path, out: Path) -> None:
         self.source, self.imatrix, self.out = source, imatrix, out
-        self.folder = partial.folder_of(out)
+        self.folder = partial_folder.folder_of(out)
         self.quantized = 0
 
     def ready(self, type_: str = "IQ2_XXS", **more: Any) -> builds.Build:
@@ -245,6 +245,20 @@ def test_a_finished_shard_that_was_damaged_is_made_again(b: Builder, tmp_path: P
     b.run(b.ready(split_max_size=1 << 18))
     for path in b.out.parent.iterdir():
         assert path.read_bytes() == (tmp_path / path.name).read_bytes()
+
+
+def test_restart_replaces_the_shards_that_are_its_own(b: Builder) -> None:
+    b.stopped(int(0.8 * N), split_max_size=1 << 18)
+    assert list(b.out.parent.glob("m-*.gguf"))
+    assert b.run(b.ready("IQ2_XS", split_max_size=1 << 18, resume=False)) == 0
+    made = {p.name: p.read_bytes() for p in b.out.parent.iterdir()}
+    b.run(b.ready("IQ2_XS", split_max_size=1 << 18, force=True))
+    assert {p.name: p.read_bytes() for p in b.out.parent.glob("m-*.gguf") if p.name in made} == made
+    stray = b.out.parent / max(made)
+    (b.folder).mkdir()
+    with pytest.raises(OutputError, match=r"exists; choose another name, or replace it with --force"):
+        b.ready("IQ2_XS", split_max_size=1 << 18, resume=False)
+    assert stray.read_bytes() == made[stray.name]
 
 
 def test_older_shards_are_replaced_together_at_the_end(b: Builder) -> None:
@@ -513,7 +527,7 @@ def slow(b: Builder, tmp_path_factory: pytest.TempPathFactory) -> Builder:
 def wait_for_rows(b: Builder, process: subprocess.Popen[str]) -> None:
     deadline = time.monotonic() + 60
     while True:
-        found = partial.peek(b.out)
+        found = partial_folder.peek(b.out)
         if found is not None and found.records:
             return
         assert process.poll() is None
@@ -536,7 +550,7 @@ def test_killed_and_gone_on_with(slow: Builder, quantkit: Run) -> None:
 
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    found = partial.peek(slow.out)
+    found = partial_folder.peek(slow.out)
     assert found is not None
     cols = {t.name: t.n_cols for t in open_model(str(slow.source), OPTIONS).tensors}
     told = sum(n * cols[t[0]] for n, t in zip(journal.durable(found), found.head.tensors, strict=True))

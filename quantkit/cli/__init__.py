@@ -83,13 +83,6 @@ def main() -> None:
         if kept := getattr(e, "kept", None):
             click.echo(kept, err=True)
         sys.exit(e.exit_code)
-    except (MemoryError, RuntimeError) as e:
-        if not isinstance(e, MemoryError) and "can't start new thread" not in str(e):
-            raise
-        click.echo("error: not enough memory; end other programs, raise the limit, or give fewer --threads", err=True)
-        if kept := getattr(e, "kept", None):
-            click.echo(kept, err=True)
-        sys.exit(QuantkitError.exit_code)
     except click.ClickException as e:
         e.show()
         sys.exit(e.exit_code)
@@ -103,3 +96,11 @@ def main() -> None:
         # whoever read our output has gone: not an error, and no second complaint when Python flushes
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
+    except (MemoryError, RuntimeError) as e:
+        # after click.Abort, which is a RuntimeError too
+        if not isinstance(e, MemoryError) and "can't start new thread" not in str(e):
+            raise
+        click.echo("error: not enough memory; end other programs, raise the limit, or give fewer --threads", err=True)
+        if kept := getattr(e, "kept", None):
+            click.echo(kept, err=True)
+        sys.exit(QuantkitError.exit_code)

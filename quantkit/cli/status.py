@@ -24,7 +24,7 @@ def status(out: Path, as_json: bool) -> None:
     quantkit status R1-UD-IQ1_S.gguf
     """
     from quantkit.errors import OutputError
-    from quantkit.partial import folder_of, owner, peek
+    from quantkit.partial_folder import folder_of, owner, peek
 
     found = peek(out)
     if found is None:
