@@ -61,7 +61,8 @@ def main() -> None:
         folder = Path(name)
         (folder / "checkpoint").mkdir()
         (folder / "out").mkdir()
-        demo.make_checkpoint(folder / "checkpoint", {**CONFIG, "n_routed_experts": args.experts})
+        config = {**CONFIG, "n_routed_experts": args.experts}
+        demo.make_checkpoint(folder / "checkpoint", config, n_shards=max(3, args.experts // 16))
         catalogue = open_model(str(folder / "checkpoint"), Options(pre=demo.PRE))
         demo.make_imatrix(
             folder / "imatrix.gguf",

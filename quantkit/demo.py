@@ -91,31 +91,34 @@ _SPECIAL = (
 
 
 def make_checkpoint(folder: Path, config: Mapping[str, Any] | None = None, seed: int = SEED, n_shards: int = 3) -> None:
-    """Write a checkpoint to an existing empty folder: config.json, shards with index, tokenizer."""
+    """Write a checkpoint to an existing empty folder: config.json, shards with index, tokenizer. One shard is in
+    memory at a time."""
     from safetensors.torch import save_file
 
     cfg = dict(config or CONFIG)
-    files: list[dict[str, Any]] = [{} for _ in range(n_shards)]
+    tensors: dict[str, Any] = {}
     weight_map: dict[str, str] = {}
-    sizes = [0] * n_shards
-    total = 0
     target = sum(math.prod(shape) for _, shape, _ in checkpoint_tensors(cfg)) / n_shards
-    at = 0
+    at = size = total = 0
     for name, shape, kind in checkpoint_tensors(cfg):
-        if sizes[at] > target and at + 1 < n_shards:
-            at += 1
+        if size > target and at + 1 < n_shards:
+            save_file(tensors, folder / _shard(at, n_shards), {"format": "pt"})
+            tensors, at, size = {}, at + 1, 0
         for key, tensor in _tensor(name, shape, kind, seed, cfg):
-            files[at][key] = tensor
-            weight_map[key] = f"model-{at + 1:05d}-of-{n_shards:05d}.safetensors"
+            tensors[key] = tensor
+            weight_map[key] = _shard(at, n_shards)
             total += tensor.nbytes
-        sizes[at] += math.prod(shape)
-    for i, tensors in enumerate(files):
-        save_file(tensors, folder / f"model-{i + 1:05d}-of-{n_shards:05d}.safetensors", {"format": "pt"})
+        size += math.prod(shape)
+    save_file(tensors, folder / _shard(at, n_shards), {"format": "pt"})
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     _json(folder / "model.safetensors.index.json", index)
     _json(folder / "config.json", cfg)
     _json(folder / "generation_config.json", {"do_sample": True, "temperature": 0.6, "top_p": 0.95})
     make_tokenizer(folder, int(cfg["vocab_size"]))
+
+
+def _shard(i: int, n_shards: int) -> str:
+    return f"model-{i + 1:05d}-of-{n_shards:05d}.safetensors"
 
 
 def checkpoint_tensors(c: Mapping[str, Any]) -> Iterator[tuple[str, tuple[int, ...], str]]:
