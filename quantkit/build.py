@@ -197,9 +197,8 @@ def _check_output(
 
 def run(build: Build, engine: Engine, n_threads: int, progress: Progress, cache: Cache | None = None) -> int:
     """Run an engine and give the files their names. Tensors that the cache has come from there, and those made are
-    kept there. Returns how many values an earlier run had made. Raises what the
-    engine raises; what was there under the names is then as it was, and the exception's `kept` says where the
-    unfinished build is, if it is kept."""
+    kept there. Returns how many values an earlier run had made. Raises what the engine raises; what was there under the
+    names is then as it was, and the exception's `kept` says where the unfinished build is, if it is kept."""
     partial = Partial(build.out, build.files, build.identity, lambda: fingerprint.check_unchanged(build.sources))
     try:
         partial.start(build.restart, n_threads, progress)
