@@ -33,8 +33,10 @@ struct Grid {
 };
 
 enum class GridType { IQ2_XXS, IQ2_XS, IQ2_S, IQ3_XXS, IQ3_S };
+constexpr int N_GRID_TYPES = 5;
 
-// Made from the type's codebook at first use; thread-safe. Throws std::logic_error while there is no codebook.
+// This thread's own, kept until it ends: made from the type's codebook at first use by any, copied at first use by
+// another. Thread-safe. Throws std::logic_error while there is no codebook.
 const Grid& grid(GridType type);
 
 }  // namespace quantkit

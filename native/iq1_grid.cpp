@@ -6,6 +6,7 @@
 #include "iq1_grid.h"
 
 #include <algorithm>
+#include <memory>
 #include <new>
 #include <stdexcept>
 #include <vector>
@@ -33,9 +34,34 @@ Iq1Grid::List add(std::vector<uint16_t>& pool, const std::vector<uint16_t>& list
     return out;
 }
 
-const Iq1Grid* make() {
+// A grid and its lists. A thread reads a copy of its own (see OwnGrid of grids.cpp for why).
+class OwnGrid {
+public:
+    OwnGrid() = default;
+    OwnGrid(const OwnGrid& other) : grid(other.grid) { keep(other.grid.neighbours, other.n_); }
+    OwnGrid& operator=(const OwnGrid&) = delete;
+    ~OwnGrid() { operator delete(own_, ALIGNMENT); }
+
+    // Copies the lists.
+    void keep(const uint16_t* neighbours, size_t n) {
+        own_ = static_cast<uint16_t*>(operator new(n * sizeof(uint16_t), ALIGNMENT));
+        std::copy(neighbours, neighbours + n, own_);
+        grid.neighbours = own_;
+        n_ = n;
+    }
+
+    Iq1Grid grid;
+
+private:
+    static constexpr std::align_val_t ALIGNMENT{64};
+    uint16_t* own_ = nullptr;
+    size_t n_ = 0;
+};
+
+const OwnGrid* make() {
     const Codebook& book = codebook("IQ1_S", Iq1Grid::N, 8);
-    Iq1Grid& grid = *new Iq1Grid;  // never destroyed: kernels may still run while the process ends
+    OwnGrid& made = *new OwnGrid;  // never destroyed: kernels may still run while the process ends
+    Iq1Grid& grid = made.grid;
     for (int byte = 0; byte < 256; ++byte) {
         int t = 0, power = 1;
         for (int i = 0; i < 4; ++i, power *= 3) t += power * ((byte >> 2 * i) & 3);
@@ -90,20 +116,19 @@ const Iq1Grid* make() {
         grid.all[t] = add(pool_all, all);
         grid.near[t] = add(pool_near, near);
     }
-    const size_t n = pool_near.size() + pool_all.size();
-    uint16_t* both = static_cast<uint16_t*>(operator new(n * sizeof(uint16_t), std::align_val_t{64}));
-    std::copy(pool_near.begin(), pool_near.end(), both);
-    std::copy(pool_all.begin(), pool_all.end(), both + pool_near.size());
     for (Iq1Grid::List& list : grid.all) list.begin += static_cast<uint32_t>(pool_near.size());
-    grid.neighbours = both;
-    return &grid;
+    pool_near.insert(pool_near.end(), pool_all.begin(), pool_all.end());
+    made.keep(pool_near.data(), pool_near.size());
+    return &made;
 }
 
 }  // namespace
 
 const Iq1Grid& iq1_grid() {
-    static const Iq1Grid* const grid = make();
-    return *grid;
+    static const OwnGrid* const first = make();
+    static thread_local std::unique_ptr<const OwnGrid> own;
+    if (!own) own.reset(new OwnGrid(*first));
+    return own->grid;
 }
 
 }  // namespace quantkit

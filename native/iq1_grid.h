@@ -28,7 +28,8 @@ struct Iq1Grid {
     int ternary(uint32_t pattern) const { return ternary_of_byte[pattern & 255] + 81 * ternary_of_byte[pattern >> 8]; }
 };
 
-// Made at the first call, from the codebook "IQ1_S"; throws std::logic_error if that has not been set. Thread-safe.
+// This thread's own, kept until it ends: made at the first call of any, from the codebook "IQ1_S", copied at the first
+// of another. Throws std::logic_error if the codebook has not been set. Thread-safe.
 const Iq1Grid& iq1_grid();
 
 }  // namespace quantkit
