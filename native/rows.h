@@ -27,12 +27,12 @@ struct RowKernels {
     uint32_t (*f32)(const uint8_t* src, size_t n, bool round_bf16, float* out);
     // Of float32 values as they are.
     uint32_t (*largest)(const float* x, size_t n);
-    // E4M3 straight to rows of a file: bfloat16, or float32 as e4m3 makes it. Gives the largest magnitude (before
-    // it is rounded for BF16); INF_BITS, with the row unfinished, where a code is NaN or a scale has no finite multiple by 256: e4m3
-    // knows what to do then. `stream`: past the caches, for out and rows at multiples of 16 bytes, then `streamed`.
-    // Null where the set has none.
-    uint32_t (*e4m3_to_file)(const uint8_t* src, size_t n, const float* scale, size_t block_cols, FileFloat type,
-                             bool stream, uint8_t* out);
+    // E4M3 straight to rows of a file: bfloat16, or float32 as e4m3 makes it; n_rows of n codes that share their
+    // scales. Gives the largest magnitude (before it is rounded for BF16); INF_BITS, with the rows unfinished, where a
+    // code is NaN or a scale has no finite multiple by 256: e4m3 knows what to do then. `stream`: past the caches, for
+    // out and rows at multiples of 16 bytes, then `streamed`. Null where the set has none.
+    uint32_t (*e4m3_to_file)(const uint8_t* src, size_t n_rows, size_t n, const float* scale, size_t block_cols,
+                             FileFloat type, bool stream, uint8_t* out);
     void (*streamed)();
 };
 

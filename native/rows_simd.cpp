@@ -4,6 +4,7 @@
 // other processors cannot run.
 #include "rows.h"
 
+#include "e4m3_file.h"
 #include "lanes.h"
 #include "tables.h"
 
@@ -12,13 +13,6 @@ namespace quantkit::QK_ISA {
 namespace {
 
 typedef uint16_t Halves __attribute__((vector_size(LANES * 2)));
-
-template <typename V>
-QK_INLINE V load(const void* p) {
-    V v;
-    std::memcpy(&v, p, sizeof v);
-    return v;
-}
 
 QK_INLINE void store(float* p, F x) { std::memcpy(p, &x, sizeof x); }
 
@@ -51,27 +45,6 @@ struct Largest {
         for (int lane = 0; lane < LANES; ++lane) most = bits[lane] > most ? bits[lane] : most;
         return static_cast<uint32_t>(most);
     }
-};
-
-// To nearest even bfloat16, in the upper half of each lane; what is below is left over. Not for a NaN whose bits
-// would carry into the sign.
-QK_INLINE U bf16_upper(F x) {
-    const U u = reinterpret_cast<U>(x);
-    return u + ((u >> 16 & 1) + 0x7fff);
-}
-
-enum class Round { NO, YES, NO_LARGE_NAN };
-
-// Rounded to bfloat16. A NaN stays one.
-template <Round ROUND>
-QK_INLINE F rounded(F x) {
-    if (ROUND == Round::NO) return x;
-    const I upper = reinterpret_cast<I>(bf16_upper(x) & 0xffff0000);
-    return float_of(ROUND == Round::NO_LARGE_NAN ? upper : upper | ((x != x) & 0x7fc00000));
-}
-
-struct Pair {
-    F a, b;
 };
 
 // 2 * LANES E4M3 codes, exactly, as value / 256: a code shifted by 7 bits is a half with the exponent 8 too small,
@@ -156,151 +129,6 @@ uint32_t e4m3_row(const uint8_t* src, size_t n, const float* scale, size_t block
     return largest.of_all();
 }
 
-#if defined(__AVX2__)
-template <FileFloat KIND>
-struct As {
-    static constexpr FileFloat TYPE = KIND;
-};
-
-// Vectors of bytes, of words and of the halves that are converted to one F.
-#if defined(__AVX512F__)
-using Bytes = __m512i;
-QK_INLINE Bytes and_of(Bytes a, Bytes b) { return _mm512_and_si512(a, b); }
-QK_INLINE Bytes max_bytes(Bytes a, Bytes b) { return _mm512_max_epu8(a, b); }
-QK_INLINE Bytes all_bytes(int x) { return _mm512_set1_epi8(static_cast<char>(x)); }
-QK_INLINE Bytes all_words(int x) { return _mm512_set1_epi16(static_cast<short>(x)); }
-QK_INLINE Bytes left8(Bytes a) { return _mm512_slli_epi16(a, 8); }
-QK_INLINE Bytes right1(Bytes a) { return _mm512_srai_epi16(a, 1); }
-QK_INLINE Pair values_of(Bytes halves) {
-    return {reinterpret_cast<F>(_mm512_maskz_cvtph_ps(0xffff, _mm512_castsi512_si256(halves))),
-            reinterpret_cast<F>(_mm512_maskz_cvtph_ps(0xffff, _mm512_maskz_extracti64x4_epi64(0xff, halves, 1)))};
-}
-// The upper words of the lanes of both, in turn.
-QK_INLINE Bytes upper_words(U even, U odd) {
-    return _mm512_mask_blend_epi16(0xaaaaaaaau, reinterpret_cast<__m512i>(even >> 16), reinterpret_cast<__m512i>(odd));
-}
-// The lanes of both, in turn.
-QK_INLINE void in_turn(F even, F odd, F* out) {
-    const __m512i low = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-    const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
-    out[0] = reinterpret_cast<F>(
-        _mm512_permutex2var_ps(reinterpret_cast<__m512>(even), low, reinterpret_cast<__m512>(odd)));
-    out[1] = reinterpret_cast<F>(
-        _mm512_permutex2var_ps(reinterpret_cast<__m512>(even), high, reinterpret_cast<__m512>(odd)));
-}
-#else
-using Bytes = __m256i;
-QK_INLINE Bytes and_of(Bytes a, Bytes b) { return _mm256_and_si256(a, b); }
-QK_INLINE Bytes max_bytes(Bytes a, Bytes b) { return _mm256_max_epu8(a, b); }
-QK_INLINE Bytes all_bytes(int x) { return _mm256_set1_epi8(static_cast<char>(x)); }
-QK_INLINE Bytes all_words(int x) { return _mm256_set1_epi16(static_cast<short>(x)); }
-QK_INLINE Bytes left8(Bytes a) { return _mm256_slli_epi16(a, 8); }
-QK_INLINE Bytes right1(Bytes a) { return _mm256_srai_epi16(a, 1); }
-QK_INLINE Pair values_of(Bytes halves) {
-    return {reinterpret_cast<F>(_mm256_cvtph_ps(_mm256_castsi256_si128(halves))),
-            reinterpret_cast<F>(_mm256_cvtph_ps(_mm256_extracti128_si256(halves, 1)))};
-}
-QK_INLINE Bytes upper_words(U even, U odd) {
-    return _mm256_blend_epi16(reinterpret_cast<__m256i>(even >> 16), reinterpret_cast<__m256i>(odd), 0xaa);
-}
-QK_INLINE void in_turn(F even, F odd, F* out) {
-    const __m256 low = _mm256_unpacklo_ps(reinterpret_cast<__m256>(even), reinterpret_cast<__m256>(odd));
-    const __m256 high = _mm256_unpackhi_ps(reinterpret_cast<__m256>(even), reinterpret_cast<__m256>(odd));
-    out[0] = reinterpret_cast<F>(_mm256_permute2f128_ps(low, high, 0x20));
-    out[1] = reinterpret_cast<F>(_mm256_permute2f128_ps(low, high, 0x31));
-}
-#endif
-constexpr size_t CODES = sizeof(Bytes);
-
-// STREAM: in parts of 16 bytes, since an array begins at a multiple of that only.
-template <bool STREAM, typename V>
-QK_INLINE void put(uint8_t* p, V v) {
-    if constexpr (STREAM) {
-        __m128i part[sizeof v / 16];
-        std::memcpy(part, &v, sizeof v);
-        for (size_t i = 0; i < sizeof v / 16; ++i) _mm_stream_si128(reinterpret_cast<__m128i*>(p) + i, part[i]);
-    } else {
-        std::memcpy(p, &v, sizeof v);
-    }
-}
-
-// CODES codes, none of them NaN, times s / 256.
-template <FileFloat TYPE, bool STREAM>
-QK_INLINE void e4m3_step(const uint8_t* src, F s, uint8_t* out) {
-    const Bytes codes = load<Bytes>(src), kept = all_words(0xbf80);
-    // as halves (see e4m3_pair), those with even numbers and those with odd ones
-    const Pair even = values_of(and_of(right1(left8(codes)), kept)), odd = values_of(and_of(right1(codes), kept));
-    const F x[2][2] = {{even.a * s, odd.a * s}, {even.b * s, odd.b * s}};
-    for (int h = 0; h < 2; ++h) {
-        if constexpr (TYPE == FileFloat::BF16) {
-            put<STREAM>(out + h * CODES, upper_words(bf16_upper(x[h][0]), bf16_upper(x[h][1])));
-        } else {
-            constexpr Round ROUND = TYPE == FileFloat::F32 ? Round::NO : Round::NO_LARGE_NAN;
-            F made[2];
-            in_turn(rounded<ROUND>(x[h][0]), rounded<ROUND>(x[h][1]), made);
-            put<STREAM>(out + 2 * h * CODES, made[0]);
-            put<STREAM>(out + 2 * h * CODES + CODES, made[1]);
-        }
-    }
-}
-
-// Largest of n codes without their signs.
-QK_INLINE uint32_t largest_code(const uint8_t* src, size_t n) {
-    Bytes most{};
-    size_t i = 0;
-    for (; i + CODES <= n; i += CODES) most = max_bytes(most, and_of(load<Bytes>(src + i), all_bytes(0x7f)));
-    uint8_t each[CODES];
-    std::memcpy(each, &most, sizeof each);
-    uint32_t largest = 0;
-    for (uint8_t code : each) largest = code > largest ? code : largest;
-    for (; i < n; ++i) largest = (src[i] & 0x7fu) > largest ? src[i] & 0x7fu : largest;
-    return largest;
-}
-
-// The magnitude of a code grows with the code, and so does its rounded product with a scale: the largest of a block
-// is that of its largest code.
-template <FileFloat TYPE, bool STREAM>
-uint32_t e4m3_file_row(const uint8_t* src, size_t n, const float* scale, size_t block_cols, uint8_t* out) {
-    constexpr size_t SIZE = TYPE == FileFloat::BF16 ? 2 : 4;
-    uint32_t largest = 0;
-    for (size_t c = 0; c < n; c += block_cols, ++scale) {
-        const size_t m = n - c < block_cols ? n - c : block_cols;
-        const uint32_t code = largest_code(src + c, m);
-        const float scale256 = *scale * 256;  // exact, subnormal scales included, unless it overflows
-        if (code == 0x7f || !(scale256 - scale256 == 0)) return INF_BITS;
-        const F s = splat(scale256);
-        size_t i = 0;
-        for (; i + CODES <= m; i += CODES) e4m3_step<TYPE, STREAM>(src + c + i, s, out + (c + i) * SIZE);
-        if (i < m) {
-            uint8_t rest[CODES] = {}, made[CODES * SIZE];
-            std::memcpy(rest, src + c + i, m - i);
-            e4m3_step<TYPE, false>(rest, s, made);
-            std::memcpy(out + (c + i) * SIZE, made, (m - i) * SIZE);
-        }
-        const F product = values_of(all_words(static_cast<int>(code << 7))).a * s;
-        constexpr Round ROUND = TYPE == FileFloat::F32_ROUNDED ? Round::NO_LARGE_NAN : Round::NO;
-        const uint32_t magnitude = reinterpret_cast<U>(rounded<ROUND>(product))[0] & 0x7fffffff;
-        largest = magnitude > largest ? magnitude : largest;
-    }
-    return largest;
-}
-
-uint32_t e4m3_to_file(const uint8_t* src, size_t n, const float* scale, size_t block_cols, FileFloat type, bool stream,
-                      uint8_t* out) {
-    stream = stream && block_cols % 16 == 0;
-    const auto row = [&](auto at) {
-        constexpr FileFloat TYPE = decltype(at)::TYPE;
-        return (stream ? e4m3_file_row<TYPE, true> : e4m3_file_row<TYPE, false>)(src, n, scale, block_cols, out);
-    };
-    switch (type) {
-        case FileFloat::BF16: return row(As<FileFloat::BF16>{});
-        case FileFloat::F32: return row(As<FileFloat::F32>{});
-        case FileFloat::F32_ROUNDED: break;
-    }
-    return row(As<FileFloat::F32_ROUNDED>{});
-}
-#endif
-
 uint32_t e4m3(const uint8_t* src, size_t n, const float* scale, size_t block_cols, bool round_bf16, float* out) {
     return (round_bf16 ? e4m3_row<Round::NO_LARGE_NAN> : e4m3_row<Round::NO>)(src, n, scale, block_cols, out);
 }
@@ -372,6 +200,24 @@ QK_INLINE void to_halves(const float* x, uint8_t* y, size_t n, Convert convert) 
     const TwoHalves h = convert(load<F>(rest), load<F>(rest + LANES));
     std::memcpy(y + 2 * i, &h, (n - i) * sizeof(uint16_t));
 }
+
+#if defined(__AVX2__)
+uint32_t e4m3_to_file(const uint8_t* src, size_t n_rows, size_t n, const float* scale, size_t block_cols,
+                      FileFloat type, bool stream, uint8_t* out) {
+    stream = stream && block_cols % 16 == 0;
+    const auto rows = [&](auto at) {
+        constexpr FileFloat TYPE = decltype(at)::TYPE;
+        return (stream ? e4m3_file_rows<TYPE, true> : e4m3_file_rows<TYPE, false>)(src, n_rows, n, scale, block_cols,
+                                                                                   out);
+    };
+    switch (type) {
+        case FileFloat::BF16: return rows(As<FileFloat::BF16>{});
+        case FileFloat::F32: return rows(As<FileFloat::F32>{});
+        case FileFloat::F32_ROUNDED: break;
+    }
+    return rows(As<FileFloat::F32_ROUNDED>{});
+}
+#endif
 
 }  // namespace
 

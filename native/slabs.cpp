@@ -58,7 +58,7 @@ uint32_t decode_row(const RowKernels& kernels, const StoredRows& rows, size_t i,
             const float* scale = scales_of(rows, from.run, from.at);
             if (kernels.e4m3_to_file) {
                 const FileFloat type = rows.round_bf16 ? FileFloat::F32_ROUNDED : FileFloat::F32;
-                const uint32_t bits = kernels.e4m3_to_file(src, rows.n_cols, scale, rows.block_cols, type, stream,
+                const uint32_t bits = kernels.e4m3_to_file(src, 1, rows.n_cols, scale, rows.block_cols, type, stream,
                                                            reinterpret_cast<uint8_t*>(out));
                 if (bits < INF_BITS) return bits;
             }
@@ -82,10 +82,13 @@ bool copy_e4m3(const RowKernels& kernels, const StoredRows& rows, FileFloat type
     const size_t row_bytes = rows.n_cols * (type == FileFloat::BF16 ? 2 : 4);
     const bool stream = streams(out, rows.n_rows, row_bytes);
     uint32_t bits = 0;
-    for (size_t i = 0; i < rows.n_rows && bits < INF_BITS; ++i) {
+    for (size_t i = 0, n; i < rows.n_rows && bits < INF_BITS; i += n) {
         const Place from = place(rows, i);
         const uint8_t* src = rows.data + from.row * rows.row_bytes();
-        bits = std::max(bits, kernels.e4m3_to_file(src, rows.n_cols, scales_of(rows, from.run, from.at),
+        // as far as the scales are the same
+        const size_t left = rows.block_rows - (rows.first_rows[from.run] + from.at) % rows.block_rows;
+        n = rows.n_runs == 1 ? std::min(rows.n_rows - i, left) : 1;
+        bits = std::max(bits, kernels.e4m3_to_file(src, n, rows.n_cols, scales_of(rows, from.run, from.at),
                                                    rows.block_cols, type, stream, out + i * row_bytes));
     }
     if (stream) kernels.streamed();

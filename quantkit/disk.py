@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import io
 import os
 from pathlib import Path
 
@@ -58,3 +59,11 @@ def read_at(fd: int, nbytes: int, offset: int) -> bytes:
             break
         out += got
     return bytes(out)
+
+
+def text_within(path: Path, most: int) -> str | None:
+    """A small file's UTF-8 text, None where there are more than `most` bytes: not even a device without an end is read
+    further. Raises OSError, UnicodeDecodeError."""
+    with open(path, "rb") as f:
+        data = f.read(most + 1)
+    return None if len(data) > most else io.StringIO(data.decode("utf-8"), None).getvalue()  # \r\n as \n

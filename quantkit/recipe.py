@@ -22,6 +22,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from .disk import text_within
 from .errors import RecipeError, did_you_mean, listed
 from .marked_yaml import Marked, read
 from .qtypes import FILE_TYPES, QTYPES
@@ -225,20 +226,27 @@ def _text(name: str, folder: Path | None) -> tuple[str, str]:
         if name.lower() in by_lower:
             key = by_lower[name.lower()]
             return known[key], f"{key}.yaml"
-        if folder is None or not (folder / path).is_file():
+        if folder is None or not _is_file(folder / path):
             raise RecipeError(
                 f"no shipped recipe is called '{name:.80}'{did_you_mean(name, known)}; `quantkit recipe list` shows "
                 "them; a recipe of your own is given as a path ending in .yaml"
             )
     try:
-        size = (folder / path).stat().st_size
-        if size > _MAX_BYTES:
-            raise RecipeError(f"{name}: {size:,} bytes are too many for a recipe (at most {_MAX_BYTES:,})")
-        return (folder / path).read_text("utf-8"), path.name
+        text = text_within(folder / path, _MAX_BYTES)
+        if text is None:
+            raise RecipeError(f"{name}: has more bytes than a recipe may have ({_MAX_BYTES:,})")
+        return text, path.name
     except OSError as e:
         raise RecipeError(f"{name}: cannot be read: {e.strerror or e}") from None
     except UnicodeDecodeError as e:
         raise RecipeError(f"{name}: is not UTF-8 text: {e.reason} at byte {e.start}") from None
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # too long a name, say
+        return False
 
 
 def parse_sets(values: Sequence[str]) -> dict[str, str]:

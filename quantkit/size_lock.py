@@ -36,6 +36,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from .arch.options import LAYOUTS
 from .catalogue import ranges
+from .disk import text_within
 from .errors import OutputError, SourceError, did_you_mean
 from .qtypes import QTYPES
 
@@ -179,15 +180,15 @@ _Lines = dict[tuple[str | int, ...], int]
 def read(path: Path) -> Lock:
     """The lock in a file. Raises SourceError, with the line, for one that is missing, damaged or edited."""
     try:
-        if path.stat().st_size > _MAX_BYTES:
-            raise SourceError(f"{path}: {path.stat().st_size:,} bytes are too many for a sizes lock; {_REDO}")
-        text = path.read_text("utf-8")
+        text = text_within(path, _MAX_BYTES)
     except FileNotFoundError:
         raise SourceError(f"{path}: there is no such sizes lock; make it with `quantkit sizes update {path}`") from None
     except OSError as e:
         raise SourceError(f"{path}: cannot be read: {e.strerror or e}") from None
     except UnicodeDecodeError as e:
         raise SourceError(f"{path}: is not UTF-8 text: {e.reason} at byte {e.start}; {_REDO}") from None
+    if text is None:
+        raise SourceError(f"{path}: has more bytes than a sizes lock may have ({_MAX_BYTES:,}); {_REDO}")
     return parse(text, str(path))
 
 

@@ -182,3 +182,61 @@ def test_fp8_to_a_float_file_equals_torch(
     expected = (torch.from_numpy(codes).view(torch.float8_e4m3fn).float() * spread).bfloat16()
     got = torch.from_numpy(out)
     assert torch.equal(got, (expected if name == "BF16" else expected.float()).view(torch.uint8))
+
+
+def scales_of_every_size() -> F32:
+    """Any that 448 times still is a bfloat16, and those next to where a product is subnormal or too large."""
+    rng = np.random.default_rng(4)
+    tiny, most = np.float32(2.0**-126), np.float32(3.3895314e38 / 448)
+    edges = [tiny * np.float32(2.0**k) for k in range(-23, 12)] + [most * np.float32(2.0**-k) for k in range(3)]
+    around = [np.nextafter(e, np.float32(side), dtype=np.float32) for e in edges for side in (0, 1e38)]
+    spread = np.exp(rng.uniform(-103, 82, 200)).astype(np.float32)
+    scales = np.array([*edges, *around, 1.0, 1.5, 1.75, 1 + 2.0**-8, *spread], np.float32)
+    return scales[(scales > 0) & (scales <= most)]
+
+
+@pytest.mark.parametrize("kernel", SETS)
+@pytest.mark.parametrize(("block_cols", "first"), [(128, 0), (64, 5), (100, 17), (300, 0), (16, 3)])
+def test_fp8_to_bfloat16_is_every_code_times_every_scale(
+    block_cols: int, first: int, kernel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks of 20 rows whose scales are of one size, so that one that needs the long way leaves the others alone."""
+    monkeypatch.setenv("QUANTKIT_KERNELS", kernel)
+    rng, scales = np.random.default_rng(5), scales_of_every_size()
+    n_cols, block_rows = 300, 20
+    scale = scales[:, None] * np.array([1, 1, 0.75, 0.5] * 5, np.float32)[None, : -(-n_cols // block_cols)]
+    codes = np.concatenate([np.arange(256, dtype=np.uint8)] * (len(scale) * block_rows * n_cols // 256 + 1))
+    codes[(codes & 0x7F) == 0x7F] = 0x80
+    whole = codes[: len(scale) * block_rows * n_cols].reshape(-1, n_cols)[:, rng.permutation(n_cols)]
+    stored = np.ascontiguousarray(whole[first:])
+    out = np.empty((len(stored), 2 * n_cols), np.uint8)
+    rows = kernels.StoredRows(
+        stored, "F8_E4M3", n_cols, np.array([first], np.uint64), scale, (block_rows, block_cols), True
+    )
+    assert kernels.quantize_stored(rows, "BF16", None, out)
+    spread = torch.from_numpy(scale).repeat_interleave(block_rows, 0).repeat_interleave(block_cols, 1)[:, :n_cols]
+    expected = (torch.from_numpy(whole).view(torch.float8_e4m3fn).float() * spread).bfloat16()[first:]
+    assert np.array_equal(out, expected.contiguous().view(torch.uint8).numpy())
+
+
+@pytest.mark.parametrize("kernel", SETS)
+@pytest.mark.parametrize("bad", ["NaN code", "scale too large", "NaN scale", "negative scale"])
+def test_fp8_to_bfloat16_of_what_no_table_holds(bad: str, kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One bad code or scale among 32 rows: refused where a value is none, and right where it is only odd."""
+    monkeypatch.setenv("QUANTKIT_KERNELS", kernel)
+    rng = np.random.default_rng(6)
+    codes = rng.integers(0, 0x7F, (32, 512), dtype=np.uint8)
+    scale = np.full((1, 4), 0.01, np.float32)
+    if bad == "NaN code":
+        codes[31, 511] = 0xFF
+    else:
+        codes[3, 300] = 0x7E
+        scale[0, 2] = {"scale too large": 1e36, "NaN scale": np.nan, "negative scale": -0.01}[bad]
+    out = np.empty((32, 1024), np.uint8)
+    rows = kernels.StoredRows(codes, "F8_E4M3", 512, np.zeros(1, np.uint64), scale, (128, 128), True)
+    made = kernels.quantize_stored(rows, "BF16", None, out)
+    assert made == (bad == "negative scale")
+    if made:
+        values = torch.from_numpy(codes).view(torch.float8_e4m3fn).float()
+        expected = (values * torch.from_numpy(scale).repeat_interleave(128, 1)).bfloat16()
+        assert np.array_equal(out, expected.view(torch.uint8).numpy())

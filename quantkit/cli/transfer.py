@@ -88,6 +88,7 @@ def import_(
     quantkit recipe import R1.recipe --format thireus --model deepseek-r1 --map iq4_ks=IQ4_XS -o R1.yaml
     """
     from quantkit.clone import slug
+    from quantkit.disk import text_within
     from quantkit.errors import RecipeError, did_you_mean
     from quantkit.exchange import import_rules
     from quantkit.models import open_model
@@ -98,13 +99,13 @@ def import_(
         raise click.BadParameter(f"unknown file type '{file_type}'{did_you_mean(file_type, FILE_TYPES)}")
     renamed = dict(_renaming(text) for text in maps)
     try:
-        if file.stat().st_size > _MAX_BYTES:
-            raise RecipeError(f"{file}: {file.stat().st_size:,} bytes are too many for a list of rules")
-        text = file.read_text("utf-8")
+        text = text_within(file, _MAX_BYTES)
     except OSError as e:
         raise RecipeError(f"{file}: cannot be read: {e.strerror or e}") from None
     except UnicodeDecodeError as e:
         raise RecipeError(f"{file}: is not UTF-8 text: {e.reason} at byte {e.start}") from None
+    if text is None:
+        raise RecipeError(f"{file}: has more bytes than a list of rules may have ({_MAX_BYTES:,})")
     made = import_rules(
         text, form, open_model(model, conversion(layout, None, None)), name or slug(file.stem), file.name,
         file_type.upper() if file_type else None, with_imatrix, renamed,
