@@ -92,7 +92,7 @@ def main() -> None:
         grid = ((seed, w, i) for seed in itertools.count(options.seed) for w in laws.WEIGHTS for i in laws.IMPORTANCE)
         with ThreadPoolExecutor(options.threads) as pool:
             while seen < options.weights:
-                some = list(itertools.islice(grid, 4 * options.threads))
+                some = list(itertools.islice(grid, 32 * options.threads))
                 for n, found in pool.map(lambda c, name=name: cell(name, c[1], c[2], c[0]), some):
                     seen += n
                     different += found
