@@ -1,4 +1,4 @@
-"""What the shards of a GGUF are, for all who read or make them: their names, their keys, and how a set is read.
+"""What the shards of a GGUF are, for all who read or make them: names, keys, where they end, and how a set is read.
 
 Every shard has split.no, split.tensors.count and split.count; the first has all other keys. Source:
 tools/gguf-split/gguf-split.cpp, llama_split_path of src/llama.cpp.
@@ -7,17 +7,27 @@ tools/gguf-split/gguf-split.cpp, llama_split_path of src/llama.cpp.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from .errors import SourceError
-from .gguf_format import INTEGERS, TYPE_NAMES, Header, decode
+from .gguf_format import I32, INTEGERS, KV, TYPE_NAMES, U16, Header, decode, kv, pad
 
 SPLIT_KEYS = ("split.no", "split.tensors.count", "split.count")
 MAX_SHARDS = 65535
+DEFAULT_MAX_TENSORS = 128
 
 _NAME = re.compile(r"(?P<prefix>.*)-(?P<no>\d{5,})-of-(?P<count>\d{5,})\.gguf", re.S)
+
+
+class Limits(NamedTuple):
+    """How to cut: at `max_bytes` of tensor data a shard if given (each tensor padded to 32, headers not
+    counted), else after every `max_tensors` tensors. `no_tensor_first` puts a shard with the keys only before."""
+
+    max_tensors: int = DEFAULT_MAX_TENSORS
+    max_bytes: int | None = None
+    no_tensor_first: bool = False
 
 
 class Shard(NamedTuple):
@@ -45,6 +55,35 @@ class Shard(NamedTuple):
 def shard_name(prefix: str, no: int, count: int) -> str:
     """llama.cpp's name of shard `no`, counted from 0 (llama_split_path)."""
     return f"{prefix}-{no + 1:05d}-of-{count:05d}.gguf"
+
+
+def split_kvs(no: int, n_shards: int, n_tensors: int) -> list[KV]:
+    """The keys of shard `no` of a model of so many tensors."""
+    return [
+        kv("split.no", U16, no),
+        kv("split.tensors.count", I32, n_tensors),
+        kv("split.count", U16, n_shards),
+    ]
+
+
+def groups(sizes: Sequence[int], limits: Limits) -> list[tuple[int, int]]:
+    """The shards of tensors of these sizes in bytes, each as the first index and the one after the last."""
+    starts, current = [0], 0
+    for i, nbytes in enumerate(sizes):
+        n = pad(nbytes)
+        if limits.max_bytes is None:
+            full = i > 0 and i % limits.max_tensors == 0
+        else:
+            full = i > starts[-1] and current + n > limits.max_bytes
+        if full:
+            starts.append(i)
+            current = 0
+        current += n
+    cut = list(zip(starts, [*starts[1:], len(sizes)], strict=True))
+    return [(0, 0), *cut] if limits.no_tensor_first else cut
+
+
+# ---------------------------------------------------------------- reading
 
 
 def read_set(first: str, where: Callable[[str], str], read: Callable[[str], Header]) -> Iterator[Shard]:

@@ -22,7 +22,6 @@ from typing import NamedTuple
 from .errors import DamageError, OutputError, SourceError
 from .gguf_format import (
     ALIGNMENT,
-    I32,
     KV,
     U16,
     VERSION,
@@ -35,9 +34,7 @@ from .gguf_format import (
     pad,
     parse_header,
 )
-from .sharding import MAX_SHARDS, SPLIT_KEYS, Shard, read_files, shard_name
-
-DEFAULT_MAX_TENSORS = 128
+from .sharding import MAX_SHARDS, SPLIT_KEYS, Limits, Shard, groups, read_files, shard_name, split_kvs
 
 _FIRST_READ = 1 << 20
 #: a header is parsed before the length of its file is judged, so that a truncated one can be told by its numbers
@@ -100,15 +97,6 @@ class OutputFile:
     ranges: tuple[Range, ...]
     nbytes: int
     n_tensors: int
-
-
-class Limits(NamedTuple):
-    """How to cut: at `max_bytes` of tensor data a shard if given (each tensor padded to 32, headers not
-    counted), else after every `max_tensors` tensors. `no_tensor_first` puts a shard with the keys only before."""
-
-    max_tensors: int = DEFAULT_MAX_TENSORS
-    max_bytes: int | None = None
-    no_tensor_first: bool = False
 
 
 # ---------------------------------------------------------------- reading
@@ -276,23 +264,6 @@ def _notes(opened: Input, header: Header, raw: bytes, stored: Sequence[Stored], 
 # ---------------------------------------------------------------- planning
 
 
-def groups(sizes: Sequence[int], limits: Limits) -> list[tuple[int, int]]:
-    """The shards of tensors of these sizes in bytes, each as the first index and the one after the last."""
-    starts, current = [0], 0
-    for i, nbytes in enumerate(sizes):
-        n = pad(nbytes)
-        if limits.max_bytes is None:
-            full = i > 0 and i % limits.max_tensors == 0
-        else:
-            full = i > starts[-1] and current + n > limits.max_bytes
-        if full:
-            starts.append(i)
-            current = 0
-        current += n
-    cut = list(zip(starts, [*starts[1:], len(sizes)], strict=True))
-    return [(0, 0), *cut] if limits.no_tensor_first else cut
-
-
 def plan_split(model: ShardSet, prefix: Path, limits: Limits) -> tuple[OutputFile, ...]:
     """The shards of a model. Raises OutputError for more than can be numbered."""
     cut = groups([t.info.nbytes for t in model.tensors], limits)
@@ -301,11 +272,7 @@ def plan_split(model: ShardSet, prefix: Path, limits: Limits) -> tuple[OutputFil
         raise OutputError(f"{prefix}: these limits make {count:,} shards, more than {MAX_SHARDS:,}; raise the limit")
     out = []
     for no, (start, stop) in enumerate(cut):
-        own = [
-            kv("split.no", U16, no),
-            kv("split.tensors.count", I32, len(model.tensors)),
-            kv("split.count", U16, count),
-        ]
+        own = split_kvs(no, count, len(model.tensors))
         kvs = [*model.own_kvs, *own] if no == 0 else own
         path = prefix.with_name(shard_name(prefix.name, no, count))
         out.append(_file(path, kvs, model.tensors[start:stop], model.alignment if no == 0 else ALIGNMENT))

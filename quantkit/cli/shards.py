@@ -69,7 +69,8 @@ def split(
     """
     from quantkit.errors import OutputError
     from quantkit.shard_writer import check_output
-    from quantkit.shards import DEFAULT_MAX_TENSORS, Limits, open_set, plan_split
+    from quantkit.sharding import DEFAULT_MAX_TENSORS, Limits
+    from quantkit.shards import open_set, plan_split
 
     if max_size is not None and max_tensors is not None:
         raise click.UsageError("give --max-size or --max-tensors, not both")
