@@ -13,7 +13,6 @@ import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ..disk import sync, write_at
-from ..errors import OutputError, QuantkitError, ResumeError, SourceError
+from ..errors import OutputError, ResumeError, SourceError
+from ..labour import share_out
 from ..sources.safetensors_dir import DTYPE_BYTES, INDEX, Checkpoint
 from .decode import Decoder, refuse
 from .plan import CONFIG, FP8, Moved, Options, Plan, Shard, make_plan
@@ -250,47 +250,27 @@ class _Mover:
         self.open: list[_File] = []
 
     def run(self, n_threads: int) -> None:
-        jobs = enumerate(self._slabs())
-        stop = threading.Event()
-        failures: list[tuple[int, BaseException]] = []
-
-        def labour() -> None:
-            worker = _Worker(self.job.source, self.decoder)
-            number = -1
-            try:
-                while not stop.is_set():
-                    with self.lock:
-                        number, slab = next(jobs, (number, None))
-                    if slab is None:
-                        return
-                    self.progress(slab.tensor.source.name, worker.do(slab))
-                    self._done(slab.file)
-            except BaseException as e:
-                failures.append((number, e))
-                stop.set()
-                raise
-
         try:
-            # as in the native engine: an executor, waited for in short turns, so that Ctrl-C is heard
-            with ThreadPoolExecutor(n_threads, "quantkit") as pool:
-                futures = [pool.submit(labour) for _ in range(n_threads)]
-                try:
-                    while wait(futures, timeout=0.2).not_done:
-                        pass
-                finally:
-                    stop.set()
+            share_out(self._slabs(), n_threads, self._labourer)
         finally:
             for file in self.open:
                 file.close()
-        if failures:
-            # slabs are taken in order and finished once taken, so the first bad one is the same whatever the threads
-            raise min(failures, key=lambda f: (not isinstance(f[1], QuantkitError), f[0]))[1]
+
+    def _labourer(self) -> Callable[[_Slab], None]:
+        worker = _Worker(self.job.source, self.decoder)
+
+        def do(slab: _Slab) -> None:
+            self.progress(slab.tensor.source.name, worker.do(slab))
+            self._done(slab.file)
+
+        return do
 
     def _slabs(self) -> Iterator[_Slab]:
         """Every slab; a shard's file is opened when its first one is taken."""
         for shard in self.job.todo:
             file = _File(self.job.dst / shard.name, shard, sum(1 for t in shard.tensors for _ in self._cuts(t)))
-            self.open.append(file)
+            with self.lock:
+                self.open.append(file)
             if file.left == 0:
                 file.finish()
             for tensor in shard.tensors:
