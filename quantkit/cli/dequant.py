@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import sys
-import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from .options import Size, default_threads
+from .bars import by_name, open_bar
+from .options import Size, default_threads, plan_first_options, threads_option
 
 if TYPE_CHECKING:
     from quantkit.dequant import Job
@@ -49,10 +48,9 @@ if TYPE_CHECKING:
     show_default=True,
     help="cuda: on the GPU, through torch. The same bytes.",
 )
-@click.option("-t", "--threads", type=click.IntRange(1, 1024), help="Worker threads.  [default: all processors]")
+@threads_option
 @click.option("--restart", is_flag=True, help="Begin anew where DST holds an unfinished run.")
-@click.option("-n", "--dry-run", is_flag=True, help="Check everything and print the plan; write nothing.")
-@click.option("-q", "--quiet", is_flag=True, help="Neither plan nor progress; errors only.")
+@plan_first_options
 def dequant(
     source: Path,
     output: Path,
@@ -115,24 +113,13 @@ def _plan_text(job: Job) -> str:
 
 
 def _run(job: Job, decoder: Decoder, n_threads: int, quiet: bool) -> None:
-    from tqdm import tqdm
-
     from quantkit.dequant import run
 
     start = time.monotonic()
     total = sum(shard.tensor_bytes for shard in job.todo)
-    # a line now and then where the bar cannot be redrawn
-    often = 0.1 if sys.stderr.isatty() else 10.0
     try:
-        with tqdm(total=total, unit="B", unit_scale=True, disable=quiet, mininterval=often, dynamic_ncols=True) as bar:
-            lock = threading.Lock()
-
-            def progress(name: str, done: int) -> None:
-                with lock:
-                    bar.set_description_str(name, refresh=False)
-                    bar.update(done)
-
-            run(job, decoder, n_threads, progress)
+        with open_bar(total, "B", quiet) as bar:
+            run(job, decoder, n_threads, by_name(bar))
             bar.set_description_str("done", refresh=True)
     except BaseException as e:
         kept = [s for s in job.plan.shards if (job.dst / s.name).exists()]
