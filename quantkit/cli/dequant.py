@@ -67,7 +67,7 @@ def dequant(
 
     SRC and DST are Hugging Face directories. DST gets the shards with an index, config.json without
     quantization_config, and the tokenizer and every other file that holds no weights, folders included. A run that
-    was interrupted goes on where it was when it is started again.
+    was interrupted goes on where it was when it is started again, and reads back what is finished.
 
     \b
     quantkit dequant DeepSeek-R1/ DeepSeek-R1-BF16/
@@ -108,7 +108,10 @@ def _plan_text(job: Job) -> str:
         more = f" and {len(plan.left_out) - 1} more" if len(plan.left_out) > 1 else ""
         lines.append(f"  left out     {plan.left_out[0]}{more}: weights that are not of this checkpoint")
     if job.finished:
-        lines.append(f"  finished     {len(job.finished):,} of the shards, {job.need_bytes:,} bytes are to be written")
+        lines.append(
+            f"  finished     {len(job.finished):,} of the shards, which are read back; {job.need_bytes:,} bytes are to "
+            "be written"
+        )
     return "\n".join(lines)
 
 
@@ -117,9 +120,10 @@ def _run(job: Job, decoder: Decoder, n_threads: int, quiet: bool) -> None:
 
     start = time.monotonic()
     total = sum(shard.tensor_bytes for shard in job.todo)
+    kept_bytes = sum(shard.nbytes for shard in job.done)
     try:
-        with open_bar(total, "B", quiet) as bar:
-            run(job, decoder, n_threads, by_name(bar))
+        with open_bar(kept_bytes + total, "B", quiet) as bar:
+            damaged = run(job, decoder, n_threads, by_name(bar))
             bar.set_description_str("done", refresh=True)
     except BaseException as e:
         kept = [s for s in job.plan.shards if (job.dst / s.name).exists()]
@@ -133,6 +137,9 @@ def _run(job: Job, decoder: Decoder, n_threads: int, quiet: bool) -> None:
         )
         raise SystemExit(130 if isinstance(e, KeyboardInterrupt) else 143) from None
     seconds = time.monotonic() - start
+    for name in damaged:
+        click.echo(f"warning: {job.dst / name}: was damaged after it was finished; it is written again", err=True)
+    total += sum(shard.tensor_bytes for shard in job.plan.shards if shard.name in damaged)
     if not quiet:
         click.echo(
             f"{job.dst}  {len(job.plan.shards):,} shard{'s' * (len(job.plan.shards) != 1)}, {job.plan.nbytes:,} bytes; "
