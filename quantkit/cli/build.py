@@ -55,7 +55,8 @@ if TYPE_CHECKING:
     "--resume/--restart",
     "resume",
     default=None,
-    help="Go on with an unfinished build of this output, or begin anew.  [default: go on if there is one]",
+    help="Go on with an unfinished build of this output, or begin anew without what it made.  [default: go on if there "
+    "is one]",
 )
 @click.option(
     "--cache",
@@ -106,6 +107,7 @@ def build(
     if hash_source and attest is None:
         raise click.UsageError("--hash-source needs --attest")
     from quantkit import report
+    from quantkit.abandoned import finished_shards
     from quantkit.build import prepare
     from quantkit.cache import Cache
     from quantkit.models import open_model
@@ -125,6 +127,9 @@ def build(
         click.echo(
             f"going on with the build of {output} begun {ready.begun.head.started}; what it made is checked first"
         )
+    if ready.restart and not quiet:
+        for path in finished_shards(output, [name for name, _ in ready.files]):
+            click.echo(f"{path}: a finished shard of the build that is begun anew; it goes")
     if dry_run:
         click.echo("dry run: everything was checked, nothing was written")
         return
