@@ -115,7 +115,7 @@ def _check_place(src: Path, dst: Path) -> None:
 def run(job: Job, decoder: Decoder, n_threads: int, progress: Progress) -> tuple[str, ...]:
     """Make the directory. Shards that an earlier run has finished are read back first; those that are not as they were
     written are made again, and their names returned. `progress` counts the bytes read back too, and takes back those of
-    a damaged shard. Whatever ends it early, finished shards stay for the next run; where there are none, nothing stays.
+    a damaged shard's tensors. Whatever ends it early, finished shards stay for the next run; where there are none, nothing stays.
     Raises WeightError for a value that is not finite in the dtype, SourceError, OutputError, ResumeError."""
     try:
         with _begun(job):
@@ -244,7 +244,7 @@ def _damaged(job: Job, n_threads: int, progress: Progress) -> tuple[str, ...]:
     share_out(pieces, n_threads, lambda: check)
     damaged = [s for s in job.done if _shown(joined(sums[s.name])) != job.state["finished"][s.name]]
     for shard in damaged:
-        progress(shard.name, -shard.nbytes)
+        progress(shard.name, -shard.tensor_bytes)
     return tuple(s.name for s in damaged)
 
 
