@@ -128,8 +128,9 @@ def build(
             f"going on with the build of {output} begun {ready.begun.head.started}; what it made is checked first"
         )
     if ready.restart and not quiet:
-        for path in finished_shards(output, [name for name, _ in ready.files]):
-            click.echo(f"{path}: a finished shard of the build that is begun anew; it goes")
+        gone = finished_shards(output, [name for name, _ in ready.files])
+        if gone:
+            click.echo(f"finished shards of the build that is begun anew, which go: {len(gone)}, {gone[0]} the first")
     if dry_run:
         click.echo("dry run: everything was checked, nothing was written")
         return

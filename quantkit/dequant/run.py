@@ -115,8 +115,9 @@ def _check_place(src: Path, dst: Path) -> None:
 def run(job: Job, decoder: Decoder, n_threads: int, progress: Progress) -> tuple[str, ...]:
     """Make the directory. Shards that an earlier run has finished are read back first; those that are not as they were
     written are made again, and their names returned. `progress` counts the bytes read back too, and takes back those of
-    a damaged shard's tensors. Whatever ends it early, finished shards stay for the next run; where there are none, nothing stays.
-    Raises WeightError for a value that is not finite in the dtype, SourceError, OutputError, ResumeError."""
+    a damaged shard's tensors. Whatever ends it early, finished shards stay for the next run; where there are none,
+    nothing stays. Raises WeightError for a value that is not finite in the dtype, SourceError, OutputError,
+    ResumeError."""
     try:
         with _begun(job):
             state = _State(job)
