@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import fingerprint
+from . import abandoned, fingerprint
 from .cache import Cache
 from .catalogue import Catalogue
 from .engines import Engine, Progress, Work
@@ -27,7 +27,7 @@ from .errors import (
     WeightError,
 )
 from .imatrix import Imatrix
-from .journal import Journal, durable
+from .journal import Journal
 from .layout import FileLayout, file_names, lay_out, output_kvs
 from .partial import Partial
 from .partial_folder import folder_of, peek
@@ -125,9 +125,7 @@ def _finished(names: tuple[Path, ...], begun: Journal | None, folder: Path) -> s
     """The files of an unfinished build that have their names already: all their rows are in its journal."""
     if begun is None:
         return set()
-    there = zip(durable(begun), begun.head.tensors, strict=True)
-    short = {file for n, (_, n_rows, _, file) in there if n < n_rows}
-    its = {name for i, (name, _) in enumerate(begun.head.files) if i not in short}
+    its = abandoned.whole_files(begun)
     return {path for path in names if path.name in its and not (folder / path.name).exists()}
 
 
@@ -201,6 +199,8 @@ def run(build: Build, engine: Engine, n_threads: int, progress: Progress, cache:
     names is then as it was, and the exception's `kept` says where the unfinished build is, if it is kept."""
     partial = Partial(build.out, build.files, build.identity, lambda: fingerprint.check_unchanged(build.sources))
     try:
+        if build.restart:
+            abandoned.remove(build.out, [name for name, _ in build.files])
         partial.start(build.restart, n_threads, progress)
         layouts = tuple(layout for _, layout in build.files)
         with partial.committing():

@@ -2,9 +2,7 @@
 
 The keys are what llama-quantize writes: those of the source in order, then general.quantization_version
 and general.file_type, the metadata of the recipe, then what it records of the importance matrix. Split files are what
-llama-gguf-split makes of the whole file: a shard is closed when the next tensor would exceed the
-limit (headers not counted), every shard has split.no, split.tensors.count, split.count, and the
-first has all the other keys. Source: src/llama-quant.cpp, tools/gguf-split/gguf-split.cpp.
+llama-gguf-split makes of the whole file (sharding.py). Source: src/llama-quant.cpp.
 """
 
 from __future__ import annotations
@@ -15,15 +13,15 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from .errors import OutputError
-from .gguf_format import BOOL, F32, I32, KV, STRING, U16, U32, header_bytes, kv, pad
+from .gguf_format import BOOL, F32, KV, STRING, U32, header_bytes, kv, pad
 from .plan import Plan, Planned
 from .qtypes import FILE_TYPES
+from .sharding import MAX_SHARDS, Limits, groups, shard_name, split_kvs
 
 GGML_QUANT_VERSION = 2
 _MAX_VALUE = 127
 #: as llama-quantize writes the values of --override-kv
 _OVERRIDE_TYPES = {"str": STRING, "int": U32, "float": F32, "bool": BOOL}
-_MAX_SHARDS = 65535
 
 
 class ImatrixFacts(Protocol):
@@ -87,27 +85,13 @@ def lay_out(plan: Plan, kvs: Sequence[KV], split_max_size: int | None = None) ->
     a tensor above it has a shard of its own. Raises OutputError for more shards than can be numbered."""
     if split_max_size is None:
         return (_file(kvs, plan.tensors),)
-    groups: list[list[Planned]] = [[]]
-    size = 0
-    for t in plan.tensors:
-        n = pad(t.nbytes)
-        if groups[-1] and size + n > split_max_size:
-            groups.append([])
-            size = 0
-        groups[-1].append(t)
-        size += n
-    if len(groups) > _MAX_SHARDS:
-        raise OutputError(
-            f"--split-max-size {split_max_size:,} makes {len(groups):,} shards, more than {_MAX_SHARDS:,}"
-        )
+    cut = groups([t.nbytes for t in plan.tensors], Limits(max_bytes=split_max_size))
+    if len(cut) > MAX_SHARDS:
+        raise OutputError(f"--split-max-size {split_max_size:,} makes {len(cut):,} shards, more than {MAX_SHARDS:,}")
     out = []
-    for no, group in enumerate(groups):
-        own = [
-            kv("split.no", U16, no),
-            kv("split.tensors.count", I32, len(plan.tensors)),
-            kv("split.count", U16, len(groups)),
-        ]
-        out.append(_file([*kvs, *own] if no == 0 else own, group))
+    for no, (start, stop) in enumerate(cut):
+        own = split_kvs(no, len(cut), len(plan.tensors))
+        out.append(_file([*kvs, *own] if no == 0 else own, plan.tensors[start:stop]))
     return tuple(out)
 
 
@@ -127,4 +111,4 @@ def file_names(out: Path, n_files: int, split: bool) -> tuple[Path, ...]:
     if not split:
         return (out,)
     prefix = out.name.removesuffix(".gguf")
-    return tuple(out.with_name(f"{prefix}-{i + 1:05d}-of-{n_files:05d}.gguf") for i in range(n_files))
+    return tuple(out.with_name(shard_name(prefix, i, n_files)) for i in range(n_files))

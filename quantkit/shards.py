@@ -5,16 +5,14 @@ is wrong: tensors above the limit have a shard of their own even when they come 
 first shard is split as the whole model, and a truncated or foreign shard is refused. Only headers, and
 the few bytes between tensors, are read here; shard_writer.py moves the data.
 
-Every shard has split.no, split.tensors.count and split.count; the first has all other keys. Nothing
-else ties a set together. So a shard is known to be foreign by its name, its numbers, its tensors (twice or
-missing), or a key that the first has with another value. One of another build of the same model that holds the
-same tensors cannot be told from the right one.
+Nothing but the split keys ties a set together. So a shard is known to be foreign by its name, its numbers, its tensors
+(twice or missing), or a key that the first has with another value. One of another build of the same model that holds
+the same tensors cannot be told from the right one.
 """
 
 from __future__ import annotations
 
 import os
-import re
 import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,10 +22,7 @@ from typing import NamedTuple
 from .errors import DamageError, OutputError, SourceError
 from .gguf_format import (
     ALIGNMENT,
-    I32,
-    INTEGERS,
     KV,
-    TYPE_NAMES,
     U16,
     VERSION,
     Header,
@@ -39,12 +34,8 @@ from .gguf_format import (
     pad,
     parse_header,
 )
+from .sharding import MAX_SHARDS, SPLIT_KEYS, Limits, Shard, groups, read_files, shard_name, split_kvs
 
-SPLIT_KEYS = ("split.no", "split.tensors.count", "split.count")
-MAX_SHARDS = 65535
-DEFAULT_MAX_TENSORS = 128
-
-_NAME = re.compile(r"(?P<prefix>.*)-(?P<no>\d{5,})-of-(?P<count>\d{5,})\.gguf", re.S)
 _FIRST_READ = 1 << 20
 #: a header is parsed before the length of its file is judged, so that a truncated one can be told by its numbers
 _ANY_LENGTH = 1 << 62
@@ -108,21 +99,7 @@ class OutputFile:
     n_tensors: int
 
 
-class Limits(NamedTuple):
-    """How to cut: at `max_bytes` of tensor data a shard if given (each tensor padded to 32, headers not
-    counted), else after every `max_tensors` tensors. `no_tensor_first` puts a shard with the keys only before."""
-
-    max_tensors: int = DEFAULT_MAX_TENSORS
-    max_bytes: int | None = None
-    no_tensor_first: bool = False
-
-
 # ---------------------------------------------------------------- reading
-
-
-def shard_name(prefix: str, no: int, count: int) -> str:
-    """llama.cpp's name of shard `no`, counted from 0 (llama_split_path)."""
-    return f"{prefix}-{no + 1:05d}-of-{count:05d}.gguf"
 
 
 def open_set(first: Path) -> ShardSet:
@@ -131,28 +108,29 @@ def open_set(first: Path) -> ShardSet:
     Raises SourceError for what is missing, malformed or not the first shard, DamageError for a shard that is
     truncated, too long, or of another set.
     """
-    opened, header, raw = _read(first)
-    split = _split(first, header)
-    count = split.get("split.count", 0)
-    if count <= 1:
-        stored = _stored(0, opened, header)
-        _check_length(opened, header, 1, 1, exact=False)
-        notes = tuple(_notes(opened, header, raw, stored, split))
-        return ShardSet((opened,), header.kvs, stored, header.alignment, notes)
-    prefix = _prefix(first, split.get("split.no", 0), count)
-    inputs, tensors = [opened], list(_stored(0, opened, header))
-    _check_length(opened, header, 1, count)
-    for no in range(1, count):
-        path = first.with_name(shard_name(prefix, no, count))
-        if not path.exists():
-            raise SourceError(f"{path}: shard {no + 1} of {count} is missing; get it and put it beside the first")
-        other, its, _ = _read(path)
-        _check_same_set(path, no, split, _split(path, its), header.kvs, its.kvs)
-        _check_length(other, its, no + 1, count)
-        inputs.append(other)
-        tensors += _stored(no, other, its)
-    _check_tensors(inputs, tensors, split)
-    return ShardSet(tuple(inputs), header.kvs, tuple(tensors), header.alignment, ())
+    inputs: list[Input] = []
+    first_raw = b""
+
+    def read(path: Path) -> Header:
+        nonlocal first_raw
+        opened, header, raw = _read(path)
+        inputs.append(opened)
+        first_raw = first_raw or raw
+        return header
+
+    shards = read_files(first, read)
+    head = next(shards)
+    _check_length(inputs[0], head)
+    tensors = list(_stored(0, inputs[0], head.header))
+    for shard in shards:
+        opened = inputs[shard.no]
+        _check_same_set(head, shard)
+        _check_length(opened, shard)
+        tensors += _stored(shard.no, opened, shard.header)
+    if head.n_shards > 1:
+        _check_tensors(inputs, tensors, head.numbers)
+    notes = () if head.n_shards > 1 else tuple(_notes(inputs[0], head.header, first_raw, tensors, head.numbers))
+    return ShardSet(tuple(inputs), head.header.kvs, tuple(tensors), head.header.alignment, notes)
 
 
 def _read(path: Path) -> tuple[Input, Header, bytes]:
@@ -180,32 +158,6 @@ def _read(path: Path) -> tuple[Input, Header, bytes]:
     return Input(path, info.st_size, info.st_mtime_ns, info.st_ino), header, prefix[: header.data_offset]
 
 
-def _split(path: Path, header: Header) -> dict[str, int]:
-    found = {}
-    for item in header.kvs:
-        if item.key in SPLIT_KEYS:
-            if item.type not in INTEGERS:
-                raise SourceError(f"{path}: {item.key} is of type {TYPE_NAMES[item.type]}, not an integer")
-            found[item.key] = int(decode(item))
-    return found
-
-
-def _prefix(first: Path, no: int, count: int) -> str:
-    """The prefix of the names of a set. Raises SourceError unless the name is the first shard's."""
-    if count > MAX_SHARDS:
-        raise SourceError(f"{first}: split.count says {count:,} shards, more than {MAX_SHARDS:,}; get it again")
-    m = _NAME.fullmatch(first.name)
-    if no != 0 or (m and int(m["no"]) != 1):
-        want = shard_name(m["prefix"], 0, count) if m else "the one with split.no = 0"
-        raise SourceError(f"{first}: this is shard {no + 1} of {count}; give the first, {want}")
-    if not m or first.name != shard_name(m["prefix"], 0, count):
-        raise SourceError(
-            f"{first}: is the first of {count} shards, but not named …{shard_name('', 0, count)}; give it and the "
-            "others their names back"
-        )
-    return m["prefix"]
-
-
 def _stored(file: int, opened: Input, header: Header) -> tuple[Stored, ...]:
     """The tensors in the order of the header, each with the zeros that follow its data."""
     starts = sorted(t.offset for t in header.tensors)
@@ -227,46 +179,45 @@ def _stored(file: int, opened: Input, header: Header) -> tuple[Stored, ...]:
 # ---------------------------------------------------------------- checks
 
 
-def _check_length(opened: Input, header: Header, no: int, count: int, exact: bool = True) -> None:
-    """The file has all its data and, if `exact`, nothing else; the padding after the last tensor may be missing."""
+def _check_length(opened: Input, shard: Shard) -> None:
+    """The file has all its data and, if it is one of several, nothing else; the padding after the last tensor may be
+    missing."""
+    header, is_one_of_several = shard.header, shard.n_shards > 1
     end = max((t.offset + t.nbytes for t in header.tensors), default=header.data_offset - header.alignment + 1)
     whole = header.data_offset + pad(max(end - header.data_offset, 0), header.alignment)
-    what = f"shard {no} of {count} " if count > 1 else ""
+    what = f"shard {shard.no + 1} of {shard.n_shards} " if is_one_of_several else ""
     if opened.nbytes < end:
         raise DamageError(
             f"{opened.path}: {what}is truncated: by its header it has {whole:,} bytes, found are {opened.nbytes:,}, "
             f"{whole - opened.nbytes:,} less; get it again"
         )
-    if exact and opened.nbytes > whole:
+    if is_one_of_several and opened.nbytes > whole:
         raise DamageError(
             f"{opened.path}: {what}is too long: by its header it has {whole:,} bytes, found are {opened.nbytes:,}, "
             f"{opened.nbytes - whole:,} more; get it again"
         )
 
 
-def _check_same_set(
-    path: Path, no: int, first: dict[str, int], own: dict[str, int], first_kvs: Sequence[KV], kvs: Sequence[KV]
-) -> None:
+def _check_same_set(first: Shard, shard: Shard) -> None:
     """Everything by which the header of a later shard can contradict its name and the first shard."""
-    count, total = first["split.count"], first.get("split.tensors.count")
-    if own.get("split.no") != no or own.get("split.count") != count:
-        says = ", ".join(f"{k} {v}" for k, v in own.items()) or "nothing"
+    if not shard.is_in_its_place:
         raise DamageError(
-            f"{path}: its name says shard {no + 1} of {count} (split.no {no}), but its split keys say {says}; it is "
-            "another shard under this name: get the right one"
+            f"{shard.where}: its name says shard {shard.no + 1} of {shard.n_shards} (split.no {shard.no}), but its "
+            f"split keys say {shard.said}; it is another shard under this name: get the right one"
         )
-    if own.get("split.tensors.count", total) != total:
+    total, own = (numbers.get("split.tensors.count") for numbers in (first.numbers, shard.numbers))
+    if own is not None and own != total:
         raise DamageError(
-            f"{path}: is of another set: it says the model has {own['split.tensors.count']:,} tensors, the first shard "
-            f"says {total}; get the shards of one build"
+            f"{shard.where}: is of another set: it says the model has {own:,} tensors, the first shard says {total}; "
+            "get the shards of one build"
         )
-    firsts = {item.key: item for item in first_kvs}
-    for item in kvs:
+    firsts = {item.key: item for item in first.header.kvs}
+    for item in shard.header.kvs:
         if item.key not in SPLIT_KEYS and item.key in firsts and item != firsts[item.key]:
             shown = f"'{decode(item)}', not '{decode(firsts[item.key])}'"
             raise DamageError(
-                f"{path}: is of another set: its {item.key} is {shown if len(shown) < 200 else 'another'} as in the "
-                "first shard; get the shards of one build"
+                f"{shard.where}: is of another set: its {item.key} is {shown if len(shown) < 200 else 'another'} as in "
+                "the first shard; get the shards of one build"
             )
 
 
@@ -313,23 +264,6 @@ def _notes(opened: Input, header: Header, raw: bytes, stored: Sequence[Stored], 
 # ---------------------------------------------------------------- planning
 
 
-def groups(sizes: Sequence[int], limits: Limits) -> list[tuple[int, int]]:
-    """The shards of tensors of these sizes in bytes, each as the first index and the one after the last."""
-    starts, current = [0], 0
-    for i, nbytes in enumerate(sizes):
-        n = pad(nbytes)
-        if limits.max_bytes is None:
-            full = i > 0 and i % limits.max_tensors == 0
-        else:
-            full = i > starts[-1] and current + n > limits.max_bytes
-        if full:
-            starts.append(i)
-            current = 0
-        current += n
-    cut = list(zip(starts, [*starts[1:], len(sizes)], strict=True))
-    return [(0, 0), *cut] if limits.no_tensor_first else cut
-
-
 def plan_split(model: ShardSet, prefix: Path, limits: Limits) -> tuple[OutputFile, ...]:
     """The shards of a model. Raises OutputError for more than can be numbered."""
     cut = groups([t.info.nbytes for t in model.tensors], limits)
@@ -338,11 +272,7 @@ def plan_split(model: ShardSet, prefix: Path, limits: Limits) -> tuple[OutputFil
         raise OutputError(f"{prefix}: these limits make {count:,} shards, more than {MAX_SHARDS:,}; raise the limit")
     out = []
     for no, (start, stop) in enumerate(cut):
-        own = [
-            kv("split.no", U16, no),
-            kv("split.tensors.count", I32, len(model.tensors)),
-            kv("split.count", U16, count),
-        ]
+        own = split_kvs(no, count, len(model.tensors))
         kvs = [*model.own_kvs, *own] if no == 0 else own
         path = prefix.with_name(shard_name(prefix.name, no, count))
         out.append(_file(path, kvs, model.tensors[start:stop], model.alignment if no == 0 else ALIGNMENT))

@@ -17,6 +17,7 @@ import pytest
 from quantkit import kernels, toolchain
 from quantkit.arch.options import Options
 from quantkit.models import open_model
+from quantkit.plan import Plan
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -100,3 +101,34 @@ def tools() -> Tools:
 def tiny_bf16(tools: Tools, tiny_v3: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """tiny_v3 as the converter's BF16 GGUF."""
     return tools.convert(tiny_v3, tmp_path_factory.mktemp("bf16") / "tiny-bf16.gguf")
+
+
+@pytest.fixture(scope="session")
+def sound_plan(tiny_v3: Path, tiny_imatrix: Path) -> Plan:
+    """tiny_v3 as verifying.MIX has it."""
+    import verifying
+
+    return verifying.plan_of(tiny_v3, verifying.MIX, tiny_imatrix)
+
+
+@pytest.fixture(scope="session")
+def sound(sound_plan: Plan, tiny_imatrix: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sound build of sound_plan; read it, do not change it."""
+    import verifying
+
+    return verifying.build(sound_plan, tmp_path_factory.mktemp("sound") / "tiny.gguf", tiny_imatrix)
+
+
+@pytest.fixture
+def copied(sound: Path, tmp_path: Path) -> Path:
+    """A copy of `sound` to damage."""
+    return Path(shutil.copy(sound, tmp_path / "tiny.gguf"))
+
+
+@pytest.fixture(scope="session")
+def sound_set(sound_plan: Plan, tiny_imatrix: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same in shards: a folder."""
+    import verifying
+
+    out = tmp_path_factory.mktemp("sound-set") / "tiny.gguf"
+    return verifying.build(sound_plan, out, tiny_imatrix, split=500_000).parent

@@ -214,3 +214,12 @@ def poke(folder: Path, name: str, at: int, raw: bytes) -> None:
     begin = 8 + n + json.loads(blob[8 : 8 + n])[name]["data_offsets"][0] + at
     blob[begin : begin + len(raw)] = raw
     path.write_bytes(blob)
+
+
+def flip(path: Path, at: int, bit: int = 0) -> None:
+    """Change a bit of a file."""
+    with open(path, "r+b") as f:
+        f.seek(at)
+        (value,) = f.read(1)
+        f.seek(at)
+        f.write(bytes([value ^ 1 << bit]))

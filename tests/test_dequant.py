@@ -12,9 +12,11 @@ import signal
 import struct
 import subprocess
 import sys
+import zlib
 from collections.abc import Mapping
 from math import prod
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import factory
@@ -22,11 +24,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import Run, Tools
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 from quantkit import kernels
 from quantkit.dequant import Options, make_plan, prepare, run
+from quantkit.dequant.checksum import joined
 from quantkit.dequant.decode import Decoder, Native, Torch
 from quantkit.errors import (
     KernelError,
@@ -659,8 +664,12 @@ def test_a_state_of_another_version(tiny_v3: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[]", "{}", '{"source": {}, "makes": ["../../x"]}', '{"source": {}, "makes": ["/x"]}']
-)
+    "text",
+    [
+        "", "[]", "{}", '{"source": {}, "makes": []}', '{"source": {}, "makes": [], "finished": []}',
+        '{"source": {}, "makes": ["../../x"], "finished": {}}', '{"source": {}, "makes": ["/x"], "finished": {}}',
+    ],
+)  # fmt: skip
 def test_a_damaged_state(tiny_v3: Path, tmp_path: Path, text: str) -> None:
     dst = tmp_path / "out"
     dst.mkdir()
@@ -681,6 +690,68 @@ def test_a_finished_shard_that_is_not_as_it_was(tiny_v3: Path, tmp_path: Path) -
         assert words in said
     shard.unlink()
     require_equal(load(dequant(tiny_v3, dst, shard_size=1_000_000)), reference(tiny_v3))
+
+
+def test_the_state_has_the_checksum_of_each_finished_shard(tiny_v3: Path, tmp_path: Path) -> None:
+    dst = half(tiny_v3, tmp_path / "out")
+    sums = json.loads((dst / STATE).read_text())["finished"]
+    there = {name: f"{zlib.crc32((dst / name).read_bytes()):08x}" for name in shards_of(dst)}
+    assert sums.items() >= there.items()  # the last may have been told of, but not have its name yet
+    assert len(sums) <= len(there) + 1
+
+
+@pytest.mark.parametrize("where", ["first of the data", "in the middle", "last"])
+def test_a_shard_damaged_since_is_written_again(tiny_v3: Path, tmp_path: Path, quantkit: Run, where: str) -> None:
+    dst = half(tiny_v3, tmp_path / "out")
+    plan = make_plan(open_checkpoint(tiny_v3), Options(shard_size=1_000_000))
+    before = shards_of(dst)
+    damaged = plan.shards[1]
+    path = dst / damaged.name
+    at = {"first of the data": len(damaged.header), "in the middle": damaged.nbytes // 2, "last": damaged.nbytes - 1}
+    factory.flip(path, at[where])
+    done = quantkit("dequant", tiny_v3, dst, "--shard-size", "1M")
+    assert done.returncode == 0, done.stderr
+    assert f"warning: {path}: was damaged after it was finished; it is written again\n" in done.stderr
+    assert f"finished     {len(before)} of the shards, which are read back" in done.stdout
+    assert snapshot(dst) == snapshot(dequant(tiny_v3, tmp_path / "whole", shard_size=1_000_000))
+    after = shards_of(dst)
+    assert [name for name in before if after[name] != before[name]] == [damaged.name]
+
+
+def test_progress_counts_what_is_read_back_and_takes_back_what_is_damaged(tiny_v3: Path, tmp_path: Path) -> None:
+    dst = half(tiny_v3, tmp_path / "out")
+    job = prepare(open_checkpoint(tiny_v3), dst, Options(shard_size=1_000_000))
+    damaged = job.done[0]
+    factory.flip(dst / damaged.name, damaged.nbytes - 1)
+    moved: dict[str, int] = {}
+
+    def progress(name: str, n: int) -> None:
+        moved[name] = moved.get(name, 0) + n
+
+    assert run(job, Native(), 1, progress) == (damaged.name,)
+    left = {s.name: len(s.header) if s is damaged else s.nbytes for s in job.done}
+    assert {s.name: moved.pop(s.name) for s in job.done} == left
+    assert sum(moved.values()) == sum(s.tensor_bytes for s in (damaged, *job.todo))
+
+
+def test_a_shard_without_a_checksum_is_not_finished(tiny_v3: Path, tmp_path: Path) -> None:
+    dst = half(tiny_v3, tmp_path / "out")
+    name = min(shards_of(dst))
+    before = shards_of(dst)
+    factory.edit_json(dst / STATE, lambda s: s["finished"].pop(name))
+    dequant(tiny_v3, dst, shard_size=1_000_000)
+    assert shards_of(dst)[name] != before[name]
+    require_equal(load(dst), reference(tiny_v3))
+
+
+@given(st.lists(st.binary(max_size=300), max_size=12), st.randoms())
+def test_the_checksum_of_pieces_is_that_of_the_whole(pieces: list[bytes], random: Random) -> None:
+    found, at = [], 0
+    for piece in pieces:
+        found.append((at, (zlib.crc32(piece), len(piece))))
+        at += len(piece)
+    random.shuffle(found)
+    assert joined({at: own for at, own in found if own[1]}) == zlib.crc32(b"".join(pieces))
 
 
 def test_two_at_once_are_refused(tiny_v3: Path, tmp_path: Path) -> None:

@@ -175,6 +175,13 @@ def test_a_split_key_that_is_no_integer(first: Path) -> None:
     assert sentence(lambda: open_gguf(first)) == f"{first}: split.count is of type f32, not an integer"
 
 
+def test_more_shards_than_can_be_numbered(first: Path) -> None:
+    gguf_file(first, {"t1": f32(4)}, [*ARCH, *split_keys(0, 1 << 40, types=(U16, U64, I32))])
+    assert sentence(lambda: open_gguf(first)) == (
+        f"{first}: split.count says 1,099,511,627,776 shards, more than 65,535; get it again"
+    )
+
+
 def test_a_truncated_shard(first: Path) -> None:
     third = shard(first.parent, 3)
     os.truncate(third, third.stat().st_size - 20)

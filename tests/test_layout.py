@@ -230,7 +230,7 @@ def test_too_many_shards(monkeypatch: pytest.MonkeyPatch) -> None:
         lay_out(plan_of([one] * 65_536), (), 1)
     assert str(e.value) == "--split-max-size 1 makes 65,536 shards, more than 65,535"
     assert e.value.exit_code == 7
-    monkeypatch.setattr(layout, "_MAX_SHARDS", 3)
+    monkeypatch.setattr(layout, "MAX_SHARDS", 3)
     assert len(lay_out(plan_of([one] * 3), (), 1)) == 3
     with pytest.raises(OutputError):
         lay_out(plan_of([one] * 4), (), 1)

@@ -22,7 +22,8 @@ from hypothesis import strategies as st
 from quantkit.errors import DamageError, OutputError, QuantkitError, SourceError
 from quantkit.gguf_format import F32, I32, KV, STRING, U16, U32, U64, header_bytes, kv, kv_array, pad, read_header
 from quantkit.shard_writer import check_output, write
-from quantkit.shards import Limits, OutputFile, groups, open_set, plan_merge, plan_split
+from quantkit.sharding import Limits, groups
+from quantkit.shards import OutputFile, open_set, plan_merge, plan_split
 
 KVS = [
     kv("general.architecture", STRING, "llama"),

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from quantkit import kernels, toolchain
+from quantkit import kernels, toolchain, toolchain_install
 from quantkit.cli.doctor import doctor
 from quantkit.cli.toolchain import toolchain as toolchain_group
 from quantkit.errors import ToolError
@@ -134,7 +134,7 @@ def test_converter_of_another_python_is_an_error(monkeypatch: pytest.MonkeyPatch
 
 
 class FakeRun:
-    """Stands for `toolchain._run`: leaves the files that pip and cmake would, and can fail at one of them."""
+    """Stands for `toolchain_install._run`: leaves the files that pip and cmake would, and can fail at one of them."""
 
     def __init__(self) -> None:
         self.ran: list[str] = []
@@ -192,8 +192,8 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeRun:
     fake = FakeRun()
     known = tmp_path / "known"
     known.write_bytes(sdist())
-    monkeypatch.setattr(toolchain, "_run", fake)
-    monkeypatch.setattr(toolchain, "SDIST_SHA256", toolchain._sha256(known))
+    monkeypatch.setattr(toolchain_install, "_run", fake)
+    monkeypatch.setattr(toolchain, "SDIST_SHA256", toolchain_install._sha256(known))
     for name in ("c++", "cmake", "ninja"):
         executable(tmp_path / "path" / name)
     return fake
@@ -202,7 +202,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeRun:
 def install(force: bool = False) -> tuple[Path, list[str], list[tuple[int, int]]]:
     reports: list[str] = []
     steps: list[tuple[int, int]] = []
-    path = toolchain.install(reports.append, lambda done, total: steps.append((done, total)), force=force)
+    path = toolchain_install.install(reports.append, lambda done, total: steps.append((done, total)), force=force)
     return path, reports, steps
 
 
@@ -307,7 +307,7 @@ def test_a_failed_compile_shows_the_end_of_the_log(run: FakeRun, monkeypatch: py
         log.write_text("".join(f"line {i}\n" for i in range(100)))
         return 1
 
-    monkeypatch.setattr(toolchain, "_run", fail)
+    monkeypatch.setattr(toolchain_install, "_run", fail)
     with pytest.raises(ToolError) as e:
         install()
     lines = str(e.value).splitlines()
@@ -342,7 +342,7 @@ def test_cmake_and_ninja_come_from_wheels_where_there_are_none(
             return 0
         return run(argv, log, follow)
 
-    monkeypatch.setattr(toolchain, "_run", pip)
+    monkeypatch.setattr(toolchain_install, "_run", pip)
     install()
     assert wheels == ["ninja", "cmake"]
 
@@ -350,7 +350,7 @@ def test_cmake_and_ninja_come_from_wheels_where_there_are_none(
 def test_a_second_install_at_the_same_time_is_refused(run: FakeRun) -> None:
     lock = toolchain.root().with_name(f"{toolchain.root().name}.lock")
     lock.parent.mkdir(parents=True)
-    with toolchain._lock(lock), pytest.raises(ToolError) as e:
+    with toolchain_install._lock(lock), pytest.raises(ToolError) as e:
         install()
     assert str(e.value) == (
         f"another install (process {os.getpid()}) holds {lock}; when it has ended, run again: "
@@ -369,7 +369,7 @@ def test_run_logs_and_follows_every_line(tmp_path: Path) -> None:
     seen: list[str] = []
     script = "import sys; print('one'); sys.stdout.flush(); print('two', file=sys.stderr); sys.exit(3)"
     log = tmp_path / "log"
-    assert toolchain._run([sys.executable, "-c", script], log, seen.append) == 3
+    assert toolchain_install._run([sys.executable, "-c", script], log, seen.append) == 3
     assert seen == ["one\n", "two\n"]
     assert log.read_text() == "one\ntwo\n"
 

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import os
-import sys
-import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from .options import Size, conversion, default_threads, imatrix_of, recipe_of, source_options
+from .bars import Bars, by_name, open_bar
+from .options import (
+    Size,
+    conversion,
+    default_threads,
+    imatrix_of,
+    plan_first_options,
+    recipe_of,
+    source_options,
+    threads_option,
+)
 
 if TYPE_CHECKING:
     from quantkit.build import Build
@@ -33,7 +41,7 @@ if TYPE_CHECKING:
 @click.option(
     "--llama-quantize", "binary", metavar="PATH", help="The binary to drive (else PATH, else the toolchain's)."
 )
-@click.option("-t", "--threads", type=click.IntRange(1, 1024), help="Worker threads.  [default: all processors]")
+@threads_option
 @click.option("--allow-requantize", is_flag=True, help="Quantize tensors again that the source has quantized.")
 @click.option(
     "--attest",
@@ -47,7 +55,8 @@ if TYPE_CHECKING:
     "--resume/--restart",
     "resume",
     default=None,
-    help="Go on with an unfinished build of this output, or begin anew.  [default: go on if there is one]",
+    help="Go on with an unfinished build of this output, or begin anew without what it made.  [default: go on if there "
+    "is one]",
 )
 @click.option(
     "--cache",
@@ -63,8 +72,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="At most so much in DIR; what was not used longest goes.",
 )
-@click.option("-n", "--dry-run", is_flag=True, help="Check everything and print the plan; write nothing.")
-@click.option("-q", "--quiet", is_flag=True, help="Neither plan nor progress; errors only.")
+@plan_first_options
 def build(
     source: str,
     recipe: str,
@@ -99,6 +107,7 @@ def build(
     if hash_source and attest is None:
         raise click.UsageError("--hash-source needs --attest")
     from quantkit import report
+    from quantkit.abandoned import finished_shards
     from quantkit.build import prepare
     from quantkit.cache import Cache
     from quantkit.models import open_model
@@ -118,6 +127,10 @@ def build(
         click.echo(
             f"going on with the build of {output} begun {ready.begun.head.started}; what it made is checked first"
         )
+    if ready.restart and not quiet:
+        gone = finished_shards(output, [name for name, _ in ready.files])
+        if gone:
+            click.echo(f"finished shards of the build that is begun anew, which go: {len(gone)}, {gone[0]} the first")
     if dry_run:
         click.echo("dry run: everything was checked, nothing was written")
         return
@@ -154,8 +167,6 @@ def write_attestation(path: Path, ready: Build, asked: Asked, whole: bool, quiet
     from quantkit.verify.attestation import statement
     from quantkit.verify.manifest import write_json
 
-    from .verify import Bars
-
     bars = Bars(quiet)
     try:
         files = [name for name, _ in ready.files]
@@ -181,23 +192,12 @@ def make_engine(name: str, binary: str | None) -> Engine:
 
 def run_with_progress(ready: Build, engine: Engine, n_threads: int, quiet: bool, cache: Cache | None = None) -> None:
     """Run a build with one progress bar, in weights, and say what was made."""
-    from tqdm import tqdm
-
     from quantkit import build as builds
 
     start = time.monotonic()
     n = ready.plan.n_elements
-    # a line now and then where the bar cannot be redrawn
-    often = 0.1 if sys.stderr.isatty() else 10.0
-    with tqdm(total=n, unit="w", unit_scale=True, disable=quiet, mininterval=often, dynamic_ncols=True) as bar:
-        lock = threading.Lock()
-
-        def progress(name: str, done: int) -> None:
-            with lock:
-                bar.set_description_str(name, refresh=False)
-                bar.update(done)
-
-        kept = builds.run(ready, engine, n_threads, progress, cache)
+    with open_bar(n, "w", quiet) as bar:
+        kept = builds.run(ready, engine, n_threads, by_name(bar), cache)
         bar.set_description_str("done", refresh=True)
     seconds = time.monotonic() - start
     if cache is not None and cache.n_corrupt:

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from .build import make_engine, run_with_progress
-from .options import default_threads
+from .options import default_threads, threads_option
 
 
 @click.command()
@@ -20,7 +20,7 @@ from .options import default_threads
     help="Where to put checkpoint, imatrix and GGUF.",
 )
 @click.option("-r", "--recipe", default="UD-IQ1_S", show_default=True, help="The recipe to build.")
-@click.option("-t", "--threads", type=click.IntRange(1, 1024), help="Worker threads.  [default: all processors]")
+@threads_option
 def demo(folder: Path, recipe: str, threads: int | None) -> None:
     """Make a small DeepSeek-V3 checkpoint in FP8 and build a dynamic GGUF from it.
 

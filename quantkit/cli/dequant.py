@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import sys
-import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from .options import Size, default_threads
+from .bars import by_name, open_bar
+from .options import Size, default_threads, plan_first_options, threads_option
 
 if TYPE_CHECKING:
     from quantkit.dequant import Job
@@ -49,10 +48,9 @@ if TYPE_CHECKING:
     show_default=True,
     help="cuda: on the GPU, through torch. The same bytes.",
 )
-@click.option("-t", "--threads", type=click.IntRange(1, 1024), help="Worker threads.  [default: all processors]")
+@threads_option
 @click.option("--restart", is_flag=True, help="Begin anew where DST holds an unfinished run.")
-@click.option("-n", "--dry-run", is_flag=True, help="Check everything and print the plan; write nothing.")
-@click.option("-q", "--quiet", is_flag=True, help="Neither plan nor progress; errors only.")
+@plan_first_options
 def dequant(
     source: Path,
     output: Path,
@@ -69,7 +67,7 @@ def dequant(
 
     SRC and DST are Hugging Face directories. DST gets the shards with an index, config.json without
     quantization_config, and the tokenizer and every other file that holds no weights, folders included. A run that
-    was interrupted goes on where it was when it is started again.
+    was interrupted goes on where it was when it is started again, and reads back what is finished.
 
     \b
     quantkit dequant DeepSeek-R1/ DeepSeek-R1-BF16/
@@ -110,29 +108,22 @@ def _plan_text(job: Job) -> str:
         more = f" and {len(plan.left_out) - 1} more" if len(plan.left_out) > 1 else ""
         lines.append(f"  left out     {plan.left_out[0]}{more}: weights that are not of this checkpoint")
     if job.finished:
-        lines.append(f"  finished     {len(job.finished):,} of the shards, {job.need_bytes:,} bytes are to be written")
+        lines.append(
+            f"  finished     {len(job.finished):,} of the shards, which are read back; {job.need_bytes:,} bytes are to "
+            "be written"
+        )
     return "\n".join(lines)
 
 
 def _run(job: Job, decoder: Decoder, n_threads: int, quiet: bool) -> None:
-    from tqdm import tqdm
-
     from quantkit.dequant import run
 
     start = time.monotonic()
     total = sum(shard.tensor_bytes for shard in job.todo)
-    # a line now and then where the bar cannot be redrawn
-    often = 0.1 if sys.stderr.isatty() else 10.0
+    kept_bytes = sum(shard.nbytes for shard in job.done)
     try:
-        with tqdm(total=total, unit="B", unit_scale=True, disable=quiet, mininterval=often, dynamic_ncols=True) as bar:
-            lock = threading.Lock()
-
-            def progress(name: str, done: int) -> None:
-                with lock:
-                    bar.set_description_str(name, refresh=False)
-                    bar.update(done)
-
-            run(job, decoder, n_threads, progress)
+        with open_bar(kept_bytes + total, "B", quiet) as bar:
+            damaged = run(job, decoder, n_threads, by_name(bar))
             bar.set_description_str("done", refresh=True)
     except BaseException as e:
         kept = [s for s in job.plan.shards if (job.dst / s.name).exists()]
@@ -146,6 +137,9 @@ def _run(job: Job, decoder: Decoder, n_threads: int, quiet: bool) -> None:
         )
         raise SystemExit(130 if isinstance(e, KeyboardInterrupt) else 143) from None
     seconds = time.monotonic() - start
+    for name in damaged:
+        click.echo(f"warning: {job.dst / name}: was damaged after it was finished; it is written again", err=True)
+    total += sum(shard.tensor_bytes for shard in job.plan.shards if shard.name in damaged)
     if not quiet:
         click.echo(
             f"{job.dst}  {len(job.plan.shards):,} shard{'s' * (len(job.plan.shards) != 1)}, {job.plan.nbytes:,} bytes; "

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from .options import layout_option
+
 if TYPE_CHECKING:
     from quantkit.offload import Gpus
 
@@ -55,13 +57,7 @@ class GpuList(_GpusParam):
     metavar="GIB",
     help="Kept free on each GPU, for compute buffers.",
 )
-@click.option(
-    "--layout",
-    type=click.Choice(["k_b+v_b", "kv_b"]),
-    default="k_b+v_b",
-    show_default=True,
-    help="MLA tensors of a checkpoint.",
-)
+@layout_option
 @click.option("--json", "as_json", is_flag=True, help="The answers as JSON.")
 def fit(
     model: str,

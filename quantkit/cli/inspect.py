@@ -6,13 +6,15 @@ import json
 
 import click
 
+from .options import json_option
+
 
 @click.command()
 @click.argument("source")
 @click.option(
     "--all", "every_tensor", is_flag=True, help="A line for each tensor, not one for alike ones of many layers."
 )
-@click.option("--json", "as_json", is_flag=True, help="As JSON on standard output.")
+@json_option
 @click.option("--pre", metavar="NAME", help="tokenizer.ggml.pre, for a tokenizer that is not recognized.")
 def inspect(source: str, every_tensor: bool, as_json: bool, pre: str | None) -> None:
     """Show what is inside a GGUF or a checkpoint: metadata, tensors, types, sizes. Reads headers only.

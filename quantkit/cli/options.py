@@ -58,30 +58,45 @@ mixture_version_option = click.option(
 )
 
 
-def source_options(command: F) -> F:
-    """SOURCE, --recipe, --set, --mixture-version, --layout, --imatrix, --pre, --pad-token, --split-max-size."""
-    for decorate in reversed(
-        [
-            click.argument("source"),
-            click.option("-r", "--recipe", required=True, help="Name of a shipped recipe, or path of a YAML file."),
-            set_option,
-            mixture_version_option,
-            layout_option,
-            click.option("--imatrix", metavar="FILE", help="Importance matrix of llama-imatrix (GGUF or .dat)."),
-            click.option("--pre", metavar="NAME", help="tokenizer.ggml.pre, for a tokenizer that is not recognized."),
-            click.option(
-                "--pad-token", metavar="TOKEN", help="Padding token (text or id) in place of the tokenizer's."
-            ),
-            click.option(
-                "--split-max-size",
-                type=Size(),
-                metavar="N[K|M|G|T]",
-                help="Split the output into shards of at most so much tensor data (G = 10^9 bytes).",
-            ),
-        ]
-    ):
-        command = decorate(command)
-    return command
+threads_option = click.option(
+    "-t", "--threads", type=click.IntRange(1, 1024), help="Worker threads.  [default: all processors]"
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="As JSON on standard output.")
+
+
+def together(*options: Callable[[Any], Any]) -> Callable[[F], F]:
+    """One decorator for several, which --help shows in this order."""
+
+    def decorate(command: F) -> F:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+#: SOURCE, --recipe, --set, --mixture-version, --layout, --imatrix, --pre, --pad-token, --split-max-size
+source_options = together(
+    click.argument("source"),
+    click.option("-r", "--recipe", required=True, help="Name of a shipped recipe, or path of a YAML file."),
+    set_option,
+    mixture_version_option,
+    layout_option,
+    click.option("--imatrix", metavar="FILE", help="Importance matrix of llama-imatrix (GGUF or .dat)."),
+    click.option("--pre", metavar="NAME", help="tokenizer.ggml.pre, for a tokenizer that is not recognized."),
+    click.option("--pad-token", metavar="TOKEN", help="Padding token (text or id) in place of the tokenizer's."),
+    click.option(
+        "--split-max-size",
+        type=Size(),
+        metavar="N[K|M|G|T]",
+        help="Split the output into shards of at most so much tensor data (G = 10^9 bytes).",
+    ),
+)
+#: --dry-run, --quiet of what prints a plan and then carries it out
+plan_first_options = together(
+    click.option("-n", "--dry-run", is_flag=True, help="Check everything and print the plan; write nothing."),
+    click.option("-q", "--quiet", is_flag=True, help="Neither plan nor progress; errors only."),
+)
 
 
 def conversion(layout: str, pre: str | None, pad_token: str | None) -> Options:

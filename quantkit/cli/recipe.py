@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from . import transfer
-from .options import imatrix_of, layout_option, mixture_version_option, recipe_of, set_option
+from .options import imatrix_of, json_option, layout_option, mixture_version_option, recipe_of, set_option
 
 if TYPE_CHECKING:
     from quantkit.catalogue import Catalogue
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
 _MODEL_HELP = "The model to try it on: a name, config.json, checkpoint or GGUF.  [default: one of the recipe's arch]"
 _model_option = click.option("-m", "--model", metavar="SOURCE", help=_MODEL_HELP)
-_json_option = click.option("--json", "as_json", is_flag=True, help="As JSON on standard output.")
 _LINT_WARNED = 1
 
 
@@ -35,7 +34,7 @@ def recipe() -> None:
 
 
 @recipe.command("list")
-@_json_option
+@json_option
 def list_(as_json: bool) -> None:
     """Show the recipes that come with quantkit.
 
@@ -82,7 +81,7 @@ def show(name: str, resolved: bool, sets: tuple[str, ...]) -> None:
 @mixture_version_option
 @set_option
 @click.option("--strict", is_flag=True, help="Exit with 1 when there are only warnings.")
-@_json_option
+@json_option
 def lint(
     names: tuple[str, ...],
     models: tuple[str, ...],
@@ -144,7 +143,7 @@ def lint(
 @mixture_version_option
 @set_option
 @click.option("--imatrix", metavar="FILE", help="Importance matrix, to say whether it has an entry.")
-@_json_option
+@json_option
 def explain(
     name: str,
     tensor: str,
@@ -177,7 +176,7 @@ def explain(
 @layout_option
 @mixture_version_option
 @click.option("--all", "every_tensor", is_flag=True, help="A line for each tensor, not one for alike ones.")
-@_json_option
+@json_option
 def diff(
     before: str,
     after: str,

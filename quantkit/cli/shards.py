@@ -4,34 +4,26 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING
 
 import click
 
-from .options import Size
+from .bars import open_bar
+from .options import Size, together
 
 if TYPE_CHECKING:
     from quantkit.shards import OutputFile, ShardSet
 
-F = TypeVar("F", bound=Callable[..., Any])
-
-
-def _common(command: F) -> F:
-    """--force, --dry-run, --quiet, --json."""
-    for decorate in reversed(
-        [
-            click.option("--force", is_flag=True, help="Replace output files that exist."),
-            click.option("-n", "--dry-run", is_flag=True, help="Check everything, print the files; write nothing."),
-            click.option("-q", "--quiet", is_flag=True, help="No list of files, no progress; errors only."),
-            click.option("--json", "as_json", is_flag=True, help="The files as JSON on standard output."),
-        ]
-    ):
-        command = decorate(command)
-    return command
+#: --force, --dry-run, --quiet, --json
+_common = together(
+    click.option("--force", is_flag=True, help="Replace output files that exist."),
+    click.option("-n", "--dry-run", is_flag=True, help="Check everything, print the files; write nothing."),
+    click.option("-q", "--quiet", is_flag=True, help="No list of files, no progress; errors only."),
+    click.option("--json", "as_json", is_flag=True, help="The files as JSON on standard output."),
+)
 
 
 @click.command()
@@ -69,7 +61,8 @@ def split(
     """
     from quantkit.errors import OutputError
     from quantkit.shard_writer import check_output
-    from quantkit.shards import DEFAULT_MAX_TENSORS, Limits, open_set, plan_split
+    from quantkit.sharding import DEFAULT_MAX_TENSORS, Limits
+    from quantkit.shards import open_set, plan_split
 
     if max_size is not None and max_tensors is not None:
         raise click.UsageError("give --max-size or --max-tensors, not both")
@@ -146,14 +139,8 @@ def _write(model: ShardSet, files: Sequence[OutputFile], force: bool, quiet: boo
     """Write the files with a progress bar, in bytes."""
     from quantkit.shard_writer import write
 
-    if quiet:
-        return write(model, files, force=force)
-    from tqdm import tqdm
-
     n = sum(piece.nbytes for file in files for piece in file.ranges)
-    # a line now and then where the bar cannot be redrawn
-    often = 0.1 if sys.stderr.isatty() else 10.0
-    with tqdm(total=n, unit="B", unit_scale=True, mininterval=often, dynamic_ncols=True) as bar:
+    with open_bar(n, "B", quiet) as bar:
 
         def progress(nbytes: int) -> None:
             bar.update(nbytes)

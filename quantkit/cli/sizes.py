@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from .options import layout_option
+
 if TYPE_CHECKING:
     from fractions import Fraction
     from pathlib import Path
@@ -161,7 +163,7 @@ def check(file: str | None, tolerance: Fraction, form: str, output: str | None) 
 @sizes.command(name="table")
 @click.argument("model")
 @click.option("-r", "--recipe", "recipes", multiple=True, help="Shipped recipe, glob, or path.  [default: all shipped]")
-@click.option("--layout", type=_LAYOUTS, default="k_b+v_b", show_default=True, help="MLA tensors of a checkpoint.")
+@layout_option
 @click.option(
     "--format", "form", type=click.Choice(["text", "markdown", "json"]), default="text", show_default=True, help="Form."
 )

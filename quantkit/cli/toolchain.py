@@ -36,6 +36,7 @@ def install(jobs: int | None, force: bool) -> None:
     from tqdm import tqdm
 
     from quantkit import toolchain as tools
+    from quantkit.toolchain_install import install as install_tools
 
     bar: tqdm[Any] | None = None
 
@@ -57,7 +58,7 @@ def install(jobs: int | None, force: bool) -> None:
             bar = None
 
     try:
-        tools.install(report, progress, jobs=jobs, force=force)
+        install_tools(report, progress, jobs=jobs, force=force)
     finally:
         close()
     for tool in tools.TOOLS:

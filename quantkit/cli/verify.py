@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
-import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from .bars import Bars
 from .options import (
     conversion,
     default_threads,
@@ -18,6 +17,7 @@ from .options import (
     mixture_version_option,
     recipe_of,
     set_option,
+    threads_option,
 )
 
 if TYPE_CHECKING:
@@ -28,33 +28,6 @@ if TYPE_CHECKING:
     from quantkit.verify.rederive import Rows
 
 _File = click.Path(path_type=Path)
-
-
-class Bars:
-    """A progress bar for each stage, with the time left."""
-
-    def __init__(self, quiet: bool) -> None:
-        self._quiet, self._lock = quiet, threading.Lock()
-        self._bar: Any = None
-
-    def start(self, stage: str, total: int, unit: str) -> None:
-        from tqdm import tqdm
-
-        self.close()
-        # a line now and then where the bar cannot be redrawn
-        often = 0.1 if sys.stderr.isatty() else 10.0
-        self._bar = tqdm(
-            total=total, unit=unit, unit_scale=True, desc=stage, disable=self._quiet, mininterval=often,
-            dynamic_ncols=True,
-        )  # fmt: skip
-
-    def advance(self, n: int) -> None:
-        with self._lock:
-            self._bar.update(n)
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
 
 
 @click.command()
@@ -86,7 +59,7 @@ class Bars:
 )  # fmt: skip
 @click.option("--attestation", "attestation_file", type=_File, metavar="FILE", help="Check what build --attest wrote.")
 @click.option("--hash-source", is_flag=True, help="With --attestation: hash all of the source, not only its headers.")
-@click.option("-t", "--threads", type=click.IntRange(1, 1024), help="Worker threads.  [default: all processors]")
+@threads_option
 @click.option(
     "--findings", "most", type=click.IntRange(1, 10_000), default=40, show_default=True, help="Print so many."
 )

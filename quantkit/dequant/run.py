@@ -3,7 +3,7 @@
 Work is cut into slabs: a few rows of an FP8 weight, or a few MiB of any other tensor. A thread reads
 one, decodes it, and writes it at its own offset, so memory is threads x slab whatever the model's
 size. Who writes the last slab of a shard brings it to disk and gives it its name, while the others
-are at the next one.
+are at the next one. Each slab's CRC-32 is taken as it is written; a run that goes on reads the finished shards back.
 """
 
 from __future__ import annotations
@@ -12,19 +12,21 @@ import fcntl
 import os
 import shutil
 import threading
+import zlib
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from ..disk import sync, write_at
-from ..errors import OutputError, QuantkitError, ResumeError, SourceError
+from ..disk import read_at, sync, write_at
+from ..errors import OutputError, ResumeError, SourceError
+from ..labour import share_out
 from ..sources.safetensors_dir import DTYPE_BYTES, INDEX, Checkpoint
+from .checksum import joined
 from .decode import Decoder, refuse
 from .plan import CONFIG, FP8, Moved, Options, Plan, Shard, make_plan
 from .state import PART, STATE, finished, leftovers, read_state, require_same, state_bytes, state_of
@@ -44,7 +46,7 @@ class Job:
     plan: Plan
     dst: Path
     finished: frozenset[str]
-    """names of the shards that an earlier run has finished"""
+    """names of the shards that an earlier run has finished; `run` reads them back"""
     state: dict[str, Any]
     found: dict[str, Any] | None
     """the state of the run that was not finished"""
@@ -55,9 +57,13 @@ class Job:
         return tuple(s for s in self.plan.shards if s.name not in self.finished)
 
     @property
+    def done(self) -> tuple[Shard, ...]:
+        return tuple(s for s in self.plan.shards if s.name in self.finished)
+
+    @property
     def need_bytes(self) -> int:
         """What is still to be written."""
-        return self.plan.nbytes - sum(s.nbytes for s in self.plan.shards if s.name in self.finished)
+        return self.plan.nbytes - sum(s.nbytes for s in self.done)
 
 
 def prepare(source: Checkpoint, dst: Path, options: Options, restart: bool = False) -> Job:
@@ -80,7 +86,8 @@ def _prepare(source: Checkpoint, plan: Plan, dst: Path, state: dict[str, Any], r
             raise OutputError(f"{dst}: is not empty, and holds no unfinished run; choose another directory")
     elif not restart:
         require_same(dst, found, state)
-        done = finished(dst, plan)
+        done = finished(dst, plan, found["finished"])
+        state["finished"] = {name: found["finished"][name] for name in sorted(done)}
     job = Job(source, plan, dst, done, state, found, restart)
     freed = sum(p.stat().st_blocks * 512 for p in leftovers(dst, found, restart))
     free = shutil.disk_usage(dst if dst.is_dir() else dst.parent).free + freed
@@ -105,13 +112,20 @@ def _check_place(src: Path, dst: Path) -> None:
         raise OutputError(f"{existing}: no permission to read and write there")
 
 
-def run(job: Job, decoder: Decoder, n_threads: int, progress: Progress) -> None:
-    """Make the directory. Whatever ends it early, finished shards stay for the next run; where there are none,
+def run(job: Job, decoder: Decoder, n_threads: int, progress: Progress) -> tuple[str, ...]:
+    """Make the directory. Shards that an earlier run has finished are read back first; those that are not as they were
+    written are made again, and their names returned. `progress` counts the bytes read back too, and takes back those of
+    a damaged shard's tensors. Whatever ends it early, finished shards stay for the next run; where there are none,
     nothing stays. Raises WeightError for a value that is not finite in the dtype, SourceError, OutputError,
     ResumeError."""
     try:
         with _begun(job):
-            _Mover(job, decoder, progress).run(n_threads)
+            state = _State(job)
+            damaged = _damaged(job, n_threads, progress)
+            for name in damaged:
+                state.forget(name)
+                (job.dst / name).unlink()
+            _Mover(replace(job, finished=job.finished.difference(damaged)), decoder, progress, state).run(n_threads)
             for name, _ in job.plan.carried:
                 (job.dst / name).parent.mkdir(parents=True, exist_ok=True)
                 with _replacing(job.dst / name) as part:
@@ -122,6 +136,7 @@ def run(job: Job, decoder: Decoder, n_threads: int, progress: Progress) -> None:
                         part.write_bytes(data)
             (job.dst / STATE).unlink()
             sync(job.dst)
+            return damaged
     except OSError as e:
         raise OutputError(
             f"{e.filename or job.dst}: {e.strerror or e}; mend that and run the same again: finished shards are kept"
@@ -188,11 +203,58 @@ def _copy(path: Path, to: Path) -> None:
         raise SourceError(f"{path}: is gone since this run began") from None
 
 
+class _State:
+    """The state file, which tells of each shard when it is finished. Its methods raise OSError."""
+
+    def __init__(self, job: Job) -> None:
+        self.path = job.dst / STATE
+        self.state = {**job.state, "finished": dict(job.state["finished"])}
+        self.lock = threading.Lock()
+
+    def tell(self, name: str, crc: int) -> None:
+        with self.lock:
+            self.state["finished"][name] = _shown(crc)
+            self._write()
+
+    def forget(self, name: str) -> None:
+        with self.lock:
+            del self.state["finished"][name]
+            self._write()
+
+    def _write(self) -> None:
+        with _replacing(self.path) as part:
+            part.write_bytes(state_bytes(self.state))
+
+
+def _shown(crc: int) -> str:
+    return f"{crc:08x}"
+
+
+def _damaged(job: Job, n_threads: int, progress: Progress) -> tuple[str, ...]:
+    """The finished shards whose bytes are not those that were written, or cannot be read."""
+    sums: dict[str, dict[int, tuple[int, int]]] = {s.name: {} for s in job.done}
+
+    def check(piece: tuple[Shard, int]) -> None:
+        shard, start = piece
+        with suppress(OSError), open(job.dst / shard.name, "rb") as f:
+            raw = read_at(f.fileno(), _COPY_BYTES, start)
+            sums[shard.name][start] = zlib.crc32(raw), len(raw)
+        progress(shard.name, min(_COPY_BYTES, shard.nbytes - start))
+
+    pieces = ((shard, start) for shard in job.done for start in range(0, shard.nbytes, _COPY_BYTES))
+    share_out(pieces, n_threads, lambda: check)
+    damaged = [s for s in job.done if _shown(joined(sums[s.name])) != job.state["finished"][s.name]]
+    for shard in damaged:
+        progress(shard.name, -shard.tensor_bytes)
+    return tuple(s.name for s in damaged)
+
+
 class _File:
     """A shard that is being written, under its temporary name."""
 
     def __init__(self, path: Path, shard: Shard, n_slabs: int) -> None:
         self.path = path
+        self.sums: dict[int, tuple[int, int]] = {}
         self.part = _part(path)
         self.left = n_slabs
         self.fd = os.open(self.part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
@@ -205,8 +267,10 @@ class _File:
             raise
 
     def write(self, data: npt.NDArray[np.uint8], offset: int) -> None:
+        view = data.data.cast("B")
+        self.sums[offset] = zlib.crc32(view), len(view)
         with self._writing("writing", offset):
-            write_at(self.fd, data.data.cast("B"), offset)
+            write_at(self.fd, view, offset)
 
     @contextmanager
     def _writing(self, what: str, at: int) -> Iterator[None]:
@@ -218,8 +282,10 @@ class _File:
                 "again: finished shards are kept"
             ) from None
 
-    def finish(self) -> None:
+    def finish(self, state: _State) -> None:
+        """Bring it to disk, tell of it, then give it its name."""
         os.fsync(self.fd)
+        state.tell(self.path.name, joined(self.sums))
         os.replace(self.part, self.path)
         sync(self.path.parent)
         self.close()
@@ -242,57 +308,38 @@ class _Slab(NamedTuple):
 class _Mover:
     """The shards still to be made, as slabs in order, and the threads that take them."""
 
-    def __init__(self, job: Job, decoder: Decoder, progress: Progress) -> None:
+    def __init__(self, job: Job, decoder: Decoder, progress: Progress, state: _State) -> None:
         self.job = job
+        self.state = state
         self.decoder = decoder
         self.progress = progress
         self.lock = threading.Lock()
         self.open: list[_File] = []
 
     def run(self, n_threads: int) -> None:
-        jobs = enumerate(self._slabs())
-        stop = threading.Event()
-        failures: list[tuple[int, BaseException]] = []
-
-        def labour() -> None:
-            worker = _Worker(self.job.source, self.decoder)
-            number = -1
-            try:
-                while not stop.is_set():
-                    with self.lock:
-                        number, slab = next(jobs, (number, None))
-                    if slab is None:
-                        return
-                    self.progress(slab.tensor.source.name, worker.do(slab))
-                    self._done(slab.file)
-            except BaseException as e:
-                failures.append((number, e))
-                stop.set()
-                raise
-
         try:
-            # as in the native engine: an executor, waited for in short turns, so that Ctrl-C is heard
-            with ThreadPoolExecutor(n_threads, "quantkit") as pool:
-                futures = [pool.submit(labour) for _ in range(n_threads)]
-                try:
-                    while wait(futures, timeout=0.2).not_done:
-                        pass
-                finally:
-                    stop.set()
+            share_out(self._slabs(), n_threads, self._labourer)
         finally:
             for file in self.open:
                 file.close()
-        if failures:
-            # slabs are taken in order and finished once taken, so the first bad one is the same whatever the threads
-            raise min(failures, key=lambda f: (not isinstance(f[1], QuantkitError), f[0]))[1]
+
+    def _labourer(self) -> Callable[[_Slab], None]:
+        worker = _Worker(self.job.source, self.decoder)
+
+        def do(slab: _Slab) -> None:
+            self.progress(slab.tensor.source.name, worker.do(slab))
+            self._done(slab.file)
+
+        return do
 
     def _slabs(self) -> Iterator[_Slab]:
         """Every slab; a shard's file is opened when its first one is taken."""
         for shard in self.job.todo:
             file = _File(self.job.dst / shard.name, shard, sum(1 for t in shard.tensors for _ in self._cuts(t)))
-            self.open.append(file)
+            with self.lock:
+                self.open.append(file)
             if file.left == 0:
-                file.finish()
+                file.finish(self.state)
             for tensor in shard.tensors:
                 for start, n in self._cuts(tensor):
                     yield _Slab(file, tensor, start, n)
@@ -310,7 +357,7 @@ class _Mover:
             file.left -= 1
             last = file.left == 0
         if last:
-            file.finish()
+            file.finish(self.state)
             with self.lock:
                 self.open.remove(file)
 

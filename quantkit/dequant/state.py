@@ -1,7 +1,8 @@
 """What an unfinished output directory is: a small JSON file in it that says of what run, there until the run is whole.
 
-A shard under its own name is finished: it was renamed to it after its bytes were on disk. config.json and the
-index come last, so that nothing takes an unfinished directory for a checkpoint.
+A shard under its own name is finished: it was renamed to it after its bytes were on disk and its CRC-32 in the state.
+A run that goes on reads it back, and writes it again where it is damaged. config.json and the index come last, so that
+nothing takes an unfinished directory for a checkpoint.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ _SETTINGS = {"quantkit": "quantkit's version", "dtype": "--dtype", "shard_size":
 
 def state_of(source: Checkpoint, plan: Plan) -> dict[str, Any]:
     """What a run is of: its settings, and size, modification time and SHA-256 of the header of each source file
-    (of config.json the whole), with the files that it makes. Raises SourceError."""
+    (of config.json the whole), with the files that it makes, and the CRC-32 of each shard that is finished: none yet.
+    Raises SourceError."""
     return {
         "quantkit": __version__,
         "dtype": plan.options.dtype,
@@ -37,6 +39,7 @@ def state_of(source: Checkpoint, plan: Plan) -> dict[str, Any]:
         "mtp": "keep" if plan.options.keep_mtp else "drop",
         "source": {p.relative_to(source.path).as_posix(): _print_of(p) for p in (*source.files, source.path / CONFIG)},
         "makes": [*(s.name for s in plan.shards), *(name for name, _ in plan.carried), INDEX, CONFIG],
+        "finished": {},
     }
 
 
@@ -61,8 +64,8 @@ def read_state(folder: Path) -> dict[str, Any] | None:
         state = read_json(path)
     except SourceError as e:
         raise ResumeError(f"{e}; remove {folder} to begin anew") from None
-    makes, files = state.get("makes"), state.get("source")
-    if isinstance(files, dict) and isinstance(makes, list) and all(_is_inside(name) for name in makes):
+    makes, files, done = state.get("makes"), state.get("source"), state.get("finished")
+    if isinstance(files, dict) and isinstance(done, dict) and isinstance(makes, list) and all(map(_is_inside, makes)):
         return state
     raise ResumeError(f"{path}: is not what quantkit dequant writes; remove {folder} to begin anew")
 
@@ -94,8 +97,9 @@ def require_same(folder: Path, found: Mapping[str, Any], wanted: Mapping[str, An
         raise ResumeError(f"{folder}: holds an unfinished run, since which {name} of the source {how}; {_OTHERWISE}")
 
 
-def finished(folder: Path, plan: Plan) -> frozenset[str]:
-    """The names of the shards that are finished. Raises ResumeError for one that is not as it should be."""
+def finished(folder: Path, plan: Plan, sums: Mapping[str, str]) -> frozenset[str]:
+    """The names of the shards that are finished: there, and with a checksum, which is not compared here. Raises
+    ResumeError for one whose size or header is another."""
     done = set()
     for shard in plan.shards:
         path = folder / shard.name
@@ -110,7 +114,8 @@ def finished(folder: Path, plan: Plan) -> frozenset[str]:
         if size != shard.nbytes or header != shard.header:
             how = f"is {size:,} bytes, not {shard.nbytes:,}" if size != shard.nbytes else "has another header"
             raise ResumeError(f"{path}: is not the shard that was finished here, it {how}; remove it, or {_OTHERWISE}")
-        done.add(shard.name)
+        if shard.name in sums:
+            done.add(shard.name)
     return frozenset(done)
 
 

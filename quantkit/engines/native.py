@@ -11,10 +11,8 @@ whatever the tensor's size. Rows are independent, so results do not depend on sl
 
 from __future__ import annotations
 
-import threading
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
 from typing import NamedTuple
 
 import numpy as np
@@ -22,7 +20,8 @@ import numpy.typing as npt
 
 from .. import kernels
 from ..catalogue import Part
-from ..errors import KernelError, QuantkitError, WeightError
+from ..errors import KernelError, WeightError
+from ..labour import share_out
 from ..plan import Plan, Planned
 from ..qtypes import QTYPES
 from ..rows import RowReader
@@ -159,34 +158,4 @@ class NativeEngine:
     def run(self, work: Work) -> None:
         every = (s for planned in work.plan.tensors for s in slabs(planned, self.slab_values))
         missing = (s for s in every if not work.sink.has(s.planned.tensor.name, s.out_row, s.n_rows))
-        jobs = enumerate(_announced(missing, work))
-        next_job = threading.Lock()
-        stop = threading.Event()
-        failures: list[tuple[int, BaseException]] = []
-
-        def labour() -> None:
-            worker = _Worker(work)
-            number = -1
-            try:
-                while not stop.is_set():
-                    with next_job:
-                        number, slab = next(jobs, (number, None))
-                    if slab is None:
-                        return
-                    worker.do(slab)
-            except BaseException as e:
-                failures.append((number, e))
-                stop.set()
-                raise
-
-        # an executor, not bare threads: an interrupted Thread.join takes a running thread for a finished one
-        with ThreadPoolExecutor(work.n_threads, "quantkit") as pool:
-            futures = [pool.submit(labour) for _ in range(work.n_threads)]
-            try:
-                while wait(futures, timeout=0.2).not_done:
-                    pass  # in short turns, so that Ctrl-C is heard
-            finally:
-                stop.set()
-        if failures:
-            # slabs are taken in order and finished once taken, so the first bad one is the same whatever the threads
-            raise min(failures, key=lambda f: (not isinstance(f[1], QuantkitError), f[0]))[1]
+        share_out(_announced(missing, work), work.n_threads, lambda: _Worker(work).do)

@@ -20,7 +20,8 @@ from urllib.parse import quote, unquote, urlsplit
 from .. import __version__
 from ..errors import SourceError
 from ..gguf_format import MAX_HEADER, Header, PrefixTooShortError, is_utf8, parse_header
-from .gguf_file import GgufHeaders, read_shards
+from ..sharding import read_set
+from .gguf_file import GgufHeaders, joined
 
 FIRST_BYTES = 1 << 20
 _REMOTE = re.compile(r"(hf|https?)://", re.IGNORECASE)
@@ -65,7 +66,7 @@ def open_remote(source: str) -> GgufHeaders:
         return _header(place, name)
 
     try:
-        kvs, infos = read_shards(place.name, place.where, read)
+        kvs, infos = joined(read_set(place.name, place.where, read))
     except FileNotFoundError:
         raise SourceError(f"{source}: {_REFUSED[404]}") from None
     return GgufHeaders(source, place.name.removesuffix(".gguf"), kvs, [info for _, info in infos])

@@ -1,0 +1,51 @@
+"""Progress bars, on standard error."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+
+
+def open_bar(total: int, unit: str, quiet: bool, stage: str | None = None) -> Any:
+    """A bar of tqdm's, which is none if `quiet`; a context."""
+    from tqdm import tqdm
+
+    # a line now and then where the bar cannot be redrawn
+    often = 0.1 if sys.stderr.isatty() else 10.0
+    return tqdm(
+        total=total, unit=unit, unit_scale=True, desc=stage, disable=quiet, mininterval=often, dynamic_ncols=True
+    )
+
+
+def by_name(bar: Any) -> Callable[[str, int], None]:
+    """Progress on a bar for any thread: shows the name of what is at work."""
+    lock = threading.Lock()
+
+    def progress(name: str, done: int) -> None:
+        with lock:
+            bar.set_description_str(name, refresh=False)
+            bar.update(done)
+
+    return progress
+
+
+class Bars:
+    """A progress bar for each stage, with the time left."""
+
+    def __init__(self, quiet: bool) -> None:
+        self._quiet, self._lock = quiet, threading.Lock()
+        self._bar: Any = None
+
+    def start(self, stage: str, total: int, unit: str) -> None:
+        self.close()
+        self._bar = open_bar(total, unit, self._quiet, stage)
+
+    def advance(self, n: int) -> None:
+        with self._lock:
+            self._bar.update(n)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
