@@ -77,7 +77,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="*", metavar="CASE", help="all")
     parser.add_argument("--kills", type=int, default=100)
-    parser.add_argument("--crashes", type=int, default=200, help="points at which the power is lost")
+    parser.add_argument("--crashes", type=int, default=160, help="points at which the power is lost")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--markdown", action="store_true", help="a table for the README")
     options = parser.parse_args()

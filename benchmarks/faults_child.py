@@ -3,10 +3,10 @@
     python benchmarks/faults_child.py < requests
 
 A request is a line of JSON: {"args": […], "env": {…}, "stdout": FILE, "stderr": FILE}, and, to watch what is done in a
-folder, {"root": FOLDER, "log": FILE, "kill_at": N, "kill": "before" | "after" | "half"}. The answer is a line: the
-exit status, or minus the signal. The log is a pickle for each Event, in the order in which they took place; with
-`kill_at` the process kills itself at the Nth of them. "plant" is a defect to be found: files are not synced ("data"),
-only after the journal told of them ("order"), or names are not ("names").
+folder, {"root": FOLDER, "log": FILE, "kill_at": N, "kill": "before" | "after" | "half"}. The answers are two lines: the
+process, and its exit status, or minus the signal. The log is a pickle for each Event, in the order in which they took
+place; with `kill_at` the process kills itself at the Nth of them. "plant" is a defect to be found: files are not synced
+("data"), only after the journal told of them ("order"), or names are not ("names").
 """
 
 from __future__ import annotations
@@ -277,13 +277,23 @@ def run(request: dict[str, Any]) -> None:
 
 def serve() -> None:
     """Import what a build needs, once, and answer requests."""
+    import pkgutil
+    from importlib import import_module
+
+    import gguf.quants  # noqa: F401
+
+    import quantkit
     from quantkit import kernels, toolchain
 
+    for module in pkgutil.walk_packages(quantkit.__path__, "quantkit."):
+        if not module.name.endswith("__main__"):
+            import_module(module.name)
     kernels.use_pinned_library(toolchain.ggml_library())
     for line in sys.stdin:
         pid = os.fork()
         if pid == 0:
             run(json.loads(line))
+        print(pid, flush=True)
         _, status = os.waitpid(pid, 0)
         print(os.waitstatus_to_exitcode(status), flush=True)
 

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from faults_site import CACHED, ONE, SHARDS, Done, FaultError, Row, Site, Way, files_of, require
+from faults_site import CACHED, ONE, SHARDS, Done, FaultError, Forked, Row, Site, Way, files_of, require
 
 from quantkit import partial_folder
 
@@ -49,15 +49,19 @@ def _over(out: Path) -> bool:
     return bool(files_of(out)) and not partial_folder.folder_of(out).exists()
 
 
-def _wait_for(site: Site, out: Path, process: subprocess.Popen[str], what: str, before: int) -> None:
+def _wait_for(site: Site, out: Path, process: subprocess.Popen[str] | Forked, what: str, before: int) -> None:
     while process.poll() is None and not _has(site, out, what, before) and not _over(out):
         time.sleep(0.001)
+
+
+def _forked(site: Site, out: Path, way: Way) -> Forked:
+    return site.server.start(site.args(out, way, "-q"), site.env)
 
 
 def _spans(site: Site, way: Way) -> dict[str, float]:
     """Seconds from each thing that is seen to the next, in an undisturbed build."""
     out = site.place()
-    times, process = [time.monotonic()], site.start(out, way, "-q")
+    times, process = [time.monotonic()], _forked(site, out, way)
     for what in list(SEEN)[1:]:
         _wait_for(site, out, process, what, 0)
         times.append(time.monotonic())
@@ -85,7 +89,8 @@ def kills(site: Site, times: int) -> Row:
             if way is CACHED and site.rng.random() < 0.5:
                 site.put_half_a_cache(out)
         what = due[done % len(due)]
-        process = site.start(out, way, "-q")
+        # a process of its own, or one forked from another that has imported everything
+        process = _forked(site, out, way) if site.rng.random() < 0.7 else site.start(out, way, "-q")
         _wait_for(site, out, process, what, before)
         with suppress(subprocess.TimeoutExpired):
             process.wait(site.rng.uniform(0, spans[way.name][what]))
@@ -135,7 +140,7 @@ def empty(folder: Path) -> None:
 def kill_at_rows(site: Site, out: Path, way: Way) -> None:
     """An unfinished build with some of its rows."""
     while True:
-        process = site.start(out, way, "-q")
+        process = _forked(site, out, way)
         try:
             stop_at_rows(site, out, process)
         except FaultError:
@@ -147,7 +152,7 @@ def kill_at_rows(site: Site, out: Path, way: Way) -> None:
         return
 
 
-def stop_at_rows(site: Site, out: Path, process: subprocess.Popen[str]) -> None:
+def stop_at_rows(site: Site, out: Path, process: subprocess.Popen[str] | Forked) -> None:
     """SIGSTOP as soon as the journal has rows. Raises FaultError when most are done by then."""
     while process.poll() is None:
         found = partial_folder.peek(out)

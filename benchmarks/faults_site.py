@@ -6,14 +6,17 @@ import json
 import os
 import random
 import re
+import select
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from faults_child import events
 from gguf import GGUFReader
@@ -83,25 +86,65 @@ class Row:
     """weights that reruns did not quantize again: all that the journals had"""
 
 
+class Forked:
+    """A build in a process forked by a Server: what is needed of subprocess.Popen."""
+
+    def __init__(self, answers: IO[bytes]) -> None:
+        self.answers = answers
+        self.pid = int(answers.readline())
+        self.returncode: int | None = None
+        try:
+            self.fd = os.pidfd_open(self.pid)
+        except ProcessLookupError:
+            self.fd = -1
+
+    def poll(self) -> int | None:
+        with suppress(subprocess.TimeoutExpired):
+            self.wait(0)
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        if self.returncode is None:
+            if not select.select([self.answers], [], [], timeout)[0]:
+                raise subprocess.TimeoutExpired("quantkit", timeout or 0)
+            self.returncode = int(self.answers.readline())
+            if self.fd >= 0:
+                os.close(self.fd)
+                self.fd = -1
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        if self.fd >= 0:
+            with suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self.fd, number)
+
+    def communicate(self) -> None:
+        self.wait()
+
+
 class Server:
     """A process of faults_child.py."""
 
     def __init__(self, cwd: Path) -> None:
         script = Path(__file__).with_name("faults_child.py")
-        self.process = subprocess.Popen([sys.executable, "-W", "ignore", str(script)], cwd=cwd, text=True,
+        self.process = subprocess.Popen([sys.executable, "-W", "ignore", str(script)], cwd=cwd, bufsize=0,
                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # fmt: skip
         self.folder = Path(tempfile.mkdtemp(dir=cwd, prefix="server-"))
 
     def run(self, args: list[str], env: Mapping[str, str], **watch: Any) -> Done:
         """Run `quantkit ARGS` in a fork; `watch` as in the request."""
+        code = self.start(args, env, **watch).wait()
+        said = [(self.folder / name).read_text("utf-8", "replace") for name in ("stdout", "stderr")]
+        return Done(code, *said)
+
+    def start(self, args: list[str], env: Mapping[str, str], **watch: Any) -> Forked:
+        """The same, at work when this returns; one at a time."""
         out, err = self.folder / "stdout", self.folder / "stderr"
         request = {"args": args, "env": dict(env), "stdout": str(out), "stderr": str(err), **watch}
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        self.process.stdin.write(json.dumps(request) + "\n")
-        self.process.stdin.flush()
-        code = int(self.process.stdout.readline())
-        return Done(code, out.read_text("utf-8", "replace"), err.read_text("utf-8", "replace"))
+        self.process.stdin.write(json.dumps(request).encode() + b"\n")
+        return Forked(self.process.stdout)
 
     def close(self) -> None:
         self.process.communicate()
