@@ -1,6 +1,6 @@
 """Faults, tried: builds that are killed, starved, lied to and cut off, and what became of them.
 
-    python benchmarks/faults.py [--kills 100] [--crashes 200] [--seed N] [--markdown] [CASE …]
+    python benchmarks/faults.py [--kills 100] [--crashes 120] [--seed N] [--markdown] [CASE …]
 
 Every case disturbs real builds of a small FP8 checkpoint. It holds when a command that ended early said why in one
 clear sentence, when no name of the output ever had anything but the whole file, and when the same command, run again,
@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 from faults_calls import CALLS
@@ -39,12 +40,12 @@ def cases(site: Site, small: Site, n_kills: int, n_crashes: int) -> Iterator[tup
     yield "kills", "", lambda: kills(site, n_kills)
     yield "kills at system calls", "", lambda: kills_at_calls(small, n_crashes // 2)
     yield "power loss", "", lambda: power_loss(small, n_crashes)
-    yield "power loss, planted defects", "", lambda: planted(small, 36)
+    yield "power loss, planted defects", "", lambda: planted(small, 30)
     groups = {"calls that fail": CALLS, "memory": (out_of_memory,), "a source or imatrix": SOURCES, "room": ROOM,
               "permissions": CLOSED}  # fmt: skip
     for group, every in groups.items():
         for case in every:
-            yield group, _name(case), lambda case=case: case(site)
+            yield group, _name(case), partial(case, site)
     yield "unfinished builds damaged", "", lambda: [*damages(site), place_taken(site)]
     yield "caches damaged", "", lambda: caches(site)
 
@@ -77,7 +78,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="*", metavar="CASE", help="all")
     parser.add_argument("--kills", type=int, default=100)
-    parser.add_argument("--crashes", type=int, default=160, help="points at which the power is lost")
+    parser.add_argument("--crashes", type=int, default=120, help="points at which the power is lost")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--markdown", action="store_true", help="a table for the README")
     options = parser.parse_args()

@@ -261,6 +261,9 @@ def power_loss(site: Site, times: int, plant: str = "") -> Row:
             at = site.rng.choice(rare if site.rng.random() < 0.5 else range(len(log)))
             if site.rng.random() < 0.1:
                 at = len(log) - 1
+            elif plant and site.rng.random() < 0.5:  # where such a defect does harm
+                told = [i for i, e in enumerate(log) if e.what == "sync-end" and e.path.endswith("/journal")]
+                at = len(log) - 1 if plant == "names" else site.rng.choice(told)
             disk, unsure = after_crash(before, log[: at + 1], site.rng)
             # the log's paths are of the place where it was made
             recorded.parent.mkdir()
