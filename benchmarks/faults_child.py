@@ -3,9 +3,10 @@
     python benchmarks/faults_child.py < requests
 
 A request is a line of JSON: {"args": […], "env": {…}, "stdout": FILE, "stderr": FILE}, and, to watch what is done in a
-folder, {"root": FOLDER, "log": FILE, "kill_at": N, "kill": "before" | "after" | "half"}. The answer is a line: the
-exit status, or minus the signal. The log is a pickle for each Event, in the order in which they took place; with
-`kill_at` the process kills itself at the Nth of them.
+folder, {"root": FOLDER, "log": FILE, "kill_at": N, "kill": "before" | "after" | "half"}. The answers are two lines: the
+process, and its exit status, or minus the signal. The log is a pickle for each Event, in the order in which they took
+place; with `kill_at` the process kills itself at the Nth of them. "plant" is a defect to be found: files are not synced
+("data"), only after the journal told of them ("order"), or names are not ("names").
 """
 
 from __future__ import annotations
@@ -41,8 +42,10 @@ class Recorder:
     """Wraps the calls of `os` that change a folder. Not seen: files opened with open(), which builds use for reading
     only (but for the cache and for damaged shards)."""
 
-    def __init__(self, root: str, log: str, kill_at: int, kill: str) -> None:
-        self.root, self.kill_at, self.kill = os.path.realpath(root), kill_at, kill
+    def __init__(self, root: str, log: str, kill_at: int, kill: str, plant: str) -> None:
+        self.root, self.kill_at, self.kill, self.plant = os.path.realpath(root), kill_at, kill, plant
+        self.late: list[int] = []
+        """files to be synced after the journal"""
         self.log = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
         self.lock = threading.RLock()
         self.number = 0
@@ -161,12 +164,24 @@ class Recorder:
         if fd not in self.fds:
             return self.real[name](fd)
         number, path = self.fds[fd]
+        is_data = path.endswith(".gguf")
+        if (self.plant == "data" and is_data) or (self.plant == "names" and number < 0):
+            return None
+        if self.plant == "order" and name == "fdatasync" and is_data:
+            self.late.append(fd)
+            return None
         with self.lock:
             self.syncs += 1
             mine = self.syncs
         self.did(Event("sync-begin", number, path, mine), lambda: None)
         self.real[name](fd)
-        return self.did(Event("sync-end", number, path, mine), lambda: None)
+        self.did(Event("sync-end", number, path, mine), lambda: None)
+        if path.endswith("/journal"):
+            late, self.late, plant, self.plant = self.late, [], self.plant, ""
+            for each in late:
+                self._sync(name, each)
+            self.plant = plant
+        return None
 
     def _fsync(self, fd: int) -> None:
         self._sync("fsync", fd)
@@ -236,7 +251,13 @@ def run(request: dict[str, Any]) -> None:
     os.environ.update(request["env"])
     sys.argv = ["quantkit", *request["args"]]
     if "root" in request:
-        Recorder(request["root"], request["log"], request.get("kill_at", 0), request.get("kill", "before"))
+        Recorder(
+            request["root"],
+            request["log"],
+            request.get("kill_at", 0),
+            request.get("kill", "before"),
+            request.get("plant", ""),
+        )
     from quantkit.cli import main
 
     status = 1
@@ -256,13 +277,23 @@ def run(request: dict[str, Any]) -> None:
 
 def serve() -> None:
     """Import what a build needs, once, and answer requests."""
+    import pkgutil
+    from importlib import import_module
+
+    import gguf.quants  # noqa: F401
+
+    import quantkit
     from quantkit import kernels, toolchain
 
+    for module in pkgutil.walk_packages(quantkit.__path__, "quantkit."):
+        if not module.name.endswith("__main__"):
+            import_module(module.name)
     kernels.use_pinned_library(toolchain.ggml_library())
     for line in sys.stdin:
         pid = os.fork()
         if pid == 0:
             run(json.loads(line))
+        print(pid, flush=True)
         _, status = os.waitpid(pid, 0)
         print(os.waitstatus_to_exitcode(status), flush=True)
 

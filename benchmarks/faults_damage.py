@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from faults_io import kill_at_rows
+from faults_kill import kill_at_rows
 from faults_site import ONE, SHARDS, FaultError, Row, Site, Way, check_said, files_of, require
 
 from quantkit.partial import folder_of
@@ -30,9 +30,14 @@ def _journal(out: Path) -> Path:
     return folder_of(out) / "journal"
 
 
-def _cut(path: Path, rng: random.Random) -> None:
+def _cut(path: Path, rng: random.Random, end: int | None = None, begin: int = 0) -> None:
     raw = path.read_bytes()
-    path.write_bytes(raw[: rng.randrange(len(raw))])
+    path.write_bytes(raw[: rng.randrange(begin, end or len(raw))])
+
+
+def _first_line(journal: Path) -> int:
+    """Its bytes, with the newline."""
+    return journal.read_bytes().index(b"\n") + 1
 
 
 def _of_another_run(site: Site, out: Path, _rng: random.Random) -> None:
@@ -51,10 +56,11 @@ def _same_length(_site: Site, out: Path, rng: random.Random) -> None:
 
 DAMAGES: dict[str, tuple[int, Damage]] = {
     "journal: a bit flipped in the records": (
-        8, lambda _s, out, rng: _flip(_journal(out), rng, 1, _journal(out).read_bytes().index(b"\n") + 1)),
+        8, lambda _s, out, rng: _flip(_journal(out), rng, 1, _first_line(_journal(out)))),
     "journal: a bit flipped in the first line": (
-        4, lambda _s, out, rng: _flip(_journal(out), rng, 1, 0, _journal(out).read_bytes().index(b"\n"))),
-    "journal: cut anywhere": (6, lambda _s, out, rng: _cut(_journal(out), rng)),
+        4, lambda _s, out, rng: _flip(_journal(out), rng, 1, 0, _first_line(_journal(out)) - 1)),
+    "journal: cut in the records": (6, lambda _s, out, rng: _cut(_journal(out), rng, begin=_first_line(_journal(out)))),
+    "journal: cut in the first line": (2, lambda _s, out, rng: _cut(_journal(out), rng, _first_line(_journal(out)))),
     "journal: garbage": (2, lambda _s, out, rng: _journal(out).write_bytes(rng.randbytes(5000)) and None),
     "journal: garbage after it": (
         2, lambda _s, out, rng: _journal(out).write_bytes(_journal(out).read_bytes() + rng.randbytes(500)) and None),
@@ -138,6 +144,7 @@ def damages(site: Site) -> list[Row]:
         row.what = "an unfinished build"
         ended = f"{refused} refused, begun anew ({forced} with --force)"
         row.came_of_it = f"{times - refused} went on, {ended}; {kept:,} of {could:,} weights kept"
+        row.kept = kept
         rows.append(row)
     return rows
 

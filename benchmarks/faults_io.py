@@ -7,145 +7,21 @@ import errno
 import os
 import resource
 import shutil
-import signal
 import subprocess
-import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from faults_site import ONE, SHARDS, Done, FaultError, Row, Site, Way, check_said, files_of, require
+from faults_calls import failing
+from faults_kill import disturbed, kill_at_rows
+from faults_site import ONE, SHARDS, FaultError, Row, Site, SkipError, Way, check_said, files_of, require
 
-from quantkit import partial_folder
 from quantkit.partial import folder_of
 
+#: what glibc says as it ends a process in such a case
+GLIBC = "cannot allocate"
 _CAP_DAC_OVERRIDE, _CAP_DAC_READ_SEARCH, _PR_CAPBSET_DROP = 1, 2, 24
-
-
-class SkipError(Exception):
-    """The case cannot be tried here; says why."""
-
-
-# ---------------------------------------------------------------- calls that fail
-
-
-def shim(site: Site) -> Path:
-    """The library that makes calls fail."""
-    out = site.folder / "shim.so"
-    if not out.exists():
-        compiler = shutil.which("cc") or shutil.which("gcc")
-        if compiler is None:
-            raise SkipError("there is no C compiler")
-        source = Path(__file__).with_name("faults_shim.c")
-        done = subprocess.run([compiler, "-O1", "-shared", "-fPIC", "-o", str(out), str(source), "-ldl"],
-                              capture_output=True, text=True, check=False)  # fmt: skip
-        if done.returncode:
-            raise SkipError(f"the shim does not compile here: {done.stderr.splitlines()[0]}")
-    return out
-
-
-def failing(
-    site: Site, call: str, error: int, path: str = "", skip: int = 0, times: int = 0, nbytes: int = 0
-) -> dict[str, str]:  # fmt: skip
-    """The environment in which a call fails."""
-    log = site.folder / "fault-log"
-    log.unlink(missing_ok=True)
-    said = {"CALL": call, "ERRNO": error, "PATH": path, "SKIP": skip, "TIMES": times, "BYTES": nbytes, "LOG": log}
-    return {"LD_PRELOAD": str(shim(site)), **{f"FAULT_{k}": str(v) for k, v in said.items()}}
-
-
-def call_fails(
-    case: str, call: str, error: int, path: str, codes: tuple[int, ...], says: str = "",
-    skips: tuple[int, int] = (0, 40), times: int = 0, nbytes: int = 0, way: Way = ONE, begun: bool = False, n: int = 3,
-) -> Callable[[Site], Row]:  # fmt: skip
-    """A case in which a call fails after a number drawn from `skips` have not."""
-
-    def run(site: Site) -> Row:
-        row = Row(case, f"{call}: {os.strerror(error) if error else 'half of what was asked'}", n, "")
-        done = draws = claimed = survived = 0
-        use = Way(way.name, tuple(o.replace("CACHE", str(site.folder / f"cache-{case}")) for o in way.options))
-        if "--cache" in use.options and skips == (0, 0):  # reads of a cache: fill it
-            out = site.place()
-            require(site.run(out, use, "-q").code == 0, "the cache could not be filled")
-        while done < n:
-            draws += 1
-            if draws > 10 * n:
-                row.failures.append(f"only {done} of {n} took place")
-                break
-            out = site.place()
-            if begun:
-                kill_at_rows(site, out, use)
-            skip = site.rng.randint(*skips) if draws < 5 * n else skips[0]
-            got = site.run(out, use, "-q", env=failing(site, call, error, path, skip, times, nbytes))
-            if not (site.folder / "fault-log").exists():
-                continue
-            done += 1
-            try:
-                site.check_names(out, use)
-                if got.code == 0 and 0 in codes:
-                    survived += 1
-                    site.check_finished(out, use, got)
-                else:
-                    check_said(got, *codes, says=says)
-                    claimed += site.check_rerun(out, use)[0]
-            except FaultError as e:
-                row.failures.append(f"skip {skip}: {e}")
-            shutil.rmtree(out.parent)
-        row.came_of_it = f"{survived} went on, {done - survived} ended and went on later ({claimed:,} weights kept)"
-        return row
-
-    return run
-
-
-def kill_at_rows(site: Site, out: Path, way: Way) -> None:
-    """An unfinished build with some of its rows."""
-    while True:
-        process = site.start(out, way, "-q")
-        try:
-            stop_at_rows(site, out, process)
-        except FaultError:
-            process.communicate()
-            shutil.rmtree(out.parent)
-            out.parent.mkdir()
-            continue
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        return
-
-
-def stop_at_rows(site: Site, out: Path, process: subprocess.Popen[str]) -> None:
-    """SIGSTOP as soon as the journal has rows. Raises FaultError when most are done by then."""
-    while process.poll() is None:
-        found = partial_folder.peek(out)
-        if found is not None and found.records:
-            process.send_signal(signal.SIGSTOP)
-            break
-        time.sleep(0.001)
-    if process.poll() is not None or site.claimed(out) > 0.7 * site.n_weights:
-        with suppress(ProcessLookupError):
-            process.send_signal(signal.SIGKILL)
-        raise FaultError("too late")
-
-
-def disturbed(site: Site, way: Way, disturb: Callable[[], None], out: Path, *more: str, **how: object) -> Done:
-    """A build that is stopped at its first rows, disturbed, and let go on."""
-    for _ in range(20):
-        process = site.start(out, way, "-q", *more, **how)  # type: ignore[arg-type]
-        try:
-            stop_at_rows(site, out, process)
-        except FaultError:
-            process.communicate()
-            for path in out.parent.iterdir():
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-            continue
-        disturb()
-        process.send_signal(signal.SIGCONT)
-        said, err = process.communicate(timeout=600)
-        return Done(process.returncode, said, err)
-    raise FaultError("20 builds were over before they could be disturbed")
-
-
-# ---------------------------------------------------------------- sources
 
 
 def source_changes(how: str) -> Callable[[Site], Row]:
@@ -156,7 +32,6 @@ def source_changes(how: str) -> Callable[[Site], Row]:
         cache = site.folder / f"cache-{how}"
         ways = (ONE, Way("cache", (*SHARDS.options, "--cache", str(cache))))
         row = Row(f"source {how}", "while rows are made, put back afterwards; with a cache too", 2 * len(ways), "")
-        claimed = 0
         for way in ways:
             site.expected(way)  # before anything is changed
         for n in range(2 * len(ways)):
@@ -190,14 +65,14 @@ def source_changes(how: str) -> Callable[[Site], Row]:
                     f.truncate()
                 os.utime(victim, ns=(was.st_atime_ns, was.st_mtime_ns))
             try:
-                claimed += site.check_rerun(out, way)[0]
+                row.kept += site.check_rerun(out, way)[0]
                 shutil.rmtree(out.parent)
                 out = site.place()
                 site.check_finished(out, way, site.fork(out, way))
             except FaultError as e:
                 row.failures.append(f"{way.name}, put back: {e}")
             shutil.rmtree(out.parent)
-        row.came_of_it = f"refused, nothing kept of the other content; {claimed:,} weights from before were kept"
+        row.came_of_it = "refused, nothing kept of the other content"
         return row
 
     return run
@@ -216,52 +91,65 @@ def _other(path: Path) -> bytes:
 
 
 @contextmanager
-def tmpfs(site: Site, options: str) -> Iterator[Path]:
-    """A small filesystem. Raises SkipError where none can be mounted."""
-    folder = site.folder / "mount"
+def filesystem(site: Site, kind: str, nbytes: int) -> Iterator[Path]:
+    """A small tmpfs, or an ext4 on a loop device. Raises SkipError where none can be mounted."""
+    folder, image = site.folder / "mount", site.folder / "image"
     folder.mkdir(exist_ok=True)
-    done = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", options, "none", str(folder)], capture_output=True, check=False
-    )
-    if done.returncode:
-        raise SkipError("no filesystem can be mounted here (that takes root)")
+    commands = [["mount", "-t", "tmpfs", "-o", f"size={nbytes}", "none", str(folder)]]
+    if kind == "ext4":
+        with image.open("wb") as f:
+            f.truncate(nbytes + (2 << 20))
+        # without a journal of its own, and nothing set aside for root
+        commands = [["mkfs.ext4", "-q", "-F", "-O", "^has_journal", "-m", "0", str(image)],
+                    ["mount", "-o", "loop", str(image), str(folder)]]  # fmt: skip
+    for command in commands:
+        if shutil.which(command[0]) is None or subprocess.run(command, capture_output=True, check=False).returncode:
+            raise SkipError(f"no {kind} can be mounted here (that takes root{' and loop devices' * (kind == 'ext4')})")
     try:
+        if (folder / "lost+found").exists():
+            (folder / "lost+found").rmdir()
         yield folder
     finally:
         subprocess.run(["umount", str(folder)], check=True)
+        image.unlink(missing_ok=True)
 
 
-def fill(folder: Path) -> Path:
-    """Take all the space there is."""
+def fill(folder: Path, but: int = 0) -> Path:
+    """Take all the space there is, but for so many bytes."""
     path = folder / "filler"
     with path.open("ab", 0) as f, suppress(OSError):
-        while f.write(bytes(4096)):
+        while (free := shutil.disk_usage(folder).free - but) > 0 and f.write(bytes(min(free, 65536))):
             pass
     return path
 
 
-def disk_too_small(site: Site) -> Row:
-    row = Row("disk too small", "a filesystem with less room than the output needs", 2, "refused before the first byte")
-    with tmpfs(site, f"size={sum(map(len, site.expected(ONE).values())) - 65536}") as folder:
-        for way in (ONE, SHARDS):
-            got = site.run(folder / "m.gguf", way, "-q")
-            check_said(got, 7, says="more, or choose another place")
-            require(not list(folder.iterdir()), f"left {list(folder.iterdir())}")
-    return row
+def disk_too_small(kind: str) -> Callable[[Site], Row]:
+    def run(site: Site) -> Row:
+        row = Row(f"disk too small, {kind}", "less room than the output needs", 2, "refused before the first byte")
+        size = sum(map(len, site.expected(ONE).values()))
+        with filesystem(site, kind, size + (1 << 20)) as folder:
+            fill(folder, size - 65536)
+            for way in (ONE, SHARDS):
+                got = site.run(folder / "m.gguf", way, "-q")
+                check_said(got, 7, says="more, or choose another place")
+                require({p.name for p in folder.iterdir()} == {"filler"}, f"left {list(folder.iterdir())}")
+        return row
+
+    return run
 
 
-def disk_filled(reserved: bool) -> Callable[[Site], Row]:
+def disk_filled(kind: str, reserved: bool) -> Callable[[Site], Row]:
     """Another process takes the room while rows are made."""
 
     def run(site: Site) -> Row:
         what = "after the space was reserved" if reserved else "where no space can be reserved"
-        row = Row("disk filled by another", what, 4, "")
+        row = Row(f"disk filled by another, {kind}", what, 4, "")
         size = sum(map(len, site.expected(ONE).values())) + (1 << 20)
         env = {} if reserved else failing(site, "fallocate", errno.EOPNOTSUPP)
-        went_on = claimed = 0
+        went_on = 0
         for n in range(4):
             way = (ONE, SHARDS)[n % 2]
-            with tmpfs(site, f"size={size}") as folder:
+            with filesystem(site, kind, size) as folder:
                 out = folder / "m.gguf"
                 got = disturbed(site, way, lambda folder=folder: fill(folder), out, env=env)
                 require((folder / "filler").stat().st_size > 0, "nothing was filled")
@@ -273,12 +161,12 @@ def disk_filled(reserved: bool) -> Callable[[Site], Row]:
                         site.check_finished(out, way, got)
                     else:
                         check_said(got, 7, says="No space left on device")
-                        claimed += site.check_rerun(out, way)[0]
+                        row.kept += site.check_rerun(out, way)[0]
                 except FaultError as e:
                     row.failures.append(f"{way.name}: {e}")
         if not reserved and went_on:
             row.failures.append(f"{went_on} were not disturbed by it")
-        row.came_of_it = f"{went_on} went on, {4 - went_on} ended and went on later ({claimed:,} weights kept)"
+        row.came_of_it = f"{went_on} went on, {4 - went_on} ended and went on later"
         return row
 
     return run
@@ -302,44 +190,43 @@ def file_too_large(site: Site) -> Row:
 
 def out_of_memory(site: Site) -> Row:
     """Address space limited more and more, from where a build works to where Python does not start."""
-    row = Row("RLIMIT_AS", "", 0, "")
-    out, high = site.place(), 4 << 30
-    low = 64 << 20
-    ended: dict[int, int] = {}
+    row, way, ended = Row("RLIMIT_AS", "", 0, ""), Way("8 threads", ("-t", "8")), Counter[str]()
 
-    def run(limit: int) -> Done:
+    def works(limit: int) -> bool:
+        """Whether a build gets by with so much; where it began and does not, how it ended is noted."""
+
         def limited() -> None:
             resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
-        return site.run(out, Way("8 threads", ("-t", "8")), "-q", "--restart", "--force", before=limited)
+        out = site.place()
+        got = site.run(out, way, "-q", before=limited)
+        try:
+            site.check_names(out, ONE)
+            if got.code and (folder_of(out).exists() or got.err.startswith("error:")):
+                row.times += 1
+                # of a thread whose memory for thread-local data is missing: no program is asked
+                by_glibc = got.code == 127 and GLIBC in got.err
+                ended["ended by glibc" if by_glibc else "said so"] += 1
+                if got.code == 9:
+                    check_said(got, 9, says="failed to map")
+                elif not by_glibc:
+                    check_said(got, 1, says="memory")
+                row.kept += site.check_rerun(out, ONE)[0]
+        except FaultError as e:
+            row.failures.append(f"{limit:,} bytes: {e}")
+        shutil.rmtree(out.parent)
+        return got.code == 0
 
+    low, high = 64 << 20, 4 << 30
     while high - low > 2 << 20:
         middle = (low + high) // 2
-        got = run(middle)
-        ended[middle] = got.code
-        if got.code == 0:
-            high = middle
-            continue
-        low = middle
-        if folder_of(out).exists() or got.err.startswith("error"):
-            try:
-                check_said(got, 1, says="memory")
-            except FaultError as e:
-                row.failures.append(f"{middle:,} bytes: {e}")
-        row.times += 1
-    for limit in range(low - (48 << 20), high, 6 << 20):
-        got = run(limit)
-        ended[limit] = got.code
-        if got.code and ("begun" in got.err or "error: " in got.err or folder_of(out).exists()):
-            row.times += 1
-            try:
-                check_said(got, 1, says="memory")
-            except FaultError as e:
-                row.failures.append(f"{limit:,} bytes: {e}")
-    row.what = f"limits around {high >> 20} MiB, where a build begins to work"
-    row.came_of_it = (
-        f"{sum(c == 0 for c in ended.values())} builds worked, {sum(c == 1 for c in ended.values())} said so"
-    )
+        low, high = (low, middle) if works(middle) else (middle, high)
+    for limit in range(high - (48 << 20), high, 6 << 20):
+        works(limit)
+    row.what = f"limits below {high >> 20} MiB, where a build of 8 threads begins to work"
+    row.came_of_it = ", ".join(f"{n} {how}" for how, n in ended.items())
+    if ended["ended by glibc"]:
+        row.came_of_it += " (no memory for a thread's own data, which no program can catch; as a kill)"
     return row
 
 
@@ -371,7 +258,7 @@ def permissions(site: Site) -> Row:
             if got.code or 0 not in codes:
                 check_said(got, *codes, says="ermission")
             if not files_of(out):
-                site.check_rerun(out, way)
+                row.kept += site.check_rerun(out, way)[0]
         except FaultError as e:
             row.failures.append(f"{name}: {e}")
 
@@ -399,45 +286,23 @@ def permissions(site: Site) -> Row:
 
 def read_only(site: Site) -> Row:
     row = Row("read-only output", "a filesystem mounted read-only, with and without an unfinished build", 2, "refused")
-    with tmpfs(site, "size=64m") as folder:
+    with filesystem(site, "tmpfs", 64 << 20) as folder:
         out = folder / "m.gguf"
         for begun in (False, True):
             if begun:
-                kill_at_rows_in(site, out)
+                kill_at_rows(site, out, ONE)
             subprocess.run(["mount", "-o", "remount,ro", str(folder)], check=True)
             check_said(site.run(out, ONE, "-q"), 7)
             subprocess.run(["mount", "-o", "remount,rw", str(folder)], check=True)
-        claimed = site.check_rerun(out, ONE)[0]
-    row.came_of_it = f"one clear sentence each; {claimed:,} weights kept"
+        row.kept = site.check_rerun(out, ONE)[0]
+    row.came_of_it = "one clear sentence each"
     return row
 
 
-def kill_at_rows_in(site: Site, out: Path) -> None:
-    """As kill_at_rows, where the folder cannot be removed."""
-    process = site.start(out, ONE, "-q")
-    stop_at_rows(site, out, process)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-
-
-CACHED = Way("cache", (*ONE.options, "--cache", "CACHE"))
-CASES: tuple[Callable[[Site], Row], ...] = (
-    call_fails("read error", "pread", errno.EIO, "safetensors", (4,), "Input/output error"),
-    call_fails("short reads", "pread", 0, "safetensors", (0,), times=50, n=2),
-    call_fails("write error", "pwrite", errno.EIO, ".gguf", (7,), "Input/output error"),
-    call_fails("disk full at a write", "pwrite", errno.ENOSPC, ".gguf", (7,), "free some space"),
-    call_fails("quota full at a write", "pwrite", errno.EDQUOT, ".gguf", (7,), "free some space", n=2),
-    call_fails("short writes", "pwrite", 0, ".partial", (0,), times=50, n=2),
-    call_fails("sync error", "fdatasync", errno.EIO, ".partial", (7,), "Input/output error", (0, 8)),
-    call_fails("sync error at the end", "fsync", errno.EIO, ".gguf", (7,), "Input/output error", (1, 3), n=2),
-    call_fails("disk full at the journal", "write", errno.ENOSPC, "journal", (7,), "No space left", (0, 4)),
-    call_fails("rename refused", "rename", errno.EACCES, ".gguf", (7,), "Permission denied", (0, 2), way=SHARDS),
-    call_fails("no room to reserve", "fallocate", errno.ENOSPC, ".gguf", (7,), "cannot be reserved", (0, 0), n=1),
-    call_fails("cannot reserve", "fallocate", errno.EOPNOTSUPP, ".gguf", (0,), skips=(0, 0), n=1),
-    call_fails("out of memory in a worker", "malloc", errno.ENOMEM, "", (1,), "memory", (6, 24), nbytes=1 << 17, n=6),
-    call_fails("read error at going on", "pread", errno.EIO, ".partial", (7,), "Input/output", (0, 3), begun=True, n=2),
-    call_fails("cache cannot be written", "pwrite", errno.ENOSPC, "cache-", (0,), way=CACHED, skips=(1, 20), n=2),
-    call_fails("cache cannot be read", "pread", errno.EIO, "cache-", (0,), way=CACHED, skips=(0, 0), n=2),
-    *(source_changes(how) for how in ("shrinks", "changes", "vanishes", "is replaced", "imatrix changes")),
-    disk_too_small, disk_filled(True), disk_filled(False), file_too_large, out_of_memory, permissions, read_only,
+SOURCES = tuple(source_changes(how) for how in ("shrinks", "changes", "vanishes", "is replaced", "imatrix changes"))
+ROOM: tuple[Callable[[Site], Row], ...] = (
+    *(disk_too_small(kind) for kind in ("ext4", "tmpfs")),
+    *(disk_filled(kind, reserved) for kind in ("ext4", "tmpfs") for reserved in (True, False)),
+    file_too_large,
 )  # fmt: skip
+CLOSED: tuple[Callable[[Site], Row], ...] = (permissions, read_only)

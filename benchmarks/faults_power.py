@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from faults_child import Event, events
-from faults_site import ONE, SHARDS, FaultError, Row, Site, Way, files_of, require
+from faults_site import CACHED, ONE, SHARDS, FaultError, Row, Site, Way, files_of, require
 
 PAGE = 4096
 
@@ -141,6 +141,8 @@ class Scene:
     """files of another build have the names"""
     begun: bool = False
     """an unfinished build is gone on with"""
+    cache: bool = False
+    """a cache has half of it; what is written there may be lost too"""
 
     def prepare(self, site: Site) -> tuple[Path, dict[str, bytes]]:
         """An output's place with what is there before, and those older files."""
@@ -155,6 +157,8 @@ class Scene:
             if self.begun:
                 self._begin(site, made / out.name)
         shutil.copytree(made, out.parent, dirs_exist_ok=True)
+        if self.cache:
+            site.put_half_a_cache(out)
         return out, files_of(out) if self.older else {}
 
     def _begin(self, site: Site, out: Path) -> None:
@@ -174,41 +178,43 @@ SCENES = (
     Scene("shards over older ones", SHARDS, ("--force",), older=True),
     Scene("shards, gone on with", SHARDS, begun=True),
     Scene("one file, gone on with", ONE, begun=True),
+    Scene("shards, with a cache", CACHED, cache=True),
 )
 
 
 def _crash(
     site: Site, scene: Scene, times: int, disturb: Callable[[Path, dict[str, bytes]], str | None], came: Counter[str],
     failures: list[str],
-) -> tuple[int, int]:  # fmt: skip
-    """Disturb and go on, so often; weights claimed and kept."""
-    claimed = kept = done = 0
+) -> int:  # fmt: skip
+    """Disturb and go on, so often; weights kept, all that were claimed."""
+    claimed = done = 0
     draws = 0
     while done < times and draws < 10 * times:
         draws += 1
         out, older = scene.prepare(site)
-        what = disturb(out, older)
-        if what is None:  # it was over before
-            came["drawn again"] += 1
-        else:
-            done += 1
-            came[what] += 1
-            try:
+        what: str | None = "at its end"
+        try:
+            what = disturb(out, older)
+            if what is None:  # it was over before
+                came["drawn again"] += 1
+            else:
+                done += 1
+                came[what] += 1
                 site.check_names(out, scene.way, older)
-                got = site.check_rerun(out, scene.way, *scene.more, forked=True)
-                claimed, kept = claimed + got[0], kept + got[1]
-            except FaultError as e:
-                failures.append(f"{scene.name}, {what}: {e}")
+                claimed += site.check_rerun(out, scene.way, *scene.more)[0]
+        except FaultError as e:
+            done += what == "at its end"
+            failures.append(f"{scene.name}, {what}: {e}")
         shutil.rmtree(out.parent)
     if done < times:
         failures.append(f"{scene.name}: only {done} of {times} crashes took place")
-    return claimed, kept
+    return claimed
 
 
-def _recorded(site: Site, scene: Scene) -> tuple[Disk, list[Event], Path]:
+def _recorded(site: Site, scene: Scene, plant: str = "") -> tuple[Disk, list[Event], Path]:
     out, _ = scene.prepare(site)
     before, log = Disk.of(out.parent), site.folder / "log"
-    done = site.fork(out, scene.way, "-q", *scene.more, root=str(out.parent), log=str(log))
+    done = site.fork(out, scene.way, "-q", *scene.more, root=str(out.parent), log=str(log), plant=plant)
     require(done.code == 0, f"the watched build failed: {done.err}")
     require(files_of(out) == site.expected(scene.way), "the watched build made something else")
     shutil.rmtree(out.parent)
@@ -219,7 +225,6 @@ def kills_at_calls(site: Site, times: int) -> Row:
     """kill -9 before, after or half-way through a call."""
     row = Row("kill -9 at a system call", "", times, "")
     came: Counter[str] = Counter()
-    claimed = kept = 0
     for scene, n in _shares(times):
         log = _recorded(site, scene)[1]
         numbers = [i + 1 for i in range(len(log))]
@@ -236,26 +241,29 @@ def kills_at_calls(site: Site, times: int) -> Row:
                 return None
             return events(path)[-1].old
 
-        got = _crash(site, scene, n, disturb, came, row.failures)
-        claimed, kept = claimed + got[0], kept + got[1]
+        row.kept += _crash(site, scene, n, disturb, came, row.failures)
     again = came.pop("drawn again", 0)
     row.what = f"at a call that makes, writes, syncs, renames or removes ({again} drawn again)"
-    row.came_of_it = f"{', '.join(f'{n} {w}' for w, n in came.most_common())}; {kept:,} of {claimed:,} weights kept"
+    row.came_of_it = ", ".join(f"{n} {w}" for w, n in came.most_common())
     return row
 
 
-def power_loss(site: Site, times: int) -> Row:
-    """The power is lost after any call."""
+def power_loss(site: Site, times: int, plant: str = "") -> Row:
+    """The power is lost after any call. `plant` as in faults_child.py."""
     row = Row("power loss, simulated", "", times, "")
     came: Counter[str] = Counter()
-    claimed = kept = 0
     for scene, n in _shares(times):
-        before, log, recorded = _recorded(site, scene)
+        before, log, recorded = _recorded(site, scene, plant)
         rare = [i for i, e in enumerate(log) if e.what not in ("write", "create", "mkdir")]
 
         def disturb(out: Path, older: Mapping[str, bytes], before: Disk = before, log: list[Event] = log,
                     rare: list[int] = rare, recorded: Path = recorded, scene: Scene = scene) -> str | None:  # fmt: skip
             at = site.rng.choice(rare if site.rng.random() < 0.5 else range(len(log)))
+            if site.rng.random() < 0.1:
+                at = len(log) - 1
+            elif plant and site.rng.random() < 0.5:  # where such a defect does harm
+                told = [i for i, e in enumerate(log) if e.what == "sync-end" and e.path.endswith("/journal")]
+                at = len(log) - 1 if plant == "names" else site.rng.choice(told)
             disk, unsure = after_crash(before, log[: at + 1], site.rng)
             # the log's paths are of the place where it was made
             recorded.parent.mkdir()
@@ -269,15 +277,32 @@ def power_loss(site: Site, times: int) -> Row:
                 shutil.rmtree(recorded.parent)
             if not unsure:
                 return None
+            if at == len(log) - 1:
+                require(files_of(out) == site.expected(scene.way), "the build was done, and its files are not there")
+                return "its end"
             return log[at].what
 
-        got = _crash(site, scene, n, disturb, came, row.failures)
-        claimed, kept = claimed + got[0], kept + got[1]
+        row.kept += _crash(site, scene, n, disturb, came, row.failures)
     again = came.pop("drawn again", 0)
     row.what = f"unsynced writes and names lost, torn or kept at random ({again} drawn again)"
-    row.came_of_it = (
-        f"after {', '.join(f'{n} {w}' for w, n in came.most_common())}; {kept:,} of {claimed:,} weights kept"
-    )
+    row.came_of_it = f"after {', '.join(f'{n} {w}' for w, n in came.most_common())}"
+    return row
+
+
+PLANTED = {"data": "files are not synced", "order": "the journal is written before its rows are synced",
+           "names": "names are not synced"}  # fmt: skip
+
+
+def planted(site: Site, times: int) -> Row:
+    """That the power's loss would find these defects: each is put into the builds that are watched."""
+    row, found = Row("power loss finds planted defects", "; ".join(PLANTED.values()), 0, ""), []
+    for plant, defect in PLANTED.items():
+        tried = power_loss(site, times, plant)
+        row.times += tried.times
+        found.append(f"{len(tried.failures)} of {tried.times}")
+        if not tried.failures:
+            row.failures.append(f"{defect}: was not found at {tried.times} crashes")
+    row.came_of_it = f"found at {', '.join(found)} crashes"
     return row
 
 

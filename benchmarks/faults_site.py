@@ -6,15 +6,20 @@ import json
 import os
 import random
 import re
+import select
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
+
+from faults_child import events
+from gguf import GGUFReader
 
 from quantkit import demo, journal, partial_folder
 from quantkit.arch.options import Options
@@ -35,6 +40,10 @@ KEPT = re.compile(r"([\d,]+) of [\d,]+ weights were kept from before")
 
 class FaultError(Exception):
     """Something is not as it should be after a disturbance."""
+
+
+class SkipError(Exception):
+    """The case cannot be tried here; says why."""
 
 
 class Done(NamedTuple):
@@ -60,6 +69,8 @@ class Way(NamedTuple):
 
 ONE = Way("one file", ("-t", "1"))
 SHARDS = Way("shards", ("-t", "2", "--split-max-size", "400K"))
+#: HERE is the output's folder
+CACHED = Way("shards with a cache", (*SHARDS.options, "--cache", "HERE/cache"))
 
 
 @dataclass
@@ -71,6 +82,44 @@ class Row:
     times: int
     came_of_it: str
     failures: list[str] = field(default_factory=list)
+    kept: int = 0
+    """weights that reruns did not quantize again: all that the journals had"""
+
+
+class Forked:
+    """A build in a process forked by a Server: what is needed of subprocess.Popen."""
+
+    def __init__(self, answers: IO[bytes]) -> None:
+        self.answers = answers
+        self.pid = int(answers.readline())
+        self.returncode: int | None = None
+        try:
+            self.fd = os.pidfd_open(self.pid)
+        except ProcessLookupError:
+            self.fd = -1
+
+    def poll(self) -> int | None:
+        with suppress(subprocess.TimeoutExpired):
+            self.wait(0)
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        if self.returncode is None:
+            if not select.select([self.answers], [], [], timeout)[0]:
+                raise subprocess.TimeoutExpired("quantkit", timeout or 0)
+            self.returncode = int(self.answers.readline())
+            if self.fd >= 0:
+                os.close(self.fd)
+                self.fd = -1
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        if self.fd >= 0:
+            with suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self.fd, number)
+
+    def communicate(self) -> None:
+        self.wait()
 
 
 class Server:
@@ -78,20 +127,24 @@ class Server:
 
     def __init__(self, cwd: Path) -> None:
         script = Path(__file__).with_name("faults_child.py")
-        self.process = subprocess.Popen([sys.executable, "-W", "ignore", str(script)], cwd=cwd, text=True,
+        self.process = subprocess.Popen([sys.executable, "-W", "ignore", str(script)], cwd=cwd, bufsize=0,
                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # fmt: skip
         self.folder = Path(tempfile.mkdtemp(dir=cwd, prefix="server-"))
 
     def run(self, args: list[str], env: Mapping[str, str], **watch: Any) -> Done:
         """Run `quantkit ARGS` in a fork; `watch` as in the request."""
+        code = self.start(args, env, **watch).wait()
+        said = [(self.folder / name).read_text("utf-8", "replace") for name in ("stdout", "stderr")]
+        return Done(code, *said)
+
+    def start(self, args: list[str], env: Mapping[str, str], **watch: Any) -> Forked:
+        """The same, at work when this returns; one at a time."""
         out, err = self.folder / "stdout", self.folder / "stderr"
         request = {"args": args, "env": dict(env), "stdout": str(out), "stderr": str(err), **watch}
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        self.process.stdin.write(json.dumps(request) + "\n")
-        self.process.stdin.flush()
-        code = int(self.process.stdout.readline())
-        return Done(code, out.read_text("utf-8", "replace"), err.read_text("utf-8", "replace"))
+        self.process.stdin.write(json.dumps(request).encode() + b"\n")
+        return Forked(self.process.stdout)
 
     def close(self) -> None:
         self.process.communicate()
@@ -117,7 +170,8 @@ class Site:
         self.shards = sorted(self.source.glob("*.safetensors"))
         self.env = {"QUANTKIT_COMMIT_SECONDS": "0.02"}
         self._n = 0
-        self._expected: dict[tuple[str, ...], tuple[dict[str, bytes], float]] = {}
+        self._expected: dict[tuple[str, ...], dict[str, bytes]] = {}
+        self._offsets: dict[tuple[str, ...], dict[str, tuple[str, int]]] = {}
         self._server: Server | None = None
 
     @property
@@ -139,7 +193,8 @@ class Site:
 
     def args(self, out: Path, way: Way, *more: str) -> list[str]:
         args: list[Any] = ["build", self.source, "-o", out, "-r", self.recipe, "--imatrix", self.imatrix]
-        return [str(a) for a in [*args, "--pre", demo.PRE, *way.options, *more]]
+        args += ["--pre", demo.PRE, *way.options, *more]
+        return [str(a).replace("HERE", str(out.parent)) for a in args]
 
     def start(
         self, out: Path, way: Way, *more: str, env: Mapping[str, str] | None = None,
@@ -161,23 +216,34 @@ class Site:
         """The same in a process forked from one that has imported everything."""
         return self.server.run(self.args(out, way, *more), self.env, **watch)
 
+    def put_half_a_cache(self, out: Path) -> None:
+        """A cache beside an output that has every second tensor."""
+        made = self.folder / "half a cache"
+        if not made.exists():
+            self.check_finished(first := self.place(), CACHED, self.fork(first, CACHED, "-q"))
+            for path in sorted((first.parent / "cache" / "objects").glob("??/*"))[::2]:
+                path.unlink()
+            (first.parent / "cache").rename(made)
+        shutil.copytree(made, out.parent / "cache")
+
     def expected(self, way: Way) -> dict[str, bytes]:
         """The files of an undisturbed build."""
-        return self._undisturbed(way)[0]
-
-    def seconds(self, way: Way) -> float:
-        """What an undisturbed build took."""
-        return self._undisturbed(way)[1]
-
-    def _undisturbed(self, way: Way) -> tuple[dict[str, bytes], float]:
-        key = tuple(o for o in way.options if "cache" not in o)
+        key = self._key(way)
         if key not in self._expected:
-            out, start = self.place(), time.monotonic()
+            out = self.place()
             done = self.run(out, Way(way.name, key), "-q")
             require(done.code == 0, f"the undisturbed build failed: {done.err}")
-            self._expected[key] = (files_of(out), time.monotonic() - start)
+            self._expected[key] = files_of(out)
+            self._offsets[key] = {
+                t.name: (path.name, int(t.data_offset))
+                for path in out.parent.glob("*.gguf") for t in GGUFReader(path).tensors
+            }  # fmt: skip
             shutil.rmtree(out.parent)
         return self._expected[key]
+
+    def _key(self, way: Way) -> tuple[str, ...]:
+        """The options on which bytes depend."""
+        return tuple(o for o in way.options if "cache" not in o)
 
     # ------------------------------------------------------------ checks
 
@@ -201,21 +267,40 @@ class Site:
         require(done.code == 0, f"rerun: exit {done.code}: {done.err[-500:]}")
         require("Traceback" not in done.err, f"rerun: {done.err[-500:]}")
         require(files_of(out) == self.expected(way), "rerun: other bytes than the undisturbed build's")
-        require({p.name for p in out.parent.iterdir()} == set(self.expected(way)),
-                f"rerun: left {sorted(p.name for p in out.parent.iterdir())}")  # fmt: skip
+        there = {p.name for p in out.parent.iterdir()} - {"cache"}
+        require(there == set(self.expected(way)), f"rerun: left {sorted(there)}")
 
-    def check_rerun(self, out: Path, way: Way, *more: str, forked: bool = True) -> tuple[int, int]:
-        """Run the build again: the right bytes, and every row that the journal had was kept. Returns the
-        weights claimed and kept. Where the build was whole and only its folder was still to go, it may be refused."""
+    def check_rerun(
+        self, out: Path, way: Way, *more: str, forked: bool = True, watched: bool = False
+    ) -> tuple[int, int]:  # fmt: skip
+        """Run the build again: the right bytes, and every row that the journal had was kept; `watched`: not one byte
+        of them was written. Returns the weights claimed and kept. Where the build was whole and only its folder was
+        still to go, it may be refused."""
         claimed, whole = self.claimed(out), files_of(out) == self.expected(way)
         journal_there = partial_folder.peek(out) is not None
-        done = (self.fork if forked else self.run)(out, way, *more)
+        had, log = self._places_of_claimed(out, way) if watched else {}, self.folder / "log"
+        watch = {"root": str(out.parent), "log": str(log)} if watched else {}
+        done = self.fork(out, way, *more, **watch) if forked else self.run(out, way, *more)
         if whole and not journal_there and done.code == 7 and "exists; choose another name" in done.err:
             require(files_of(out) == self.expected(way), "the finished output was changed")
             return 0, 0
         self.check_finished(out, way, done)
         require(done.kept == claimed, f"rerun: kept {done.kept:,} weights, the journal had {claimed:,}")
+        for e in events(log) if watched else ():
+            for begin, end in had.get(Path(e.path).name, ()) if e.what == "write" else ():
+                require(e.offset >= end or e.offset + len(e.data) <= begin,
+                        f"rerun: wrote {e.path} at {e.offset:,}, rows that the journal had")  # fmt: skip
         return claimed, done.kept
+
+    def _places_of_claimed(self, out: Path, way: Way) -> dict[str, list[tuple[int, int]]]:
+        """The bytes of files whose rows the journal has: begins and ends."""
+        found, places = partial_folder.peek(out), self._offsets[self._key(way)]
+        had: dict[str, list[tuple[int, int]]] = {}
+        for r in found.records if found is not None else ():
+            name, _, row_bytes, _ = found.head.tensors[r.tensor]  # type: ignore[union-attr]
+            file, begin = places[name]
+            had.setdefault(file, []).append((begin + r.row * row_bytes, begin + (r.row + r.n_rows) * row_bytes))
+        return had
 
 
 def files_of(out: Path) -> dict[str, bytes]:

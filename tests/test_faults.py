@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 from faults_child import Event
 from faults_kill import kills
-from faults_power import Disk, after_crash, kills_at_calls, power_loss
+from faults_power import Disk, after_crash, kills_at_calls, planted, power_loss
 from faults_site import ONE, SMALL, Done, FaultError, Site, check_said
 
 from quantkit.partial_folder import folder_of
@@ -35,6 +35,11 @@ def test_kills_at_calls(site: Site) -> None:
 def test_power_loss(site: Site) -> None:
     row = power_loss(site, 10)
     assert (row.times, row.failures) == (10, [])
+
+
+def test_the_loss_of_power_finds_planted_defects(site: Site) -> None:
+    row = planted(site, 18)
+    assert (row.times, row.failures) == (54, [])
 
 
 def test_what_the_checks_are_for(site: Site) -> None:
