@@ -26,6 +26,12 @@ def _made(out: Path, rng: random.Random) -> Path:
     return rng.choice(sorted(folder_of(out).glob("*.gguf")))
 
 
+def _with_rows(out: Path, rng: random.Random) -> Path:
+    """A file with some rows, unfinished or with its name."""
+    every = sorted([*folder_of(out).glob("*.gguf"), *out.parent.glob("*.gguf")])
+    return rng.choice([p for p in every if p.read_bytes()[1 << 16 :].strip(b"\0")])
+
+
 def _journal(out: Path) -> Path:
     return folder_of(out) / "journal"
 
@@ -49,7 +55,7 @@ def _of_another_run(site: Site, out: Path, _rng: random.Random) -> None:
 
 def _same_length(_site: Site, out: Path, rng: random.Random) -> None:
     """The file's rows gone to zeros: its length as it was."""
-    path = _made(out, rng)
+    path = _with_rows(out, rng)
     size, head = path.stat().st_size, path.read_bytes()[: 1 << 16]
     path.write_bytes(head.ljust(size, b"\0"))
 
@@ -64,19 +70,19 @@ DAMAGES: dict[str, tuple[int, Damage]] = {
     "journal: garbage": (2, lambda _s, out, rng: _journal(out).write_bytes(rng.randbytes(5000)) and None),
     "journal: garbage after it": (
         2, lambda _s, out, rng: _journal(out).write_bytes(_journal(out).read_bytes() + rng.randbytes(500)) and None),
-    "journal: empty": (1, lambda _s, out, _rng: _journal(out).write_bytes(b"") and None),
-    "journal: of another run": (1, _of_another_run),
+    "journal: empty": (2, lambda _s, out, _rng: _journal(out).write_bytes(b"") and None),
+    "journal: of another run": (2, _of_another_run),
     "header half-written": (2, lambda _s, out, rng: _half_header(_made(out, rng), rng)),
-    "rows: bits flipped": (6, lambda _s, out, rng: _flip(_made(out, rng), rng, 40)),
+    "rows: bits flipped": (6, lambda _s, out, rng: _flip(_with_rows(out, rng), rng, 40)),
     "rows: zeros": (2, _same_length),
     "file cut": (3, lambda _s, out, rng: _cut(_made(out, rng), rng)),
-    "file too long": (1, lambda _s, out, rng: _made(out, rng).open("ab").write(b"more") and None),
+    "file too long": (2, lambda _s, out, rng: _made(out, rng).open("ab").write(b"more") and None),
     "file gone": (2, lambda _s, out, rng: _made(out, rng).unlink()),
-    "file a folder": (1, lambda _s, out, rng: _to_folder(_made(out, rng))),
-    "file a link": (1, lambda _s, out, rng: _to_link(_made(out, rng))),
-    "lock: garbage": (1, lambda _s, out, rng: (folder_of(out) / "lock").write_bytes(rng.randbytes(99)) and None),
-    "lock gone": (1, lambda _s, out, _rng: (folder_of(out) / "lock").unlink()),
-    "lock a folder": (1, lambda _s, out, _rng: _to_folder(folder_of(out) / "lock")),
+    "file a folder": (2, lambda _s, out, rng: _to_folder(_made(out, rng))),
+    "file a link": (2, lambda _s, out, rng: _to_link(_made(out, rng))),
+    "lock: garbage": (2, lambda _s, out, rng: (folder_of(out) / "lock").write_bytes(rng.randbytes(99)) and None),
+    "lock gone": (2, lambda _s, out, _rng: (folder_of(out) / "lock").unlink()),
+    "lock a folder": (2, lambda _s, out, _rng: _to_folder(folder_of(out) / "lock")),
 }  # fmt: skip
 
 
@@ -102,7 +108,7 @@ def damages(site: Site) -> list[Row]:
     rows, templates = [], []
     for way in (ONE, SHARDS):
         out = site.place()
-        kill_at_rows(site, out, way)
+        kill_at_rows(site, out, way, named=way is SHARDS)
         templates.append((way, out))
     for name, (times, damage) in DAMAGES.items():
         row, refused, kept, could, forced = Row(name, "", times, ""), 0, 0, 0, 0
@@ -116,7 +122,7 @@ def damages(site: Site) -> list[Row]:
                 # in place: a journal knows its sources, not where it is
                 for _ in range(20):
                     damage(site, out, site.rng)
-                    if _differs(folder_of(out), aside / folder_of(out).name):
+                    if _differs(out.parent, aside):
                         break
                 else:
                     raise FaultError("nothing was damaged")

@@ -137,12 +137,12 @@ def empty(folder: Path) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def kill_at_rows(site: Site, out: Path, way: Way) -> None:
-    """An unfinished build with some of its rows."""
+def kill_at_rows(site: Site, out: Path, way: Way, named: bool = False) -> None:
+    """An unfinished build with some of its rows; `named`: with some of its shards finished and named."""
     while True:
         process = _forked(site, out, way)
         try:
-            stop_at_rows(site, out, process)
+            stop_at_rows(site, out, process, named)
         except FaultError:
             process.communicate()
             empty(out.parent)
@@ -152,15 +152,15 @@ def kill_at_rows(site: Site, out: Path, way: Way) -> None:
         return
 
 
-def stop_at_rows(site: Site, out: Path, process: subprocess.Popen[str] | Forked) -> None:
-    """SIGSTOP as soon as the journal has rows. Raises FaultError when most are done by then."""
+def stop_at_rows(site: Site, out: Path, process: subprocess.Popen[str] | Forked, named: bool = False) -> None:
+    """SIGSTOP as soon as the journal has rows, or files have names. Raises FaultError when most are done by then."""
     while process.poll() is None:
         found = partial_folder.peek(out)
-        if found is not None and found.records:
+        if found is not None and found.records and (not named or files_of(out)):
             process.send_signal(signal.SIGSTOP)
             break
         time.sleep(0.001)
-    if process.poll() is not None or site.claimed(out) > 0.7 * site.n_weights:
+    if process.poll() is not None or site.claimed(out) > (0.9 if named else 0.7) * site.n_weights:
         with suppress(ProcessLookupError):
             process.send_signal(signal.SIGKILL)
         raise FaultError("too late")
