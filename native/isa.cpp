@@ -20,13 +20,11 @@ extern const Kernel KERNELS[] = {
     {"Q6_K", 256, 210, quantize_q6_k},
     {"IQ1_S", 256, 50, quantize_iq1_s},
     {"IQ1_M", 256, 56, quantize_iq1_m},
-#if defined(__AVX2__)  // their searches need its shuffles to be quicker than ggml
     {"IQ2_XXS", 256, 66, quantize_iq2_xxs},
     {"IQ2_XS", 256, 74, quantize_iq2_xs},
     {"IQ2_S", 256, 82, quantize_iq2_s},
     {"IQ3_XXS", 256, 98, quantize_iq3_xxs},
     {"IQ3_S", 256, 110, quantize_iq3_s},
-#endif
     {"IQ4_NL", 32, 18, quantize_iq4_nl},
     {"IQ4_XS", 256, 136, quantize_iq4_xs},
 };
