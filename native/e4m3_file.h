@@ -1,39 +1,11 @@
 // E4M3 codes straight to the floats of a file, a vector of codes at a time; see rows.h.
 #pragma once
-#include "lanes.h"
+#include "row_values.h"
 #include "rows.h"
 
 namespace quantkit::QK_ISA {
 
 namespace {
-
-template <typename V>
-QK_INLINE V load(const void* p) {
-    V v;
-    std::memcpy(&v, p, sizeof v);
-    return v;
-}
-
-// To nearest even bfloat16, in the upper half of each lane; what is below is left over. Not for a NaN whose bits
-// would carry into the sign.
-QK_INLINE U bf16_upper(F x) {
-    const U u = reinterpret_cast<U>(x);
-    return u + ((u >> 16 & 1) + 0x7fff);
-}
-
-enum class Round { NO, YES, NO_LARGE_NAN };
-
-// Rounded to bfloat16. A NaN stays one.
-template <Round ROUND>
-QK_INLINE F rounded(F x) {
-    if (ROUND == Round::NO) return x;
-    const I upper = reinterpret_cast<I>(bf16_upper(x) & 0xffff0000);
-    return float_of(ROUND == Round::NO_LARGE_NAN ? upper : upper | ((x != x) & 0x7fc00000));
-}
-
-struct Pair {
-    F a, b;
-};
 
 #if defined(__AVX2__)
 template <FileFloat KIND>

@@ -47,8 +47,7 @@ struct Tables {
 };
 
 // A copy of the tables that one thread reads. Cores that read the same memory take it from each other instead of
-// from a cache of their own: with one copy for all, two threads searched IQ2_XXS at 1.45-1.6 times the speed of one,
-// with a copy each at 1.95-2.1 (two cores of a Sapphire Rapids server, benchmarks/scaling.py).
+// from a cache of their own, which made two threads slower than two processes.
 class OwnGrid {
 public:
     explicit OwnGrid(const Tables& t) : cells_(t.cells), index_(t.index), storage_(t.words.size() + GRID_CHUNK) {

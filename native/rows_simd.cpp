@@ -6,6 +6,7 @@
 
 #include "e4m3_file.h"
 #include "lanes.h"
+#include "row_values.h"
 #include "tables.h"
 
 namespace quantkit::QK_ISA {

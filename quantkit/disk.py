@@ -1,4 +1,5 @@
-"""Files as a build needs them: reserved, written at an offset, and on the disk when that is said."""
+"""Files as a build needs them: reserved, written at an offset, and on the disk when that is said; small texts, read
+to a limit."""
 
 from __future__ import annotations
 

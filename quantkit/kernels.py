@@ -82,8 +82,6 @@ class _Ggml:
             self.traits = lib.ggml_get_type_traits
             version = lib.ggml_version
         except (OSError, AttributeError) as e:
-            if "failed to map segment" in str(e):
-                raise KernelError(f"{path}: no memory to load it ({e}); give the process more (ulimit -v)") from None
             raise KernelError(f"{path}: not a usable ggml library: {e}") from None
         self.quantize_chunk.restype = ctypes.c_size_t
         self.quantize_chunk.argtypes = [
