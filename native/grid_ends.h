@@ -28,6 +28,8 @@ struct HalvesOf16 {
     static constexpr int W = 8;
     typedef __m512 Costs;
 
+    static QK_INLINE Costs load(const float* from) { return _mm512_load_ps(from); }
+    static QK_INLINE void store(Costs x, float* to) { _mm512_store_ps(to, x); }
     static QK_INLINE Costs least(Costs x, Costs y) { return _mm512_min_ps(x, y); }
     // each scale's least cost, in all its places
     static QK_INLINE Costs least_of(Costs x) {
@@ -122,6 +124,8 @@ struct Ends<8> {
         for (int i = 1; i < 8; ++i) sum = _mm256_add_ps(sum, _mm256_permutevar_ps(t[i], _mm256_srli_epi32(idx, 2 * i)));
         return sum;
     }
+    static QK_INLINE Costs load(const float* from) { return _mm256_load_ps(from); }
+    static QK_INLINE void store(Costs x, float* to) { _mm256_store_ps(to, x); }
     static QK_INLINE Costs least(Costs x, Costs y) { return _mm256_min_ps(x, y); }
     static QK_INLINE Costs least_of(Costs x) {
         x = _mm256_min_ps(x, _mm256_permute_ps(x, 0x4e));
@@ -163,6 +167,11 @@ struct Ends<4> {
             sum.b = _mm256_add_ps(sum.b, _mm256_permutevar8x32_ps(tb[i], idx));
         }
         return sum;
+    }
+    static QK_INLINE Costs load(const float* from) { return {_mm256_load_ps(from), _mm256_load_ps(from + W)}; }
+    static QK_INLINE void store(Costs x, float* to) {
+        _mm256_store_ps(to, x.a);
+        _mm256_store_ps(to + W, x.b);
     }
     static QK_INLINE Costs least(Costs x, Costs y) { return {_mm256_min_ps(x.a, y.a), _mm256_min_ps(x.b, y.b)}; }
     static QK_INLINE Costs least_of(Costs x) {
@@ -214,6 +223,12 @@ struct Ends {
             }
         return out;
     }
+    static QK_INLINE Costs load(const float* from) {
+        Costs out;
+        std::memcpy(&out, from, sizeof out);
+        return out;
+    }
+    static QK_INLINE void store(const Costs& x, float* to) { std::memcpy(to, &x, sizeof x); }
     static QK_INLINE Costs least(Costs x, Costs y) {
         for (int end = 0; end < 2; ++end)
             for (int j = 0; j < W; ++j) x.v[end][j] = x.v[end][j] < y.v[end][j] ? x.v[end][j] : y.v[end][j];
@@ -278,18 +293,14 @@ QK_INLINE Found found(const float* cost, const uint16_t* list, int a, int b, boo
     return {list[a], list[b], clear, cost[in_b] - cost[in_a], cost[in_a + W] - cost[in_b + W]};
 }
 
-// N_VECTORS * W >= n > (N_VECTORS - 1) * W, at most 64
+// Of the stored costs of a list of n: N_VECTORS * W >= n > (N_VECTORS - 1) * W, at most 64.
 template <int DIM, int N_VECTORS>
-QK_INLINE Found nearest(const Ends<DIM>& ends, const uint16_t* list, int n, float margin) {
+QK_INLINE Found nearest(const float* stored, const uint16_t* list, int n, float margin) {
     typedef Ends<DIM> E;
     typedef std::conditional_t<N_VECTORS * E::W <= 32, uint32_t, uint64_t> Mask;
     static_assert(N_VECTORS * E::W <= 64);
     typename E::Costs cost[N_VECTORS];
-    alignas(64) float stored[N_VECTORS * 2 * E::W];
-    for (int v = 0; v < N_VECTORS; ++v) {
-        cost[v] = ends.costs(list + v * E::W);
-        std::memcpy(stored + v * 2 * E::W, &cost[v], sizeof cost[v]);
-    }
+    for (int v = 0; v < N_VECTORS; ++v) cost[v] = E::load(stored + v * 2 * E::W);
     typename E::Costs m = cost[0];
     for (int v = 1; v < N_VECTORS; ++v) m = E::least(m, cost[v]);
     m = E::least_of(m);
@@ -316,16 +327,12 @@ template <int DIM>
 __attribute__((noinline)) Found nearest_of_many(const Ends<DIM>& ends, const uint16_t* list, int n, float margin) {
     typedef Ends<DIM> E;
     alignas(64) float stored[2 * 1024];
-    const auto at = [&stored](int v) {
-        typename E::Costs c;
-        std::memcpy(&c, stored + v * 2 * E::W, sizeof c);
-        return c;
-    };
+    const auto at = [&stored](int v) { return E::load(stored + v * 2 * E::W); };
     const int n_vectors = (n + E::W - 1) / E::W;
     typename E::Costs m{};
     for (int v = 0; v < n_vectors; ++v) {
         const typename E::Costs c = ends.costs(list + v * E::W);
-        std::memcpy(stored + v * 2 * E::W, &c, sizeof c);
+        E::store(c, stored + v * 2 * E::W);
         m = v ? E::least(m, c) : c;
     }
     m = E::least_of(m);

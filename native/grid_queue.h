@@ -36,6 +36,7 @@ struct Searches {
         QK_INLINE int n() const { return static_cast<int>((what >> 32) & 0xffff); }
         QK_INLINE size_t a() const { return (what >> 48) & 0xff; }
         QK_INLINE size_t b() const { return what >> 56; }
+        QK_INLINE Item part(size_t a, size_t b) const { return {(what & 0xffffffffffff) | a << 48 | b << 56, where}; }
         QK_INLINE Item inner() const { return {what + (uint64_t{1} << 48) - (uint64_t{1} << 56), where}; }
     };
     // Steps a and b of an item are won by different points: where they cross is to be found.
@@ -58,6 +59,8 @@ struct Searches {
     Probe probes[QUEUE + MOST];
     uint32_t again[QUEUE + MOST];
     size_t count[UNROLLED + 2];
+    static constexpr size_t BATCH = 16;  // searched at once
+    alignas(64) float costs[BATCH][UNROLLED * 2 * W];
 
     static constexpr int group_of(int k) { return k / (K / G); }
 
@@ -104,33 +107,55 @@ struct Searches {
         }
     }
 
-    // The search at steps a and b of an item's group.
-    template <int N_VECTORS>
-    QK_INLINE Found search_at(const Item& it, size_t a, size_t b) const {
+    // The terms of an item's group at its first and last step.
+    QK_INLINE Ends<DIM> ends_of(const Item& it) const {
         const float* const scales = reinterpret_cast<const float*>(scale) + ((it.where >> 16) & 0xffff);
         const float* const row = rows[0][0] + (it.where & 0xffff);
-        const Ends<DIM> ends(row, row + SLAB, scales[a * G * LANES], scales[b * G * LANES]);
-        const float m = reinterpret_cast<const float*>(margin)[it.where >> 32];
-        if constexpr (N_VECTORS > UNROLLED)
-            return nearest_of_many<DIM>(ends, words + it.list(), it.n(), m);
-        else
-            return nearest<DIM, N_VECTORS>(ends, words + it.list(), it.n(), m);
+        return Ends<DIM>(row, row + SLAB, scales[it.a() * G * LANES], scales[it.b() * G * LANES]);
+    }
+    QK_INLINE float margin_of(const Item& it) const { return reinterpret_cast<const float*>(margin)[it.where >> 32]; }
+
+    // Searches up to BATCH items at their first and last steps; take(i, found) is called for each. In two loops: a
+    // search is one long chain, and a processor's scheduler, where all of it would wait, has room for little more than
+    // one.
+    template <int N_VECTORS, typename Take>
+    QK_INLINE void search_each(const Item* items, size_t n, const Take& take) {
+        if constexpr (N_VECTORS > UNROLLED) {
+            for (size_t i = 0; i < n; ++i) {
+                const Item& it = items[i];
+                take(i, nearest_of_many<DIM>(ends_of(it), words + it.list(), it.n(), margin_of(it)));
+            }
+        } else {
+            for (size_t i = 0; i < n; ++i) {
+                const Ends<DIM> ends = ends_of(items[i]);
+                const uint16_t* const list = words + items[i].list();
+                for (int v = 0; v < N_VECTORS; ++v) Ends<DIM>::store(ends.costs(list + v * W), costs[i] + v * 2 * W);
+            }
+            for (size_t i = 0; i < n; ++i) {
+                const Item& it = items[i];
+                take(i, nearest<DIM, N_VECTORS>(costs[i], words + it.list(), it.n(), margin_of(it)));
+            }
+        }
     }
 
-    // The winner of two neighbouring steps, where the lines c_g/s^2 of the winners at a and b are expected to cross.
-    // Whether all steps between are known then.
-    template <int N_VECTORS>
-    QK_INLINE bool probe(const Item& it, const Probe& p) {
+    // The steps m and m + 1 where the lines c_g/s^2 of the winners at a and b are expected to cross, as an item.
+    QK_INLINE Item middle(const Item& it, float behind_a, float behind_b) const {
         const float* const inverses = reinterpret_cast<const float*>(inverse) + ((it.where >> 16) & 0xffff);
         const size_t a = it.a(), b = it.b();
         const float id_a = inverses[a * G * LANES], id_b = inverses[b * G * LANES];
-        const float line_a = p.behind_a * id_a * id_a, line_b = p.behind_b * id_b * id_b;
+        const float line_a = behind_a * id_a * id_a, line_b = behind_b * id_b * id_b;
         float part = line_a / (line_a + line_b);
         part = part > 0.0f ? part : 0.0f;  // NaN too
         part = part < 1.0f ? part : 1.0f;
         size_t m = a + static_cast<size_t>(static_cast<int>(part * static_cast<float>(static_cast<int>(b - a))));
         m = m < b ? m : b - 1;
-        const Found f = search_at<N_VECTORS>(it, m, m + 1);
+        return it.part(m, m + 1);
+    }
+
+    // The winners at steps m and m + 1 of an item whose ends are won by different points. Whether all steps between
+    // are known then.
+    QK_INLINE bool settle(const Item& it, size_t m, const Probe& p, const Found& f) {
+        const size_t a = it.a(), b = it.b();
         int32_t* const to = reinterpret_cast<int32_t*>(word) + (it.where >> 32);
         const int as_a = static_cast<int>(f.clear) & static_cast<int>(f.a == p.point_a);
         const int as_b = static_cast<int>(f.clear) & static_cast<int>(f.b == p.point_b);
@@ -145,27 +170,37 @@ struct Searches {
         size_t n = count[N_VECTORS];
         while (n) {
             size_t n_again = 0, n_probes = 0;
-            for (size_t i = 0; i < n; ++i) {
-                const Item it = items[i];
-                const size_t a = it.a(), b = it.b();
-                const Found f = search_at<N_VECTORS>(it, a, b);
-                int32_t* const to = reinterpret_cast<int32_t*>(word) + (it.where >> 32);
-                const int same = static_cast<int>(f.clear) & static_cast<int>(f.a == f.b);
-                to[b * K * LANES] = f.b | -same;  // AS_BEFORE
-                to[a * K * LANES] = f.a;
-                const int inner = static_cast<int>(b - a >= 2);
-                // no branch: whether the ends differ is not predictable
-                probes[n_probes] = {static_cast<uint32_t>(i), f.a, f.b, f.behind_a, f.behind_b};
-                n_probes += static_cast<size_t>(inner & static_cast<int>(f.clear) & (same ^ 1));
-                if (__builtin_expect(!f.clear, 0)) {  // rare
-                    again[n_again] = static_cast<uint32_t>(i);
-                    n_again += static_cast<size_t>(inner);
-                }
+            for (size_t start = 0; start < n; start += BATCH) {
+                const size_t m = n - start < BATCH ? n - start : BATCH;
+                search_each<N_VECTORS>(items + start, m, [&](size_t i, const Found& f) QK_LAMBDA {
+                    const Item it = items[start + i];
+                    const size_t a = it.a(), b = it.b();
+                    int32_t* const to = reinterpret_cast<int32_t*>(word) + (it.where >> 32);
+                    const int same = static_cast<int>(f.clear) & static_cast<int>(f.a == f.b);
+                    to[b * K * LANES] = f.b | -same;  // AS_BEFORE
+                    to[a * K * LANES] = f.a;
+                    const int inner = static_cast<int>(b - a >= 2);
+                    // no branch: whether the ends differ is not predictable
+                    probes[n_probes] = {static_cast<uint32_t>(start + i), f.a, f.b, f.behind_a, f.behind_b};
+                    n_probes += static_cast<size_t>(inner & static_cast<int>(f.clear) & (same ^ 1));
+                    if (__builtin_expect(!f.clear, 0)) {  // rare
+                        again[n_again] = static_cast<uint32_t>(start + i);
+                        n_again += static_cast<size_t>(inner);
+                    }
+                });
             }
-            for (size_t i = 0; i < n_probes; ++i) {
-                const Probe p = probes[i];
-                again[n_again] = p.item;
-                n_again += !probe<N_VECTORS>(items[p.item], p);
+            for (size_t start = 0; start < n_probes; start += BATCH) {
+                const size_t m = n_probes - start < BATCH ? n_probes - start : BATCH;
+                Item between[BATCH];
+                for (size_t i = 0; i < m; ++i) {
+                    const Probe& p = probes[start + i];
+                    between[i] = middle(items[p.item], p.behind_a, p.behind_b);
+                }
+                search_each<N_VECTORS>(between, m, [&](size_t i, const Found& f) QK_LAMBDA {
+                    const Probe& p = probes[start + i];
+                    again[n_again] = p.item;
+                    n_again += !settle(items[p.item], between[i].a(), p, f);
+                });
             }
             // too close to call, or not as expected: the steps between anew. Items are taken in any order, so those
             // that go on are copied aside first.
