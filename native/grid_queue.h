@@ -1,4 +1,4 @@
-// The neighbour searches of a slab: collected by the length of their lists, then done one after another.
+// The neighbour searches of a slab: collected by the length of their lists, then done a batch at a time.
 //
 // Lanes find runs of steps of equal rounded levels (see grid_search.h); each run off the grid is an item here, searched
 // at its first and its last step at once (grid_ends.h). Where different points win at the ends, the step between at
@@ -115,9 +115,9 @@ struct Searches {
     }
     QK_INLINE float margin_of(const Item& it) const { return reinterpret_cast<const float*>(margin)[it.where >> 32]; }
 
-    // Searches up to BATCH items at their first and last steps; take(i, found) is called for each. In two loops: a
-    // search is one long chain, and a processor's scheduler, where all of it would wait, has room for little more than
-    // one.
+    // Searches up to BATCH items at their first and last steps; take(i, found) is called for each. Costs and winners in
+    // a loop each: a search is one long chain, and half of it at a time is faster (presumably since a processor's
+    // scheduler has room for little more than one whole).
     template <int N_VECTORS, typename Take>
     QK_INLINE void search_each(const Item* items, size_t n, const Take& take) {
         if constexpr (N_VECTORS > UNROLLED) {
