@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import abandoned, fingerprint
+from . import abandoned, fingerprint, output_files
 from .cache import Cache
 from .catalogue import Catalogue
 from .engines import Engine, Progress, Work
@@ -29,6 +29,7 @@ from .errors import (
 from .imatrix import Imatrix
 from .journal import Journal
 from .layout import FileLayout, file_names, lay_out, output_kvs
+from .output_files import Output
 from .partial import Partial
 from .partial_folder import folder_of, peek
 from .plan import Plan, check_imatrix
@@ -86,10 +87,16 @@ def prepare(
     names = file_names(out, len(layouts), split_max_size is not None)
     files = tuple(zip(names, layouts, strict=True))
     identity = fingerprint.identity(plan, kvs, split_max_size, imatrix.path if imatrix else None)
-    _check_place(out)
+    _check_names(out, names)
     begun = _begun(out, identity, resume)
     finished = _finished(names, _told(out) if resume is False else begun, folder_of(out))
-    _check_output(catalogue, imatrix, out, names, force, finished)
+    output_files.check(
+        [*read, *_beside(catalogue)],
+        [
+            Output(folder_of(out), "the folder of the unfinished build", is_folder=True),
+            *(Output(name, replace=force or name in finished) for name in names),
+        ],
+    )
     scratch = engine.scratch_bytes(plan) if engine is not None else 0
     _check_space(out, [file for file in files if file[0] not in finished], scratch)
     return Build(plan, imatrix, files, out, identity, sources, resume is False, begun)
@@ -156,41 +163,16 @@ def _check_requantize(catalogue: Catalogue, plan: Plan, allowed: bool) -> None:
             )
 
 
-def _check_place(out: Path) -> None:
-    try:
-        os.stat(os.path.join(out.parent, "."))  # pathlib's questions raise where a folder is closed
-    except PermissionError as e:
-        raise OutputError(f"{out.parent}: {e.strerror}; choose another place") from None
-    except OSError:
-        pass  # what is missing is said below
-    if out.is_dir() or not out.name:
-        raise OutputError(f"{out}: is a directory; give the name of the file to make, such as {out / 'model.gguf'}")
-    if not out.parent.is_dir():
-        raise OutputError(f"{out}: there is no directory {out.parent}; create it first")
-    if not os.access(out.parent, os.W_OK):
-        raise OutputError(f"{out.parent}: no permission to write there")
+def _check_names(out: Path, names: Sequence[Path]) -> None:
+    """Names that can be, before anything is looked for under them. Raises OutputError."""
+    output_files.check((), [Output(out, is_later=True, suffix=".partial"), *(Output(n, is_later=True) for n in names)])
 
 
-def _check_output(
-    catalogue: Catalogue,
-    imatrix: Imatrix | None,
-    out: Path,
-    names: tuple[Path, ...],
-    force: bool,
-    finished: set[Path],
-) -> None:
+def _beside(catalogue: Catalogue) -> list[Path]:
+    """What else of a checkpoint is read: its config, its tokenizer, and all that lies with them."""
     assert catalogue.source is not None
-    used = [*catalogue.source.files, *([imatrix.path] if imatrix else [])]
-    for name in {*names, out}:
-        if not name.exists():
-            continue
-        for path in used:
-            if path.exists() and name.samefile(path):
-                raise OutputError(f"{name}: is a source of this build and would be overwritten; choose another name")
-        if name in names and not name.is_file():
-            raise OutputError(f"{name}: is no regular file and will not be replaced; choose another name")
-        if name in names and not force and name not in finished:
-            raise OutputError(f"{name}: exists; choose another name, or replace it with --force")
+    folder = catalogue.source.path
+    return output_files.files_of_folder(folder) if folder.is_dir() else []
 
 
 def run(build: Build, engine: Engine, n_threads: int, progress: Progress, cache: Cache | None = None) -> int:

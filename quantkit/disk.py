@@ -7,6 +7,7 @@ import ctypes
 import errno
 import io
 import os
+import stat
 from pathlib import Path
 
 
@@ -62,9 +63,28 @@ def read_at(fd: int, nbytes: int, offset: int) -> bytes:
     return bytes(out)
 
 
+def special(mode: int) -> str | None:
+    """What an `st_mode` is of that is neither a file nor a directory: 'a FIFO', 'a socket', 'a device'; else None."""
+    if stat.S_ISFIFO(mode):
+        return "a FIFO"
+    if stat.S_ISSOCK(mode):
+        return "a socket"
+    return "a device" if stat.S_ISCHR(mode) or stat.S_ISBLK(mode) else None
+
+
+def open_regular(path: Path) -> int:
+    """A descriptor to read a regular file. Raises OSError, and at once for a pipe, which might never be written to."""
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
+    what = special(os.fstat(fd).st_mode)
+    if what is not None:
+        os.close(fd)
+        raise OSError(errno.EINVAL, f"it is {what}, not a regular file")
+    return fd
+
+
 def text_within(path: Path, most: int) -> str | None:
-    """A small file's UTF-8 text, None where there are more than `most` bytes: not even a device without an end is read
-    further. Raises OSError, UnicodeDecodeError."""
-    with open(path, "rb") as f:
+    """A small regular file's UTF-8 text, None where there are more than `most` bytes. Raises OSError,
+    UnicodeDecodeError."""
+    with open(open_regular(path), "rb") as f:
         data = f.read(most + 1)
     return None if len(data) > most else io.StringIO(data.decode("utf-8"), None).getvalue()  # \r\n as \n

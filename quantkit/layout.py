@@ -16,7 +16,7 @@ from .errors import OutputError
 from .gguf_format import BOOL, F32, KV, STRING, U32, header_bytes, kv, pad
 from .plan import Plan, Planned
 from .qtypes import FILE_TYPES
-from .sharding import MAX_SHARDS, Limits, groups, shard_name, split_kvs
+from .sharding import MAX_SHARDS, Limits, check_prefix, groups, shard_name, split_kvs
 
 GGML_QUANT_VERSION = 2
 _MAX_VALUE = 127
@@ -107,8 +107,10 @@ def _file(kvs: Sequence[KV], tensors: Iterable[Planned]) -> FileLayout:
 
 
 def file_names(out: Path, n_files: int, split: bool) -> tuple[Path, ...]:
-    """OUT itself, or PREFIX-00001-of-0000N.gguf with llama.cpp's numbering."""
+    """OUT itself, or PREFIX-00001-of-0000N.gguf with llama.cpp's numbering. Raises OutputError for an OUT that
+    is numbered already."""
     if not split:
         return (out,)
+    check_prefix(out)
     prefix = out.name.removesuffix(".gguf")
     return tuple(out.with_name(shard_name(prefix, i, n_files)) for i in range(n_files))

@@ -47,7 +47,7 @@ def open_model(source: str, options: Options | None = None) -> Catalogue:
     if source.lower() in MODELS:
         return arch.build(source.lower(), known_config(source.lower()), opts)
     if source.count("/") == 1 and not source.startswith((".", "/", "~")):
-        found = _downloaded(source)
+        found = downloaded(source)
         if found is not None:
             return _from_directory(found, opts)
     raise SourceError(
@@ -72,7 +72,7 @@ def _from_directory(path: Path, options: Options) -> Catalogue:
     return arch.build(checkpoint.path.name, checkpoint.config, options, checkpoint, checkpoint.tensors)
 
 
-def _downloaded(repo: str) -> Path | None:
+def downloaded(repo: str) -> Path | None:
     """The snapshot of a Hugging Face repository in the local cache, or None. Never downloads."""
     from huggingface_hub import snapshot_download
 

@@ -16,6 +16,7 @@ and what was perhaps meant.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
@@ -56,6 +57,10 @@ class Recipe:
     variables: Mapping[str, str]
     metadata: tuple[Override, ...]
     base: str | None
+    text: str = field(repr=False, compare=False)
+    """as it was read"""
+    base_text: tuple[str, str] | None = field(repr=False, compare=False)
+    """its base's, and the name of its file"""
     _own: Marked = field(repr=False, compare=False)
     _base: Marked | None = field(repr=False, compare=False)
 
@@ -69,19 +74,28 @@ class Recipe:
         return self._own.place(*path)
 
 
-def parse(text: str, file: str, sets: Mapping[str, str] | None = None, folder: Path | None = None) -> Recipe:
+def parse(
+    text: str,
+    file: str,
+    sets: Mapping[str, str] | None = None,
+    folder: Path | None = None,
+    base_text: tuple[str, str] | None = None,
+) -> Recipe:
     """A recipe from its text; `file` is for messages, `sets` are --set's, a base is looked for in
-    `folder`. Raises RecipeError with file, line, place and suggestion."""
+    `folder` unless its text and name are given. Raises RecipeError with file, line, place and suggestion."""
     own, given = _read(text, file)
-    base_text = None if given.base is None else _base_text(own, given.base, folder)
+    if given.base is None:
+        base_text = None
+    elif base_text is None:
+        base_text = _base_text(own, given.base, folder)
     if base_text is None:
-        return _resolve(own, given, None, None, sets or {})
+        return _resolve(own, given, None, None, sets or {}, text, None)
     base, below = _read(*base_text)
     if below.base is not None:
         raise RecipeError(
             f"{own.place('base')}: {given.base} has a base itself, {below.base}; one level is allowed: copy its rules"
         )
-    return _resolve(own, given, base, below, sets or {})
+    return _resolve(own, given, base, below, sets or {}, text, base_text)
 
 
 def _read(text: str, file: str) -> tuple[Marked, RecipeFile]:
@@ -111,7 +125,13 @@ def _base_text(own: Marked, name: str, folder: Path | None) -> tuple[str, str]:
 
 
 def _resolve(
-    own: Marked, given: RecipeFile, base: Marked | None, below: RecipeFile | None, sets: Mapping[str, str]
+    own: Marked,
+    given: RecipeFile,
+    base: Marked | None,
+    below: RecipeFile | None,
+    sets: Mapping[str, str],
+    text: str,
+    base_text: tuple[str, str] | None,
 ) -> Recipe:
     layers = (given,) if below is None else (given, below)
     variables = {k: v for one in reversed(layers) for k, v in one.vars.items()}
@@ -140,6 +160,8 @@ def _resolve(
         variables=variables,
         metadata=tuple(metadata.values()),
         base=given.base,
+        text=text,
+        base_text=base_text,
         _own=own,
         _base=base,
     )
@@ -216,11 +238,26 @@ def text_of(name: str) -> str:
     return _text(name, Path())[0]
 
 
+def files_of(name: str) -> tuple[Path, ...]:
+    """The files that `load` reads for a recipe: its own and its base's; none of what comes with quantkit."""
+    path = Path(name)
+    if not _looks_like_path(path) and name.lower() in {known.lower() for known in shipped()}:
+        return ()
+    with suppress(RecipeError):
+        base = load(name).base
+        if base is not None and (_looks_like_path(Path(base)) or _is_file(path.parent / base)):
+            return (path, path.parent / base)
+    return (path,)
+
+
+def _looks_like_path(path: Path) -> bool:
+    return path.suffix in (".yaml", ".yml") or len(path.parts) > 1
+
+
 def _text(name: str, folder: Path | None) -> tuple[str, str]:
     """The text of a recipe by the name of a shipped one, or by its path from `folder`; and its file's name."""
     path = Path(name)
-    looks_like_path = path.suffix in (".yaml", ".yml") or len(path.parts) > 1
-    if not looks_like_path or folder is None:
+    if not _looks_like_path(path) or folder is None:
         known = shipped()
         by_lower = {k.lower(): k for k in known}
         if name.lower() in by_lower:

@@ -14,40 +14,25 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from . import output_files
 from .copying import Opened, Progress, copy_range, write_at
 from .disk import sync
 from .errors import OutputError, SourceError
+from .output_files import Output
 from .shards import Input, OutputFile, ShardSet
 
 
 def check_output(model: ShardSet, files: Sequence[OutputFile], force: bool = False) -> None:
     """Raises OutputError for a place that cannot be written to, names that are taken, or too little space."""
     folder = files[0].path.parent
-    if not folder.is_dir():
-        raise OutputError(f"{files[0].path}: there is no directory {folder}; create it first")
-    if not os.access(folder, os.W_OK):
-        raise OutputError(f"{folder}: no permission to write there")
-    for path in (file.path for file in files):
-        if not os.path.lexists(path):
-            continue
-        if path.exists() and any(path.samefile(source.path) for source in model.inputs):
-            raise OutputError(f"{path}: is one of the files read and would be overwritten; choose another name")
-        _check_replaceable(path, force)
+    outputs = [Output(file.path, replace=force, suffix=".part") for file in files]
+    output_files.check([source.path for source in model.inputs], outputs)
     need, free = sum(file.nbytes for file in files), shutil.disk_usage(folder).free
     if need > free:
         raise OutputError(
             f"{folder}: the output needs {need:,} bytes, but {free:,} are free; free {need - free:,} more, or choose "
             "another place"
         )
-
-
-def _check_replaceable(path: Path, force: bool) -> None:
-    if path.is_dir():
-        raise OutputError(f"{path}: is a directory; give the name of the file to make")
-    if not force:
-        raise OutputError(f"{path}: exists; choose another name, or replace it with --force")
-    if not path.is_file():
-        raise OutputError(f"{path}: is no regular file and will not be replaced; choose another name")
 
 
 def write(
@@ -168,7 +153,7 @@ def _publish(made: Sequence[tuple[Path, Path]], scratch: Path, force: bool) -> N
     try:
         for _, path in made:
             if os.path.lexists(path):
-                _check_replaceable(path, force)
+                output_files.check_replaceable(path, force)
                 os.replace(path, old / path.name)
         for temporary, path in reversed(made):
             os.replace(temporary, path)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from .errors import SourceError
+from .errors import OutputError, SourceError
 from .gguf_format import I32, INTEGERS, KV, TYPE_NAMES, U16, Header, decode, kv, pad
 
 SPLIT_KEYS = ("split.no", "split.tensors.count", "split.count")
@@ -50,6 +50,29 @@ class Shard(NamedTuple):
     def said(self) -> str:
         """What the split keys say, for messages."""
         return ", ".join(f"{key} {number}" for key, number in self.numbers.items()) or "nothing"
+
+
+class SplitName(NamedTuple):
+    """What a shard's name says: `no` from 1."""
+
+    prefix: str
+    no: int
+    n_shards: int
+
+
+def split_name(name: str) -> SplitName | None:
+    """The parts of the name of a shard, PREFIX-00001-of-00003.gguf; None for any other name."""
+    m = _NAME.fullmatch(name)
+    return SplitName(m["prefix"], int(m["no"]), int(m["count"])) if m else None
+
+
+def check_prefix(out: Path) -> None:
+    """Raise OutputError where the name that shards get theirs from is a shard's: they would be numbered twice."""
+    stem = out.name.removesuffix(".gguf")
+    given = split_name(f"{stem}.gguf")
+    if given is not None:
+        right = out.with_name(given.prefix + out.name.removeprefix(stem))
+        raise OutputError(f"{out}: has a shard's number already, and shards are numbered here; give {right}")
 
 
 def shard_name(prefix: str, no: int, count: int) -> str:

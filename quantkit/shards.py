@@ -34,7 +34,7 @@ from .gguf_format import (
     pad,
     parse_header,
 )
-from .sharding import MAX_SHARDS, SPLIT_KEYS, Limits, Shard, groups, read_files, shard_name, split_kvs
+from .sharding import MAX_SHARDS, SPLIT_KEYS, Limits, Shard, check_prefix, groups, read_files, shard_name, split_kvs
 
 _FIRST_READ = 1 << 20
 #: a header is parsed before the length of its file is judged, so that a truncated one can be told by its numbers
@@ -265,7 +265,9 @@ def _notes(opened: Input, header: Header, raw: bytes, stored: Sequence[Stored], 
 
 
 def plan_split(model: ShardSet, prefix: Path, limits: Limits) -> tuple[OutputFile, ...]:
-    """The shards of a model. Raises OutputError for more than can be numbered."""
+    """The shards of a model. Raises OutputError for more than can be numbered, and for a prefix that is a
+    shard's name already."""
+    check_prefix(prefix)
     cut = groups([t.info.nbytes for t in model.tensors], limits)
     count = len(cut)
     if count > MAX_SHARDS:

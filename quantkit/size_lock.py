@@ -23,11 +23,9 @@ all, and holds no time and no version but its own format's. Errors name file and
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -37,7 +35,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from .arch.options import LAYOUTS
 from .catalogue import ranges
 from .disk import text_within
-from .errors import OutputError, SourceError, did_you_mean
+from .errors import SourceError, did_you_mean
+from .output_files import write_text
 from .qtypes import QTYPES
 
 DEFAULT_NAMES = ("quantkit-sizes.yaml", "tests/data/quantkit-sizes.yaml")
@@ -175,6 +174,15 @@ _TAG = "tag:yaml.org,2002:"
 _RESOLVER = yaml.SafeLoader("")
 _CONFLICT = re.compile(r"^(<<<<<<<|=======|>>>>>>>)", re.M)
 _Lines = dict[tuple[str | int, ...], int]
+
+
+def is_lock(path: Path) -> bool:
+    """Whether a file is a sizes lock, if perhaps a damaged one: it has a lock's keys, which no other file has."""
+    try:
+        text = text_within(path, _MAX_BYTES)
+    except (OSError, UnicodeDecodeError):
+        return False
+    return text is not None and re.search(r'^\s*"?(matrix|cells)"?\s*:', text, re.M) is not None
 
 
 def read(path: Path) -> Lock:
@@ -358,22 +366,5 @@ def _scalar(text: str, plain: re.Pattern[str] = _IN_FLOW) -> str:
 
 
 def write(lock: Lock, path: Path) -> None:
-    """Write a lock, JSON when the name ends in .json. Raises OutputError."""
-    write_text(path, dump(lock, path.suffix == ".json"))
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file whole or not at all. Raises OutputError."""
-    if path.exists() and not path.is_file():
-        raise OutputError(f"{path}: is not a file; give the name of a file to write")
-    target = path.resolve()
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "x", encoding="utf-8", newline="\n") as f:
-            f.write(text)
-        os.replace(temporary, target)
-    except OSError as e:
-        raise OutputError(f"{path}: cannot be written: {e.strerror or e}") from None
-    finally:
-        with suppress(FileNotFoundError):
-            temporary.unlink()
+    """Write a lock, JSON when the name ends in .json, in place of what is there. Raises OutputError."""
+    write_text(path, dump(lock, path.suffix == ".json"), replace=True)

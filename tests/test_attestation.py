@@ -76,7 +76,9 @@ def attest(plan: Plan, imatrix: Path | None, out: Path, whole: bool = False) -> 
     text = 'name: r\narch: [deepseek2, llama, qwen2]\nfile_type: Q4_K_M\nrules:\n  - {match: "*", type: Q8_0, why: t}\n'
     asked = attestation.Asked("dir/r.yaml", text, pre="deepseek-v3")
     versions = {"ggml": toolchain.GGML_VERSION}
-    return attestation.statement(plan, weights, asked, [out], versions, Silent(), whole)
+    assert plan.catalogue.source is not None
+    evidence = attestation.gather(plan.catalogue.source, weights, Silent())
+    return attestation.statement(plan, evidence, asked, [out], versions, Silent(), whole)
 
 
 @pytest.mark.parametrize("whole", [False, True])
@@ -227,7 +229,11 @@ def test_build_attests_and_verify_derives_again_from_that(quantkit: Run, tiny_v3
 
 @pytest.mark.parametrize(
     ("attest", "says"),
-    [("out.gguf", "is an output of this build"), ("none/a.json", "there is no directory"), (".", "is a directory")],
+    [
+        ("out.gguf", "is given to --output and --attest both; give each a name of its own"),
+        ("none/a.json", "there is no directory"),
+        (".", "is a directory"),
+    ],
 )
 def test_an_attestation_that_cannot_be_written_is_found_before_the_build(
     quantkit: Run, tiny_v3: Path, tmp_path: Path, attest: str, says: str

@@ -314,7 +314,10 @@ def test_new_lint_explain_diff_plan(quantkit: Run, tmp_path: Path) -> None:
 def test_new_keeps_what_is_there(quantkit: Run, tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("name: precious\n")
     done = quantkit("recipe", "new", "mine.yaml", cwd=tmp_path)
-    assert (done.returncode, done.stderr) == (7, "error: mine.yaml: exists; give --force to replace it\n")
+    assert (done.returncode, done.stderr) == (
+        7,
+        "error: mine.yaml: exists; choose another name, or replace it with --force\n",
+    )
     assert (tmp_path / "mine.yaml").read_text() == "name: precious\n"
     done = quantkit("recipe", "new", "mine.txt", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (7, "error: mine.txt: a recipe's file ends in .yaml\n")

@@ -392,7 +392,7 @@ def test_nothing_is_overwritten_unasked(quantkit: Run, small: Path, tmp_path: Pa
     out.write_text("mine")
     done = quantkit("recipe", "from-gguf", small, "-o", out)
     assert (done.returncode, out.read_text()) == (7, "mine")
-    assert done.stderr == f"error: {out}: exists already; choose another name, or overwrite it with --force\n"
+    assert done.stderr == f"error: {out}: exists; choose another name, or replace it with --force\n"
     assert quantkit("recipe", "from-gguf", small, "-o", out, "--force").returncode == 0
     assert out.read_text().startswith("# cloned")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["Small.gguf", "s.yaml"]

@@ -507,7 +507,11 @@ def test_outputs_that_are_refused(shards: list[Path], tmp_path: Path) -> None:
         (shards[1], True, inside),
         (hard, True, inside),
         (soft, True, inside),
-        (tmp_path, True, "is a directory; give the name of the file to make"),
+        (
+            tmp_path,
+            True,
+            f"is a directory; give the name of the file to make, such as {tmp_path / 'model.gguf'}",
+        ),
         (tmp_path / "pipe", True, "is no regular file and will not be replaced; choose another name"),
         (tmp_path / "no" / "x", False, f"there is no directory {tmp_path / 'no'}; create it first"),
     ]

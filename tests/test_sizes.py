@@ -413,10 +413,12 @@ def test_missing_and_unreadable_locks(place: Path) -> None:
     assert str(run("check", "latin").exception).startswith("latin: is not UTF-8 text: ")
     assert str(run("check", "tiny").exception) == "tiny: cannot be read: Is a directory"
     done = run("update", "tiny", "-r", "recipes/mine.yaml", "-m", "tiny/config.json")
-    assert str(done.exception) == "tiny: is not a file; give the name of a file to write"
+    assert str(done.exception) == (
+        "tiny: is a directory; give the name of the file to make, such as tiny/quantkit-sizes.yaml"
+    )
     done = run("update", "no/such.yaml", "-r", "recipes/mine.yaml", "-m", "tiny/config.json")
     assert isinstance(done.exception, OutputError)
-    assert str(done.exception) == "no/such.yaml: there is no folder no; make it first, or choose another place"
+    assert str(done.exception) == "no/such.yaml: there is no directory no; create it first"
 
 
 @pytest.mark.parametrize(

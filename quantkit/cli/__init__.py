@@ -5,7 +5,6 @@ Nothing heavy is imported here or at the top of a command's file, so that `--hel
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 from types import FrameType
@@ -17,12 +16,14 @@ from quantkit import __version__
 from quantkit.errors import QuantkitError
 
 from . import build, cache, demo, dequant, doctor, fit, inspect, plan, recipe, shards, sizes, status, toolchain, verify
+from .files import Group
+from .terminal import Streams
 
 INTERRUPTED = 130
 _TERMINATED = 143
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="quantkit")
 def cli() -> None:
     """Make dynamic mixed-precision GGUFs of DeepSeek-V3/R1 and their relatives.
@@ -76,6 +77,11 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _stop)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where a shell has it ignored
         signal.signal(signal.SIGINT, _stop)
+    with Streams():
+        _run()
+
+
+def _run() -> NoReturn:
     try:
         sys.exit(cli.main(standalone_mode=False) or 0)  # what a command gives to ctx.exit or Exit is returned
     except QuantkitError as e:
@@ -93,8 +99,7 @@ def main() -> None:
         click.echo(f"interrupted; {_left(e)}", err=True)
         sys.exit(INTERRUPTED)
     except BrokenPipeError:
-        # whoever read our output has gone: not an error, and no second complaint when Python flushes
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # whoever read our output has gone: not an error
         sys.exit(0)
     except (MemoryError, RuntimeError) as e:
         # after click.Abort, which is a RuntimeError too

@@ -7,6 +7,8 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+from .terminal import bars_file, showable
+
 
 def open_bar(total: int, unit: str, quiet: bool, stage: str | None = None) -> Any:
     """A bar of tqdm's, which is none if `quiet`; a context."""
@@ -15,7 +17,14 @@ def open_bar(total: int, unit: str, quiet: bool, stage: str | None = None) -> An
     # a line now and then where the bar cannot be redrawn
     often = 0.1 if sys.stderr.isatty() else 10.0
     return tqdm(
-        total=total, unit=unit, unit_scale=True, desc=stage, disable=quiet, mininterval=often, dynamic_ncols=True
+        total=total,
+        unit=unit,
+        unit_scale=True,
+        desc=stage,
+        disable=quiet,
+        mininterval=often,
+        dynamic_ncols=True,
+        file=bars_file(),
     )
 
 
@@ -25,7 +34,7 @@ def by_name(bar: Any) -> Callable[[str, int], None]:
 
     def progress(name: str, done: int) -> None:
         with lock:
-            bar.set_description_str(name, refresh=False)
+            bar.set_description_str(showable(name), refresh=False)
             bar.update(done)
 
     return progress

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from .bars import Bars, by_name, open_bar
+from .files import ATTESTATION, BUILT, CACHE, TOOL, Command, will_write
 from .options import (
     Size,
     conversion,
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
     from quantkit.build import Build
     from quantkit.cache import Cache
     from quantkit.engines import Engine
-    from quantkit.verify.attestation import Asked
+    from quantkit.verify.attestation import Asked, Evidence
 
 
-@click.command()
+@click.command(cls=Command)
 @source_options
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The GGUF to make.")
+@click.option("-o", "--output", required=True, type=BUILT, help="The GGUF to make.")
 @click.option(
     "--engine",
     type=click.Choice(["native", "llama-quantize"]),
@@ -39,18 +39,22 @@ if TYPE_CHECKING:
     help="native: one pass, no intermediate file; llama-quantize: drive the stock binary. The same bytes.",
 )
 @click.option(
-    "--llama-quantize", "binary", metavar="PATH", help="The binary to drive (else PATH, else the toolchain's)."
+    "--llama-quantize",
+    "binary",
+    type=TOOL,
+    metavar="PATH",
+    help="The binary to drive (else PATH, else the toolchain's).",
 )
 @threads_option
 @click.option("--allow-requantize", is_flag=True, help="Quantize tensors again that the source has quantized.")
 @click.option(
     "--attest",
-    type=click.Path(path_type=Path),
+    type=ATTESTATION,
     metavar="FILE",
     help="Write an in-toto statement of what was built from what; `quantkit verify --attestation` reads it.",
 )
 @click.option("--hash-source", is_flag=True, help="With --attest: hash all of the source, not only its headers.")
-@click.option("--force", is_flag=True, help="Replace the output if it exists.")
+@click.option("--force", is_flag=True, help="Replace the output, and --attest's FILE, if they exist.")
 @click.option(
     "--resume/--restart",
     "resume",
@@ -61,7 +65,7 @@ if TYPE_CHECKING:
 @click.option(
     "--cache",
     "cache_dir",
-    type=click.Path(path_type=Path),
+    type=CACHE,
     metavar="DIR",
     help="Keep finished tensors in DIR, and take from there what an earlier build has made of the same weights.",
 )
@@ -111,6 +115,7 @@ def build(
     from quantkit.build import prepare
     from quantkit.cache import Cache
     from quantkit.models import open_model
+    from quantkit.output_files import Output
     from quantkit.plan import make_plan
 
     rules = recipe_of(recipe, sets)
@@ -118,8 +123,7 @@ def build(
     made = make_plan(open_model(source, conversion(layout, pre, pad_token)), rules, weights, mixture_version)
     chosen = make_engine(engine, binary)
     ready = prepare(made, output, weights, split_max_size, force, allow_requantize, chosen, resume)
-    if attest is not None:
-        check_attest(attest, ready)
+    will_write(*(Output(name, "--output", is_later=True) for name, _ in ready.files))
     if not quiet:
         click.echo(report.plan_text(made, [(path.name, f.nbytes) for path, f in ready.files]))
         click.echo()
@@ -134,35 +138,36 @@ def build(
     if dry_run:
         click.echo("dry run: everything was checked, nothing was written")
         return
+    evidence = None if attest is None else gather_evidence(ready, quiet)
     cache = Cache(cache_dir, cache_size) if cache_dir is not None else None
     run_with_progress(ready, chosen, threads or default_threads(), quiet, cache)
-    if attest is not None:
-        from quantkit.recipe import parse_sets, text_of
+    if attest is not None and evidence is not None:
+        from quantkit.recipe import parse_sets
         from quantkit.verify.attestation import Asked
 
         asked = Asked(
-            recipe, text_of(recipe), parse_sets(sets), mixture_version, layout, pre, pad_token, split_max_size,
-            allow_requantize, engine,
+            recipe, rules.text, parse_sets(sets), mixture_version, layout, pre, pad_token, split_max_size,
+            allow_requantize, engine, rules.base_text,
         )  # fmt: skip
-        write_attestation(attest, ready, asked, hash_source, quiet)
+        write_attestation(attest, ready, asked, evidence, hash_source, force, quiet)
 
 
-def check_attest(path: Path, ready: Build) -> None:
-    """Raise OutputError for a place where an attestation cannot be written, before the build."""
-    from quantkit.errors import OutputError
+def gather_evidence(ready: Build, quiet: bool) -> Evidence:
+    """What the build is made from, as it is now: its small files and headers hashed."""
+    from quantkit.verify.attestation import gather
 
-    if path.is_dir():
-        raise OutputError(f"{path}: is a directory; give --attest the name of a file, such as {path / 'build.json'}")
-    if not path.parent.is_dir():
-        raise OutputError(f"{path}: there is no directory {path.parent}; create it first")
-    if not os.access(path.parent, os.W_OK):
-        raise OutputError(f"{path.parent}: no permission to write there")
-    if path.resolve() in {name.resolve() for name, _ in ready.files}:
-        raise OutputError(f"{path}: is an output of this build; give --attest another name")
+    assert ready.plan.catalogue.source is not None
+    bars = Bars(quiet)
+    try:
+        return gather(ready.plan.catalogue.source, ready.imatrix, bars)
+    finally:
+        bars.close()
 
 
-def write_attestation(path: Path, ready: Build, asked: Asked, whole: bool, quiet: bool) -> None:
-    """Hash what was made and what it was made from, and write the statement. `whole`: all of the source."""
+def write_attestation(
+    path: Path, ready: Build, asked: Asked, evidence: Evidence, whole: bool, force: bool, quiet: bool
+) -> None:
+    """Hash what was made, and with `whole` all of the source, and write the statement."""
     from quantkit.toolchain import GGML_VERSION
     from quantkit.verify.attestation import statement
     from quantkit.verify.manifest import write_json
@@ -170,10 +175,10 @@ def write_attestation(path: Path, ready: Build, asked: Asked, whole: bool, quiet
     bars = Bars(quiet)
     try:
         files = [name for name, _ in ready.files]
-        made = statement(ready.plan, ready.imatrix, asked, files, {"ggml": GGML_VERSION}, bars, whole)
+        made = statement(ready.plan, evidence, asked, files, {"ggml": GGML_VERSION}, bars, whole)
     finally:
         bars.close()
-    write_json(path, made)
+    write_json(path, made, force)
     if not quiet:
         click.echo(f"{path}  attestation of {len(files)} file{'s' * (len(files) != 1)}")
 

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING
 
 import click
 
+from .files import CACHE, FOLDER, Group
 from .options import Size
 
 if TYPE_CHECKING:
     from quantkit.cache import Cache
 
 
-@click.group()
+@click.group(cls=Group)
 def cache() -> None:
     """Look into a folder of `quantkit build --cache`, and make it smaller.
 
@@ -26,7 +27,7 @@ def cache() -> None:
 
 
 @cache.command()
-@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("folder", type=FOLDER)
 @click.option("--json", "as_json", is_flag=True, help="The same for a script.")
 def show(folder: Path, as_json: bool) -> None:
     """How many tensors FOLDER keeps, their bytes, and when they were used.
@@ -49,7 +50,7 @@ def show(folder: Path, as_json: bool) -> None:
 
 
 @cache.command()
-@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("folder", type=CACHE)
 @click.option("--max-size", type=Size(), required=True, help="Keep at most so much; what was not used longest goes.")
 def prune(folder: Path, max_size: int) -> None:
     """Remove what was not used longest until FOLDER keeps at most --max-size.

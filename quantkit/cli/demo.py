@@ -7,19 +7,20 @@ from pathlib import Path
 import click
 
 from .build import make_engine, run_with_progress
+from .files import DEMO, RECIPE, Command
 from .options import default_threads, threads_option
 
 
-@click.command()
+@click.command(cls=Command)
 @click.option(
     "--dir",
     "folder",
-    type=click.Path(path_type=Path),
+    type=DEMO,
     default=Path("quantkit-demo"),
     show_default=True,
     help="Where to put checkpoint, imatrix and GGUF.",
 )
-@click.option("-r", "--recipe", default="UD-IQ1_S", show_default=True, help="The recipe to build.")
+@click.option("-r", "--recipe", type=RECIPE, default="UD-IQ1_S", show_default=True, help="The recipe to build.")
 @threads_option
 def demo(folder: Path, recipe: str, threads: int | None) -> None:
     """Make a small DeepSeek-V3 checkpoint in FP8 and build a dynamic GGUF from it.

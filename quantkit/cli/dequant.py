@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from .bars import by_name, open_bar
+from .files import CHECKPOINT, MADE_FOLDER, Command
 from .options import Size, default_threads, plan_first_options, threads_option
 
 if TYPE_CHECKING:
@@ -16,9 +17,9 @@ if TYPE_CHECKING:
     from quantkit.dequant.decode import Decoder
 
 
-@click.command()
-@click.argument("source", metavar="SRC", type=click.Path(path_type=Path))
-@click.argument("output", metavar="DST", type=click.Path(path_type=Path))
+@click.command(cls=Command)
+@click.argument("source", metavar="SRC", type=CHECKPOINT)
+@click.argument("output", metavar="DST", type=MADE_FOLDER)
 @click.option(
     "--dtype",
     type=click.Choice(["bf16", "f16", "f32"]),

@@ -8,6 +8,8 @@ from typing import Any
 
 import click
 
+from .files import Command
+
 #: the distributions quantkit cannot build without
 REQUIRED = (
     "click",
@@ -28,7 +30,7 @@ CPU_FEATURES = ("avx2", "avx512f", "f16c", "fma", "neon")
 _GIB = 2**30
 
 
-@click.command()
+@click.command(cls=Command)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def doctor(as_json: bool) -> None:
     """Check what is installed, and say how to mend what is missing.

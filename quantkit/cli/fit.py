@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from .files import MODEL, RECIPE, Command
 from .options import layout_option
 
 if TYPE_CHECKING:
@@ -34,9 +35,11 @@ class GpuList(_GpusParam):
         return tuple(out)
 
 
-@click.command()
-@click.argument("model")
-@click.option("-r", "--recipe", help="Shipped recipe, or path of a YAML file. A quantized GGUF needs none.")
+@click.command(cls=Command)
+@click.argument("model", type=MODEL)
+@click.option(
+    "-r", "--recipe", type=RECIPE, help="Shipped recipe, or path of a YAML file. A quantized GGUF needs none."
+)
 @click.option("--vram", type=GpuList(), required=True, metavar="LIST", help="GiB of each GPU, such as 24,80,2x80.")
 @click.option("--ram", type=click.FloatRange(min=0), metavar="GIB", help="RAM for the rest.")
 @click.option(

@@ -6,11 +6,12 @@ import json
 
 import click
 
+from .files import MODEL, Command
 from .options import json_option
 
 
-@click.command()
-@click.argument("source")
+@click.command(cls=Command)
+@click.argument("source", type=MODEL)
 @click.option(
     "--all", "every_tensor", is_flag=True, help="A line for each tensor, not one for alike ones of many layers."
 )

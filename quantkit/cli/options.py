@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import click
 
+from .files import IMATRIX, MODEL, RECIPE
+
 if TYPE_CHECKING:
     from quantkit.arch.options import Options
     from quantkit.imatrix import Imatrix
@@ -77,12 +79,14 @@ def together(*options: Callable[[Any], Any]) -> Callable[[F], F]:
 
 #: SOURCE, --recipe, --set, --mixture-version, --layout, --imatrix, --pre, --pad-token, --split-max-size
 source_options = together(
-    click.argument("source"),
-    click.option("-r", "--recipe", required=True, help="Name of a shipped recipe, or path of a YAML file."),
+    click.argument("source", type=MODEL),
+    click.option(
+        "-r", "--recipe", required=True, type=RECIPE, help="Name of a shipped recipe, or path of a YAML file."
+    ),
     set_option,
     mixture_version_option,
     layout_option,
-    click.option("--imatrix", metavar="FILE", help="Importance matrix of llama-imatrix (GGUF or .dat)."),
+    click.option("--imatrix", type=IMATRIX, metavar="FILE", help="Importance matrix of llama-imatrix (GGUF or .dat)."),
     click.option("--pre", metavar="NAME", help="tokenizer.ggml.pre, for a tokenizer that is not recognized."),
     click.option("--pad-token", metavar="TOKEN", help="Padding token (text or id) in place of the tokenizer's."),
     click.option(

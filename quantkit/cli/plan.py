@@ -6,10 +6,11 @@ import json
 
 import click
 
+from .files import Command
 from .options import conversion, imatrix_of, recipe_of, source_options
 
 
-@click.command()
+@click.command(cls=Command)
 @source_options
 @click.option(
     "--all", "every_tensor", is_flag=True, help="A line for each tensor, not one for alike ones of many layers."

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from . import transfer
+from .files import IMATRIX, MODEL, RECIPE, RECIPE_OUT, Group
 from .options import imatrix_of, json_option, layout_option, mixture_version_option, recipe_of, set_option
 
 if TYPE_CHECKING:
@@ -17,11 +18,11 @@ if TYPE_CHECKING:
     from quantkit.recipe import Recipe
 
 _MODEL_HELP = "The model to try it on: a name, config.json, checkpoint or GGUF.  [default: one of the recipe's arch]"
-_model_option = click.option("-m", "--model", metavar="SOURCE", help=_MODEL_HELP)
+_model_option = click.option("-m", "--model", type=MODEL, metavar="SOURCE", help=_MODEL_HELP)
 _LINT_WARNED = 1
 
 
-@click.group()
+@click.group(cls=Group)
 def recipe() -> None:
     """Write recipes: find, check, explain, compare, clone, convert them.
 
@@ -57,7 +58,7 @@ def list_(as_json: bool) -> None:
 
 
 @recipe.command()
-@click.argument("name", metavar="RECIPE")
+@click.argument("name", metavar="RECIPE", type=RECIPE)
 @click.option("--resolved", is_flag=True, help="With the base's rules in place and variables replaced.")
 @set_option
 def show(name: str, resolved: bool, sets: tuple[str, ...]) -> None:
@@ -75,8 +76,8 @@ def show(name: str, resolved: bool, sets: tuple[str, ...]) -> None:
 
 
 @recipe.command()
-@click.argument("names", metavar="RECIPE...", nargs=-1, required=True)
-@click.option("-m", "--model", "models", metavar="SOURCE", multiple=True, help=_MODEL_HELP)
+@click.argument("names", metavar="RECIPE...", type=RECIPE, nargs=-1, required=True)
+@click.option("-m", "--model", "models", type=MODEL, metavar="SOURCE", multiple=True, help=_MODEL_HELP)
 @layout_option
 @mixture_version_option
 @set_option
@@ -136,13 +137,13 @@ def lint(
 
 
 @recipe.command()
-@click.argument("name", metavar="RECIPE")
+@click.argument("name", metavar="RECIPE", type=RECIPE)
 @click.argument("tensor")
 @_model_option
 @layout_option
 @mixture_version_option
 @set_option
-@click.option("--imatrix", metavar="FILE", help="Importance matrix, to say whether it has an entry.")
+@click.option("--imatrix", type=IMATRIX, metavar="FILE", help="Importance matrix, to say whether it has an entry.")
 @json_option
 def explain(
     name: str,
@@ -170,8 +171,8 @@ def explain(
 
 
 @recipe.command()
-@click.argument("before", metavar="RECIPE_A")
-@click.argument("after", metavar="RECIPE_B")
+@click.argument("before", metavar="RECIPE_A", type=RECIPE)
+@click.argument("after", metavar="RECIPE_B", type=RECIPE)
 @_model_option
 @layout_option
 @mixture_version_option
@@ -207,9 +208,15 @@ def diff(
 
 
 @recipe.command()
-@click.argument("path", type=click.Path(path_type=Path))
-@click.option("--base", default="UD-IQ1_S", show_default=True, help="The recipe whose rules follow the new one's.")
-@click.option("--from", "source", metavar="RECIPE", help="Copy this recipe's rules instead.")
+@click.argument("path", type=RECIPE_OUT)
+@click.option(
+    "--base",
+    type=RECIPE,
+    default="UD-IQ1_S",
+    show_default=True,
+    help="The recipe whose rules follow the new one's.",
+)
+@click.option("--from", "source", type=RECIPE, metavar="RECIPE", help="Copy this recipe's rules instead.")
 @click.option("--force", is_flag=True, help="Replace the file if it exists.")
 def new(path: Path, base: str, source: str | None, force: bool) -> None:
     """Write a recipe to start from.
@@ -220,6 +227,7 @@ def new(path: Path, base: str, source: str | None, force: bool) -> None:
     """
     from quantkit import recipe_docs
     from quantkit.errors import OutputError
+    from quantkit.output_files import write_text
     from quantkit.recipe import load, parse
 
     if path.suffix not in (".yaml", ".yml"):
@@ -230,13 +238,7 @@ def new(path: Path, base: str, source: str | None, force: bool) -> None:
     else:
         text = recipe_docs.starter(path.stem, base, path.name, schema_path, _references(load(base))[0])
     parse(text, path.name, folder=Path(base).parent)
-    try:
-        with open(path, "w" if force else "x", encoding="utf-8") as f:
-            f.write(text)
-    except FileExistsError:
-        raise OutputError(f"{path}: exists; give --force to replace it") from None
-    except OSError as e:
-        raise OutputError(f"{path}: cannot be written: {e.strerror or e}") from None
+    write_text(path, text, force)
     click.echo(f"{path} written; next: quantkit recipe lint {path}")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from .bars import open_bar
+from .files import GGUF, MERGED, PREFIX, Command
 from .options import Size, together
 
 if TYPE_CHECKING:
@@ -26,9 +26,9 @@ _common = together(
 )
 
 
-@click.command()
-@click.argument("source", metavar="IN", type=click.Path(path_type=Path))
-@click.argument("prefix", metavar="OUTPREFIX")
+@click.command(cls=Command)
+@click.argument("source", metavar="IN", type=GGUF)
+@click.argument("prefix", metavar="OUTPREFIX", type=PREFIX)
 @click.option(
     "--max-size",
     type=Size(),
@@ -41,7 +41,7 @@ _common = together(
 @_common
 def split(
     source: Path,
-    prefix: str,
+    prefix: Path,
     max_size: int | None,
     max_tensors: int | None,
     no_tensor_first_split: bool,
@@ -59,17 +59,14 @@ def split(
     quantkit split R1.gguf R1 --max-size 50G
     quantkit split R1-00001-of-00003.gguf small/R1 --max-size 10G --dry-run
     """
-    from quantkit.errors import OutputError
     from quantkit.shard_writer import check_output
     from quantkit.sharding import DEFAULT_MAX_TENSORS, Limits
     from quantkit.shards import open_set, plan_split
 
     if max_size is not None and max_tensors is not None:
         raise click.UsageError("give --max-size or --max-tensors, not both")
-    if prefix.endswith(os.sep) or Path(prefix).name in ("", ".."):
-        raise OutputError(f"{prefix}: is a directory; give a prefix for the names, such as {Path(prefix) / 'model'}")
     model = open_set(source)
-    files = plan_split(model, Path(prefix), Limits(max_tensors or DEFAULT_MAX_TENSORS, max_size, no_tensor_first_split))
+    files = plan_split(model, prefix, Limits(max_tensors or DEFAULT_MAX_TENSORS, max_size, no_tensor_first_split))
     check_output(model, files, force)
     if model.notes and not quiet:
         click.echo(f"note: merging these shards will not give {source} back byte for byte:", err=True)
@@ -78,9 +75,9 @@ def split(
     _make(model, files, force, dry_run, quiet, as_json)
 
 
-@click.command()
-@click.argument("first", metavar="FIRST", type=click.Path(path_type=Path))
-@click.argument("output", metavar="OUT", type=click.Path(path_type=Path))
+@click.command(cls=Command)
+@click.argument("first", metavar="FIRST", type=GGUF)
+@click.argument("output", metavar="OUT", type=MERGED)
 @click.option(
     "--gguf-split-compat",
     is_flag=True,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from .files import LOCK, LOCK_OUT, MODEL, RECIPES, REPORT, Group, will_write
 from .options import layout_option
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ class Percent(_FractionParam):
 _LAYOUTS = click.Choice(["k_b+v_b", "kv_b"])
 
 
-@click.group()
+@click.group(cls=Group)
 def sizes() -> None:
     """Lock the sizes of recipes, find what moved them, and print the ladder of a model.
 
@@ -52,13 +53,23 @@ def sizes() -> None:
 
 
 @sizes.command()
-@click.argument("file", required=False)
+@click.argument("file", required=False, type=LOCK_OUT)
 @click.option(
-    "-r", "--recipe", "recipes", multiple=True, help="Shipped recipe, glob of them, `all`, or path of a YAML file."
+    "-r",
+    "--recipe",
+    "recipes",
+    type=RECIPES,
+    multiple=True,
+    help="Shipped recipe, glob of them, `all`, or path of a YAML file.",
 )
-@click.option("-m", "--model", "models", multiple=True, help="Known model, `all`, config.json, checkpoint or GGUF.")
+@click.option(
+    "-m", "--model", "models", type=MODEL, multiple=True, help="Known model, `all`, config.json, checkpoint or GGUF."
+)
 @click.option("--layout", "layouts", multiple=True, type=_LAYOUTS, help="MLA layouts.  [default: both]")
-def update(file: str | None, recipes: tuple[str, ...], models: tuple[str, ...], layouts: tuple[str, ...]) -> None:
+@click.option("--force", is_flag=True, help="Replace FILE even if it is no sizes lock.")
+def update(
+    file: Path | None, recipes: tuple[str, ...], models: tuple[str, ...], layouts: tuple[str, ...], force: bool
+) -> None:
     """Write the lock: the sizes of every recipe on every model it is for.
 
     FILE is quantkit-sizes.yaml unless given (JSON, when its name ends in .json). What -r, -m or --layout do not
@@ -69,15 +80,10 @@ def update(file: str | None, recipes: tuple[str, ...], models: tuple[str, ...], 
     quantkit sizes update
     quantkit sizes update quantkit-sizes.yaml -r 'UD-*' -r recipes/mine.yaml -m deepseek-r1 -m deepseek-v2
     """
-    from pathlib import Path
-
     from quantkit import size_lock, size_report
     from quantkit import sizes as library
-    from quantkit.errors import OutputError
 
-    path = Path(file) if file is not None else library.default_lock()
-    if not path.parent.is_dir():
-        raise OutputError(f"{path}: there is no folder {path.parent}; make it first, or choose another place")
+    path = file if file is not None else library.default_lock()
     old = _old_lock(path, needed=not (recipes and models))
     was = old.matrix if old is not None else size_lock.Matrix(recipes=["all"], models=["deepseek-r1"])
     matrix = size_lock.Matrix(
@@ -110,7 +116,7 @@ def _old_lock(path: Path, needed: bool) -> Lock | None:
 
 
 @sizes.command()
-@click.argument("file", required=False)
+@click.argument("file", required=False, type=LOCK)
 @click.option(
     "--tolerance",
     type=Percent(),
@@ -126,8 +132,9 @@ def _old_lock(path: Path, needed: bool) -> Lock | None:
     show_default=True,
     help="github: workflow commands, and the Markdown in $GITHUB_STEP_SUMMARY.",
 )
-@click.option("-o", "--output", metavar="REPORT", help="Write the report to a file; print the text.")
-def check(file: str | None, tolerance: Fraction, form: str, output: str | None) -> None:
+@click.option("-o", "--output", type=REPORT, metavar="REPORT", help="Write the report to a file; print the text.")
+@click.option("--force", is_flag=True, help="Replace REPORT if it exists.")
+def check(file: str | None, tolerance: Fraction, form: str, output: Path | None, force: bool) -> None:
     """Compare sizes with the lock; exit 1 when any moved, and say by how much and by which rule.
 
     \b
@@ -138,19 +145,21 @@ def check(file: str | None, tolerance: Fraction, form: str, output: str | None) 
     from datetime import datetime, timezone
     from pathlib import Path
 
-    from quantkit import size_lock, size_report
+    from quantkit import output_files, size_lock, size_report
     from quantkit import sizes as library
 
+    summary = os.environ.get("GITHUB_STEP_SUMMARY") if form == "github" else None
+    if summary and os.path.isfile(summary):
+        will_write(output_files.Output(Path(summary), "$GITHUB_STEP_SUMMARY", replace=True))
     path = Path(file) if file is not None else library.default_lock()
     found = library.compare(size_lock.read(path), path, tolerance)
     when = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%S")
     report = size_report.render(found, form, when)
     if output is not None:
-        size_lock.write_text(Path(output), report + "\n")
+        output_files.write_text(output, report + "\n", force)
         report = size_report.text(found)
     click.echo(report)
-    summary = os.environ.get("GITHUB_STEP_SUMMARY")
-    if form == "github" and summary:
+    if summary:
         try:
             with open(summary, "a", encoding="utf-8") as f:
                 f.write(size_report.markdown(found) + "\n")
@@ -161,8 +170,15 @@ def check(file: str | None, tolerance: Fraction, form: str, output: str | None) 
 
 
 @sizes.command(name="table")
-@click.argument("model")
-@click.option("-r", "--recipe", "recipes", multiple=True, help="Shipped recipe, glob, or path.  [default: all shipped]")
+@click.argument("model", type=MODEL)
+@click.option(
+    "-r",
+    "--recipe",
+    "recipes",
+    type=RECIPES,
+    multiple=True,
+    help="Shipped recipe, glob, or path.  [default: all shipped]",
+)
 @layout_option
 @click.option(
     "--format", "form", type=click.Choice(["text", "markdown", "json"]), default="text", show_default=True, help="Form."

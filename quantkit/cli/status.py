@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from .files import PATH, Command
+
 if TYPE_CHECKING:
     from quantkit.journal import Journal
 
 
-@click.command()
-@click.argument("out", type=click.Path(path_type=Path))
+@click.command(cls=Command)
+@click.argument("out", type=PATH)
 @click.option("--json", "as_json", is_flag=True, help="The same for a script.")
 def status(out: Path, as_json: bool) -> None:
     """Show how far a build of OUT is: OUT as it was given to `quantkit build -o`.

@@ -6,8 +6,11 @@ from typing import Any
 
 import click
 
+from .files import Group
+from .terminal import bars_file
 
-@click.group()
+
+@click.group(cls=Group)
 def toolchain() -> None:
     """Build and list the llama.cpp tools.
 
@@ -47,7 +50,7 @@ def install(jobs: int | None, force: bool) -> None:
     def progress(done: int, total: int) -> None:
         nonlocal bar
         if bar is None:
-            bar = tqdm(total=total, initial=done, unit="step", desc="compiling", dynamic_ncols=True)
+            bar = tqdm(total=total, initial=done, unit="step", desc="compiling", dynamic_ncols=True, file=bars_file())
         bar.total = total
         bar.update(done - bar.n)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from .files import MODEL, RECIPE, RECIPE_OUT, RULES, Command
 from .options import conversion, layout_option
 
 _FORMATS = ("tensor-types", "custom-q", "thireus")
@@ -15,16 +16,21 @@ _MAX_BYTES = 1 << 22
 
 _form = click.option("--format", "form", type=click.Choice(_FORMATS), required=True, help="The other tool's format.")
 _model = click.option(
-    "-m", "--model", required=True, metavar="MODEL", help="Any SOURCE of `quantkit plan`; only its headers are read."
+    "-m",
+    "--model",
+    type=MODEL,
+    required=True,
+    metavar="MODEL",
+    help="Any SOURCE of `quantkit plan`; only its headers are read.",
 )
 _output = click.option(
-    "-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="Write to a file, not to standard output."
+    "-o", "--output", type=RECIPE_OUT, metavar="FILE", help="Write to a file, not to standard output."
 )
-_force = click.option("--force", is_flag=True, help="Overwrite the output file.")
+_force = click.option("--force", is_flag=True, help="Replace the file if it exists.")
 
 
-@click.command("from-gguf")
-@click.argument("source")
+@click.command(cls=Command, name="from-gguf")
+@click.argument("source", type=MODEL)
 @_output
 @click.option("--name", metavar="NAME", help="The recipe's name; else the file's.")
 @_force
@@ -44,16 +50,15 @@ def from_gguf(source: str, output: Path | None, name: str | None, force: bool, a
     from quantkit.sources.gguf_file import open_gguf
     from quantkit.sources.remote import is_remote, open_remote
 
-    _check_output(output, force)
     file = open_remote(source) if is_remote(source) else open_gguf(Path(source))
     made = clone(models.from_gguf(file), source, file.stem, name)
     proof = {"tensors": made.proof.n_tensors, "bytes": made.proof.nbytes, "equal": True}
-    _give(made.text, output, [*(f"note: {n}" for n in made.notes), str(made.proof)], as_json,
+    _give(made.text, output, force, [*(f"note: {n}" for n in made.notes), str(made.proof)], as_json,
           {"notes": made.notes, "round_trip": proof})  # fmt: skip
 
 
-@click.command("import")
-@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.command(cls=Command, name="import")
+@click.argument("file", type=RULES)
 @_form
 @_model
 @layout_option
@@ -94,7 +99,6 @@ def import_(
     from quantkit.models import open_model
     from quantkit.qtypes import FILE_TYPES
 
-    _check_output(output, force)
     if file_type is not None and file_type.upper() not in FILE_TYPES:
         raise click.BadParameter(f"unknown file type '{file_type}'{did_you_mean(file_type, FILE_TYPES)}")
     renamed = dict(_renaming(text) for text in maps)
@@ -111,12 +115,12 @@ def import_(
         file_type.upper() if file_type else None, with_imatrix, renamed,
     )  # fmt: skip
     proof = {"tensors": made.proof.n_tensors, "bytes": made.proof.nbytes, "equal": True}
-    _give(made.text, output, [*(f"note: {n}" for n in made.notes), str(made.proof)], as_json,
+    _give(made.text, output, force, [*(f"note: {n}" for n in made.notes), str(made.proof)], as_json,
           {"notes": made.notes, "round_trip": proof})  # fmt: skip
 
 
-@click.command()
-@click.argument("recipe")
+@click.command(cls=Command)
+@click.argument("recipe", type=RECIPE)
 @_form
 @_model
 @layout_option
@@ -136,10 +140,9 @@ def export(recipe: str, form: str, model: str, layout: str, output: Path | None,
     from quantkit.plan import make_plan
     from quantkit.recipe import load
 
-    _check_output(output, force)
     plan = make_plan(open_model(model, conversion(layout, None, None)), load(recipe))
     made = exchange.export(plan, form)
-    _give(made.text, output, [f"note: {n}" for n in made.notes], False, {})
+    _give(made.text, output, force, [f"note: {n}" for n in made.notes], False, {})
 
 
 def _renaming(text: str) -> tuple[str, str]:
@@ -151,29 +154,12 @@ def _renaming(text: str) -> tuple[str, str]:
     return before, qtype(after).name
 
 
-def _check_output(output: Path | None, force: bool) -> None:
-    from quantkit.errors import OutputError
-
-    if output is not None and output.exists() and not force:
-        raise OutputError(f"{output}: exists already; choose another name, or overwrite it with --force")
-
-
-def _give(text: str, output: Path | None, said: list[str], as_json: bool, facts: dict[str, Any]) -> None:
+def _give(text: str, output: Path | None, force: bool, said: list[str], as_json: bool, facts: dict[str, Any]) -> None:
     """Print or write the text; what is said with it goes to standard error, unless it is part of the JSON."""
-    import os
-
-    from quantkit.errors import OutputError
+    from quantkit.output_files import write_text
 
     if output is not None:
-        partial = output.with_name(f".{output.name}.{os.getpid()}.part")
-        try:
-            try:
-                partial.write_text(text, "utf-8")
-                os.replace(partial, output)
-            finally:
-                partial.unlink(missing_ok=True)
-        except OSError as e:
-            raise OutputError(f"{output}: cannot be written: {e.strerror or e}") from None
+        write_text(output, text, force)
     if as_json:
         click.echo(
             json.dumps({"recipe": text, "output": output and str(output), **facts}, indent=1, ensure_ascii=False)

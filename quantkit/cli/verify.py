@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from .bars import Bars
+from .files import GGUF, IMATRIX, MANIFEST, MODEL, PATH, RECIPE, Command
 from .options import (
     conversion,
     default_threads,
@@ -24,22 +27,22 @@ if TYPE_CHECKING:
     from quantkit.catalogue import Catalogue
     from quantkit.plan import Plan
     from quantkit.recipe import Recipe
-    from quantkit.verify.attestation import Attested
+    from quantkit.verify.attestation import Asked, Attested
     from quantkit.verify.rederive import Rows
 
-_File = click.Path(path_type=Path)
 
-
-@click.command()
-@click.argument("output", metavar="OUT", type=_File)
-@click.option("-r", "--recipe", help="The recipe it should be: a shipped one's name, or a YAML file. Needs --source.")
-@click.option("--plan", "plan_file", type=_File, metavar="FILE", help="Or the plan, from `quantkit plan --json`.")
+@click.command(cls=Command)
+@click.argument("output", metavar="OUT", type=GGUF)
 @click.option(
-    "-s", "--source", metavar="SOURCE",
+    "-r", "--recipe", type=RECIPE, help="The recipe it should be: a shipped one's name, or a YAML file. Needs --source."
+)
+@click.option("--plan", "plan_file", type=PATH, metavar="FILE", help="Or the plan, from `quantkit plan --json`.")
+@click.option(
+    "-s", "--source", type=MODEL, metavar="SOURCE",
     help="What it was made from: a checkpoint directory or a GGUF, to derive rows again; or a config.json, or the "
     "name of a known model, for the plan only.",
 )  # fmt: skip
-@click.option("--imatrix", metavar="FILE", help="The importance matrix it was made with.")
+@click.option("--imatrix", type=IMATRIX, metavar="FILE", help="The importance matrix it was made with.")
 @click.option(
     "--sample", metavar="1%|N|all|none",
     help="Rows to derive again: a share, a number, all, or none; at least one of each matrix and expert.  "
@@ -52,12 +55,13 @@ _File = click.Path(path_type=Path)
 @click.option("--pre", metavar="NAME", help="tokenizer.ggml.pre, as for build.")
 @click.option("--pad-token", metavar="TOKEN", help="Padding token, as for build.")
 @click.option("--ignore-key", "ignored", multiple=True, metavar="KEY", help="Do not compare this metadata key.")
-@click.option("--manifest", type=_File, metavar="FILE", help="Compare with the hashes in FILE.")
+@click.option("--manifest", type=PATH, metavar="FILE", help="Compare with the hashes in FILE.")
 @click.option(
-    "--write-manifest", type=_File, metavar="FILE",
+    "--write-manifest", type=MANIFEST, metavar="FILE",
     help="Write SHA-256 of each file and tensor to FILE, if nothing is found wrong.",
 )  # fmt: skip
-@click.option("--attestation", "attestation_file", type=_File, metavar="FILE", help="Check what build --attest wrote.")
+@click.option("--force", is_flag=True, help="Replace --write-manifest's FILE if it exists.")
+@click.option("--attestation", "attestation_file", type=PATH, metavar="FILE", help="Check what build --attest wrote.")
 @click.option("--hash-source", is_flag=True, help="With --attestation: hash all of the source, not only its headers.")
 @threads_option
 @click.option(
@@ -83,6 +87,7 @@ def verify(
     ignored: tuple[str, ...],
     manifest: Path | None,
     write_manifest: Path | None,
+    force: bool,
     attestation_file: Path | None,
     hash_source: bool,
     threads: int | None,
@@ -110,13 +115,13 @@ def verify(
     from quantkit.verify.run import verify as run
 
     attested = None if attestation_file is None else attestation.read(attestation_file)
-    _check_usage(recipe, plan_file, source, sample, hash_source, attested)
+    _check_usage(recipe, plan_file, source, sample, hash_source, sets, attested)
     given = None if manifest is None else manifests.read(manifest)
     weights = imatrix_of(imatrix)
     if attested is not None:  # what it was built with, unless said otherwise here
         asked = attested.asked
-        layout, pre, pad_token = asked.layout, pre or asked.pre, pad_token or asked.pad_token
-        mixture_version = asked.mixture_version
+        _check_agrees(ctx, asked)
+        layout, mixture_version, pre, pad_token = asked.layout, asked.mixture_version, asked.pre, asked.pad_token
     rules = recipe_of(recipe, sets) if recipe else _attested_recipe(attested) if attested and source else None
     model = None
     if source is not None:
@@ -139,7 +144,7 @@ def verify(
     if rows is None and model is not None and sample is None:
         verdict.notes.append("no rows were derived again: of the source only headers are known")
     if write_manifest is not None and verdict.ok:
-        manifests.write_json(write_manifest, manifests.make(outcome.files.files, outcome.digests))
+        manifests.write_json(write_manifest, manifests.make(outcome.files.files, outcome.digests), force)
         verdict.notes.append(f"wrote the manifest {write_manifest}")
     elif write_manifest is not None:
         verdict.notes.append(f"{write_manifest} was not written, since the file is damaged")
@@ -149,7 +154,7 @@ def verify(
 
 def _check_usage(
     recipe: str | None, plan: Path | None, source: str | None, sample: str | None, hash_source: bool,
-    attested: Attested | None,
+    sets: Sequence[str], attested: Attested | None,
 ) -> None:  # fmt: skip
     if recipe and plan:
         raise click.UsageError("--recipe and --plan both say what the file should be; give one")
@@ -157,10 +162,24 @@ def _check_usage(
         raise click.UsageError(
             "--recipe needs --source: a checkpoint, a GGUF, a config.json, or the name of a known model"
         )
+    if sets and not recipe:
+        raise click.UsageError("--set needs --recipe")
     if sample and sample != "none" and not source:
         raise click.UsageError("--sample needs --source: rows are derived again from the weights")
     if hash_source and attested is None:
         raise click.UsageError("--hash-source needs --attestation")
+
+
+def _check_agrees(ctx: click.Context, asked: Asked) -> None:
+    """Raises UsageError for an option of the build that is given here with another value than was attested."""
+    for name in ("layout", "mixture_version", "pre", "pad_token"):
+        given, was = ctx.params[name], getattr(asked, name)
+        if ctx.get_parameter_source(name) is not ParameterSource.DEFAULT and given != was:
+            option = f"--{name.replace('_', '-')}"
+            raise click.UsageError(
+                f"{option} {given} contradicts the attestation, by which the build had "
+                f"{'none' if was is None else f'{option} {was}'}; leave it away, or verify without --attestation"
+            )
 
 
 def _attested_recipe(attested: Attested) -> Recipe:
@@ -170,8 +189,8 @@ def _attested_recipe(attested: Attested) -> Recipe:
 
     asked = attested.asked
     try:
-        return parse(asked.recipe_text, asked.recipe_name, asked.sets, None)
-    except RecipeError as e:  # its base was a file of its own
+        return parse(asked.recipe_text, asked.recipe_name, asked.sets, None, asked.base_text)
+    except RecipeError as e:  # of an older statement, without the text of a base that was a file of its own
         raise RecipeError(f"{e}; the attested recipe cannot be read alone: give it with --recipe") from None
 
 

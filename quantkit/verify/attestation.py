@@ -1,14 +1,15 @@
 """What was built from what: an in-toto statement (v1) with SLSA provenance (v1) as its predicate.
 
     subject                the output files, by SHA-256
-    externalParameters     the recipe's text and what else was asked for
+    externalParameters     the recipe's text, its base's, and what else was asked for
     internalParameters     what the plan came to: tensors, bytes, and a digest of every tensor's type
     resolvedDependencies   the source's files and the importance matrix
     runDetails             versions
 
 A source of 688 GB takes long to hash, so of its big files the header is hashed and the length noted, which
 names every tensor, type and place but not the weights; with `whole` the weights too. Small files and the
-importance matrix are always hashed whole. The statement is not signed: any in-toto tool can do that.
+importance matrix are always hashed whole. All but the weights is hashed before the build, and what was written to
+meanwhile is refused: what is stated is what was used. The statement is not signed: any in-toto tool can do that.
 See https://in-toto.io/Statement/v1 and https://slsa.dev/provenance/v1.
 """
 
@@ -19,7 +20,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from .. import __version__
 from ..catalogue import Source
@@ -62,14 +63,15 @@ class Asked:
     split_max_size: int | None = None
     allow_requantize: bool = False
     engine: str = "native"
+    base_text: tuple[str, str] | None = None
+    """the text of the recipe's base, and the name of its file"""
 
     def to_json(self) -> dict[str, Any]:
         return {
             "recipe": {
-                "name": Path(self.recipe_name).name,
-                "sha256": hashlib.sha256(self.recipe_text.encode()).hexdigest(),
-                "text": self.recipe_text,
+                **_text_and_digest(self.recipe_text, Path(self.recipe_name).name),
                 "set": dict(self.sets),
+                **({} if self.base_text is None else {"base": _text_and_digest(*self.base_text)}),
             },
             "mixtureVersion": self.mixture_version,
             "layout": self.layout,
@@ -79,6 +81,10 @@ class Asked:
             "allowRequantize": self.allow_requantize,
             "engine": self.engine,
         }
+
+
+def _text_and_digest(text: str, name: str) -> dict[str, str]:
+    return {"name": name, "sha256": hashlib.sha256(text.encode()).hexdigest(), "text": text}
 
 
 def plan_digest(tensors: Iterable[Expected]) -> str:
@@ -126,44 +132,90 @@ def _header_bytes(path: Path) -> int:
     return made.header_end
 
 
-def dependencies(source: Source, imatrix: Imatrix | None, whole: bool, progress: Progress) -> list[dict[str, Any]]:
-    """The source's files, and the importance matrix, as in-toto resource descriptors."""
+class Dependency(NamedTuple):
+    """A file that a build is made from: `digest` of its header or, where `is_whole`, of all of it."""
+
+    path: Path
+    role: str
+    nbytes: int
+    header_bytes: int | None
+    digests: dict[str, str]
+    state: tuple[int, int, int]
+    """size, time of modification and inode when it was hashed"""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a build is made from, taken before it begins: a file that is written to meanwhile is noticed."""
+
+    files: tuple[Dependency, ...]
+
+    def check(self) -> None:
+        """Raises SourceError where a file is not what it was."""
+        for file in self.files:
+            if _state(file.path) != file.state:
+                raise SourceError(
+                    f"{file.path}: was written to since the build began, so what was built from cannot be attested; "
+                    "put it back as it was, and build again"
+                )
+
+    def to_json(self, whole: bool, progress: Progress) -> list[dict[str, Any]]:
+        """The files as in-toto resource descriptors, with `whole` all of each hashed. Raises SourceError."""
+        todo = [file for file in self.files if whole and "sha256" not in file.digests]
+        if todo:
+            progress.start("source hashes", sum(file.nbytes for file in todo), "B")
+        out = []
+        for file in self.files:
+            digest, notes = dict(file.digests), {"role": file.role, "bytes": file.nbytes}
+            if file.header_bytes is not None:
+                notes["headerBytes"] = file.header_bytes
+            if file in todo:
+                digest["sha256"] = file_digest(file.path, progress=progress)
+            out.append({"name": file.path.name, "digest": digest, "annotations": notes})
+        self.check()
+        return out
+
+
+def _state(path: Path) -> tuple[int, int, int]:
+    try:
+        info = path.stat()
+    except OSError as e:
+        raise SourceError(f"{path}: cannot be read any more: {e.strerror or e}") from None
+    return (info.st_size, info.st_mtime_ns, info.st_ino)
+
+
+def gather(source: Source, imatrix: Imatrix | None, progress: Progress) -> Evidence:
+    """The source's files, and the importance matrix: headers of big files, and all of small ones, hashed. Raises
+    SourceError."""
     folder = source.path if source.path.is_dir() else source.path.parent
     beside = [folder / name for name in _BESIDE if (folder / name).is_file()] if source.path.is_dir() else []
     small = [p for p in beside if regular(p) <= _SMALL]
     headers = {path: _header_bytes(path) for path in source.files}
-    everything = [*small, *([imatrix.path] if imatrix is not None else [])]
-    sizes = {path: regular(path) for path in (*source.files, *everything)}
-    hashed = {path for path in sizes if whole or path not in headers}
-    progress.start("source hashes", sum(headers.values()) + sum(sizes[path] for path in hashed), "B")
+    everything = dict.fromkeys([*source.files, *small, *([imatrix.path] if imatrix is not None else [])])
+    sizes = {path: headers.get(path, regular(path)) for path in everything}
+    progress.start("source hashes", sum(sizes.values()), "B")
     out = []
     for path, nbytes in sizes.items():
-        digest: dict[str, str] = {}
-        notes: dict[str, Any] = {"role": "source", "bytes": nbytes}
-        if imatrix is not None and path == imatrix.path:
-            notes["role"] = "imatrix"
-        if path in headers:
-            notes["headerBytes"] = headers[path]
-            digest[HEADER_DIGEST] = file_digest(path, headers[path], progress)
-        if path in hashed:
-            digest["sha256"] = file_digest(path, progress=progress)
-        out.append({"name": path.name, "digest": digest, "annotations": notes})
-    return out
+        state = _state(path)
+        role = "imatrix" if imatrix is not None and path == imatrix.path else "source"
+        digest = file_digest(path, nbytes, progress)
+        kind = HEADER_DIGEST if path in headers else "sha256"
+        out.append(Dependency(path, role, state[0], headers.get(path), {kind: digest}, state))
+    return Evidence(tuple(out))
 
 
 def statement(
     plan: Plan,
-    imatrix: Imatrix | None,
+    evidence: Evidence,
     asked: Asked,
     files: Sequence[Path],
     versions: Mapping[str, str],
     progress: Progress,
     whole: bool = False,
 ) -> dict[str, Any]:
-    """The statement of a finished build. `files`: the output; `versions`: of what else made the bytes (ggml);
-    `whole`: hash all of the source. Raises SourceError when a file cannot be read."""
-    if plan.catalogue.source is None:
-        raise SourceError(f"{plan.catalogue.model}: no weights, so nothing was built from it")
+    """The statement of a finished build. `evidence`: what `gather` found before it; `files`: the output; `versions`:
+    of what else made the bytes (ggml); `whole`: hash all of the source. Raises SourceError when a file cannot be read,
+    or has changed."""
     tensors = expected_of(plan)
     inside = {
         "model": plan.catalogue.model,
@@ -182,7 +234,7 @@ def statement(
                 "buildType": BUILD_TYPE,
                 "externalParameters": asked.to_json(),
                 "internalParameters": inside,
-                "resolvedDependencies": dependencies(plan.catalogue.source, imatrix, whole, progress),
+                "resolvedDependencies": evidence.to_json(whole, progress),
             },
             "runDetails": {"builder": {"id": BUILDER, "version": {"quantkit": __version__, **versions}}},
         },
@@ -216,13 +268,14 @@ def read(path: Path) -> Attested:
         if definition["buildType"] != BUILD_TYPE:
             raise SourceError(f"{path}: attests another kind of build: {definition['buildType']!r:.60}")
         outside, recipe = definition["externalParameters"], definition["externalParameters"]["recipe"]
+        base = recipe.get("base")
         made = Attested(
             {str(s["name"]): str(s["digest"]["sha256"]) for s in value["subject"]},
             Asked(
                 str(recipe["name"]), str(recipe["text"]), {str(k): str(v) for k, v in recipe["set"].items()},
                 str(outside["mixtureVersion"]), str(outside["layout"]), _text(outside["pre"]),
                 _text(outside["padToken"]), outside["splitMaxSize"], bool(outside["allowRequantize"]),
-                str(outside["engine"]),
+                str(outside["engine"]), base and (str(base["text"]), str(base["name"])),
             ),
             str(definition["internalParameters"]["planSha256"]),
             [
@@ -234,10 +287,12 @@ def read(path: Path) -> Attested:
                 for d in definition["resolvedDependencies"]
             ],
         )  # fmt: skip
-        said = str(recipe["sha256"])
+        said = [(made.asked.recipe_text, str(recipe["sha256"]))]
+        if base is not None:
+            said.append((str(base["text"]), str(base["sha256"])))
     except (KeyError, TypeError, AttributeError, ValueError) as e:
         raise SourceError(f"{path}: the attestation is malformed at {str(e)[:60]}") from None
-    if hashlib.sha256(made.asked.recipe_text.encode()).hexdigest() != said:
+    if any(hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest() != sha for text, sha in said):
         raise SourceError(f"{path}: the recipe's text is not the one whose SHA-256 stands beside it; it was edited")
     if not made.subjects:
         raise SourceError(f"{path}: attests no file")
@@ -284,7 +339,7 @@ def compare_sources(
 
     found: list[dict[str, Any]] = []
     if source is not None:
-        found = dependencies(source, imatrix, whole, progress)
+        found = gather(source, imatrix, progress).to_json(whole, progress)
     elif imatrix is not None:
         progress.start("source hashes", regular(imatrix.path), "B")
         notes = {"role": "imatrix", "bytes": regular(imatrix.path)}

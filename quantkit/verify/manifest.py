@@ -8,12 +8,12 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import OutputError, SourceError
+from ..errors import SourceError
+from ..output_files import write_text
 from .gguf import Gguf, regular
 from .scan import Digests
 from .verdict import Finding, Findings
@@ -42,21 +42,9 @@ def make(files: Sequence[Gguf], digests: Digests) -> dict[str, Any]:
     }
 
 
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write a JSON file whole or not at all. Raises OutputError."""
-    temporary = path.with_name(f".{path.name}.quantkit-{os.getpid()}")
-    try:
-        try:
-            with open(temporary, "x", encoding="utf-8") as file:
-                json.dump(value, file, indent=1, ensure_ascii=False)
-                file.write("\n")
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as e:
-        raise OutputError(f"{path}: cannot be written: {e.strerror or e}") from None
+def write_json(path: Path, value: Mapping[str, Any], replace: bool = False) -> None:
+    """Write a JSON file whole or not at all. Raises OutputError, for one that is there and not to be replaced too."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n", replace)
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:

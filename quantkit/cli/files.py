@@ -1,0 +1,323 @@
+"""Files on the command line: types for what a command reads and for what it writes, checked before it runs.
+
+Every argument and option that names a file or a folder has one of these types, and every command is a `Command`, which
+looks at all of them before its function is called: what is read must be no pipe or device, and nothing that is written
+may be something that is read, or another output (quantkit.output_files). So a new option cannot forget it. Names that a
+command only knows later, such as those of shards, it gives to `will_write`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from quantkit.output_files import Output
+
+    _Type = click.ParamType[Any]
+else:
+    _Type = click.ParamType  # generic in newer releases only
+
+_KEY = "quantkit.files"
+#: stands for the lock in the current directory
+_DEFAULT = Path()
+T = TypeVar("T")
+
+
+class Read(_Type):
+    """Something that is read. `files` lists the files behind a value; the value stays as it was given."""
+
+    name = "file"
+
+    def __init__(
+        self,
+        files: Callable[[str], Iterable[Path]] | None = None,
+        as_path: bool = False,
+        error: str = "SourceError",
+        unless_given: Path | None = None,
+        name: str = "file",
+    ) -> None:
+        """`error` is the class of quantkit.errors for a pipe or device; `unless_given` stands for no value."""
+        self._files, self._as_path = files, as_path
+        self.error, self.unless_given, self.name = error, unless_given, name
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return Path(value) if self._as_path else value
+
+    def files(self, value: Any) -> Iterable[Path]:
+        return [Path(value)] if self._files is None else self._files(str(value))
+
+
+class Written(_Type):
+    """A file, or with `outputs` more, that is written. Its value is a Path."""
+
+    name = "file"
+
+    def __init__(
+        self,
+        example: str = "model.gguf",
+        wanted: str = "the name of the file to make",
+        outputs: Callable[[Path, Output], Iterable[Output]] | None = None,
+        is_file: bool = True,
+        files: Callable[[Path], Iterable[Path]] | None = None,
+        unless_given: Path | None = None,
+    ) -> None:
+        """`wanted` and `example` say what to give in place of a directory; `files` are what the value says that is
+        read besides."""
+        self._wanted = wanted
+        self._example, self._outputs, self._is_file, self._files = example, outputs, is_file, files
+        self.unless_given = unless_given
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        from quantkit.output_files import check_file_name
+
+        if self._is_file and isinstance(value, str):
+            check_file_name(value, self._wanted, self._example)
+        return Path(value)
+
+    def files(self, value: Path) -> Iterable[Path]:
+        return () if self._files is None else self._files(value)
+
+    def outputs(self, value: Path, option: str, replace: bool) -> Iterable[Output]:
+        from quantkit.output_files import Output
+
+        one = Output(value, option, replace, example=self._example)
+        return [one] if self._outputs is None else self._outputs(value, one)
+
+
+class Command(click.Command):
+    """A command whose files are checked before it runs."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        reads: list[Path] = []
+        outputs: list[Output] = []
+        replace = bool(ctx.params.get("force"))
+        writes = any(isinstance(p.type, Written) and ctx.params.get(p.name or "") is not None for p in self.params)
+        for param in self.params:
+            value = ctx.params.get(param.name or "")
+            if value is None:
+                value = getattr(param.type, "unless_given", None)
+            for one in value if isinstance(value, tuple) else () if value is None else (value,):
+                if isinstance(param.type, Read | Written):
+                    # a recipe's base, say, is only looked for where it could be written over
+                    all_files = writes or os.path.isdir(one) or one == param.type.unless_given
+                    files = list(param.type.files(one)) if all_files else [Path(one)]
+                    _refuse_special(files, getattr(param.type, "error", "SourceError"))
+                    reads += files
+                if isinstance(param.type, Written):
+                    outputs += param.type.outputs(one, _shown(param), replace)
+        ctx.meta[_KEY] = (reads, outputs)
+        if outputs:
+            from quantkit.output_files import check
+
+            check(reads, outputs)
+        return super().invoke(ctx)
+
+
+class Group(click.Group):
+    """A group whose commands are `Command`s."""
+
+    command_class = Command
+
+
+def will_write(*more: Output) -> None:
+    """Check further outputs of the command at work, and all again beside these. Raises OutputError."""
+    from quantkit.output_files import check
+
+    reads, outputs = click.get_current_context().meta[_KEY]
+    outputs += more
+    check(reads, outputs)
+
+
+def _shown(param: click.Parameter) -> str:
+    if isinstance(param, click.Option):
+        return max(param.opts, key=len)
+    return param.make_metavar(click.get_current_context()).strip("[]")
+
+
+def _refuse_special(paths: Iterable[Path], error: str) -> None:
+    """Raise an error of that class for a pipe, socket or device: reading it may never end."""
+    from quantkit import errors
+    from quantkit.disk import special
+
+    for path in paths:
+        with suppress(OSError, ValueError):  # what is not there, or cannot be, the command says
+            what = special(os.stat(path).st_mode)
+            if what is not None:
+                raise getattr(errors, error)(f"{path}: is {what}, not a regular file; write it to a file first")
+
+
+# ---------------------------------------------------------------- what is read
+
+
+def _of_gguf(value: str) -> Iterator[Path]:
+    """A GGUF and the other shards of its set."""
+    from quantkit.sharding import split_name
+
+    path = Path(value)
+    yield path
+    parts = split_name(path.name)
+    if parts is not None:
+        with suppress(OSError):
+            for beside in sorted(path.absolute().parent.iterdir()):
+                other = split_name(beside.name)
+                if other is not None and (other.prefix, other.n_shards) == (parts.prefix, parts.n_shards):
+                    yield beside
+
+
+def _of_model(value: str) -> Iterator[Path]:
+    """Everything behind a SOURCE: the files of a checkpoint's folder, or of a GGUF."""
+    from quantkit.output_files import files_of_folder
+
+    path = Path(value)
+    with suppress(RuntimeError):  # ~name of nobody
+        path = path.expanduser()
+    try:
+        is_folder, is_there = path.is_dir(), path.exists()
+    except OSError:
+        return
+    if is_folder:
+        yield from files_of_folder(path)
+    elif is_there:
+        yield from _of_gguf(str(path))
+    elif value.count("/") == 1 and not value.startswith((".", "~", "/")) and "://" not in value:
+        from quantkit.models import downloaded
+
+        found = downloaded(value)
+        if found is not None:
+            yield from files_of_folder(found)
+
+
+def _of_recipe(value: str) -> Iterable[Path]:
+    from quantkit.recipe import files_of
+
+    return files_of(value)
+
+
+def _of_recipes(value: str) -> Iterator[Path]:
+    """The files of recipes as `quantkit sizes` names them, by globs too."""
+    import glob
+
+    yield from _of_recipe(value)
+    if any(ch in value for ch in "*?["):
+        for found in glob.glob(value, recursive=True):
+            yield from _of_recipe(found)
+
+
+def _of_lock(value: str) -> Iterator[Path]:
+    """A sizes lock, and the recipes and models that it names."""
+    path = _lock_path(Path(value))
+    yield path
+    yield from _behind_lock(path)
+
+
+def _lock_path(path: Path) -> Path:
+    from quantkit.sizes import default_lock
+
+    return default_lock() if path == _DEFAULT else path
+
+
+def _behind_lock(given: Path) -> Iterator[Path]:
+    from quantkit.errors import QuantkitError
+    from quantkit.size_lock import read
+    from quantkit.sizes import is_path
+
+    path = _lock_path(given)
+
+    with suppress(QuantkitError):
+        matrix = read(path).matrix
+        for name in matrix.recipes:
+            yield from _of_recipes(str(path.parent / name) if is_path(name) else name)
+        for name in matrix.models:
+            here = path.parent / name
+            yield from _of_model(str(here) if here.exists() else name)
+
+
+def _of_dequant(value: str) -> Iterator[Path]:
+    """The files of a checkpoint, those in folders too: they are carried over."""
+    yield from _of_model(value)
+    for folder, folders, names in os.walk(value):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        yield from (Path(folder, name) for name in names if not name.startswith("."))
+
+
+def _nothing(_: str) -> Iterable[Path]:
+    return ()
+
+
+FILE = Read()
+PATH = Read(as_path=True)
+GGUF = Read(_of_gguf, as_path=True)
+MODEL = Read(_of_model, name="source")
+CHECKPOINT = Read(_of_dequant, as_path=True)
+RECIPE = Read(_of_recipe, error="RecipeError", name="recipe")
+RECIPES = Read(_of_recipes, error="RecipeError", name="recipe")
+IMATRIX = Read(error="ImatrixError")
+RULES = Read(as_path=True, error="RecipeError")
+TOOL = Read(error="ToolError")
+LOCK = Read(_of_lock, unless_given=_DEFAULT)
+#: a folder of which a command only tells
+FOLDER = Read(_nothing, as_path=True)
+
+
+# ---------------------------------------------------------------- what is written
+
+
+def _of_build(out: Path, one: Output) -> Iterator[Output]:
+    """OUT, or shards whose names `prepare` knows and checks, and the folder where they are made."""
+    from quantkit.partial_folder import folder_of
+
+    yield one._replace(is_later=True, suffix=".partial")
+    yield one._replace(path=folder_of(out), option="the unfinished build", is_folder=True)
+
+
+def _of_cache(folder: Path, one: Output) -> Iterator[Output]:
+    for name in ("objects", "sources", "tmp"):
+        yield one._replace(path=folder / name, is_folder=True)
+    if folder.is_dir():
+        yield one._replace(path=folder / "lock", replace=True)
+
+
+def _of_demo(folder: Path, one: Output) -> Iterator[Output]:
+    """What a demo made before and makes again; that the folder is a demo's its marker says."""
+    from quantkit import demo
+
+    for inside in (folder, folder / demo.NAME):
+        with suppress(OSError):
+            for path in sorted(inside.iterdir()):
+                if path.suffix != ".yaml" and not (path.is_dir() and not path.is_symlink()):
+                    yield one._replace(path=path, replace=True)
+
+
+def _of_update(given: Path, one: Output) -> Iterator[Output]:
+    """A sizes lock is read and written by design. What is there and is none is replaced with --force only."""
+    from quantkit.size_lock import is_lock
+
+    path = _lock_path(given)
+    yield one._replace(path=path, replace=one.replace or is_lock(path))
+
+
+def _as_folder(_: Path, one: Output) -> Iterable[Output]:
+    return (one._replace(is_folder=True),)
+
+
+def _as_prefix(_: Path, one: Output) -> Iterable[Output]:
+    return (one._replace(is_later=True),)
+
+
+BUILT = Written(outputs=_of_build)
+MERGED = Written(outputs=lambda _, one: [one._replace(suffix=".part")])
+REPORT = Written("report.txt")
+MANIFEST = Written("manifest.json")
+ATTESTATION = Written("build.json")
+RECIPE_OUT = Written("recipe.yaml")
+LOCK_OUT = Written("quantkit-sizes.yaml", outputs=_of_update, files=_behind_lock, unless_given=_DEFAULT)
+PREFIX = Written("model", "a prefix for the names", outputs=_as_prefix)
+CACHE = Written(outputs=_of_cache, is_file=False)
+DEMO = Written(outputs=_of_demo, is_file=False)
+MADE_FOLDER = Written(outputs=_as_folder, is_file=False)

@@ -1,0 +1,232 @@
+"""Where a run writes: never over what it reads or writes elsewhere, and over what is there only when asked to.
+
+`check` is the one place where that is decided, for every command; `write_text` the one way in which small files
+(reports, recipes, locks, manifests, statements) come to be: whole, or not at all.
+
+One rule for names: an output is a new regular file, or replaces one with --force. A symbolic link is refused, wherever
+it points: writing through it may hit another folder or disk than was meant, and replacing it loses it.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import unicodedata
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+from .disk import sync, write_at
+from .errors import OutputError
+
+#: bytes of a file's name where the filesystem does not say
+_NAME_MAX = 255
+#: files of a checkpoint's folder that are other models, not parts of this one
+_OTHER_MODELS = (".gguf",)
+
+
+class Output(NamedTuple):
+    """What a run will write."""
+
+    path: Path
+    option: str = "the output"
+    """how it was given, for messages"""
+    replace: bool = False
+    """replace a file that is there: --force, or the run's own by design"""
+    is_folder: bool = False
+    """a folder that the run fills and empties: what it reads, and its other outputs, may not be inside"""
+    example: str = "model.gguf"
+    """a name to suggest in place of a directory"""
+    suffix: str = ""
+    """the longest that is added to the name while it is being made"""
+    is_later: bool = False
+    """what is written is perhaps not this name but others of the same option, checked when they are known"""
+
+
+def check(reads: Iterable[Path], outputs: Sequence[Output]) -> None:
+    """Raise OutputError unless all of `outputs` can be written: each is a name that can be, in a folder that is there,
+    of no file of `reads` and of no other output, by whatever path; and not taken, or a regular file to replace."""
+    read = list(dict.fromkeys(reads))
+    of_read = {_identity(path) for path in read}
+    taken: dict[object, Output] = {}
+    for output in outputs:
+        _check_name(output)
+        if output.is_folder:
+            _check_holds_none(output, read)
+            continue
+        _check_place(output)
+        if (identity := _identity(output.path)) in of_read:
+            raise OutputError(f"{output.path}: is one of the files read and would be overwritten; choose another name")
+        other = taken.setdefault(identity, output)
+        if other is not output and not (other.is_later and other.option == output.option):
+            raise OutputError(
+                f"{output.path}: is given to {other.option} and {output.option} both; give each a name of its own"
+            )
+    for folder in (output for output in outputs if output.is_folder):
+        for inner in outputs:
+            if inner is not folder and _inside(inner.path, folder.path):
+                raise OutputError(
+                    f"{inner.path}: {inner.option} is inside {folder.path}, which {folder.option} fills; give another"
+                )
+    for output in outputs:
+        if not output.is_folder and not output.is_later:
+            check_replaceable(output.path, output.replace)
+
+
+def check_replaceable(path: Path, replace: bool) -> None:
+    """Raise OutputError for a name that is taken, unless by a regular file and that is to be replaced."""
+    if path.is_symlink():
+        raise OutputError(
+            f"{path}: is a symbolic link, which is neither followed nor replaced; give the name it points to, "
+            f"{os.path.realpath(path)}, or remove it"
+        )
+    if not os.path.lexists(path):
+        return
+    if path.is_dir():
+        raise OutputError(f"{path}: is a directory; give the name of the file to make")
+    if not path.is_file():
+        raise OutputError(f"{path}: is no regular file and will not be replaced; choose another name")
+    if not replace:
+        raise OutputError(f"{path}: exists; choose another name, or replace it with --force")
+
+
+def check_file_name(text: str, wanted: str, example: str) -> None:
+    """Raise OutputError for a text that names a directory, or a stream, where a file is to be made."""
+    if text == "-":
+        raise OutputError("-: is no name of a file; give ./- if that is its name, or leave the option away to print")
+    if text == "" or text.endswith(os.sep) or os.path.basename(text) in (".", ".."):
+        raise OutputError(
+            f"{text or 'an empty name'}: is a directory; give {wanted}, such as {os.path.join(text, example)}"
+        )
+
+
+def files_of_folder(folder: Path) -> list[Path]:
+    """The files in a checkpoint's folder that count as read when the checkpoint is: all but other models."""
+    try:
+        return [p for p in sorted(folder.iterdir()) if p.suffix not in _OTHER_MODELS and not p.is_dir()]
+    except OSError:
+        return []
+
+
+def write_text(path: Path, text: str, replace: bool = False) -> None:
+    """Write a small UTF-8 file whole or not at all: beside its place under a name of its own, brought to the disk, then
+    renamed. Raises OutputError, where a file is there and not to be replaced too."""
+    check_replaceable(path, replace)
+    # short, whatever the name: that may have 255 bytes itself
+    temporary = path.with_name(f".quantkit-{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    # what is no UTF-8, of a file's name, is written as JSON escapes it
+    data = text.encode("utf-8", "backslashreplace")
+    try:
+        try:
+            fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+            try:
+                write_at(fd, data, 0)
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+            _give_name(temporary, path, replace)
+            with suppress(OSError):  # a folder that may be written to, but not read
+                sync(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as e:
+        raise OutputError(f"{path}: cannot be written: {e.strerror or e}") from None
+
+
+def _give_name(temporary: Path, path: Path, replace: bool) -> None:
+    if not replace:
+        try:
+            os.link(temporary, path)  # unlike a rename, replaces nothing
+            return
+        except FileExistsError:
+            check_replaceable(path, replace)
+        except OSError:
+            pass  # no hard links here
+    check_replaceable(path, replace)
+    os.replace(temporary, path)
+
+
+# ---------------------------------------------------------------- one output
+
+
+def _check_name(output: Output) -> None:
+    path = output.path
+    if not path.name or path.name == "..":
+        raise OutputError(
+            f"{path}: is a directory; give the name of the {'folder' if output.is_folder else 'file'} to make"
+        )
+    check_length(path, output.suffix)
+
+
+def check_length(path: Path, suffix: str = "") -> None:
+    """Raise OutputError for a name with more bytes than the filesystem takes, `suffix` added while it is made."""
+    most, nbytes = _NAME_MAX, len(os.fsencode(path.name + suffix))
+    with suppress(OSError, ValueError):
+        most = os.pathconf(path.parent, "PC_NAME_MAX")
+    if nbytes > most:
+        also = f" with the {suffix} it has while it is made" if suffix else ""
+        raise OutputError(
+            f"{path.name}: the name has {nbytes:,} bytes{also}, and {most:,} are the most; give a shorter one"
+        )
+
+
+def _check_place(output: Output) -> None:
+    path, folder = output.path, output.path.parent
+    try:
+        os.stat(os.path.join(folder, "."))  # pathlib's questions raise where a folder is closed
+    except PermissionError as e:
+        raise OutputError(f"{folder}: {e.strerror}; choose another place") from None
+    except OSError:
+        pass  # what is missing is said below
+    try:
+        if path.is_dir():
+            raise OutputError(
+                f"{path}: is a directory; give the name of the file to make, such as {path / output.example}"
+            )
+        if not folder.is_dir():
+            raise OutputError(f"{path}: there is no directory {folder}; create it first")
+    except OSError as e:
+        raise OutputError(f"{path}: {e.strerror or e}; choose another name") from None
+    if not os.access(folder, os.W_OK):
+        raise OutputError(f"{folder}: no permission to write there")
+
+
+def _check_holds_none(output: Output, read: Iterable[Path]) -> None:
+    for path in read:
+        if os.path.lexists(path) and _inside(path, output.path):
+            raise OutputError(
+                f"{output.path}: {output.option} fills it, and {path}, which is read, is in it; move one of the two"
+            )
+
+
+# ---------------------------------------------------------------- two names
+
+
+def _identity(path: Path) -> object:
+    """What two paths that lead to one file have in common, through links, hard links and spellings. What is not there
+    yet goes by its name, without regard to case: on some disks that is one file."""
+    try:
+        info = os.stat(path)
+    except (OSError, ValueError):
+        return _spelling(path)
+    return (info.st_dev, info.st_ino)
+
+
+def _inside(path: Path, folder: Path) -> bool:
+    """Whether a path is a folder's, or in it."""
+    real = Path(os.path.realpath(path))
+    try:
+        info = os.stat(folder)
+    except (OSError, ValueError):  # not there yet: only what is not there yet can be in it
+        inner, outer = _spelling(path), _spelling(folder)
+        return inner == outer or inner.startswith(outer.rstrip(os.sep) + os.sep)
+    for above in (real, *real.parents):
+        with suppress(OSError):
+            if os.path.samestat(os.stat(above), info):
+                return True
+    return False
+
+
+def _spelling(path: Path) -> str:
+    return unicodedata.normalize("NFC", os.path.realpath(path)).casefold()
