@@ -4,7 +4,8 @@
 (reports, recipes, locks, manifests, statements) come to be: whole, or not at all.
 
 One rule for names: an output is a new regular file, or replaces one with --force. A symbolic link is refused, wherever
-it points: writing through it may hit another folder or disk than was meant, and replacing it loses it.
+it points: writing through it may hit another folder or disk than was meant, and replacing it loses it. Only a folder to
+write into may be given by a link to it.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def check(reads: Iterable[Path], outputs: Sequence[Output]) -> None:
     for output in outputs:
         _check_name(output)
         if output.is_folder:
-            _check_holds_none(output, read)
+            _check_folder(output, read)
             continue
         _check_place(output)
         if (identity := _identity(output.path)) in of_read:
@@ -192,7 +193,14 @@ def _check_place(output: Output) -> None:
         raise OutputError(f"{folder}: no permission to write there")
 
 
-def _check_holds_none(output: Output, read: Iterable[Path]) -> None:
+def _check_folder(output: Output, read: Iterable[Path]) -> None:
+    """A link to a folder is that folder; one to nothing is refused, and so is a folder with something in it that is
+    read."""
+    if output.path.is_symlink() and not output.path.exists():
+        raise OutputError(
+            f"{output.path}: is a symbolic link to {os.path.realpath(output.path)}, which is not there; make that, or "
+            "remove the link"
+        )
     for path in read:
         if os.path.lexists(path) and _inside(path, output.path):
             raise OutputError(

@@ -79,6 +79,7 @@ def dequant(
     from quantkit.sources.safetensors_dir import open_checkpoint
 
     job = prepare(open_checkpoint(source), output, Options(dtype, shard_size, mtp == "keep"), restart)
+    _check_names(job)
     decoder: Decoder = Native() if device == "cpu" else Torch(device)
     if not quiet:
         click.echo(_plan_text(job))
@@ -86,6 +87,15 @@ def dequant(
         click.echo("dry run: everything was checked, nothing was written")
         return
     _run(job, decoder, threads or default_threads(), quiet)
+
+
+def _check_names(job: Job) -> None:
+    """Raises OutputError where a name is too long with what is added to it while the file is made."""
+    from quantkit.dequant.state import PART
+    from quantkit.output_files import check_length
+
+    for name in [*(shard.name for shard in job.plan.shards), *(name for name, _ in job.plan.carried)]:
+        check_length(job.dst / name, f".{PART}")
 
 
 def _plan_text(job: Job) -> str:
