@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import re
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -245,11 +250,103 @@ def test_an_attestation_that_cannot_be_written_is_found_before_the_build(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_recipe_that_is_edited_while_it_is_built_is_stated_as_it_was_used(
+    quantkit: Run, v3: Path, tmp_path: Path
+) -> None:
+    """The recipe and its base, both edited while the plan is printed: the pipe that it goes to holds no more than its
+    first page. And the base is stated too, so that the statement alone says what was built."""
+    recipe, base = tmp_path / "r.yaml", tmp_path / "base.yaml"
+    base.write_text(MINE.replace("why: t", f"why: {'long ' * 4000}"))
+    recipe.write_text('name: r\nbase: base.yaml\nrules:\n  - {match: "output.weight", type: Q6_K, why: t}\n')
+    used = (recipe.read_text(), base.read_text())
+    out, file = tmp_path / "out.gguf", tmp_path / "a.json"
+    words = ["build", v3, "-o", out, "-r", recipe, "--pre", "deepseek-v3", "--attest", file]
+    ours, theirs = os.pipe()
+    fcntl.fcntl(ours, fcntl.F_SETPIPE_SZ, 4096)
+    with (
+        subprocess.Popen([sys.executable, "-m", "quantkit", *map(str, words)], stdout=theirs, cwd=tmp_path) as process,
+        open(ours, "rb") as printed,
+    ):
+        os.close(theirs)
+        assert printed.read(1)
+        recipe.write_text(used[0].replace("Q6_K", "Q2_K"))
+        base.write_text(used[1].replace("Q8_0", "Q2_K"))
+        printed.read()
+    assert process.returncode == 0
+    stated = json.loads(file.read_text())["predicate"]["buildDefinition"]["externalParameters"]["recipe"]
+    assert (stated["text"], stated["base"]["text"]) == used
+    assert stated["base"] == {"name": "base.yaml", "sha256": sha256(used[1].encode()), "text": used[1]}
+    recipe.unlink()
+    base.unlink()
+    done = quantkit("verify", out, "--attestation", file, "-s", v3, "-q", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert re.search(r"^OK: 1 file, .*attested digests, attested plan, attested sources$", done.stdout)
+    value = json.loads(file.read_text())
+    value["predicate"]["buildDefinition"]["externalParameters"]["recipe"]["base"]["text"] += "#"
+    file.write_text(json.dumps(value))
+    done = quantkit("verify", out, "--attestation", file, "-q")
+    says = f"error: {file}: the recipe's text is not the one whose SHA-256 stands beside it; it was edited\n"
+    assert (done.returncode, done.stderr) == (4, says)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "imatrix.gguf"])
+@pytest.mark.parametrize("whole", [False, True])
+def test_what_is_written_to_while_it_is_built_from_is_not_attested(
+    v3: Path, tiny_imatrix: Path, tmp_path: Path, sound: Path, name: str, whole: bool
+) -> None:
+    imatrix = Path(shutil.copy(tiny_imatrix, tmp_path / "imatrix.gguf"))
+    plan = plan_of(v3, MIX, imatrix)
+    assert plan.catalogue.source is not None
+    evidence = attestation.gather(plan.catalogue.source, open_imatrix(str(imatrix)), Silent())
+    path = imatrix if name == "imatrix.gguf" else v3 / name
+    path.write_bytes(path.read_bytes().replace(b"0", b"1", 1))
+    with pytest.raises(SourceError) as e:
+        attestation.statement(plan, evidence, attestation.Asked("r", "x"), [sound], {}, Silent(), whole)
+    assert str(e.value) == (
+        f"{path}: was written to since the build began, so what was built from cannot be attested; put it back as it "
+        "was, and build again"
+    )
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "was"),
+    [
+        ("--layout", "kv_b", "--layout k_b+v_b"),
+        ("--mixture-version", "2025", "--mixture-version current"),
+        ("--pre", "llama-bpe", "--pre deepseek-v3"),
+        ("--pad-token", "1", "none"),
+    ],
+)
+def test_an_option_that_contradicts_the_attestation_is_refused(
+    quantkit: Run, sound: Path, sound_plan: Plan, tiny_imatrix: Path, tmp_path: Path, option: str, value: str, was: str
+) -> None:
+    file = tmp_path / "a.json"
+    manifest.write_json(file, attest(sound_plan, tiny_imatrix, sound))
+    done = quantkit("verify", sound, "--attestation", file, "-q", option, value)
+    assert done.returncode == 2
+    assert done.stderr.endswith(
+        f"Error: {option} {value} contradicts the attestation, by which the build had {was}; leave it away, or verify "
+        "without --attestation\n"
+    )
+    if was != "none":  # said again as it was
+        done = quantkit("verify", sound, "--attestation", file, "-q", *was.split())
+        assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_what_is_said_explicitly_without_an_attestation_wins(quantkit: Run, tiny_v3: Path, tmp_path: Path) -> None:
+    out = tmp_path / "o.gguf"
+    common = ("-r", "Q8_0", "--pre", "deepseek-v3", "-q")
+    assert quantkit("build", tiny_v3, "-o", out, *common, "--layout", "kv_b").returncode == 0
+    assert quantkit("verify", out, "-s", tiny_v3, *common, "--layout", "kv_b").returncode == 0
+    assert quantkit("verify", out, "-s", tiny_v3, *common).returncode == 12
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "says"),
     [
         (("-r", "Q4_K_M"), 2, "--recipe needs --source"),
         (("--sample", "1%"), 2, "--sample needs --source"),
+        (("--set", "down=Q2_K"), 2, "--set needs --recipe"),
         (("-s", "deepseek-r1", "--sample", "half"), 2, "'half' is no sample such as 1%"),
         (("-s", "deepseek-r1", "--sample", "1%"), 4, "rows can only be compared with weights"),
         (("--hash-source",), 2, "--hash-source needs --attestation"),
