@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from .errors import OutputError
-from .gguf_format import STRING, U32, header_bytes, kv, kv_array, pad
+from .gguf_format import STRING, U32, header_bytes, is_utf8, kv, kv_array, pad
 
 SEED = 20250127
 #: a folder the demo made may be made again; any other is left alone
@@ -262,6 +262,8 @@ def prepare_folder(folder: Path) -> None:
     """An empty folder for the demo. Raises OutputError when there is something that is not the demo's."""
     if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / MARKER).exists())):
         raise OutputError(f"{folder}: exists and was not made by quantkit demo; choose another place with --dir")
+    if not is_utf8(str(folder)):
+        raise OutputError(f"{str(folder)!a}: is not UTF-8, as a model's path must be; choose another place with --dir")
     try:
         (folder / NAME).mkdir(parents=True, exist_ok=True)
         (folder / MARKER).touch()

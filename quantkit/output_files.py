@@ -10,6 +10,7 @@ write into may be given by a link to it.
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 import unicodedata
@@ -52,7 +53,7 @@ def check(reads: Iterable[Path], outputs: Sequence[Output]) -> None:
     of_read = {_identity(path) for path in read}
     taken: dict[object, Output] = {}
     for output in outputs:
-        _check_name(output)
+        check_name(output)
         if output.is_folder:
             _check_folder(output, read)
             continue
@@ -90,6 +91,14 @@ def check_replaceable(path: Path, replace: bool) -> None:
         raise OutputError(f"{path}: is no regular file and will not be replaced; choose another name")
     if not replace:
         raise OutputError(f"{path}: exists; choose another name, or replace it with --force")
+
+
+def check_folder_link(path: Path) -> None:
+    """Raise OutputError for a folder's name that is a link to nothing."""
+    if path.is_symlink() and not path.exists():
+        raise OutputError(
+            f"{path}: is a symbolic link to {os.path.realpath(path)}, which is not there; make that, or remove the link"
+        )
 
 
 def check_file_name(text: str, wanted: str, example: str) -> None:
@@ -151,13 +160,19 @@ def _give_name(temporary: Path, path: Path, replace: bool) -> None:
 # ---------------------------------------------------------------- one output
 
 
-def _check_name(output: Output) -> None:
+def check_name(output: Output) -> None:
+    """Raise OutputError for a name that no file can have."""
     path = output.path
     if not path.name or path.name == "..":
         raise OutputError(
             f"{path}: is a directory; give the name of the {'folder' if output.is_folder else 'file'} to make"
         )
     check_length(path, output.suffix)
+    try:
+        os.lstat(path)
+    except OSError as e:
+        if e.errno == errno.ENAMETOOLONG:  # the path as a whole
+            raise OutputError(f"{path}: {e.strerror}; choose another place") from None
 
 
 def check_length(path: Path, suffix: str = "") -> None:
@@ -166,7 +181,7 @@ def check_length(path: Path, suffix: str = "") -> None:
     with suppress(OSError, ValueError):
         most = os.pathconf(path.parent, "PC_NAME_MAX")
     if nbytes > most:
-        also = f" with the {suffix} it has while it is made" if suffix else ""
+        also = " with what is added while it is made" if suffix else ""
         raise OutputError(
             f"{path.name}: the name has {nbytes:,} bytes{also}, and {most:,} are the most; give a shorter one"
         )
@@ -196,11 +211,7 @@ def _check_place(output: Output) -> None:
 def _check_folder(output: Output, read: Iterable[Path]) -> None:
     """A link to a folder is that folder; one to nothing is refused, and so is a folder with something in it that is
     read."""
-    if output.path.is_symlink() and not output.path.exists():
-        raise OutputError(
-            f"{output.path}: is a symbolic link to {os.path.realpath(output.path)}, which is not there; make that, or "
-            "remove the link"
-        )
+    check_folder_link(output.path)
     for path in read:
         if os.path.lexists(path) and _inside(path, output.path):
             raise OutputError(

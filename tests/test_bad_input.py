@@ -569,7 +569,7 @@ def test_an_output_with_a_name_too_long(place: Place, source: Path) -> None:
     place.out = place.folder / ("m" * 250)
     place.fails(
         7,
-        f"{'m' * 250}: the name has 258 bytes with the .partial it has while it is made, and 255 are the most; give a "
+        f"{'m' * 250}: the name has 258 bytes with what is added while it is made, and 255 are the most; give a "
         "shorter one",
         source,
     )

@@ -396,8 +396,8 @@ def test_names_that_are_no_files_names(world: World, case: Case, param: str) -> 
     assert says("-") == "-: is no name of a file; give ./- if that is its name, or leave the option away to print"
     name = "ä" * 126 + ".yaml"
     added = {
-        "build": (265, " with the .partial it has while it is made"),
-        "merge": (262, " with the .part it has while it is made"),
+        "build": (265, " with what is added while it is made"),
+        "merge": (262, " with what is added while it is made"),
     }
     n, what = added.get(case.command, (257, "")) if param == "output" else (257, "")
     assert says(str(world.new(name))) == (
@@ -505,3 +505,52 @@ def test_the_summary_of_a_workflow_is_not_the_report(world: World, quantkit: Run
         f"error: {summary}: is given to --output and $GITHUB_STEP_SUMMARY both; give each a name of its own\n",
     )
     assert summary.read_text() == "before\n"
+
+
+def test_a_link_to_a_folder_is_that_folder(world: World, quantkit: Run, tmp_path: Path) -> None:
+    """For what fills folders: a cache, a dequantized checkpoint. A link to nothing is refused."""
+    big = tmp_path / "big"
+    big.mkdir()
+    for name in ("cache", "dst"):
+        (tmp_path / name).symlink_to(big / name)
+    says = "is a symbolic link to {}, which is not there; make that, or remove the link\n"
+    done = quantkit("dequant", world.of["v3"], "dst", "-q", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (7, "error: dst: " + says.format(big / "dst"))
+    args = ("build", world.of["v3"], "-o", "o.gguf", "-r", world.of["base"], "--pre", "deepseek-v3", "-q")
+    done = quantkit(*args, "--cache", "cache", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (7, "error: cache: " + says.format(big / "cache"))
+    for name in ("cache", "dst"):
+        (big / name).mkdir()
+    assert quantkit("dequant", world.of["v3"], "dst", "-q", cwd=tmp_path).returncode == 0
+    assert quantkit(*args, "--cache", "cache", cwd=tmp_path).returncode == 0
+    assert (big / "dst" / "config.json").is_file()
+    assert (big / "cache" / "objects").is_dir()
+
+
+def test_a_demo_writes_through_no_link(quantkit: Run, tmp_path: Path) -> None:
+    from quantkit.demo import MARKER, NAME
+
+    folder, precious = tmp_path / "d", tmp_path / "precious"
+    (folder / NAME).mkdir(parents=True)
+    (folder / MARKER).touch()
+    precious.write_text("mine")
+    for name in ("imatrix.gguf", f"{NAME}/config.json"):
+        (folder / name).symlink_to(precious)
+        done = quantkit("demo", "--dir", folder, cwd=tmp_path)
+        assert done.returncode == 7
+        assert done.stderr == (
+            f"error: {folder / name}: is a symbolic link, which is neither followed nor replaced; give the name it "
+            f"points to, {precious}, or remove it\n"
+        )
+        (folder / name).unlink()
+    assert precious.read_text() == "mine"
+
+
+def test_a_name_too_long_with_what_dequant_adds(v3: Path, quantkit: Run, tmp_path: Path) -> None:
+    name = "n" * 250
+    (v3 / name).write_text("x")
+    done = quantkit("dequant", v3, tmp_path / "dst", "-q")
+    says = f"error: {name}: the name has 265 bytes with what is added while it is made, and 255 are the"
+    assert done.returncode == 7
+    assert done.stderr == f"{says} most; give a shorter one\n"
+    assert not (tmp_path / "dst").exists()

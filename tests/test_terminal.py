@@ -6,10 +6,12 @@ from __future__ import annotations
 import json
 import os
 import pty
+import re
 import shutil
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import click
@@ -18,7 +20,9 @@ import pytest
 from conftest import Run
 from test_outputs import commands
 
-from quantkit.cli.files import Read
+from quantkit.cli import cli
+from quantkit.cli.files import Read, Written
+from quantkit.errors import QuantkitError
 from quantkit.gguf_format import STRING, U32, kv
 
 QUANTKIT = [sys.executable, "-m", "quantkit"]
@@ -264,33 +268,52 @@ SPECIAL = [
 ]
 
 
+def run_with(place: Path, cwd: Path, name: str, command: click.Command, param: click.Parameter, value: str) -> None:
+    """Run a command with a value in the place of one parameter, and what it needs besides."""
+    words = name.split()
+    for other in command.params:
+        if other is not param and not other.required:
+            continue
+        given = value if other is param else OTHERS[str(other.name)]
+        if other is not param and isinstance(other.type, Read):
+            given = str(place / given)
+        words += [max(other.opts, key=len), given] if isinstance(other, click.Option) else [given]
+    here = Path.cwd()
+    os.chdir(cwd)
+    try:
+        cli.main(words, standalone_mode=False)
+    finally:
+        os.chdir(here)
+
+
 @pytest.mark.parametrize("make", [fifo, a_socket, device])
 @pytest.mark.parametrize(("name", "command", "param"), SPECIAL, ids=[f"{n} {p.name}" for n, _, p in SPECIAL])
 def test_an_input_that_is_no_file_is_refused_at_once(
-    place: Path, tmp_path: Path, name: str, command: click.Command, param: click.Parameter, make: object
+    place: Path, tmp_path: Path, name: str, command: click.Command, param: click.Parameter, make: Callable[[Path], str]
 ) -> None:
-    from quantkit.cli import cli
-    from quantkit.errors import QuantkitError
-
     path = tmp_path / "it.yaml"
-    what = make(path)  # type: ignore[operator]
-    words = name.split()
-    for other in command.params:
-        mine = other is param
-        if not mine and not other.required:
-            continue
-        value = str(path) if mine else OTHERS[str(other.name)]
-        if not mine and isinstance(other.type, Read):
-            value = str(place / value)
-        words += [max(other.opts, key=len), value] if isinstance(other, click.Option) else [value]
-    here = Path.cwd()
-    os.chdir(tmp_path)
-    try:
-        with pytest.raises(QuantkitError) as e:
-            cli.main(words, standalone_mode=False)
-    finally:
-        os.chdir(here)
+    what = make(path)
+    with pytest.raises(QuantkitError) as e:
+        run_with(place, tmp_path, name, command, param, str(path))
     assert str(e.value) == f"{path}: is {what}, not a regular file; write it to a file first"
+
+
+FILES = [(n, c, p) for n, c in commands() for p in c.params if isinstance(p.type, Read | Written)]
+
+
+@pytest.mark.parametrize("value", ["n" * 300, "n/" * 3000 + "n"], ids=["name", "path"])
+@pytest.mark.parametrize(("name", "command", "param"), FILES, ids=[f"{n} {p.name}" for n, _, p in FILES])
+def test_a_name_that_no_file_can_have(
+    place: Path, tmp_path: Path, name: str, command: click.Command, param: click.Parameter, value: str
+) -> None:
+    with pytest.raises(QuantkitError) as e:
+        run_with(place, tmp_path, name, command, param, value)
+    assert re.search(
+        r"^n+: the name has 30[58] bytes( with what is added while it is made)?, and 255 are the most; give|"
+        r"File name too long|a recipe's file ends in|name has 300 bytes",
+        str(e.value),
+    ), str(e.value)[-300:]
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("inside", ["config.json", "tokenizer.json", "model-00001-of-00002.safetensors", "README.md"])

@@ -8,6 +8,7 @@ command only knows later, such as those of shards, it gives to `will_write`.
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
@@ -84,9 +85,12 @@ class Written(_Type):
         return () if self._files is None else self._files(value)
 
     def outputs(self, value: Path, option: str, replace: bool) -> Iterable[Output]:
-        from quantkit.output_files import Output
+        from quantkit.output_files import Output, check_folder_link, check_name
 
         one = Output(value, option, replace, example=self._example)
+        if not self._is_file and value.name:  # before anything is looked for there
+            check_name(one)
+            check_folder_link(value)
         return [one] if self._outputs is None else self._outputs(value, one)
 
 
@@ -141,15 +145,20 @@ def _shown(param: click.Parameter) -> str:
 
 
 def _refuse_special(paths: Iterable[Path], error: str) -> None:
-    """Raise an error of that class for a pipe, socket or device: reading it may never end."""
+    """Raise an error of that class for a pipe, socket or device, whose reading may never end, and for a name that no
+    file can have."""
     from quantkit import errors
     from quantkit.disk import special
 
     for path in paths:
-        with suppress(OSError, ValueError):  # what is not there, or cannot be, the command says
+        try:
             what = special(os.stat(path).st_mode)
-            if what is not None:
-                raise getattr(errors, error)(f"{path}: is {what}, not a regular file; write it to a file first")
+        except OSError as e:
+            if e.errno == errno.ENAMETOOLONG:
+                raise getattr(errors, error)(f"{path}: cannot be read: {e.strerror}") from None
+            continue  # what is not there the command says
+        if what is not None:
+            raise getattr(errors, error)(f"{path}: is {what}, not a regular file; write it to a file first")
 
 
 # ---------------------------------------------------------------- what is read
