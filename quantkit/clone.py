@@ -153,10 +153,6 @@ def _mixture(catalogue: Catalogue, types: Types, file_type: str, imatrix: bool) 
     """The mixture of llama.cpp that gives exactly these types, the file's own first."""
     quantizable = [t for t in catalogue.tensors if t.quantizable]
     wanted = [types[t.name] for t in quantizable]
-    try:
-        facts(catalogue, imatrix)
-    except (ValueError, TypeError, IndexError):  # hyperparameters that are no numbers: no mixture depends on them
-        return None
     for name in sorted(BASE_TYPES, key=lambda n: n != file_type):
         for version in ("current", "2025"):
             for given in (imatrix, not imatrix):

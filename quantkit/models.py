@@ -107,7 +107,7 @@ def from_gguf(file: GgufHeaders) -> Catalogue:
         for n in info.shape[1:]:
             n_rows *= n
         parts = (Part(info.name, (n_rows, info.shape[0]), 0, n_rows),)
-        quantizable = is_quantizable(info.name, info.shape)
+        quantizable = is_quantizable(info.name, info.shape, arch_name)
         tensors.append(
             Tensor(info.name, info.shape, role_of(info.name), layer_of(info.name), quantizable, info.type, parts)
         )

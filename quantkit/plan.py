@@ -129,7 +129,7 @@ def make_plan(
 ) -> Plan:
     """Decide every tensor. Raises RecipeError for rules that cannot work on this model, all of them
     at once, and UnsupportedError when the recipe is not for this arch."""
-    if catalogue.arch not in recipe.arch:
+    if not recipe.is_for(catalogue.arch):
         raise UnsupportedError(
             f"{recipe.place('arch')}: the recipe is for {', '.join(recipe.arch)}, but {catalogue.model} is a "
             f"{catalogue.arch}"

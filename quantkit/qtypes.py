@@ -139,6 +139,18 @@ FILE_TYPES: dict[str, int] = {
     "MXFP4_MOE": 38,
 }  # fmt: skip
 
+#: other names that llama-quantize takes for some of them (QUANT_OPTIONS of tools/quantize/quantize.cpp)
+FILE_TYPE_ALIASES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}
+
+
+def file_type(name: str) -> str | None:
+    """The file type that llama-quantize understands by a name (any case, aliases) or a number; None for none."""
+    upper = name.upper()
+    if upper.isascii() and upper.isdecimal() and len(upper) < 4:
+        return next((known for known, number in FILE_TYPES.items() if number == int(upper)), None)
+    upper = FILE_TYPE_ALIASES.get(upper, upper)
+    return upper if upper in FILE_TYPES else None
+
 
 def qtype(name: str) -> QType:
     """The type of that name (any case). Raises KernelError, with a suggestion, for an unknown one."""

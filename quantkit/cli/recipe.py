@@ -274,7 +274,7 @@ def _references(rules: Recipe) -> list[str]:
     from quantkit.arch.known import REFERENCES
     from quantkit.errors import UnsupportedError
 
-    known = [REFERENCES[arch] for arch in rules.arch if arch in REFERENCES]
+    known = [model for arch, model in REFERENCES.items() if rules.is_for(arch)]
     if not known:
         raise UnsupportedError(
             f"{rules.place('arch')}: no model of {', '.join(rules.arch)} is known by name; give one with --model"

@@ -67,9 +67,10 @@ def zero_blocks(raw: U8, qt: QType) -> npt.NDArray[np.bool_] | None:
     """Which blocks of `raw`, uint8 [n x block_bytes], have only scales of 0, and so only weights of 0; None for types
     that show it otherwise."""
     blocks = raw.reshape(-1, qt.block_bytes)
+    zero: npt.NDArray[np.bool_]
     if qt.name == "IQ1_M":  # the high nibbles of four u16, the sign left out
-        bits: U8 = (blocks[:, 49] | blocks[:, 51] | blocks[:, 53]) & 0xF0 | blocks[:, 55] & 0x70
-        return np.equal(bits, 0)
+        zero = ((blocks[:, 49] | blocks[:, 51] | blocks[:, 53]) & 0xF0 | blocks[:, 55] & 0x70) == 0
+        return zero
     if qt.name not in F16_SCALES or qt.is_float:
         return None
     zero = np.ones(len(blocks), bool)
