@@ -108,14 +108,15 @@ def _of_empty(found: list[tuple[Info, list[int]]], rows: Rows | None) -> Iterato
     n = sum(len(numbers) for _, numbers in some)
     words = []
     for info, numbers in some[:_NAMED_TENSORS]:
-        named = ", ".join(map(str, numbers[:_NAMED_MATRICES])) + (", …" if len(numbers) > _NAMED_MATRICES else "")
-        words.append(f"{info.name} {named}" if info.n_rows > info.shape[1] else info.name)
-    more = "; …" if len(some) > _NAMED_TENSORS else ""
+        which = ", ".join(map(str, numbers[:_NAMED_MATRICES])) + (", …" if len(numbers) > _NAMED_MATRICES else "")
+        words.append(f"{info.name} {which}" if info.n_rows > info.shape[1] else info.name)
+    named = "; ".join(words) + ("; …" if len(some) > _NAMED_TENSORS else "")
     source = "though not in the source" if rows is not None else "which is right only if the source has zeros there"
+    experts = all("_exps." in info.name for info, _ in some)
+    what = f"expert{'s' * (n > 1)}" if experts else "matrix" if n == 1 else "matrices"
     yield (
-        f"all weights are 0 in {n:,} matri{'x' if n == 1 else 'ces'} (experts) of {len(some):,} tensor"
-        f"{'s' * (len(some) > 1)}, {source}: {'; '.join(words)}{more}; an importance matrix with nothing but zeros for "
-        "them does that: `quantkit plan --imatrix FILE` names them"
+        f"all weights are 0 in {n:,} {what} of {len(some):,} tensor{'s' * (len(some) > 1)}, {source}: {named}; an "
+        "importance matrix with nothing but zeros for them does that: `quantkit plan --imatrix FILE` names them"
     )
 
 

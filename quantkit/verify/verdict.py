@@ -148,15 +148,9 @@ class Verdict:
             of = f"{self.kind}, not a model: " if self.kind else ""
             return f"OK: {of}{what}; checked {', '.join(self.checked)}"
         if self.findings.tell_of_another_recipe:
-            n_types = self.findings.n_other_types
-            but = (
-                f"{n_types:,} of {self.n_tensors:,} tensors have other types"
-                if n_types
-                else "general.file_type is another"
-            )
-            of = f" than in {self.recipe}" if self.recipe else " than in the plan"
             return (
-                f"ANOTHER RECIPE'S FILE: {but}{of}; the file is sound in itself: {what}; checked "
+                f"ANOTHER RECIPE'S FILE: {self.findings.n_other_types:,} of {self.n_tensors:,} tensors have other types "
+                f"than {self.recipe or 'the plan'} gives them; the file is sound in itself: {what}; checked "
                 f"{', '.join(self.checked)}"
             )
         total = self.findings.count
