@@ -1,5 +1,5 @@
-"""Sound GGUFs that quantkit would not have written: version 2, other alignments, types of ik_llama.cpp, capitals in names;
-and shards joined by cat, which are none."""
+"""Sound GGUFs that quantkit would not have written: version 2, other alignments, types of ik_llama.cpp, names in
+capitals; and shards joined by cat, which are none."""
 
 from __future__ import annotations
 
@@ -150,6 +150,28 @@ def test_nothing_is_built_from_types_of_ik_llama_cpp(quantkit: Run, bf16: Path, 
         "ask for; `quantkit inspect --all` lists them, to write a recipe with types of like size by hand\n",
     )
     assert quantkit("fit", path, "--vram", "24").returncode == 0
+
+
+def test_a_type_of_another_size_than_known(quantkit: Run, bf16: Path, tmp_path: Path) -> None:
+    """IQ4_KT once had four bytes more a block. Such a file is not damaged, and not cut short by a split."""
+    kvs, tensors = contents(bf16)
+    name = "blk.1.ffn_up_exps.weight"
+    at = [n for n, *_ in tensors].index(name)
+    path = tmp_path / "ik.gguf"
+    write(path, kvs, tensors)
+    blob = bytearray(path.read_bytes())
+    entry = blob.index(name.encode()) + len(name) + 4 + 3 * 8
+    assert struct.unpack_from("<I", blob, entry) == (STORED_TYPES["BF16"].id,)
+    struct.pack_into("<I", blob, entry, IK_TYPES["IQ4_KT"].id)
+    path.write_bytes(blob)
+    assert check(path, sample=None).ok
+    n = len(tensors[at][3]) - IK_TYPES["IQ4_KT"].row_bytes(256) * 1024
+    said = quantkit("split", path, tmp_path / "s", "--max-size", "1M")
+    assert (said.returncode, said.stderr) == (
+        5,
+        f"error: {path}: {n:,} bytes follow '{name}' (IQ4_KT), which may be its own: types of ik_llama.cpp have had "
+        "other sizes over time; use ik_llama.cpp's own llama-gguf-split\n",
+    )
 
 
 # ---------------------------------------------------------------- shards

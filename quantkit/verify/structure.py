@@ -116,8 +116,10 @@ def _check_model_keys(g: Gguf, findings: Findings) -> None:
 
 
 def _check_layout(g: Gguf, findings: Findings) -> None:
-    """Each tensor begins where the one before it ends, padded; the last ends with the file. gguf.cpp refuses others."""
+    """Each tensor begins where the one before it ends, padded; the last ends with the file. gguf.cpp refuses others.
+    Types of ik_llama.cpp have had other sizes over time: what lies behind such a tensor may be its own."""
     at = g.data_start
+    loose = False
     if not g.tensors and g.n_claimed == 0 and g.nbytes == g.header_end:
         return  # a first shard without tensors: nothing to pad
     in_order = sorted(g.tensors, key=lambda t: (t.start, t.end))
@@ -149,11 +151,12 @@ def _check_layout(g: Gguf, findings: Findings) -> None:
             findings.add(
                 Finding("layout", g.name, "overlaps what is before it", t.name, t.start, expected=f"at {at:,}")
             )
-        elif t.start > at and len(g.tensors) == g.n_claimed:
+        elif t.start > at and len(g.tensors) == g.n_claimed and not loose:
             text = f"a hole of {t.start - at:,} bytes before it"
             findings.add(Finding("layout", g.name, text, t.name, t.start, expected=f"at {at:,}"))
         at = max(at, aligned(t.end, g.alignment))
-    if at != g.nbytes and len(g.tensors) == g.n_claimed:
+        loose = t.type.name in IK_TYPES
+    if at != g.nbytes and len(g.tensors) == g.n_claimed and not (loose and g.nbytes > at):
         text = "the file is too short" if g.nbytes < at else "bytes behind the last tensor"
         if g.nbytes > at and _begins_at(g, at):
             text += (
@@ -177,14 +180,16 @@ def _check_padding(g: Gguf, findings: Findings) -> None:
     Raises SourceError."""
     if len(g.tensors) != g.n_claimed:
         return
-    at, what = g.header_end, "the header"
+    at, what, loose = g.header_end, "the header", False
     try:
         with open(g.path, "rb", buffering=0) as file:
             for t in sorted(g.tensors, key=lambda t: (t.start, t.end)):
-                _check_zeros(file.fileno(), g, at, min(t.start, g.nbytes), what, findings)
+                if not loose:
+                    _check_zeros(file.fileno(), g, at, min(t.start, g.nbytes), what, findings)
                 if t.end > at:
-                    at, what = t.end, f"'{t.name}'"
-            _check_zeros(file.fileno(), g, at, g.nbytes, what, findings)
+                    at, what, loose = t.end, f"'{t.name}'", t.type.name in IK_TYPES
+            if not loose:
+                _check_zeros(file.fileno(), g, at, g.nbytes, what, findings)
     except OSError as e:
         raise SourceError(f"{g.path}: cannot be read: {e.strerror or e}") from None
 

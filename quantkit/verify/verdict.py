@@ -149,8 +149,8 @@ class Verdict:
             return f"OK: {of}{what}; checked {', '.join(self.checked)}"
         if self.findings.tell_of_another_recipe:
             return (
-                f"ANOTHER RECIPE'S FILE: {self.findings.n_other_types:,} of {self.n_tensors:,} tensors have other types "
-                f"than {self.recipe or 'the plan'} gives them; the file is sound in itself: {what}; checked "
+                f"ANOTHER RECIPE'S FILE: {self.findings.n_other_types:,} of {self.n_tensors:,} tensors have other "
+                f"types than {self.recipe or 'the plan'} gives them; the file is sound in itself: {what}; checked "
                 f"{', '.join(self.checked)}"
             )
         total = self.findings.count
