@@ -32,8 +32,8 @@ from .layout import FileLayout, file_names, lay_out, output_kvs
 from .output_files import Output
 from .partial import Partial
 from .partial_folder import folder_of, peek
-from .plan import Plan, check_imatrix
-from .qtypes import QTYPES
+from .plan import Plan, with_values
+from .qtypes import IK_TYPES, QTYPES
 
 
 @dataclass(frozen=True)
@@ -76,11 +76,9 @@ def prepare(
             f"{catalogue.model}: only the {'header' if catalogue.kvs_complete else 'config'} is known, there are no "
             "weights to build from; give a checkpoint directory or a GGUF"
         )
-    check_imatrix(plan, imatrix is not None)
     read = [*catalogue.source.files, *([imatrix.path] if imatrix else [])]
     sources = {path: fingerprint.stat_of(path) for path in read}
-    if imatrix is not None:
-        imatrix.check()
+    plan = with_values(plan, imatrix)
     _check_requantize(catalogue, plan, allow_requantize)
     kvs = output_kvs(plan, imatrix)
     layouts = lay_out(plan, kvs, split_max_size)
@@ -155,6 +153,11 @@ def _check_space(out: Path, files: Sequence[tuple[Path, FileLayout]], scratch: i
 
 def _check_requantize(catalogue: Catalogue, plan: Plan, allowed: bool) -> None:
     for t in plan.tensors:
+        if t.tensor.source_type in IK_TYPES:
+            raise UnsupportedError(
+                f"{catalogue.model}: '{t.tensor.name}' is {t.tensor.source_type}, a type that only ik_llama.cpp can "
+                "read; build from the original model"
+            )
         stored = QTYPES[t.tensor.source_type]
         if not stored.is_float and stored.block > 1 and t.type != stored.name and not allowed:
             raise UnsupportedError(

@@ -168,8 +168,7 @@ def output_order(name: str) -> tuple[int, bytes]:
     return (-1 if layer is None else layer, name.encode())
 
 
-#: parts of names that llama-quantize never quantizes (src/llama-quant.cpp, tensor_allows_quantization),
-#: of those that occur in the families quantkit knows
+#: parts of names that llama-quantize never quantizes (src/llama-quant.cpp, tensor_allows_quantization)
 _NEVER = (
     "_norm.weight",
     "ffn_gate_inp.weight",
@@ -209,14 +208,33 @@ _NEVER = (
 )
 
 
-def is_quantizable(name: str, shape: tuple[int, ...]) -> bool:
-    """Whether llama-quantize would quantize a tensor of that name and (ne) shape at all."""
+#: and of those of glm5-next
+_NEVER_IN_GLM5_NEXT = (
+    "hc_",
+    "indexer.attn_q_b",
+    "indexer.attn_k",
+    "indexer.proj",
+    "indexer_compressor_gate",
+    "indexer_compressor_ape",
+    "ssm_f_a.weight",
+    "ssm_f_b.weight",
+    "ssm_g_a.weight",
+    "ssm_g_b.weight",
+    "ssm_beta.weight",
+    "attn_kv_a_mqa.weight",
+    "attn_k_b.weight",
+    "attn_v_b.weight",
+)
+
+
+def is_quantizable(name: str, shape: tuple[int, ...], arch: str = "") -> bool:
+    """Whether llama-quantize would quantize a tensor of that name and (ne) shape at all, in a model of that arch."""
     n_dims = max((i + 1 for i, n in enumerate(shape) if n > 1), default=1)
     if n_dims < 2 or not name.endswith("weight"):
         return False
     if name in ("position_embd.weight", "token_types.weight"):
         return False
-    return not any(part in name for part in _NEVER)
+    return not any(part in name for part in (*_NEVER, *(_NEVER_IN_GLM5_NEXT if arch == "glm5-next" else ())))
 
 
 _ROLE_OF = (

@@ -17,12 +17,12 @@ from math import prod
 from typing import NamedTuple
 
 from .catalogue import ROLES, Catalogue, Tensor
-from .errors import RecipeError
+from .errors import RecipeError, UnsupportedError
 from .gguf_format import INTEGERS, decode
 from .mixtures import BASE_TYPES, facts, mixture_types
 from .patterns import LAYER_GROUPS, expand_braces, glob_regex, pick_layers
 from .plan import make_plan, must_have_weights
-from .qtypes import FILE_TYPES, INTEGER_TYPES, QTYPES, fit
+from .qtypes import FILE_TYPES, IK_TYPES, INTEGER_TYPES, QTYPES, fit
 from .recipe import parse
 
 Types = Mapping[str, str]
@@ -71,6 +71,13 @@ def clone(catalogue: Catalogue, source: str, stem: str, name: str | None = None)
     types = {t.name: t.source_type for t in catalogue.tensors if t.quantizable}
     if not types:
         raise RecipeError(f"{source}: of its {count(len(catalogue.tensors))} none is ever quantized")
+    foreign = Counter(t.source_type for t in catalogue.tensors if t.source_type in IK_TYPES)
+    if foreign:
+        kinds = ", ".join(f"{name} in {count(n)}" for name, n in foreign.most_common())
+        raise UnsupportedError(
+            f"{source}: is quantized to types that only ik_llama.cpp has ({kinds}), which no recipe can ask for; "
+            "`quantkit inspect --all` lists them, to write a recipe with types of like size by hand"
+        )
     notes = list(_never_quantized_notes(catalogue))
     file_type, note = _file_type(catalogue, types)
     notes += note
@@ -146,10 +153,6 @@ def _mixture(catalogue: Catalogue, types: Types, file_type: str, imatrix: bool) 
     """The mixture of llama.cpp that gives exactly these types, the file's own first."""
     quantizable = [t for t in catalogue.tensors if t.quantizable]
     wanted = [types[t.name] for t in quantizable]
-    try:
-        facts(catalogue, imatrix)
-    except (ValueError, TypeError, IndexError):  # hyperparameters that are no numbers: no mixture depends on them
-        return None
     for name in sorted(BASE_TYPES, key=lambda n: n != file_type):
         for version in ("current", "2025"):
             for given in (imatrix, not imatrix):

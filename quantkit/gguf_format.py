@@ -1,4 +1,5 @@
-"""The GGUF file format, version 3, little-endian: header bytes written, and read with every claim checked.
+"""The GGUF file format, little-endian: headers of version 3 written, of 2 and 3 read with every claim checked. (What
+version 3 added is big-endian files.)
 
     "GGUF" | u32 version | u64 n_tensors | u64 n_kv
     n_kv      x  string key | u32 value type | value
@@ -21,8 +22,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from .errors import SourceError
-from .qtypes import BY_ID, QTYPES
+from .errors import SourceError, UnsupportedError
+from .qtypes import REMOVED_TYPES, STORED_BY_ID, STORED_TYPES
 
 MAGIC = b"GGUF"
 VERSION = 3
@@ -147,6 +148,11 @@ def array_head(item: KV) -> tuple[str, int]:
     return TYPE_NAMES[element], count
 
 
+def is_other_alignment(item: KV) -> bool:
+    """Whether a key says that a file is aligned otherwise than those that llama.cpp and quantkit build."""
+    return item.key == "general.alignment" and item.type == U32 and decode(item) != ALIGNMENT
+
+
 # ---------------------------------------------------------------- writing
 
 
@@ -167,7 +173,7 @@ def header_bytes(
     for name, shape, type_, offset in tensors:
         dims = shape[: n_dims(shape)]
         out.write(string_bytes(name))
-        out.write(struct.pack(f"<I{len(dims)}QIQ", len(dims), *dims, QTYPES[type_].id, offset))
+        out.write(struct.pack(f"<I{len(dims)}QIQ", len(dims), *dims, STORED_TYPES[type_].id, offset))
     raw = out.getvalue()
     return raw.ljust(pad(len(raw), alignment), b"\0")
 
@@ -295,8 +301,17 @@ def _read(c: _Cursor) -> Header:
     version = c.number("<I", "the version")
     if version not in (2, 3):
         swapped = int.from_bytes(version.to_bytes(4, "little"), "big")
-        hint = "; it is a big-endian file" if swapped in (2, 3) else ""
-        raise c.fail(f"version {version} is not supported (2 and 3 are){hint}")
+        if swapped in (2, 3):
+            raise UnsupportedError(
+                f"{c.where}: is a big-endian GGUF, for machines such as s390x, and only little-endian ones are read "
+                "here; convert it with gguf_convert_endian.py of llama.cpp's gguf-py"
+            )
+        if version == 1:
+            raise UnsupportedError(
+                f"{c.where}: is a GGUF of version 1, of August 2023, which llama.cpp does not read any more either; "
+                "get a newer file of the model, or convert the model again"
+            )
+        raise c.fail(f"version {version} is not supported (2 and 3 are)")
     n_tensors, n_kv = c.number("<Q", "the tensor count"), c.number("<Q", "the key count")
     for n, smallest, most, what in ((n_kv, 13, MAX_KEYS, "keys"), (n_tensors, 32, MAX_TENSORS, "tensors")):
         if n > (c.size - c.at) // smallest:
@@ -361,11 +376,16 @@ def _tensor_info(c: _Cursor, i: int, alignment: int) -> tuple[str, tuple[int, ..
         raise c.fail(f"tensor '{name}' has the impossible shape {list(shape)}")
     type_id = c.number("<I", f"the type of '{name}'")
     offset = c.number("<Q", f"the offset of '{name}'")
-    if type_id not in BY_ID:
+    if type_id in REMOVED_TYPES:
+        raise UnsupportedError(
+            f"{c.where}: '{name}' is of ggml type {type_id}, {REMOVED_TYPES[type_id]}, which llama.cpp does not read "
+            "any more either; get the model in another type, such as Q4_0"
+        )
+    if type_id not in STORED_BY_ID:
         raise c.fail(f"tensor '{name}' has the unknown ggml type {type_id}")
-    qt = BY_ID[type_id]
+    qt = STORED_BY_ID[type_id]
     if shape[0] % qt.block:
         raise c.fail(f"tensor '{name}' is {qt.name}, but its rows of {shape[0]} are no multiple of {qt.block}")
     if offset % alignment:
         raise c.fail(f"the data of '{name}' at {offset:,} is not aligned to {alignment}")
-    return name, shape, qt.name, offset, n_elements // qt.block * qt.block_bytes
+    return name, shape, qt.name, offset, qt.row_bytes(shape[0]) * (n_elements // shape[0])

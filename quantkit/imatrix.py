@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import os
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -22,6 +22,10 @@ from .errors import ImatrixError, SourceError
 from .gguf_format import ARRAY, KV, U32, Header, array_head, decode, is_gguf, is_utf8, read_header
 
 _CHUNK = 1 << 20
+#: above this a quotient is above 0 in float32
+_TINY = 1.2e-38
+#: zeros in a row that are looked at: the shortest block that a type gives a scale of its own, of those that lose it
+_SHORTEST_RUN = 32
 #: matrices of a tensor (experts) that an entry may count; bytes of an entry's name, and of a dataset's that is read
 _MAX_COUNTS, _MAX_NAME, _MAX_DATASET = 1 << 16, 512, 4096
 
@@ -32,6 +36,46 @@ class Entry(NamedTuple):
     offset: int
     n_values: int
     counts: tuple[float, ...]
+
+
+class Missing(NamedTuple):
+    """What an importance matrix does not say of a tensor: numbers of its matrices (experts, of a stacked tensor)."""
+
+    unseen: tuple[int, ...]
+    """no input was ever counted: llama-quantize takes ones for all their columns"""
+    zeros: tuple[int, ...]
+    """inputs were counted, and every column's weight is 0"""
+    n_zero_blocks: int
+    """blocks of columns, in other matrices, whose weights are all 0"""
+
+
+class Gaps(NamedTuple):
+    """Counts that are 0, and long runs of zeros among the values, of an entry."""
+
+    n_values: int
+    counts: tuple[float, ...]
+    zero_runs: npt.NDArray[np.int64]
+    """[n, 2]: the first value of each run and the one after its last; counts of 0 are no part of them"""
+
+    @property
+    def n_unseen(self) -> int:
+        return self.counts.count(0)
+
+    def of(self, n_cols: int, n_mats: int, block: int) -> Missing:
+        """For a tensor of `n_mats` matrices of `n_cols` columns, in blocks of `block`."""
+        per_count = self.n_values // len(self.counts)
+        seen = [i for i, count in enumerate(self.counts) if count != 0]
+        met = {m for i in seen for m in range(i * per_count // n_cols, ((i + 1) * per_count - 1) // n_cols + 1)}
+        zeros: list[int] = []
+        n_blocks = 0
+        for start, stop in self.zero_runs.tolist():
+            for m in range(start // n_cols, (stop - 1) // n_cols + 1):
+                first, last = max(start, m * n_cols) - m * n_cols, min(stop, (m + 1) * n_cols) - m * n_cols
+                if last - first == n_cols:
+                    zeros.append(m)
+                else:
+                    n_blocks += max(0, last // block - -(-first // block))
+        return Missing(tuple(m for m in range(n_mats) if m not in met), tuple(zeros), n_blocks)
 
 
 class Imatrix:
@@ -46,6 +90,7 @@ class Imatrix:
         self.entries = dict(entries)
         self.datasets = datasets
         self.n_chunks = n_chunks
+        self._gaps: Mapping[str, Gaps] | None = None
         self._fd = os.open(path, os.O_RDONLY)
 
     def __del__(self) -> None:
@@ -91,18 +136,48 @@ class Imatrix:
                     out[here] = 1
         return out
 
-    def check(self) -> None:
-        """Read every value once: all must be finite and not negative."""
-        for name, entry in self.entries.items():
-            for at in range(0, entry.n_values, _CHUNK):
-                got = self._divide(entry, at, min(_CHUNK, entry.n_values - at))
-                bad = ~np.isfinite(got) | (got < 0)
-                if bad.any():
-                    where = int(bad.argmax())
-                    raise ImatrixError(
-                        f"{self.path}: entry '{name}' holds {got[where]} at {at + where} of {entry.n_values}; "
-                        "all must be finite and not negative: compute the imatrix again"
-                    )
+    def check(self) -> Mapping[str, Gaps]:
+        """Read every value once: all must be finite and not negative. Returns what is missing in which entries; a
+        second call does not read again."""
+        if self._gaps is None:
+            found = {name: self._gaps_of(name, entry) for name, entry in self.entries.items()}
+            self._gaps = {name: gaps for name, gaps in found.items() if gaps.n_unseen or len(gaps.zero_runs)}
+        return self._gaps
+
+    def _gaps_of(self, name: str, entry: Entry) -> Gaps:
+        runs = []
+        for at in range(0, entry.n_values, _CHUNK):
+            n = min(_CHUNK, entry.n_values - at)
+            got = self._read(entry.offset + 4 * at, n)
+            per_count = entry.n_values // len(entry.counts)
+            for i in range(at // per_count, (at + n - 1) // per_count + 1):
+                if entry.counts[i] == 0:
+                    got[max(0, i * per_count - at) : (i + 1) * per_count - at] = 1
+            lowest, highest = got.min(), got.max()
+            if lowest > _TINY * max(entry.counts) and highest < math.inf:
+                continue
+            got = self._divide(entry, at, n)
+            bad = ~np.isfinite(got) | (got < 0)
+            if bad.any():
+                where = int(bad.argmax())
+                raise ImatrixError(
+                    f"{self.path}: entry '{name}' holds {got[where]} at {at + where} of {entry.n_values}; "
+                    "all must be finite and not negative: compute the imatrix again"
+                )
+            edges = np.flatnonzero(np.diff(got == 0, prepend=False, append=False)) + at
+            runs.append(edges.reshape(-1, 2))
+        return Gaps(entry.n_values, entry.counts, _long_runs(runs))
+
+
+def _long_runs(pieces: Sequence[npt.NDArray[np.int64]]) -> npt.NDArray[np.int64]:
+    """Runs [first, after the last] of consecutive pieces, those that meet made one, without short ones."""
+    if not pieces:
+        return np.empty((0, 2), np.int64)
+    edges = np.concatenate(pieces)
+    apart = edges[1:, 0] != edges[:-1, 1]
+    starts = edges[np.append(True, apart), 0] if len(edges) else edges[:, 0]
+    stops = edges[np.append(apart, True), 1] if len(edges) else edges[:, 1]
+    return np.stack([starts, stops], 1)[stops - starts >= _SHORTEST_RUN]
 
 
 def open_imatrix(typed: str) -> Imatrix:

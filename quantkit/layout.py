@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from .errors import OutputError
-from .gguf_format import BOOL, F32, KV, STRING, U32, header_bytes, kv, pad
+from .gguf_format import BOOL, F32, KV, STRING, U32, header_bytes, is_other_alignment, kv, pad
 from .plan import Plan, Planned
 from .qtypes import FILE_TYPES
 from .sharding import MAX_SHARDS, Limits, check_prefix, groups, shard_name, split_kvs
@@ -55,9 +55,10 @@ class FileLayout:
 
 
 def output_kvs(plan: Plan, imatrix: ImatrixFacts | None) -> tuple[KV, ...]:
-    """The keys of the output."""
+    """The keys of the output. Of another alignment nothing is kept: llama-quantize copies the key, aligns to 32 all the
+    same, and so breaks the file wherever its header does not happen to end at a multiple."""
     moved = ("general.quantization_version", "general.file_type")
-    out = [item for item in plan.catalogue.kvs if item.key not in moved]
+    out = [item for item in plan.catalogue.kvs if item.key not in moved and not is_other_alignment(item)]
     added = [
         kv("general.quantization_version", U32, GGML_QUANT_VERSION),
         kv("general.file_type", U32, FILE_TYPES[plan.recipe.file_type]),

@@ -17,7 +17,7 @@ from functools import lru_cache
 from .catalogue import Catalogue, Tensor
 from .errors import RecipeError, did_you_mean
 from .gguf_format import decode
-from .qtypes import QTYPES
+from .qtypes import QTYPES, file_type
 
 #: file type -> the type of whatever no special rule covers (llama_ftype_get_default_type)
 BASE_TYPES: dict[str, str] = {
@@ -35,6 +35,12 @@ _Q5_OUTPUT = _LOW | {"IQ3_XXS"}
 _EIGHT_EXPERTS_Q5_OUTPUT = frozenset(
     {"Q2_K", "IQ3_XS", "IQ3_XXS", "Q3_K_S", "Q3_K_M", "IQ4_NL", "Q4_K_S", "Q4_K_M", "IQ3_S", "IQ3_M", "IQ4_XS"}
 )
+
+
+#: layers of what llama.cpp takes for a model of 70 B weights (LLM_TYPE_70B in src/models); llama: with grouped heads
+_LAYERS_OF_70B = {"llama": 80, "qwen2": 80, "deci": 80, "olmo": 80, "jais2": 68}
+#: parts of names that in glm5-next are Q8_0 at least
+_GLM5_NEXT_Q8 = ("attn_q_a", "attn_q_b", "nextn.eh_proj")
 
 
 @dataclass(frozen=True)
@@ -59,17 +65,18 @@ def facts(catalogue: Catalogue, has_imatrix: bool, version: str = "current") -> 
 
     def number(key: str) -> int:
         value = numbers.get(f"{catalogue.arch}.{key}", 0)
-        return int(value[0] if isinstance(value, list) else value)
+        if isinstance(value, list):  # a number for each layer
+            value = value[0] if value else 0
+        return value if isinstance(value, int) else 0
 
     heads, kv_heads = number("attention.head_count"), number("attention.head_count_kv")
+    n_70b = _LAYERS_OF_70B.get(catalogue.arch)
     return Facts(
         arch=catalogue.arch,
         n_layers=number("block_count") or catalogue.n_layers,
         n_experts=number("expert_count"),
         n_gqa=heads // kv_heads if kv_heads else 0,
-        # llm_type of src/models: 80 layers, and for llama grouped heads
-        is_70b=number("block_count") == 80
-        and (catalogue.arch == "qwen2" or (catalogue.arch == "llama" and heads != kv_heads)),
+        is_70b=number("block_count") == n_70b and (catalogue.arch != "llama" or heads != kv_heads),
         tied=not any(t.name == "output.weight" for t in catalogue.tensors),
         has_imatrix=has_imatrix,
         version=version,
@@ -107,11 +114,12 @@ def use_more_bits(i: int, n: int) -> bool:
 def mixture_types(name: str, tensors: Sequence[Tensor], f: Facts) -> Iterator[str]:
     """For each quantizable tensor, in the order of the output, the type asked for under file type `name`.
     Raises RecipeError for an unknown mixture."""
-    if name not in BASE_TYPES:
+    known = file_type(name)
+    if known is None:
         raise RecipeError(
             f"unknown mixture '{name}'{did_you_mean(name, BASE_TYPES)}; there are {', '.join(BASE_TYPES)}"
         )
-    chooser = _Chooser(name, f, tensors)
+    chooser = _Chooser(known, f, tensors)
     for t in tensors:
         if t.quantizable:
             yield chooser.choose(t)
@@ -120,10 +128,11 @@ def mixture_types(name: str, tensors: Sequence[Tensor], f: Facts) -> Iterator[st
 class _Chooser:
     """llama-quantize's state while it goes through the tensors."""
 
-    def __init__(self, file_type: str, f: Facts, tensors: Sequence[Tensor]) -> None:
-        self.ft = file_type
+    def __init__(self, ft: str, f: Facts, tensors: Sequence[Tensor]) -> None:
+        self.ft = ft
         self.f = f
-        self.base = BASE_TYPES[file_type]
+        self.base = BASE_TYPES[ft]
+        self.falcon = f.arch == "falcon"
         self.n_v = sum(category(t.name, f.version) in ("v", "qkv") for t in tensors)
         self.seen = {"v": 0, "ffn_down": 0, "ffn_gate": 0, "ffn_up": 0}
 
@@ -131,10 +140,14 @@ class _Chooser:
         if self.base in ("F32", "F16", "BF16"):
             return self.base
         kind = category(t.name, self.f.version)
+        if self.f.arch == "glm5-next" and any(part in t.name for part in _GLM5_NEXT_Q8):
+            return "Q8_0"
         if kind == "output" or (self.f.tied and kind == "embedding"):
             return self._output(t)
         if self.ft == "MXFP4_MOE":
-            return "MXFP4" if len(t.shape) > 2 and t.shape[2] > 1 else "Q8_0"
+            # of bailingmoe3 also the projections of MLA have three dimensions
+            expert = self.f.arch != "bailingmoe3" or kind in ("ffn_up", "ffn_gate", "ffn_down")
+            return "MXFP4" if expert and len(t.shape) > 2 and t.shape[2] > 1 else "Q8_0"
         if kind == "embedding":
             return self._embedding()
         if self.ft in _LOW:
@@ -159,7 +172,7 @@ class _Chooser:
         return t.layer if self.f.n_experts > 1 and t.layer is not None else i
 
     def _output(self, t: Tensor) -> str:
-        if self.ft == "MXFP4_MOE" or t.n_cols % QTYPES[self.base].block:
+        if self.ft == "MXFP4_MOE" or self.falcon or t.n_cols % QTYPES[self.base].block:
             return "Q8_0"
         if self.ft in _Q5_OUTPUT:
             return "Q5_K"
@@ -232,22 +245,28 @@ class _Chooser:
         if self.ft == "IQ3_XXS" and not self.f.has_imatrix:
             return "Q4_K" if early else "Q3_K"
         if self.ft == "Q3_K_M":
-            return "Q5_K" if i < n // 16 else "Q4_K"
+            if i < n // 16:
+                return "Q5_K"
+            return "Q4_K" if not self.falcon or use_more_bits(i, n) else "Q3_K"
         if self.ft == "IQ3_M" and (early or (self.f.n_experts == 8 and use_more_bits(i, n))):
             return "Q4_K"
         if self.ft == "Q3_K_L":
-            return "Q5_K"
+            return "Q4_K" if self.falcon else "Q5_K"
+        if self.ft == "Q4_K_M" and self.falcon:
+            return "Q6_K" if i < n // 16 else "Q5_K" if use_more_bits(i, n) else "Q4_K"
         if self.ft in ("Q4_K_M", "Q5_K_M"):
             return "Q6_K" if use_more_bits(i, n) else self.base
         if self.ft in ("IQ4_NL", "IQ4_XS") and early and not self.f.has_imatrix:
             return "Q5_K"
-        if self.ft == "Q4_K_S" and early:
+        if self.ft == "Q4_K_S" and early and not self.falcon:
             return "Q5_K"
         if self.ft in ("Q4_0", "Q5_0") and self.f.has_imatrix and early:
             return "Q4_1" if self.ft == "Q4_0" else "Q5_1"
         return self.base
 
     def _attn_output(self) -> str:
+        if self.falcon:
+            return "Q4_K" if self.ft == "Q3_K_L" else self.base
         if self.f.n_experts == 8:
             return "Q5_K" if self.ft in _EIGHT_EXPERTS_Q5_OUTPUT else self.base
         return {"Q2_K": "Q3_K", "IQ3_XXS": "IQ3_S", "Q3_K_M": "Q4_K", "Q3_K_L": "Q5_K", "IQ3_M": "Q4_K"}.get(

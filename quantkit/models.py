@@ -7,6 +7,8 @@ the name of a known model, or the id of a repository that `hf download` has brou
 from __future__ import annotations
 
 import re
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 from . import arch
@@ -15,8 +17,8 @@ from .arch.known import config as known_config
 from .arch.options import Options
 from .catalogue import Catalogue, Part, Tensor, is_quantizable, layer_of, output_order, role_of
 from .errors import SourceError, did_you_mean
-from .gguf_format import STRING, U32, decode, is_utf8
-from .qtypes import QTYPES
+from .gguf_format import ALIGNMENT, STRING, U32, decode, is_other_alignment, is_utf8
+from .qtypes import IK_TYPES, STORED_TYPES
 from .sources.gguf_file import GgufFile, GgufHeaders, open_gguf
 from .sources.remote import is_remote, open_remote
 from .sources.safetensors_dir import open_checkpoint, read_json
@@ -105,7 +107,7 @@ def from_gguf(file: GgufHeaders) -> Catalogue:
         for n in info.shape[1:]:
             n_rows *= n
         parts = (Part(info.name, (n_rows, info.shape[0]), 0, n_rows),)
-        quantizable = is_quantizable(info.name, info.shape)
+        quantizable = is_quantizable(info.name, info.shape, arch_name)
         tensors.append(
             Tensor(info.name, info.shape, role_of(info.name), layer_of(info.name), quantizable, info.type, parts)
         )
@@ -125,8 +127,22 @@ def from_gguf(file: GgufHeaders) -> Catalogue:
     name = name if name.isprintable() and 0 < len(name) <= _MAX_TITLE else file.stem
     return Catalogue(
         name, arch_name, layout, n_layers, tuple(dense), tuple(moe), tuple(tensors), file.kvs, True,
-        file if isinstance(file, GgufFile) else None,
+        file if isinstance(file, GgufFile) else None, tuple(_notes(file)),
     )  # fmt: skip
+
+
+def _notes(file: GgufHeaders) -> Iterator[str]:
+    """What is unusual about a GGUF that can be read all the same."""
+    foreign = Counter(info.type for info in file.infos if info.type in IK_TYPES)
+    if foreign:
+        n, kinds = sum(foreign.values()), ", ".join(sorted(foreign))
+        yield (
+            f"{n:,} tensor{'s are' if n > 1 else ' is'} of types that only ik_llama.cpp has ({kinds}): the file "
+            "can be looked at, verified, split and merged here, but nothing can be built from it"
+        )
+    aligned = [decode(item) for item in file.kvs if is_other_alignment(item)]
+    if aligned:
+        yield f"general.alignment is {aligned[0]}; what is built from this has the usual {ALIGNMENT}, without that key"
 
 
 def describe_stored(catalogue: Catalogue) -> dict[str, tuple[int, int]]:
@@ -136,7 +152,7 @@ def describe_stored(catalogue: Catalogue) -> dict[str, tuple[int, int]]:
     if source is None and catalogue.kvs_complete:  # a GGUF elsewhere
         for t in catalogue.tensors:
             n, nbytes = counts.get(t.source_type, (0, 0))
-            counts[t.source_type] = (n + 1, nbytes + QTYPES[t.source_type].row_bytes(t.n_cols) * t.n_rows)
+            counts[t.source_type] = (n + 1, nbytes + STORED_TYPES[t.source_type].row_bytes(t.n_cols) * t.n_rows)
     stored = [*getattr(source, "tensors", {}).values(), *getattr(source, "scales", {}).values()]
     for st in stored:
         kind = f"{st.dtype} (scale)" if st.name.endswith("_scale_inv") else st.dtype

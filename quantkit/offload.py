@@ -26,7 +26,7 @@ from .catalogue import Catalogue
 from .errors import UnsupportedError
 from .gguf_format import ARRAY, decode
 from .plan import Plan
-from .qtypes import QTYPES
+from .qtypes import QTYPES, STORED_TYPES
 
 GIB = 1 << 30
 CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
@@ -153,7 +153,7 @@ def weigh(catalogue: Catalogue, plan: Plan | None, context: int, cache_type: str
     if plan is not None:
         sizes = [(t.tensor, t.nbytes) for t in plan.tensors]
     else:
-        sizes = [(t, QTYPES[t.source_type].row_bytes(t.n_cols) * t.n_rows) for t in catalogue.tensors]
+        sizes = [(t, STORED_TYPES[t.source_type].row_bytes(t.n_cols) * t.n_rows) for t in catalogue.tensors]
     n = catalogue.n_layers
     rest, experts, input_, head = [0] * n, [0] * n, 0, 0
     for t, nbytes in sizes:

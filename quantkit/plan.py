@@ -6,13 +6,24 @@ A plan is pure data. Which rule takes which tensor, and what is wrong with rules
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
 from .catalogue import Catalogue, Tensor
 from .errors import ImatrixError, KernelError, RecipeError, UnsupportedError
+from .gaps import Gap, gap_notes, gap_warnings
+from .imatrix import Imatrix
 from .mixtures import facts, mixture_types
-from .qtypes import ABORT_WITHOUT_IMATRIX, QTYPES, VERSIONS, fit, qtype
+from .qtypes import (
+    ABORT_WITHOUT_IMATRIX,
+    LOST_BY_32,
+    LOST_WITHOUT_WEIGHTS,
+    QTYPES,
+    SPOILED_WITHOUT_WEIGHTS,
+    STORED_TYPES,
+    VERSIONS,
+    fit,
+)
 from .recipe import Recipe
 from .rules import claim
 
@@ -54,6 +65,8 @@ class Plan:
     warnings: tuple[str, ...]
     mixture_version: str = VERSIONS[0]
     """whose choices `otherwise: mixture` means, and whose fallbacks: current, or 2025 for files made till March 2026"""
+    gaps: tuple[Gap, ...] = ()
+    """what the importance matrix leaves out, once its values have been read (`with_values`)"""
 
     @property
     def tensor_bytes(self) -> int:
@@ -71,7 +84,7 @@ class Plan:
     def types(self) -> dict[str, int]:
         """Tensors of each type, in the order of ggml's ids."""
         counts = Counter(t.type for t in self.tensors)
-        return {name: counts[name] for name in sorted(counts, key=lambda n: QTYPES[n].id)}
+        return {name: counts[name] for name in sorted(counts, key=lambda n: STORED_TYPES[n].id)}
 
     def to_json(self, file_bytes: int | None) -> dict[str, Any]:
         """The plan as plain values; shapes in GGUF (ne) order. `file_bytes` comes from the layout."""
@@ -105,8 +118,9 @@ class Plan:
                 "types": self.types(),
             },
             "metadata_complete": c.kvs_complete,
-            "warnings": list(self.warnings),
-            "notes": list(c.notes),
+            "warnings": [*self.warnings, *gap_warnings(self.gaps)],
+            "notes": [*c.notes, *gap_notes(self.gaps)],
+            "imatrix_gaps": [g.to_json() for g in self.gaps],
         }
 
 
@@ -115,7 +129,7 @@ def make_plan(
 ) -> Plan:
     """Decide every tensor. Raises RecipeError for rules that cannot work on this model, all of them
     at once, and UnsupportedError when the recipe is not for this arch."""
-    if catalogue.arch not in recipe.arch:
+    if not recipe.is_for(catalogue.arch):
         raise UnsupportedError(
             f"{recipe.place('arch')}: the recipe is for {', '.join(recipe.arch)}, but {catalogue.model} is a "
             f"{catalogue.arch}"
@@ -127,7 +141,7 @@ def make_plan(
     planned = []
     for t, index in zip(catalogue.tensors, claims, strict=True):
         if not t.quantizable:
-            nbytes = qtype(t.source_type).row_bytes(t.n_cols) * t.n_rows
+            nbytes = STORED_TYPES[t.source_type].row_bytes(t.n_cols) * t.n_rows
             why = "never quantized: norms, router and biases are small and sensitive"
             planned.append(Planned(t, t.source_type, t.source_type, nbytes, "", why, "not used"))
             continue
@@ -224,3 +238,25 @@ def check_imatrix(plan: Plan, given: bool) -> None:
                 f"first '{t.tensor.name}' as {t.type} ({n_mats} x {t.tensor.n_cols} values); is it of this model and "
                 "layout?"
             )
+
+
+def with_values(plan: Plan, imatrix: Imatrix | None) -> Plan:
+    """The plan after all that a build checks of an importance matrix: what the plan needs is there, and every value,
+    which is read, is a weight. `gaps` says what it leaves out. Raises ImatrixError."""
+    check_imatrix(plan, imatrix is not None)
+    if imatrix is None:
+        return plan
+    found = imatrix.check()
+    gaps = []
+    for t in plan.tensors:
+        if t.imatrix != "used" or t.tensor.name not in found:
+            continue
+        shape = t.tensor.shape
+        n_mats = shape[2] if len(shape) > 2 else 1
+        what = found[t.tensor.name].of(t.tensor.n_cols, n_mats, 32 if t.type in LOST_BY_32 else QTYPES[t.type].block)
+        lossy = t.type in LOST_WITHOUT_WEIGHTS or t.type in SPOILED_WITHOUT_WEIGHTS
+        zeros, n_blocks = (what.zeros, what.n_zero_blocks) if lossy else ((), 0)
+        if what.unseen or zeros or n_blocks:
+            is_expert = t.tensor.role == "routed expert"
+            gaps.append(Gap(t.tensor.name, t.type, is_expert, n_mats, what.unseen, zeros, n_blocks))
+    return replace(plan, gaps=tuple(gaps))

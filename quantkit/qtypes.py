@@ -29,12 +29,14 @@ class QType(NamedTuple):
     uses_imatrix: bool = False
     """ggml's quantizer gives other bytes with an importance matrix than without"""
     is_float: bool = False
+    row_extra: int = 0
+    """bytes before the blocks of each row (some types of ik_llama.cpp: the row's scale)"""
 
     def row_bytes(self, n_cols: int) -> int:
         """Bytes of a row of `n_cols` values; `n_cols` must divide by the block."""
         if n_cols % self.block:
             raise KernelError(f"a row of {n_cols} values does not divide into {self.name} blocks of {self.block}")
-        return n_cols // self.block * self.block_bytes
+        return n_cols // self.block * self.block_bytes + self.row_extra
 
     @property
     def bits(self) -> float:
@@ -79,10 +81,50 @@ _ROWS = (
 )
 
 QTYPES: dict[str, QType] = {t.name: t for t in _ROWS}
-BY_ID: dict[int, QType] = {t.id: t for t in _ROWS}
+
+#: types that only ik_llama.cpp writes: enough is known of them to tell where tensors lie in a file, no more. Source:
+#: github.com/ikawrakow/ik_llama.cpp, gguf-py/gguf/constants.py (ids, blocks; commit 00ded085) and ggml/src/ggml.c
+#: (row_meta_size; commit 96d1235f, and for IQ1_KT, IQ2_KL, IQ3_KS, IQ5_KS the rows that its kernels read)
+_IK_ROWS: tuple[tuple[str, int, int, int, int], ...] = (
+    ("Q6_0", 133, 32, 26, 0), ("IQ1_BN", 134, 64, 13, 2), ("IQ2_BN", 135, 64, 16, 4),
+    ("IQ2_K", 137, 256, 76, 0), ("IQ3_K", 138, 256, 110, 0), ("IQ4_K", 139, 256, 144, 0),
+    ("IQ5_K", 140, 256, 176, 0), ("IQ6_K", 141, 256, 212, 0), ("IQ4_KS", 144, 256, 136, 4),
+    ("IQ2_KS", 145, 256, 70, 2), ("IQ4_KSS", 146, 256, 128, 4), ("Q8_KV", 151, 32, 32, 8),
+    ("IQ5_KS", 152, 256, 168, 4), ("IQ2_KT", 153, 256, 68, 4), ("IQ3_KT", 154, 256, 100, 4),
+    ("IQ4_KT", 155, 256, 128, 4), ("IQ3_KS", 156, 256, 102, 2), ("IQ2_KL", 157, 256, 86, 2),
+    ("IQ1_KT", 158, 256, 56, 4), ("Q4_0_R8", 202, 32, 18, 0), ("Q5_0_R4", 206, 32, 22, 0),
+    ("Q8_0_R8", 208, 32, 34, 0), ("Q2_K_R4", 210, 256, 84, 0), ("Q3_K_R4", 211, 256, 110, 0),
+    ("Q4_K_R4", 212, 256, 144, 0), ("Q5_K_R4", 213, 256, 176, 0), ("Q6_K_R4", 214, 256, 210, 0),
+    ("IQ2_XXS_R4", 216, 256, 66, 0), ("IQ2_XS_R4", 217, 256, 74, 0), ("IQ3_XXS_R4", 218, 256, 98, 0),
+    ("IQ1_S_R4", 219, 32, 6, 2), ("IQ4_NL_R4", 220, 32, 18, 0), ("IQ3_S_R4", 221, 256, 110, 0),
+    ("IQ2_S_R4", 222, 256, 82, 0), ("IQ4_XS_R8", 223, 256, 136, 0), ("IQ1_M_R4", 229, 32, 7, 2),
+    ("BF16_R16", 230, 1, 2, 0), ("Q6_0_R4", 233, 32, 26, 0), ("IQ2_BN_R4", 335, 64, 16, 4),
+    ("IQ2_K_R4", 337, 256, 76, 0), ("IQ3_K_R4", 338, 256, 110, 0), ("IQ4_K_R4", 339, 256, 144, 0),
+    ("IQ5_K_R4", 340, 256, 176, 0), ("IQ4_KS_R4", 344, 256, 136, 4), ("IQ5_KS_R4", 352, 256, 168, 4),
+    ("Q8_KV_R8", 398, 32, 32, 4), ("Q8_K_R8", 399, 256, 258, 0),
+)  # fmt: skip
+IK_TYPES: dict[str, QType] = {
+    name: QType(name, id_, block, nbytes, row_extra=extra) for name, id_, block, nbytes, extra in _IK_ROWS
+}
+#: what a tensor in a file may be, by name and by id
+STORED_TYPES: dict[str, QType] = QTYPES | IK_TYPES
+STORED_BY_ID: dict[int, QType] = {t.id: t for t in STORED_TYPES.values()}
+#: ids whose types llama.cpp has given up
+REMOVED_TYPES: dict[int, str] = {
+    4: "Q4_2", 5: "Q4_3", 31: "Q4_0_4_4", 32: "Q4_0_4_8", 33: "Q4_0_8_8", 36: "IQ4_NL_4_4", 37: "IQ4_NL_4_8",
+    38: "IQ4_NL_8_8",
+}  # fmt: skip
 
 #: stored in GGUF files but never a target of quantization
 INTEGER_TYPES = frozenset({"I8", "I16", "I32", "I64", "F64"})
+
+#: what ggml's quantizer makes of a block whose importance is all zeros, in types that use it: weights of 0 (in
+#: LOST_BY_32 already where 32 columns in a row have none), or ones far from what they were; the others keep theirs
+LOST_WITHOUT_WEIGHTS = frozenset(
+    {"Q4_0", "Q5_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ2_XXS", "IQ1_S", "IQ1_M", "IQ4_NL", "IQ4_XS"}
+)
+LOST_BY_32 = frozenset({"Q4_0", "Q5_0", "Q3_K", "Q6_K", "IQ4_NL", "IQ4_XS"})
+SPOILED_WITHOUT_WEIGHTS = frozenset({"IQ2_XS", "IQ2_S", "IQ3_XXS"})
 
 #: ggml aborts the process when asked for these without weights (ggml_quantize_requires_imatrix)
 ABORT_WITHOUT_IMATRIX = frozenset({"IQ2_XXS", "IQ2_XS", "IQ1_S"})
@@ -96,6 +138,18 @@ FILE_TYPES: dict[str, int] = {
     "IQ2_M": 29, "IQ4_XS": 30, "IQ1_M": 31, "BF16": 32, "TQ1_0": 36, "TQ2_0": 37,
     "MXFP4_MOE": 38,
 }  # fmt: skip
+
+#: other names that llama-quantize takes for some of them (QUANT_OPTIONS of tools/quantize/quantize.cpp)
+FILE_TYPE_ALIASES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}
+
+
+def file_type(name: str) -> str | None:
+    """The file type that llama-quantize understands by a name (any case, aliases) or a number; None for none."""
+    upper = name.upper()
+    if upper.isascii() and upper.isdecimal() and len(upper) < 4:
+        return next((known for known, number in FILE_TYPES.items() if number == int(upper)), None)
+    upper = FILE_TYPE_ALIASES.get(upper, upper)
+    return upper if upper in FILE_TYPES else None
 
 
 def qtype(name: str) -> QType:

@@ -26,10 +26,12 @@ from pydantic import ValidationError
 from .disk import text_within
 from .errors import RecipeError, did_you_mean, listed
 from .marked_yaml import Marked, read
-from .qtypes import FILE_TYPES, QTYPES
+from .qtypes import FILE_TYPES, QTYPES, file_type
 from .recipe_file import Override, RecipeFile, Rule, known_type, messages, parse_override
 
 _MAX_BYTES = 1 << 20
+#: among a recipe's archs: it is for every one
+ANY_ARCH = "any"
 SCHEMA_FILE = "recipe.schema.json"
 SCHEMA_LINE = f"# yaml-language-server: $schema={SCHEMA_FILE}"
 
@@ -63,6 +65,10 @@ class Recipe:
     """its base's, and the name of its file"""
     _own: Marked = field(repr=False, compare=False)
     _base: Marked | None = field(repr=False, compare=False)
+
+    def is_for(self, arch: str) -> bool:
+        """Whether it is for models of that arch."""
+        return arch in self.arch or ANY_ARCH in self.arch
 
     def place(self, *path: str | int) -> str:
         """'file:line rules[i].key' of something in this recipe or in its base."""
@@ -207,7 +213,7 @@ def mixture_recipe(name: str) -> str:
         f"# what llama-quantize itself chooses: quantkit plan deepseek-r1 --recipe {name}\n"
         f"name: {name}\n"
         f"title: llama.cpp's {name}\n"
-        "arch: [deepseek2, llama, qwen2]\n"
+        f"arch: [{ANY_ARCH}]\n"
         f"file_type: {name}\n"
         f"imatrix: {'required' if name in _MIXTURES_WITH_IMATRIX else 'optional'}\n"
         f"otherwise: mixture {name}\n"
@@ -225,6 +231,12 @@ def shipped() -> dict[str, str]:
     out = dict(sorted(found.items()))
     out.update({name: mixture_recipe(name) for name in FILE_TYPES if name not in out})
     return out
+
+
+def shipped_name(name: str) -> str | None:
+    """The shipped recipe of that name, in any case; as for llama-quantize, Q4_K is Q4_K_M, and so is 15."""
+    by_lower = {known.lower(): known for known in shipped()}
+    return by_lower.get(name.lower()) or file_type(name)
 
 
 def load(name: str, sets: Mapping[str, str] | None = None) -> Recipe:
@@ -259,10 +271,11 @@ def _text(name: str, folder: Path | None) -> tuple[str, str]:
     path = Path(name)
     if not _looks_like_path(path) or folder is None:
         known = shipped()
-        by_lower = {k.lower(): k for k in known}
-        if name.lower() in by_lower:
-            key = by_lower[name.lower()]
+        key = shipped_name(name)
+        if key is not None:
             return known[key], f"{key}.yaml"
+        if name.upper() == "COPY":
+            raise RecipeError(f"'{name}' is no recipe: llama-quantize's COPY quantizes nothing; copy the file itself")
         if folder is None or not _is_file(folder / path):
             raise RecipeError(
                 f"no shipped recipe is called '{name:.80}'{did_you_mean(name, known)}; `quantkit recipe list` shows "

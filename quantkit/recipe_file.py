@@ -15,7 +15,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from .errors import KernelError, did_you_mean
 from .marked_yaml import Marked
 from .patterns import LAYER_GROUPS, expand_braces, glob_regex, matcher, parse_layers
-from .qtypes import FILE_TYPES, INTEGER_TYPES, QTYPES, qtype
+from .qtypes import FILE_TYPE_ALIASES, FILE_TYPES, INTEGER_TYPES, QTYPES, file_type, qtype
 
 _MAX_OVERRIDE = 127
 _VARIABLE = re.compile(r"[a-z_][a-z0-9_]{0,63}")
@@ -44,18 +44,20 @@ def _type_or_variable(value: str) -> str:
 
 
 def _known_file_type(value: str) -> str:
-    if value not in FILE_TYPES:
+    known = file_type(value)
+    if known is None:
         raise ValueError(f"unknown file type '{value}'{did_you_mean(value, FILE_TYPES)}")
-    return value
+    return known
 
 
 def _good_otherwise(value: str) -> str:
     word, _, name = value.partition(" ")
     if word != "mixture" or not name:
         raise ValueError(f"'{value:.60}' is not 'mixture NAME', such as mixture Q2_K")
-    if name not in FILE_TYPES:
+    known = file_type(name)
+    if known is None:
         raise ValueError(f"unknown mixture '{name:.60}'{did_you_mean(name, FILE_TYPES)}")
-    return value
+    return f"mixture {known}"
 
 
 def _good_pattern(value: str) -> str:
@@ -182,10 +184,16 @@ class RecipeFile(BaseModel):
         examples=["UD-IQ1_S"],
     )
     arch: Annotated[list[str], Field(min_length=1)] | None = Field(
-        default=None, description="The archs (general.architecture) it is for.", examples=[["deepseek2"]]
+        default=None,
+        description="The archs (general.architecture) it is for, or any.",
+        examples=[["deepseek2"], ["any"]],
     )
     file_type: (
-        Annotated[str, AfterValidator(_known_file_type), WithJsonSchema({"type": "string", "enum": list(FILE_TYPES)})]
+        Annotated[
+            str,
+            AfterValidator(_known_file_type),
+            WithJsonSchema({"type": "string", "enum": [*FILE_TYPES, *FILE_TYPE_ALIASES]}),
+        ]
         | None
     ) = Field(default=None, description="general.file_type, and the base type given to llama-quantize.")
     imatrix: Literal["required", "optional"] | None = Field(
@@ -213,12 +221,15 @@ class RecipeFile(BaseModel):
         Annotated[
             str,
             AfterValidator(_good_otherwise),
-            WithJsonSchema({"type": "string", "enum": [f"mixture {name}" for name in FILE_TYPES]}),
+            WithJsonSchema(
+                {"type": "string", "enum": [f"mixture {name}" for name in (*FILE_TYPES, *FILE_TYPE_ALIASES)]}
+            ),
         ]
         | None
     ) = Field(
         default=None,
-        description="mixture NAME: what llama-quantize itself would choose, for tensors that no rule matches.",
+        description="mixture NAME: what llama-quantize itself would choose, for tensors that no rule matches. As "
+        "there, Q3_K, Q4_K and Q5_K mean Q3_K_M, Q4_K_M and Q5_K_M.",
         examples=["mixture Q2_K"],
     )
     rules: list[Rule] = Field(default=[], description="In order; the first that matches a tensor decides.")

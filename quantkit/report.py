@@ -12,10 +12,11 @@ from typing import Any
 
 from .authoring import Change, Difference, Explanation
 from .catalogue import ROLES, Catalogue, ranges
+from .gaps import gap_notes, gap_warnings
 from .gguf_format import ARRAY, F32, KV, STRING, TYPE_NAMES, array_head, decode
 from .offload import GIB, Answer, Fit, Weights
 from .plan import Plan, Planned
-from .qtypes import QTYPES
+from .qtypes import STORED_TYPES
 from .recipe import Recipe
 
 _MAX_VALUE = 60
@@ -86,7 +87,8 @@ def plan_text(plan: Plan, files: Sequence[tuple[str, int]], every_tensor: bool =
     if missing:
         names = ", ".join(sorted({_family(t.tensor.name) for t in missing}))
         notes.append(f"note: {len(missing)} tensors have no entry in the importance matrix, and do without: {names}")
-    notes += [f"warning: {w}" for w in plan.warnings]
+    notes += [f"note: {n}" for n in gap_notes(plan.gaps)]
+    notes += [f"warning: {w}" for w in (*plan.warnings, *gap_warnings(plan.gaps))]
     if notes:
         parts.append("\n".join(notes))
     return "\n\n".join(parts)
@@ -235,7 +237,7 @@ def inspection(catalogue: Catalogue, stored: Mapping[str, Any], paths: Sequence[
             "name": t.name,
             "shape": list(t.shape),
             "type": t.source_type,
-            "bytes": QTYPES[t.source_type].row_bytes(t.n_cols) * t.n_rows,
+            "bytes": STORED_TYPES[t.source_type].row_bytes(t.n_cols) * t.n_rows,
             "role": t.role,
         }
         for t in c.tensors

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from .errors import DamageError, OutputError, SourceError
+from .errors import DamageError, OutputError, SourceError, UnsupportedError
 from .gguf_format import (
     ALIGNMENT,
     KV,
@@ -34,6 +34,7 @@ from .gguf_format import (
     pad,
     parse_header,
 )
+from .qtypes import IK_TYPES
 from .sharding import MAX_SHARDS, SPLIT_KEYS, Limits, Shard, check_prefix, groups, read_files, shard_name, split_kvs
 
 _FIRST_READ = 1 << 20
@@ -163,6 +164,12 @@ def _stored(file: int, opened: Input, header: Header) -> tuple[Stored, ...]:
     starts = sorted(t.offset for t in header.tensors)
     following = dict(zip(starts, [*starts[1:], opened.nbytes], strict=True)) if starts else {}
     gaps = {t.name: following[t.offset] - t.offset - t.nbytes for t in header.tensors}
+    for t in header.tensors:
+        if t.type in IK_TYPES and gaps[t.name] >= header.alignment:
+            raise UnsupportedError(
+                f"{opened.path}: {gaps[t.name]:,} bytes follow '{t.name}' ({t.type}), which may be its own: types of "
+                "ik_llama.cpp have had other sizes over time; use ik_llama.cpp's own llama-gguf-split"
+            )
     zeros = {}
     if any(0 < gap <= _MAX_GAP for gap in gaps.values()):
         try:

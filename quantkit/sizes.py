@@ -26,7 +26,7 @@ from .layout import lay_out, output_kvs
 from .models import open_model
 from .plan import Plan, Planned, make_plan
 from .qtypes import QTYPES
-from .recipe import Recipe, load, shipped
+from .recipe import Recipe, load, shipped, shipped_name
 from .size_lock import DEFAULT_NAMES, Cell, Key, Lock, Matrix, group_name, groups, layer_and_rest, ungroup
 
 # ---------------------------------------------------------------- the matrix
@@ -69,7 +69,7 @@ def expand_recipes(given: Sequence[str], folder: Path) -> list[str]:
             if not found:
                 raise RecipeError(f"no shipped recipe matches '{item}'; there are {', '.join(known)}")
         else:
-            found = [next((n for n in known if n.lower() == item.lower()), item)]
+            found = [shipped_name(item) or item]
             if found[0] not in known:
                 raise RecipeError(
                     f"no shipped recipe is called '{item}'{did_you_mean(item, known)}; there are {', '.join(known)}; "
@@ -111,7 +111,7 @@ def _plans(matrix: Matrix, folder: Path) -> Iterator[_Planned]:
                 catalogues.append(catalogue)
         for catalogue in catalogues:
             for name, recipe in recipes:
-                if catalogue.arch in recipe.arch:
+                if recipe.is_for(catalogue.arch):
                     key = Key(recipe=name, model=model, layout=catalogue.layout)
                     try:
                         yield _Planned(key, make_plan(catalogue, recipe), "")

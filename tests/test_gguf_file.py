@@ -192,18 +192,6 @@ def test_a_truncated_shard(first: Path) -> None:
     )
 
 
-def test_an_alignment_of_its_own(tmp_path: Path) -> None:
-    path = gguf_file(tmp_path / "x.gguf", {"a": f32(4)}, [*ARCH, kv("general.alignment", U32, 64)])
-    # 64 needs the header padded to 64: make it so
-    blob = path.read_bytes()
-    at = blob.index(np.arange(4, dtype=np.float32).tobytes())
-    path.write_bytes(blob[:at].ljust(-(-at // 64) * 64, b"\0") + blob[at:])
-    assert sentence(lambda: open_gguf(path)) == (
-        f"{path}: general.alignment is 64; llama-quantize copies that key and aligns to 32, which breaks the file: "
-        "convert the model again without it"
-    )
-
-
 def test_the_usual_alignment_may_be_stated(tmp_path: Path) -> None:
     path = gguf_file(tmp_path / "x.gguf", {"a": f32(4)}, [*ARCH, kv("general.alignment", U32, 32)])
     assert list(open_gguf(path).tensors) == ["a"]

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quantkit import gguf_format
-from quantkit.errors import SourceError
+from quantkit.errors import SourceError, UnsupportedError
 from quantkit.gguf_format import (
     ARRAY,
     BOOL,
@@ -273,12 +273,7 @@ EVIL: list[tuple[str, bytes, str]] = [
         "it begins with b'\\x00\\x00\\x00\\x00', not b'GGUF'; zeros at the start are what an interrupted "
         "llama-quantize leaves",
     ),
-    ("version_1", b"GGUF\x01\0\0\0" + bytes(16), "version 1 is not supported (2 and 3 are)"),
-    (
-        "big_endian",
-        b"GGUF\0\0\0\x03" + bytes(16),
-        "version 50331648 is not supported (2 and 3 are); it is a big-endian file",
-    ),
+    ("version_4", b"GGUF\x04\0\0\0" + bytes(16), "version 4 is not supported (2 and 3 are)"),
     ("cut_in_counts", head()[:20], f"the key count needs 8 bytes at 16, but the file ends at 20; {CUT}"),
     ("keys_beyond_the_file", head(0, 1), "it claims 1 keys, more than its 24 bytes can hold"),
     (
@@ -395,7 +390,7 @@ EVIL: list[tuple[str, bytes, str]] = [
         file(tensor("a", [1 << 32, 1 << 32]), data=32),
         "tensor 'a' has the impossible shape [4294967296, 4294967296]",
     ),
-    ("type_unknown", file(tensor("a", [4], 4), data=32), "tensor 'a' has the unknown ggml type 4"),
+    ("type_unknown", file(tensor("a", [4], 99), data=32), "tensor 'a' has the unknown ggml type 99"),
     (
         "rows_of_no_block",
         file(tensor("a", [200, 2], 12), data=512),
@@ -439,6 +434,35 @@ def test_evil_bytes(tmp_path: Path, blob: bytes, says: str) -> None:
         read_header(path)
     assert type(e.value) is SourceError
     assert str(e.value) == f"{path}: not a usable GGUF file: {says}"
+
+
+@pytest.mark.parametrize(
+    ("blob", "says"),
+    [
+        (
+            b"GGUF\x01\0\0\0" + bytes(16),
+            ": is a GGUF of version 1, of August 2023, which llama.cpp does not read any more either; get a newer file "
+            "of the model, or convert the model again",
+        ),
+        (
+            b"GGUF\0\0\0\x03" + bytes(16),
+            ": is a big-endian GGUF, for machines such as s390x, and only little-endian ones are read here; convert it "
+            "with gguf_convert_endian.py of llama.cpp's gguf-py",
+        ),
+        (
+            file(tensor("a", [32], 31), data=32),
+            ": 'a' is of ggml type 31, Q4_0_4_4, which llama.cpp does not read any more either; get the model in "
+            "another type, such as Q4_0",
+        ),
+    ],
+    ids=["version 1", "big-endian", "a type given up"],
+)
+def test_sound_files_that_are_not_read(tmp_path: Path, blob: bytes, says: str) -> None:
+    path = tmp_path / "other.gguf"
+    path.write_bytes(blob)
+    with pytest.raises(UnsupportedError) as e:
+        read_header(path)
+    assert (str(e.value), e.value.exit_code) == (f"{path}{says}", 5)
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from quantkit.arch.options import Options
 from quantkit.catalogue import Catalogue
 from quantkit.errors import RecipeError
 from quantkit.gguf_format import F32, STRING, U32, header_bytes, kv, pad
+from quantkit.imatrix import open_imatrix
 from quantkit.mixtures import BASE_TYPES, facts, mixture_types
 from quantkit.models import from_gguf, open_model
 from quantkit.plan import make_plan
@@ -146,6 +147,32 @@ def test_every_mixture_of_other_shapes(tools: Tools, tmp_path: Path, config: dic
 def test_every_mixture_of_eight_experts(tools: Tools, tmp_path: Path) -> None:
     file = tmp_path / "model.gguf"
     compare(tools, mixtral(file), file)
+
+
+@pytest.mark.tools
+@pytest.mark.parametrize("name", ["Q3_K", "Q4_K", "Q5_K", "q4_k", "q4_k_m", "iq2_xxs", "15", "12", "7"])
+def test_names_mean_what_they_mean_to_llama_quantize(tools: Tools, tmp_path: Path, name: str) -> None:
+    """Its aliases, in any case, and the numbers of file types."""
+    c = open_model("deepseek-v2-lite")
+    imatrix = tmp_path / "imatrix.gguf"
+    demo.make_imatrix(imatrix, {"blk.0.some.weight": (32,)})
+    theirs = dry_run(tools, header_only(c, tmp_path / "model.gguf"), name, imatrix)
+    text = f"name: r\narch: [any]\nfile_type: {name}\notherwise: mixture {name}\n"
+    weights = open_imatrix(str(imatrix))
+    for recipe in (load(name), parse(text, "r.yaml")):
+        assert {t.tensor.name: t.type for t in make_plan(c, recipe, weights).tensors} == theirs
+        assert FILE_TYPES[recipe.file_type] == FILE_TYPES[load(name).name]
+
+
+def test_names_that_are_no_mixtures() -> None:
+    for name, says in (
+        ("COPY", "'COPY' is no recipe: llama-quantize's COPY quantizes nothing; copy the file itself"),
+        ("999", "no shipped recipe is called '999'; `quantkit recipe list` shows them; "),
+        ("Q4_K_X", "no shipped recipe is called 'Q4_K_X' (did you mean Q4_K_S?); "),
+    ):
+        with pytest.raises(RecipeError) as e:
+            load(name)
+        assert str(e.value).startswith(says)
 
 
 def test_every_file_type_is_a_mixture() -> None:

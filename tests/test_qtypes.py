@@ -12,10 +12,12 @@ from quantkit import kernels, toolchain
 from quantkit.errors import KernelError
 from quantkit.qtypes import (
     ABORT_WITHOUT_IMATRIX,
-    BY_ID,
     FILE_TYPES,
+    IK_TYPES,
     INTEGER_TYPES,
     QTYPES,
+    STORED_BY_ID,
+    STORED_TYPES,
     fit,
     qtype,
 )
@@ -63,8 +65,8 @@ def test_ggml_agrees(ggml: ctypes.CDLL, name: str) -> None:
 
 
 def test_ids_are_distinct_and_lead_back() -> None:
-    assert len(BY_ID) == len(QTYPES) == 33
-    assert all(BY_ID[t.id] is t for t in QTYPES.values())
+    assert len(STORED_BY_ID) == len(STORED_TYPES) == 33 + 47
+    assert all(STORED_BY_ID[t.id] is t for t in (*QTYPES.values(), *IK_TYPES.values()))
 
 
 def test_file_types_are_those_of_the_gguf_package() -> None:

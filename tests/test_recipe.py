@@ -187,8 +187,8 @@ BROKEN = {
     "name empty": (GOOD.replace("name: r", "name: ''"), "r.yaml:1 name: is empty"),
     "name null": (GOOD.replace("name: r", "name:"), "r.yaml:1 name: should be text, not None"),
     "file type": (
-        GOOD.replace("Q4_K_M", "q4_k_m"),
-        "r.yaml:3 file_type: unknown file type 'q4_k_m' (did you mean Q4_K_M?)",
+        GOOD.replace("Q4_K_M", "q4_km"),
+        "r.yaml:3 file_type: unknown file type 'q4_km' (did you mean Q4_K_M?)",
     ),
     "imatrix": (GOOD + "imatrix: require\n", "r.yaml:6 imatrix: should be 'required' or 'optional', not 'require'"),
     "no rules": (HEAD + "  []\n", "r.yaml:4 rules: is empty"),

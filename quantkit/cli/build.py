@@ -114,6 +114,7 @@ def build(
     from quantkit.abandoned import finished_shards
     from quantkit.build import prepare
     from quantkit.cache import Cache
+    from quantkit.gaps import gap_warnings
     from quantkit.models import open_model
     from quantkit.output_files import Output
     from quantkit.plan import make_plan
@@ -125,8 +126,11 @@ def build(
     ready = prepare(made, output, weights, split_max_size, force, allow_requantize, chosen, resume)
     will_write(*(Output(name, "--output", is_later=True) for name, _ in ready.files))
     if not quiet:
-        click.echo(report.plan_text(made, [(path.name, f.nbytes) for path, f in ready.files]))
+        click.echo(report.plan_text(ready.plan, [(path.name, f.nbytes) for path, f in ready.files]))
         click.echo()
+    else:
+        for warning in gap_warnings(ready.plan.gaps):
+            click.echo(f"warning: {warning}", err=True)
     if ready.begun is not None and not quiet:
         click.echo(
             f"going on with the build of {output} begun {ready.begun.head.started}; what it made is checked first"

@@ -43,11 +43,13 @@ def plan(
     from quantkit import layout as layouts
     from quantkit import report
     from quantkit.models import open_model
-    from quantkit.plan import make_plan
+    from quantkit.plan import make_plan, with_values
 
     rules = recipe_of(recipe, sets)
     weights = imatrix_of(imatrix)
     made = make_plan(open_model(source, conversion(layout, pre, pad_token)), rules, weights, mixture_version)
+    if weights is not None:  # without one a plan still tells what would be made
+        made = with_values(made, weights)
     files = layouts.lay_out(made, layouts.output_kvs(made, weights), split_max_size)
     names = layouts.file_names(
         Path(f"{made.catalogue.model}-{rules.name}.gguf"), len(files), split_max_size is not None

@@ -162,12 +162,14 @@ def explain(
     quantkit recipe explain Q4_K_M blk.0.attn_k_b.weight --model deepseek-v2-lite
     """
     from quantkit import authoring, report
-    from quantkit.plan import make_plan
+    from quantkit.plan import make_plan, with_values
 
-    rules = recipe_of(name, sets)
-    plan = make_plan(_open(model or _references(rules)[0], layout), rules, imatrix_of(imatrix), mixture_version)
+    rules, weights = recipe_of(name, sets), imatrix_of(imatrix)
+    plan = make_plan(_open(model or _references(rules)[0], layout), rules, weights, mixture_version)
     made = authoring.explain(plan, tensor)
     click.echo(json.dumps(made.to_json(), indent=1, ensure_ascii=False) if as_json else report.explanation_text(made))
+    if weights is not None:  # a build would be refused for another tensor, perhaps
+        with_values(plan, weights)
 
 
 @recipe.command()
@@ -274,7 +276,7 @@ def _references(rules: Recipe) -> list[str]:
     from quantkit.arch.known import REFERENCES
     from quantkit.errors import UnsupportedError
 
-    known = [REFERENCES[arch] for arch in rules.arch if arch in REFERENCES]
+    known = [model for arch, model in REFERENCES.items() if rules.is_for(arch)]
     if not known:
         raise UnsupportedError(
             f"{rules.place('arch')}: no model of {', '.join(rules.arch)} is known by name; give one with --model"

@@ -98,8 +98,9 @@ def import_(
     from quantkit.exchange import import_rules
     from quantkit.models import open_model
     from quantkit.qtypes import FILE_TYPES
+    from quantkit.qtypes import file_type as known_file_type
 
-    if file_type is not None and file_type.upper() not in FILE_TYPES:
+    if file_type is not None and known_file_type(file_type) is None:
         raise click.BadParameter(f"unknown file type '{file_type}'{did_you_mean(file_type, FILE_TYPES)}")
     renamed = dict(_renaming(text) for text in maps)
     try:
@@ -112,7 +113,7 @@ def import_(
         raise RecipeError(f"{file}: has more bytes than a list of rules may have ({_MAX_BYTES:,})")
     made = import_rules(
         text, form, open_model(model, conversion(layout, None, None)), name or slug(file.stem), file.name,
-        file_type.upper() if file_type else None, with_imatrix, renamed,
+        known_file_type(file_type) if file_type else None, with_imatrix, renamed,
     )  # fmt: skip
     proof = {"tensors": made.proof.n_tensors, "bytes": made.proof.nbytes, "equal": True}
     _give(made.text, output, force, [*(f"note: {n}" for n in made.notes), str(made.proof)], as_json,

@@ -108,7 +108,6 @@ def verify(
     quantkit verify R1-UD-IQ1_S.gguf --recipe UD-IQ1_S --source DeepSeek-R1/ --imatrix imatrix.gguf --sample 1%
     quantkit verify R1-UD-IQ1_S.gguf --write-manifest R1.json
     """
-    from quantkit.errors import DamageError
     from quantkit.verify import against_plan, attestation
     from quantkit.verify import manifest as manifests
     from quantkit.verify.run import Request
@@ -149,7 +148,7 @@ def verify(
     elif write_manifest is not None:
         verdict.notes.append(f"{write_manifest} was not written, since the file is damaged")
     click.echo(json.dumps(verdict.to_json(), indent=1, ensure_ascii=False) if as_json else verdict.text(most))
-    ctx.exit(0 if verdict.ok else DamageError.exit_code)
+    ctx.exit(verdict.exit_code)
 
 
 def _check_usage(
@@ -195,9 +194,12 @@ def _attested_recipe(attested: Attested) -> Recipe:
 
 
 def _plan(model: Catalogue | None, rules: Recipe | None, weights: Any, mixture_version: str) -> Plan | None:
-    from quantkit.plan import make_plan
+    from quantkit.plan import make_plan, with_values
 
-    return None if model is None or rules is None else make_plan(model, rules, weights, mixture_version)
+    if model is None or rules is None:
+        return None
+    made = make_plan(model, rules, weights, mixture_version)
+    return made if weights is None else with_values(made, weights)
 
 
 def _rows(model: Catalogue | None, weights: Any, sample: str | None, seed: int) -> Rows | None:

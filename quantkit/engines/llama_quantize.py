@@ -23,10 +23,11 @@ from .. import kernels
 from ..catalogue import Source, Tensor
 from ..errors import InternalCheckError, OutputError, ToolError
 from ..exchange import tensor_type_file
-from ..gguf_format import KV, TensorInfo, header_bytes, pad, read_header
+from ..gguf_format import KV, TensorInfo, header_bytes, is_other_alignment, pad, read_header
 from ..plan import Plan, Planned
 from ..qtypes import FILE_TYPES, QTYPES
 from ..rows import RowReader
+from ..sharding import is_usual_name
 from . import Work
 
 _LINE = re.compile(r"^\[\s*(\d+)/\s*(\d+)\]\s+(\S+)\s+- \[")
@@ -57,6 +58,8 @@ class LlamaQuantizeEngine:
         assert source is not None
         first = source.files[0]
         whole = len(work.layouts) == 1 and first.suffix == ".gguf" and QTYPES.get(_dtype(source, work)) is not None
+        whole = whole and (len(source.files) == 1 or is_usual_name(first.name))
+        whole = whole and not any(map(is_other_alignment, work.plan.catalogue.kvs))  # llama-quantize keeps that key
         if whole and work.sink.is_empty:
             self._whole(work, source)
         else:

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from ..catalogue import SourceTensor
 from ..errors import SourceError
-from ..gguf_format import ALIGNMENT, KV, TensorInfo, read_header
+from ..gguf_format import KV, TensorInfo, read_header
 from ..sharding import SPLIT_KEYS, Shard, read_files
 from .files import Files
 
@@ -69,12 +69,6 @@ def joined(shards: Iterable[Shard]) -> tuple[tuple[KV, ...], list[tuple[Shard, T
                 f"{shard.said}; get it again"
             )
         found.append(shard)
-    for shard in found:
-        if shard.header.alignment != ALIGNMENT:
-            raise SourceError(
-                f"{shard.where}: general.alignment is {shard.header.alignment}; llama-quantize copies that key and "
-                f"aligns to {ALIGNMENT}, which breaks the file: convert the model again without it"
-            )
     first = found[0]
     infos = [(shard, info) for shard in found for info in shard.header.tensors]
     names = {info.name for _, info in infos}

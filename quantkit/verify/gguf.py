@@ -21,8 +21,8 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import SourceError
-from ..qtypes import BY_ID, QType
+from ..errors import SourceError, UnsupportedError
+from ..qtypes import REMOVED_TYPES, STORED_BY_ID, QType
 from .verdict import Finding, Findings
 
 MAX_HEADER = 1 << 26
@@ -55,6 +55,10 @@ class Key(NamedTuple):
         """The value, if it is an integer."""
         name, form = TYPES[self.type]
         return int(struct.unpack("<" + form, self.raw)[0]) if name[0] in "ui" else None
+
+    def text(self) -> str:
+        """The value, if it is a string; else ''."""
+        return self.raw[8:].decode("utf-8", "replace") if self.type == _STR else ""
 
     def shown(self, limit: int = 60) -> str:
         """The type and the value, for a message."""
@@ -123,6 +127,24 @@ class Gguf:
     @property
     def data_start(self) -> int:
         return aligned(self.header_end, self.alignment)
+
+
+def kind_of(g: Gguf) -> str:
+    """What a GGUF is that is no model, with its article; '' for a model, and for what cannot be told."""
+    said = {name: key.text() for name, key in g.keys.items() if name in ("general.type", "general.architecture")}
+    type_, arch = said.get("general.type", ""), said.get("general.architecture", "")
+    if type_ == "imatrix" or (g.tensors and all(t.name.endswith((".in_sum2", ".counts")) for t in g.tensors)):
+        return "an importance matrix"
+    if type_ == "adapter" or "adapter.type" in g.keys:
+        return "a LoRA adapter"
+    if arch == "controlvector":
+        return "a control vector"
+    if type_ == "mmproj" or arch == "clip":
+        return "a multimodal projector (mmproj)"
+    n_shards = g.keys["split.count"].number() if "split.count" in g.keys else 0
+    if g.n_claimed == 0 and "tokenizer.ggml.tokens" in g.keys and (n_shards or 0) < 2:
+        return "a vocabulary without weights"
+    return ""
 
 
 def aligned(n: int, alignment: int) -> int:
@@ -239,10 +261,15 @@ def _read(r: _Reader, path: Path, findings: Findings) -> Gguf:
         text = "zeros in place of the magic: an interrupted llama-quantize leaves that" if not any(magic) else "magic"
         raise _BrokenError(f"{text}: expected b'GGUF', found {magic!r}", 0)
     version = r.u32("the version")
-    if version != 3:
-        if version != 2:
-            raise _BrokenError(f"version: expected 3, found {version}", 4)
-        findings.add(Finding("header", path.name, "version", offset=4, expected="3", found="2"))
+    if version not in (2, 3):  # 3 only added big-endian files to 2
+        if int.from_bytes(version.to_bytes(4, "little"), "big") in (2, 3):
+            raise UnsupportedError(
+                f"{path}: is a big-endian GGUF, which is not read here; verify it after gguf_convert_endian.py of "
+                "llama.cpp's gguf-py has made it little-endian"
+            )
+        if version == 1:
+            raise UnsupportedError(f"{path}: is a GGUF of version 1, of August 2023, which is not read here")
+        raise _BrokenError(f"version: expected 3, found {version}", 4)
     n_tensors, n_keys = r.u64("the number of tensors"), r.u64("the number of keys")
     for n, most, each, what in ((n_keys, MAX_KEYS, 13, "keys"), (n_tensors, MAX_TENSORS, 33, "tensors")):
         if n > most or n * each > r.size - r.at:
@@ -309,13 +336,14 @@ def _info(
     n_values = 1
     for n in shape:
         n_values *= n
-    qt = BY_ID.get(type_id)
+    qt = STORED_BY_ID.get(type_id)
     if qt is None:
-        wrong("ggml has no such type", found=f"{type_id}")
+        once = f" ({REMOVED_TYPES[type_id]}, which llama.cpp has given up)" if type_id in REMOVED_TYPES else ""
+        wrong("ggml has no such type", found=f"{type_id}{once}")
     elif n_values == 0 or n_values >= 1 << 60:
         wrong("impossible shape", found=str(list(shape)))
     elif shape[0] % qt.block:
         wrong(f"rows do not divide into {qt.name} blocks", f"a multiple of {qt.block}", f"{shape[0]:,}")
     else:
-        return name, shape, qt, offset, n_values // qt.block * qt.block_bytes
+        return name, shape, qt, offset, (shape[0] // qt.block * qt.block_bytes + qt.row_extra) * (n_values // shape[0])
     return None

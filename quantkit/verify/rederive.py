@@ -20,9 +20,9 @@ import numpy.typing as npt
 from ..catalogue import Catalogue, Source, Tensor
 from ..errors import ImatrixError, SourceError
 from ..imatrix import Imatrix
-from ..qtypes import ABORT_WITHOUT_IMATRIX
+from ..qtypes import ABORT_WITHOUT_IMATRIX, INTEGER_TYPES, QTYPES
 from .derive import F32, I64, U8, Deriver
-from .ggml import Ggml
+from .ggml import NOT_IN_WHEEL, Ggml
 from .gguf import Gguf, Info, read_into
 from .parallel import each
 from .verdict import KEPT_EACH, Finding, Findings, Progress
@@ -120,6 +120,18 @@ def check_imatrix(rows: Rows, types: Mapping[str, str]) -> None:
         if not entry and type_ in ABORT_WITHOUT_IMATRIX:
             given = f"and {rows.imatrix.path} has no entry for it" if rows.imatrix else "give it with --imatrix FILE"
             raise ImatrixError(f"'{t.name}' as {type_} needs an importance matrix to be compared; {given}")
+
+
+def can_compare(rows: Rows, name: str, type_: str) -> bool:
+    """Whether rows of that type can be made for a tensor, with the importance matrix that there is."""
+    tensor = next((t for t in rows.catalogue.tensors if t.name == name), None)
+    if tensor is None or type_ not in QTYPES or type_ in INTEGER_TYPES or tensor.n_cols % QTYPES[type_].block:
+        return False
+    if type_ in NOT_IN_WHEEL and not rows.ggml.pinned:
+        return False
+    if rows.imatrix is None or name not in rows.imatrix:
+        return type_ not in ABORT_WITHOUT_IMATRIX
+    return rows.imatrix.fits(name, tensor.n_cols, prod(tensor.shape[2:]))
 
 
 def rederive(
@@ -247,6 +259,20 @@ def _stored(batch: _Batch, row_bytes: int) -> U8:
     except OSError as e:
         raise SourceError(f"{batch.g.path}: cannot be read: {e.strerror or e}") from None
     return out
+
+
+def is_zero(rows: Rows, info: Info, mat: int) -> bool:
+    """Whether all of a tensor's matrix is 0 in the source; False where the source has no such tensor. Raises
+    SourceError."""
+    tensor = next((t for t in rows.catalogue.tensors if t.name == info.name), None)
+    if tensor is None or prod(tensor.shape) != prod(info.shape):
+        return False
+    deriver, n = Deriver(rows.source, rows.ggml), info.shape[1]
+    step = max(1, _BATCH // tensor.n_cols)
+    return not any(
+        deriver.rows(tensor, np.arange(row, min(row + step, (mat + 1) * n))).any()
+        for row in range(mat * n, (mat + 1) * n, step)
+    )
 
 
 def check_source(catalogue: Catalogue) -> Source:

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..errors import ImatrixError
+from ..gaps import gap_warnings
 from ..imatrix import Imatrix
 from ..plan import Plan
 from ..qtypes import QTYPES
 from . import against_plan, attestation, manifest, structure
 from .against_plan import Expected
 from .attestation import Attested
-from .rederive import Rows, rederive
-from .scan import Digests, scan
+from .gguf import Info, kind_of
+from .rederive import Rows, can_compare, is_zero, rederive
+from .scan import Digests, Empty, scan
 from .verdict import Finding, Progress, Verdict
 
 
@@ -54,22 +56,36 @@ def verify(request: Request, progress: Progress) -> Outcome:
     verdict.files = list(found.names)
     verdict.n_tensors = sum(len(g.tensors) for g in found.files)
     verdict.checked.append("structure")
-    expected = request.expected
+    verdict.notes += structure.remarks(found.files)
+    expected, plan, rows = request.expected, request.plan, request.rows
+    first = found.first()
+    verdict.kind = kind_of(first) if first is not None else ""
+    if verdict.kind and (expected is not None or plan is not None or rows is not None):
+        verdict.skipped = True  # every comparison would only say the same
+        expected = plan = rows = None
+    if plan is not None:
+        verdict.recipe = plan.recipe.name
+        verdict.notes += gap_warnings(plan.gaps)
     if expected is not None:
         against_plan.check_tensors(found.files, found.whole, expected, findings)
         verdict.checked.append("plan")
-    if request.plan is not None and found.first() is not None:
-        against_plan.check_keys(found.files, request.plan, request.imatrix, request.ignored_keys, verdict)
+    if plan is not None and first is not None:
+        against_plan.check_keys(found.files, plan, request.imatrix, request.ignored_keys, verdict)
         verdict.checked.append("metadata")
-    if request.rows is not None:
+    if rows is not None:
         _require_imatrix(request, found)
     hashing = request.hashing or request.manifest is not None or request.attested is not None
-    digests = scan(found.files, findings, request.n_threads, progress, hashing)
+    empty = Empty()
+    digests = scan(found.files, findings, request.n_threads, progress, hashing, empty)
     verdict.checked.append("scales")
-    if request.rows is not None:
-        types = {t.name: t.type for t in expected} if expected is not None else _own_types(request, found, verdict)
-        done, total = rederive(found.files, types, request.rows, findings, request.n_threads, progress)
-        of = f"all {total:,} rows" if done == total else f"{done:,} of {total:,} rows (seed {request.rows.seed})"
+    verdict.notes += _of_empty(empty.matrices(found.files), rows)
+    if rows is not None:
+        if expected is None:
+            types = _own_types(request, found, verdict)
+        else:
+            types = {t.name: t.type for t in expected} | _other_types(found, expected, rows)
+        done, total = rederive(found.files, types, rows, findings, request.n_threads, progress)
+        of = f"all {total:,} rows" if done == total else f"{done:,} of {total:,} rows (seed {rows.seed})"
         verdict.checked.append(of)
     if request.manifest is not None:
         manifest.compare(request.manifest, found.files, digests, findings)
@@ -77,6 +93,43 @@ def verify(request: Request, progress: Progress) -> Outcome:
     if request.attested is not None:
         _attested(request, request.attested, digests, expected, verdict, progress)
     return Outcome(verdict, found, digests)
+
+
+_NAMED_TENSORS, _NAMED_MATRICES = 3, 8
+
+
+def _of_empty(found: list[tuple[Info, list[int]]], rows: Rows | None) -> Iterator[str]:
+    """A note on matrices of which every block's scale is 0, but for those that are zeros in the source too."""
+    if rows is not None:
+        found = [(info, [m for m in numbers if not is_zero(rows, info, m)]) for info, numbers in found]
+    some = [(info, numbers) for info, numbers in found if numbers]
+    if not some:
+        return
+    n = sum(len(numbers) for _, numbers in some)
+    words = []
+    for info, numbers in some[:_NAMED_TENSORS]:
+        which = ", ".join(map(str, numbers[:_NAMED_MATRICES])) + (", …" if len(numbers) > _NAMED_MATRICES else "")
+        words.append(f"{info.name} {which}" if info.n_rows > info.shape[1] else info.name)
+    named = "; ".join(words) + ("; …" if len(some) > _NAMED_TENSORS else "")
+    source = "though not in the source" if rows is not None else "which is right only if the source has zeros there"
+    experts = all("_exps." in info.name for info, _ in some)
+    what = f"expert{'s' * (n > 1)}" if experts else "matrix" if n == 1 else "matrices"
+    yield (
+        f"all weights are 0 in {n:,} {what} of {len(some):,} tensor{'s' * (len(some) > 1)}, {source}: {named}; an "
+        "importance matrix with nothing but zeros for them does that: `quantkit plan --imatrix FILE` names them"
+    )
+
+
+def _other_types(found: structure.Set, expected: list[Expected], rows: Rows) -> dict[str, str]:
+    """The types of tensors that have another than expected, so that their rows are compared as what they say they are:
+    that tells another recipe's file from a damaged one."""
+    wanted = {t.name: t.type for t in expected}
+    return {
+        t.name: t.type.name
+        for g in found.files
+        for t in g.tensors
+        if wanted.get(t.name, t.type.name) != t.type.name and can_compare(rows, t.name, t.type.name)
+    }
 
 
 def _require_imatrix(request: Request, found: structure.Set) -> None:

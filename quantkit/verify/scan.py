@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -17,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import SourceError
-from ..qtypes import QType
+from ..qtypes import IK_TYPES, QType
 from .gguf import Gguf, Info, read_into
 from .parallel import each
 from .verdict import KEPT_EACH, Finding, Findings, Progress
@@ -41,6 +43,8 @@ _F16_EXPONENT = 0x7C
 def bad_blocks(raw: U8, qt: QType) -> npt.NDArray[np.int64]:
     """The numbers of the blocks of `raw`, uint8 [n x block_bytes], whose scale (or value, for float types) is
     NaN or Inf."""
+    if qt.name in IK_TYPES:  # of these only the size is known
+        return np.empty(0, np.int64)
     blocks = raw.reshape(-1, qt.block_bytes)
     bad = np.zeros(len(blocks), bool)
     if qt.name in F16_SCALES:
@@ -57,6 +61,57 @@ def bad_blocks(raw: U8, qt: QType) -> npt.NDArray[np.int64]:
         bad = ~np.isfinite(np.ascontiguousarray(raw).view("<f4" if qt.name == "F32" else "<f8"))
     # NVFP4: every byte is a scale to ggml; the integer types have none
     return np.flatnonzero(bad)
+
+
+def zero_blocks(raw: U8, qt: QType) -> npt.NDArray[np.bool_] | None:
+    """Which blocks of `raw`, uint8 [n x block_bytes], have only scales of 0, and so only weights of 0; None for types
+    that show it otherwise."""
+    blocks = raw.reshape(-1, qt.block_bytes)
+    zero: npt.NDArray[np.bool_]
+    if qt.name == "IQ1_M":  # the high nibbles of four u16, the sign left out
+        zero = ((blocks[:, 49] | blocks[:, 51] | blocks[:, 53]) & 0xF0 | blocks[:, 55] & 0x70) == 0
+        return zero
+    if qt.name not in F16_SCALES or qt.is_float:
+        return None
+    zero = np.ones(len(blocks), bool)
+    for at in F16_SCALES[qt.name]:
+        zero &= (blocks[:, at] | blocks[:, at + 1] & 0x7F) == 0
+    return zero
+
+
+class Empty:
+    """Collects from any thread which matrices of a tensor have a block with a scale that is not 0."""
+
+    def __init__(self) -> None:
+        self._full: dict[tuple[str, str], npt.NDArray[np.bool_]] = {}
+        self._n_bytes: Counter[tuple[str, str]] = Counter()
+        self._lock = threading.Lock()
+
+    def see(self, g: Gguf, info: Info, at: int, raw: U8) -> None:
+        """`raw`: whole blocks of a tensor from its byte `at` on."""
+        if len(info.shape) < 2 or info.type.row_extra:
+            return
+        zero = zero_blocks(raw, info.type)
+        if zero is None:
+            return
+        per_matrix = info.shape[0] // info.type.block * info.shape[1]
+        first = at // info.type.block_bytes
+        starts = np.arange(first // per_matrix, (first + len(zero) - 1) // per_matrix + 1)
+        full = ~np.logical_and.reduceat(zero, np.maximum(starts * per_matrix - first, 0))
+        with self._lock:
+            seen = self._full.setdefault((g.name, info.name), np.zeros(info.n_rows // info.shape[1], bool))
+            seen[starts] |= full
+            self._n_bytes[g.name, info.name] += len(raw)
+
+    def matrices(self, files: Sequence[Gguf]) -> list[tuple[Info, list[int]]]:
+        """The tensors with matrices of nothing but zeros, of those that were seen whole."""
+        out = []
+        for g in files:
+            for info in g.tensors:
+                full = self._full.get((g.name, info.name))
+                if full is not None and self._n_bytes[g.name, info.name] == info.nbytes and not full.all():
+                    out.append((info, np.flatnonzero(~full).tolist()))
+        return out
 
 
 @dataclass
@@ -76,14 +131,14 @@ class _Chunk(NamedTuple):
 
 
 def scan(
-    files: Sequence[Gguf], findings: Findings, n_threads: int, progress: Progress, hashing: bool = False
+    files: Sequence[Gguf], findings: Findings, n_threads: int, progress: Progress, hashing: bool, empty: Empty
 ) -> Digests:
-    """Check the scales of every block of every tensor, and with `hashing` compute the digests on the way.
-    Memory is a few chunks of 8 MiB a thread. Raises SourceError when a file cannot be read."""
+    """Check the scales of every block of every tensor, tell `empty` of those that are 0, and with `hashing` compute the
+    digests on the way. Memory is a few chunks of 8 MiB a thread. Raises SourceError when a file cannot be read."""
     digests = Digests()
     if hashing:
         progress.start("hashes and scales", sum(g.nbytes for g in files), "B")
-        each(files, min(n_threads, max(1, len(files))), lambda: _Hasher(findings, progress, digests).do)
+        each(files, min(n_threads, max(1, len(files))), lambda: _Hasher(findings, progress, digests, empty).do)
     else:
         progress.start("scales", sum(c.nbytes for g in files for c in _chunks(g)), "B")
         jobs = (c for g in files for c in _chunks(g))
@@ -95,6 +150,7 @@ def scan(
                 raw = buffer[: c.nbytes]
                 _read(c.g, c.info.start + c.at, raw)
                 _check(c.g, c.info, c.at, raw, findings)
+                empty.see(c.g, c.info, c.at, raw)
                 progress.advance(c.nbytes)
 
             return do
@@ -154,8 +210,8 @@ def _check(g: Gguf, info: Info, at: int, raw: U8, findings: Findings) -> None:
 class _Hasher:
     """Goes through one file after another: each byte is read once, for the file's hash, the tensor's and the scales."""
 
-    def __init__(self, findings: Findings, progress: Progress, digests: Digests) -> None:
-        self.findings, self.progress, self.digests = findings, progress, digests
+    def __init__(self, findings: Findings, progress: Progress, digests: Digests, empty: Empty) -> None:
+        self.findings, self.progress, self.digests, self.empty = findings, progress, digests, empty
         self.buffer = np.empty(_CHUNK + 256, np.uint8)
 
     def do(self, g: Gguf) -> None:
@@ -183,6 +239,7 @@ class _Hasher:
             running = [pool.submit(h.update, raw) for h in hashes]
             if info is not None:
                 _check(g, info, at - begin, raw, self.findings)
+                self.empty.see(g, info, at - begin, raw)
             for future in running:
                 future.result()
             self.progress.advance(len(raw))

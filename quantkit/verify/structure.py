@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import SourceError
-from .gguf import Gguf, aligned, read, regular
+from ..qtypes import IK_TYPES
+from .gguf import Gguf, aligned, kind_of, read, regular
 from .verdict import Finding, Findings
 
-SHARD_NAME = re.compile(r"^(?P<prefix>.+)-(?P<no>\d{5})-of-(?P<count>\d{5})\.gguf$")
+#: capitals too: so some downloads have them, though llama.cpp wants small letters
+SHARD_NAME = re.compile(r"^(?P<prefix>.+)-(?P<no>\d{5})-of-(?P<count>\d{5})\.gguf$", re.IGNORECASE)
+_USUAL_NAME = re.compile(r".*-of-\d{5}\.gguf$", re.DOTALL)
 #: split key -> the type that llama-gguf-split, llama-quantize and gguf-py give it
 SPLIT_KEYS = {"split.no": "u16", "split.count": "u16", "split.tensors.count": "i32"}
 _CHUNK = 1 << 20
@@ -51,7 +54,9 @@ def paths_of(out: Path, findings: Findings) -> list[Path]:
     there = {
         int(n["no"]): path
         for path in out.parent.iterdir()
-        if (n := SHARD_NAME.match(path.name)) and n["prefix"] == m["prefix"] and n["count"] == m["count"]
+        if (n := SHARD_NAME.match(path.name))
+        and n["prefix"].lower() == m["prefix"].lower()
+        and n["count"] == m["count"]
     }
     wanted = range(1, count + 1)
     missing = [no for no in wanted if no not in there]
@@ -85,7 +90,25 @@ def check(out: Path, findings: Findings) -> Set:
     return Set(tuple(files), not missing and len(files) == len(paths), names)
 
 
+def remarks(files: Iterable[Gguf]) -> Iterator[str]:
+    """What is unusual about files, and yet no fault."""
+    old = [g.name for g in files if g.version == 2]
+    if old:
+        yield f"{old[0]} is of GGUF version 2, as llama.cpp wrote it in 2023; it reads as version 3 does"
+    capitals = [g.name for g in files if SHARD_NAME.match(g.name) and not _USUAL_NAME.match(g.name)]
+    if capitals:
+        yield (
+            f"{capitals[0]}: llama.cpp finds the shards of a model only by names in small letters, …-of-00002.gguf; "
+            "rename them, or make one file of them with `quantkit merge`"
+        )
+    foreign = sorted({t.type.name for g in files for t in g.tensors if t.type.name in IK_TYPES})
+    if foreign:
+        yield (f"of {', '.join(foreign)}, types that only ik_llama.cpp has, no more than place and size was checked")
+
+
 def _check_model_keys(g: Gguf, findings: Findings) -> None:
+    if kind_of(g) == "an importance matrix":  # it has no such key
+        return
     key = g.keys.get("general.architecture")
     if key is None or key.type_name != "str":
         found = "nothing" if key is None else key.shown()
@@ -93,8 +116,10 @@ def _check_model_keys(g: Gguf, findings: Findings) -> None:
 
 
 def _check_layout(g: Gguf, findings: Findings) -> None:
-    """Each tensor begins where the one before it ends, padded; the last ends with the file. gguf.cpp refuses others."""
+    """Each tensor begins where the one before it ends, padded; the last ends with the file. gguf.cpp refuses others.
+    Types of ik_llama.cpp have had other sizes over time: what lies behind such a tensor may be its own."""
     at = g.data_start
+    loose = False
     if not g.tensors and g.n_claimed == 0 and g.nbytes == g.header_end:
         return  # a first shard without tensors: nothing to pad
     in_order = sorted(g.tensors, key=lambda t: (t.start, t.end))
@@ -126,13 +151,28 @@ def _check_layout(g: Gguf, findings: Findings) -> None:
             findings.add(
                 Finding("layout", g.name, "overlaps what is before it", t.name, t.start, expected=f"at {at:,}")
             )
-        elif t.start > at and len(g.tensors) == g.n_claimed:
+        elif t.start > at and len(g.tensors) == g.n_claimed and not loose:
             text = f"a hole of {t.start - at:,} bytes before it"
             findings.add(Finding("layout", g.name, text, t.name, t.start, expected=f"at {at:,}"))
         at = max(at, aligned(t.end, g.alignment))
-    if at != g.nbytes and len(g.tensors) == g.n_claimed:
+        loose = t.type.name in IK_TYPES
+    if at != g.nbytes and len(g.tensors) == g.n_claimed and not (loose and g.nbytes > at):
         text = "the file is too short" if g.nbytes < at else "bytes behind the last tensor"
+        if g.nbytes > at and _begins_at(g, at):
+            text += (
+                ", where another GGUF begins: several files were joined into one, as by cat, which none can read; "
+                "get them again, and make one of shards with `quantkit merge`"
+            )
         findings.add(Finding("length", g.name, text, expected=f"{at:,} bytes", found=f"{g.nbytes:,}"))
+
+
+def _begins_at(g: Gguf, at: int) -> bool:
+    """Whether a GGUF's magic is there. Raises SourceError."""
+    try:
+        with open(g.path, "rb", buffering=0) as file:
+            return os.pread(file.fileno(), 4, at) == b"GGUF"
+    except OSError as e:
+        raise SourceError(f"{g.path}: cannot be read: {e.strerror or e}") from None
 
 
 def _check_padding(g: Gguf, findings: Findings) -> None:
@@ -140,14 +180,16 @@ def _check_padding(g: Gguf, findings: Findings) -> None:
     Raises SourceError."""
     if len(g.tensors) != g.n_claimed:
         return
-    at, what = g.header_end, "the header"
+    at, what, loose = g.header_end, "the header", False
     try:
         with open(g.path, "rb", buffering=0) as file:
             for t in sorted(g.tensors, key=lambda t: (t.start, t.end)):
-                _check_zeros(file.fileno(), g, at, min(t.start, g.nbytes), what, findings)
+                if not loose:
+                    _check_zeros(file.fileno(), g, at, min(t.start, g.nbytes), what, findings)
                 if t.end > at:
-                    at, what = t.end, f"'{t.name}'"
-            _check_zeros(file.fileno(), g, at, g.nbytes, what, findings)
+                    at, what, loose = t.end, f"'{t.name}'", t.type.name in IK_TYPES
+            if not loose:
+                _check_zeros(file.fileno(), g, at, g.nbytes, what, findings)
     except OSError as e:
         raise SourceError(f"{g.path}: cannot be read: {e.strerror or e}") from None
 

@@ -7,6 +7,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
+from ..errors import DamageError
+
 #: findings of one kind that are kept for one tensor, or one file; the others are counted
 KEPT_EACH = 16
 #: findings kept in all
@@ -55,12 +57,15 @@ class Findings:
         self._kept: list[Finding] = []
         self._of: Counter[tuple[str, str, str]] = Counter()
         self._counts: Counter[str] = Counter()
+        self._texts: Counter[tuple[str, str]] = Counter()
         self._lock = threading.Lock()
 
     def add(self, finding: Finding, times: int = 1) -> None:
         """Note a finding, which stands for `times` of its kind."""
         with self._lock:
             self._counts[finding.kind] += times
+            if finding.kind in ("plan", "metadata"):
+                self._texts[finding.kind, finding.text] += times
             key = (finding.kind, finding.file, finding.tensor)
             self._of[key] += 1
             if self._of[key] <= KEPT_EACH and len(self._kept) < KEPT:
@@ -69,6 +74,21 @@ class Findings:
     @property
     def count(self) -> int:
         return sum(self._counts.values())
+
+    @property
+    def n_other_types(self) -> int:
+        """How many tensors have another type than the plan says."""
+        return self._texts["plan", "type"]
+
+    @property
+    def tell_of_another_recipe(self) -> bool:
+        """Whether all that was found is what a sound file shows that another recipe made: other types, the bytes that
+        follow from them, and keys."""
+        return (
+            self.n_other_types > 0
+            and all(kind in ("plan", "metadata") for kind in self.counts())
+            and all(text in ("type", "bytes") for kind, text in self._texts if kind == "plan")
+        )
 
     def counts(self) -> dict[str, int]:
         """Findings of each kind that occurred."""
@@ -99,18 +119,40 @@ class Verdict:
     findings: Findings = field(default_factory=Findings)
     checked: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    kind: str = ""
+    """what it is, if it is no model: 'an importance matrix'"""
+    recipe: str = ""
+    """the name of the one it was compared with"""
+    skipped: bool = False
+    """a model was asked for, and since this is none nothing was compared"""
 
     @property
     def ok(self) -> bool:
-        return self.findings.count == 0
+        return self.findings.count == 0 and not self.skipped
+
+    @property
+    def exit_code(self) -> int:
+        """0, 1 for a sound file that is another than was asked for, DamageError's for a damaged one."""
+        if self.ok:
+            return 0
+        return 1 if self.findings.count == 0 or self.findings.tell_of_another_recipe else DamageError.exit_code
 
     def line(self) -> str:
         """The verdict in one line."""
         nbytes = sum(n for _, n in self.files)
         n = len(self.files)
         what = f"{n} file{'s' * (n != 1)}, {self.n_tensors:,} tensors, {nbytes:,} bytes"
+        if self.skipped and self.findings.count == 0:
+            return f"NOT A MODEL: this is {self.kind}, sound in itself: {what}; checked {', '.join(self.checked)}"
         if self.ok:
-            return f"OK: {what}; checked {', '.join(self.checked)}"
+            of = f"{self.kind}, not a model: " if self.kind else ""
+            return f"OK: {of}{what}; checked {', '.join(self.checked)}"
+        if self.findings.tell_of_another_recipe:
+            return (
+                f"ANOTHER RECIPE'S FILE: {self.findings.n_other_types:,} of {self.n_tensors:,} tensors have other "
+                f"types than {self.recipe or 'the plan'} gives them; the file is sound in itself: {what}; checked "
+                f"{', '.join(self.checked)}"
+            )
         total = self.findings.count
         kinds = ", ".join(f"{n:,} {kind}" for kind, n in self.findings.counts().items())
         return f"DAMAGED: {total:,} finding{'s' * (total != 1)} ({kinds}) in {what}; checked {', '.join(self.checked)}"
