@@ -111,8 +111,9 @@ def import_(
         file_type.upper() if file_type else None, with_imatrix, renamed,
     )  # fmt: skip
     proof = {"tensors": made.proof.n_tensors, "bytes": made.proof.nbytes, "equal": True}
-    _give(made.text, output, [*(f"note: {n}" for n in made.notes), str(made.proof)], as_json,
-          {"notes": made.notes, "round_trip": proof})  # fmt: skip
+    said = [*(f"warning: {w}" for w in made.warnings), *(f"note: {n}" for n in made.notes), str(made.proof)]
+    facts = {"warnings": made.warnings, "notes": made.notes, "round_trip": proof}
+    _give(made.text, output, said, as_json, facts)
 
 
 @click.command()
