@@ -251,7 +251,9 @@ def _from_mixture(
 
 
 #: rules in quotes, as they stand in a script: --custom-q "…", or custom="…" for a later --custom-q "$custom"
-_QUOTED = re.compile(r"""(?:--custom-q[ =]\s*|^[ \t]*(?:export[ \t]+)?\w+=)(["'])(?P<rules>(?:(?!\1)[\s\S])*)\1""", re.M)
+_QUOTED = re.compile(
+    r"""(?:--custom-q[ =]\s*|^[ \t]*(?:export[ \t]+)?\w+=)(["'])(?P<rules>(?:(?!\1)[\s\S])*)\1""", re.M
+)
 #: what is no part of a rule around it: quotes of a shell, a word processor or Markdown
 _QUOTES = "\"'`\u2018\u2019\u201c\u201d"
 
@@ -281,8 +283,8 @@ def _tokens(text: str, form: str, source: str) -> Iterator[tuple[str, str]]:
         if form == "custom-q":  # which splits at every comma
             words = re.sub(r"^--custom-q[ =]", "", line).split(",")
         else:
-            line = re.sub(r"(=\w+)\s*,", r"\1\n", line)
-            words = line.split("\n") if form == "thireus" else re.sub(r"(?:^|\s)--tensor-type[ =]", " ", line).split()
+            apart = re.sub(r"(=\w+)\s*,", r"\1\n", line)
+            words = apart.split("\n") if form == "thireus" else re.sub(r"(?:^|\s)--tensor-type[ =]", " ", apart).split()
         rules = [rule for word in words if (rule := word.strip().strip(_QUOTES).strip())]
         for i, rule in enumerate(rules, 1):
             yield f"{source}:{n}" + (f" rule {i}" if form == "custom-q" and len(rules) > 1 else ""), rule

@@ -15,6 +15,7 @@ and what was perhaps meant.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -26,10 +27,18 @@ from .disk import text_within
 from .errors import RecipeError, did_you_mean, listed
 from .marked_yaml import Marked, read
 from .qtypes import FILE_TYPES, QTYPES
-from .recipe_file import Override, RecipeFile, Rule, known_type, messages, parse_override
+from .recipe_file import (
+    SCHEMA_FILE,
+    Override,
+    RecipeFile,
+    Rule,
+    known_type,
+    looks_like_recipe,
+    messages,
+    parse_override,
+)
 
 _MAX_BYTES = 1 << 20
-SCHEMA_FILE = "recipe.schema.json"
 SCHEMA_LINE = f"# yaml-language-server: $schema={SCHEMA_FILE}"
 
 
@@ -214,6 +223,27 @@ def load(name: str, sets: Mapping[str, str] | None = None) -> Recipe:
 def text_of(name: str) -> str:
     """The text of a recipe, by name or path, unchecked. Raises RecipeError."""
     return _text(name, Path())[0]
+
+
+def as_base(name: str, folder: Path, start: Path = Path()) -> str:
+    """A recipe's name, or its path from `start`, as a recipe in `folder` names it for its base: no absolute path."""
+    path = Path(name)
+    if path.suffix not in (".yaml", ".yml") and len(path.parts) < 2 and name.lower() in map(str.lower, shipped()):
+        return name
+    target = start / path
+    real = os.path.join(os.path.realpath(target.parent), target.name)
+    return Path(os.path.relpath(real, os.path.realpath(folder))).as_posix()
+
+
+def is_recipe(path: Path) -> bool:
+    """Whether a file looks like a recipe, a faulty one too; what cannot be read may be one."""
+    try:
+        text = text_within(path, _MAX_BYTES)
+    except OSError:
+        return True
+    except UnicodeDecodeError:
+        return False
+    return text is not None and looks_like_recipe(text)
 
 
 def _text(name: str, folder: Path | None) -> tuple[str, str]:

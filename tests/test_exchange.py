@@ -361,7 +361,10 @@ custom=$(
 ./build/bin/llama-quantize --custom-q "$custom" --imatrix /m.dat /in.gguf /out.gguf Q4_K 24
 """
 RULES = CARD[CARD.index("\n# Att") : CARD.index('"\n\ncustom=$')]
-PLAIN = r"blk\..*\.attn_kv_b\.weight=q8_0,blk\..*\.attn_.*=iq4_nl,blk\..*\.ffn_down_exps\.weight=q5_0,blk\..*\.ffn_.*=q4_0,.*=q8_0"
+PLAIN = (
+    r"blk\..*\.attn_kv_b\.weight=q8_0,blk\..*\.attn_.*=iq4_nl,"
+    r"blk\..*\.ffn_down_exps\.weight=q5_0,blk\..*\.ffn_.*=q4_0,.*=q8_0"
+)
 
 
 @pytest.mark.parametrize(
@@ -379,7 +382,7 @@ PLAIN = r"blk\..*\.attn_kv_b\.weight=q8_0,blk\..*\.attn_.*=iq4_nl,blk\..*\.ffn_d
         ("thireus", RULES),
         ("thireus", CARD),
         ("thireus", PLAIN.replace(",", "\n\ufeff")),
-        ("tensor-types", RULES.replace("IQ", "iq")),
+        ("tensor-types", RULES),
         ("tensor-types", "--tensor-type " + PLAIN.replace(",", " --tensor-type ")),
         ("tensor-types", '--tensor-type "' + PLAIN.replace(",", '" \\\n  --tensor-type "') + '"'),
     ],
