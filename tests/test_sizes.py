@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
+import subprocess
+import sys
 import time
 from collections.abc import Mapping
 from datetime import datetime
@@ -680,6 +682,36 @@ def test_the_action_runs_commands_that_exist() -> None:
     assert not any("${{" in s.get("run", "") for s in steps)
     used = set(re.findall(r"inputs\.([a-z-]+)", (ROOT / "action.yml").read_text()))
     assert used == set(action["inputs"])
+
+
+@pytest.mark.parametrize("inputs", [("sub dir", ""), (".", "sub dir/a lock.yaml"), ("sub dir", "a lock.yaml")])
+def test_the_action_runs(locked: Path, inputs: tuple[str, str]) -> None:
+    """Its last step, with the inputs as GitHub's runner puts them in."""
+    root = locked.parent
+    (root / "sub dir").mkdir()
+    for name in ("recipes", "tiny"):
+        (root / name).rename(root / "sub dir" / name)
+    (root / ".git").mkdir()
+    folder, file = inputs
+    locked.rename(root / "sub dir" / ("a lock.yaml" if file else locked.name))
+    step = yaml.safe_load((ROOT / "action.yml").read_text())["runs"]["steps"][-1]
+    bin_ = root / "bin"
+    bin_.mkdir()
+    (bin_ / "quantkit").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m quantkit "$@"\n')
+    (bin_ / "quantkit").chmod(0o755)
+    change("rules:\n", ONE_TENSOR, root / "sub dir" / "recipes" / "mine.yaml")
+    values = {"working-directory": folder, "file": file, "tolerance": ""}
+
+    def filled(text: str) -> str:
+        return re.sub(r"\$\{\{ inputs\.([a-z-]+) \}\}", lambda m: values[m[1]], text)
+
+    env = {k: filled(v) for k, v in step["env"].items()} | {"PATH": f"{bin_}{os.pathsep}{os.environ['PATH']}"}
+    done = subprocess.run(
+        ["bash", "--noprofile", "--norc", "-eo", "pipefail", "-c", step["run"]],
+        cwd=root / filled(step["working-directory"]), env=os.environ | env, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (1, "")
+    assert workflow_command(done.stdout.splitlines()[0])[1]["file"] == "sub dir/recipes/mine.yaml"
 
 
 # ---------------------------------------------------------------- what cannot be read, in a report
