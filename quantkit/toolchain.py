@@ -18,8 +18,11 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -38,6 +41,9 @@ INSTALL_COMMAND = "quantkit toolchain install"
 
 STAMP = "installed.json"
 CONVERTER = "convert_hf_to_gguf.py"
+_OTHER = f"give --llama-quantize the path of another, or run: {INSTALL_COMMAND}"
+#: bytes and seconds of a program's answer
+_MOST_SAID, _PATIENCE = 1 << 16, 20
 _VERSION_LINE = re.compile(r"^(?:version:|main: build =)\s*(.+)$", re.MULTILINE)
 
 
@@ -80,6 +86,40 @@ def find(tool: str, explicit: Path | str | None = None) -> Path:
     if located := locate(tool):
         return located.path
     raise ToolError(f"{tool} is neither on PATH nor in {root() / 'bin'}; to build it, run: {INSTALL_COMMAND}")
+
+
+def find_quantize(explicit: Path | str | None = None) -> Path:
+    """The llama-quantize to drive. Raises ToolError when there is none, and for a binary whose --help does not name
+    the option by which quantkit tells it the types: another program, or one of before 2025."""
+    path = find("llama-quantize", explicit)
+    option = "--tensor-type-file"
+    try:
+        said = _said([str(path), "--help"])
+    except OSError as e:
+        raise ToolError(f"llama-quantize: {path} cannot be run: {e.strerror or e}; {_OTHER}") from None
+    if option not in said:
+        raise ToolError(f"llama-quantize: {path} is none, or too old: its --help does not name {option}; {_OTHER}")
+    return path
+
+
+def _said(command: Sequence[str]) -> str:
+    """What a program prints, up to a limit of bytes and seconds. Raises OSError when it cannot be run."""
+    with subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+    ) as process:
+        assert process.stdout is not None
+
+        def end() -> None:
+            with contextlib.suppress(OSError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+        timer = threading.Timer(_PATIENCE, end)
+        timer.start()
+        try:
+            return process.stdout.read(_MOST_SAID).decode(errors="replace")
+        finally:
+            timer.cancel()
+            end()
 
 
 def locate(tool: str) -> Located | None:
@@ -144,15 +184,8 @@ def version(path: Path) -> str:
     """
     for arguments in (["--version"], ["--dry-run", f"{path}/none.gguf", "Q8_0"]):
         try:
-            said = subprocess.run(
-                [str(path), *arguments],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                timeout=30,
-                check=False,
-            ).stdout.decode(errors="replace")
-        except (OSError, subprocess.TimeoutExpired):
+            said = _said([str(path), *arguments])
+        except OSError:
             return "unknown version"
         if found := _VERSION_LINE.search(said):
             return found[1].strip()

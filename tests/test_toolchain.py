@@ -16,6 +16,7 @@ import pytest
 from click.testing import CliRunner
 
 from quantkit import kernels, toolchain, toolchain_install
+from quantkit.cli import cli
 from quantkit.cli.doctor import doctor
 from quantkit.cli.toolchain import toolchain as toolchain_group
 from quantkit.errors import ToolError
@@ -75,6 +76,42 @@ def test_an_explicit_path_is_never_replaced_by_another(tmp_path: Path) -> None:
         assert str(e.value) == (
             f"llama-quantize: {path} {problem}; give another path or none, and run: quantkit toolchain install"
         )
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("#!/bin/sh\nexit 0\n", "is none, or too old: its --help does not name --tensor-type-file"),
+        ("#!/bin/sh\nexec /usr/bin/yes\n", "is none, or too old: its --help does not name --tensor-type-file"),
+        ("#!/bin/sh\n/bin/cat\n", "is none, or too old: its --help does not name --tensor-type-file"),
+        ("#!/nowhere/sh\n", "cannot be run: No such file or directory"),
+        ("echo no program", "cannot be run: Exec format error"),
+        ("\x7fELF", "cannot be run: Exec format error"),
+    ],
+)
+def test_what_is_no_llama_quantize(tmp_path: Path, text: str, problem: str) -> None:
+    path = tmp_path / "mine"
+    path.write_text(text)
+    path.chmod(0o755)
+    with pytest.raises(ToolError) as e:
+        toolchain.find_quantize(path)
+    assert str(e.value) == (
+        f"llama-quantize: {path} {problem}; give --llama-quantize the path of another, or run: "
+        "quantkit toolchain install"
+    )
+
+
+@pytest.mark.tools
+def test_the_real_one_is_a_llama_quantize() -> None:
+    assert toolchain.find_quantize() == toolchain.find(TOOL)
+    with pytest.raises(ToolError, match="imatrix is none, or too old"):
+        toolchain.find_quantize(toolchain.find("llama-imatrix"))
+
+
+def test_a_binary_that_no_engine_drives(tmp_path: Path) -> None:
+    done = CliRunner().invoke(cli, ["build", "x", "-o", "y.gguf", "-r", "Q4_K_M", "--llama-quantize", "/bin/true"])
+    assert done.exit_code == 2
+    assert "--llama-quantize needs --engine llama-quantize" in done.stderr
 
 
 def test_an_unknown_tool_is_an_error_with_a_guess() -> None:

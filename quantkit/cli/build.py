@@ -106,6 +106,8 @@ def build(
     """
     if hash_source and attest is None:
         raise click.UsageError("--hash-source needs --attest")
+    if binary is not None and engine != "llama-quantize":
+        raise click.UsageError("--llama-quantize needs --engine llama-quantize")
     from quantkit import report
     from quantkit.abandoned import finished_shards
     from quantkit.build import prepare
@@ -187,7 +189,7 @@ def make_engine(name: str, binary: str | None) -> Engine:
     kernels.use_pinned_library(toolchain.ggml_library())
     if name == "native":
         return NativeEngine()
-    return LlamaQuantizeEngine(toolchain.find("llama-quantize", binary))
+    return LlamaQuantizeEngine(toolchain.find_quantize(binary))
 
 
 def run_with_progress(ready: Build, engine: Engine, n_threads: int, quiet: bool, cache: Cache | None = None) -> None:
