@@ -16,6 +16,7 @@ from .options import (
     default_threads,
     imatrix_of,
     plan_first_options,
+    ready_kernels,
     recipe_of,
     source_options,
     threads_option,
@@ -115,6 +116,7 @@ def build(
     from quantkit.models import open_model
     from quantkit.plan import make_plan
 
+    ready_kernels()
     rules = recipe_of(recipe, sets)
     weights = imatrix_of(imatrix)
     made = make_plan(open_model(source, conversion(layout, pre, pad_token)), rules, weights, mixture_version)
@@ -182,11 +184,10 @@ def write_attestation(path: Path, ready: Build, asked: Asked, whole: bool, quiet
 
 def make_engine(name: str, binary: str | None) -> Engine:
     """The engine by name, with the tools it needs found."""
-    from quantkit import kernels, toolchain
+    from quantkit import toolchain
     from quantkit.engines.llama_quantize import LlamaQuantizeEngine
     from quantkit.engines.native import NativeEngine
 
-    kernels.use_pinned_library(toolchain.ggml_library())
     if name == "native":
         return NativeEngine()
     return LlamaQuantizeEngine(toolchain.find_quantize(binary))

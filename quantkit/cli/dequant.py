@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from .bars import by_name, open_bar
-from .options import Size, default_threads, plan_first_options, threads_option
+from .options import Size, default_threads, plan_first_options, ready_kernels, threads_option
 
 if TYPE_CHECKING:
     from quantkit.dequant import Job
@@ -77,6 +77,7 @@ def dequant(
     from quantkit.dequant.decode import Native, Torch
     from quantkit.sources.safetensors_dir import open_checkpoint
 
+    ready_kernels()
     job = prepare(open_checkpoint(source), output, Options(dtype, shard_size, mtp == "keep"), restart)
     decoder: Decoder = Native() if device == "cpu" else Torch(device)
     if not quiet:

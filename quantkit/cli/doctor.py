@@ -107,8 +107,6 @@ def _installed_version(distribution: str) -> str | None:
 
 def _kernels(problem: Callable[[str, str, str], None]) -> tuple[dict[str, str], dict[str, str | None]]:
     """The kernel used for each type, and the ggml of the wheel; tells `problem` of what is not there."""
-    import os
-
     from quantkit import toolchain
     from quantkit.errors import KernelError
 
@@ -126,9 +124,13 @@ def _kernels(problem: Callable[[str, str, str], None]) -> tuple[dict[str, str], 
     kernels.use_pinned_library(toolchain.ggml_library())
     active = kernels.active()
     none = [name for name, kernel in active.items() if kernel.startswith("none")]
+    try:
+        kernels.check_choice()
+    except KernelError as e:
+        problem("error", str(e), "unset QUANTKIT_KERNELS")
+        return active, ggml
     if len(none) == len(active):
-        forced = "QUANTKIT_KERNELS" in os.environ
-        fix = "unset QUANTKIT_KERNELS" if forced else "pip install --force-reinstall libggml-python"
+        fix = "pip install --force-reinstall libggml-python"
         problem("error", f"no type has a kernel; {none[0]}: {active[none[0]]}", fix)
     elif none:
         problem(

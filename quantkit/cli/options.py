@@ -105,6 +105,14 @@ def conversion(layout: str, pre: str | None, pad_token: str | None) -> Options:
     return Options(layout, pre, pad_token=pad_token)
 
 
+def ready_kernels() -> None:
+    """Tell the kernels of the toolchain, and raise KernelError when the environment asks for some that are not here."""
+    from quantkit import kernels, toolchain
+
+    kernels.use_pinned_library(toolchain.ggml_library())
+    kernels.check_choice()
+
+
 def recipe_of(name: str, sets: Sequence[str]) -> Recipe:
     """The recipe by name or path, with --set's."""
     from quantkit.recipe import load, parse_sets
