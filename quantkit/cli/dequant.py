@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     type=Size(),
     default="5G",
     show_default=True,
-    metavar="N[K|M|G]",
-    help="Most tensor data in a shard (G = 10^9 bytes); a larger tensor has one of its own.",
+    metavar="SIZE",
+    help="Most tensor data in a shard, as 5G (10^9 bytes) or 4GiB; a larger tensor has one of its own.",
 )
 @click.option(
     "--mtp",
