@@ -76,6 +76,8 @@ _MARKS = (
 def text_within(path: Path, most: int) -> str | None:
     """A small file's text, None where there are more than `most` bytes: not even a device without an end is read
     further. UTF-8, or what a byte-order mark says, which is no part of the text. Raises OSError, UnicodeDecodeError."""
+    if "\0" in str(path):  # which open() does not call an OSError
+        raise OSError(errno.EINVAL, "a name cannot hold a NUL")
     with open(path, "rb") as f:
         data = f.read(most + 1)
     if len(data) > most:

@@ -61,7 +61,7 @@ def expand_recipes(given: Sequence[str], folder: Path) -> list[str]:
     for item in given:
         if is_path(item):
             found = [item]
-            if _is_glob(item) and not (folder / item).exists():
+            if _is_glob(item) and not os.path.exists(folder / item):
                 found = sorted(Path(p).as_posix() for p in glob.glob(item, root_dir=folder, recursive=True))
                 if not found:
                     raise RecipeError(f"no file in {folder} matches '{item}'")
@@ -139,7 +139,7 @@ def _plans(matrix: Matrix, folder: Path, broken: list[Broken] | None = None) -> 
         with _collected(broken, model, ""):
             for layout in dict.fromkeys(matrix.layouts):
                 here = folder / model
-                catalogue = open_model(str(here) if here.exists() else model, Options(layout))
+                catalogue = open_model(str(here) if os.path.exists(here) else model, Options(layout))
                 if not any(c.layout == catalogue.layout or c.tensors == catalogue.tensors for c in catalogues):
                     catalogues.append(catalogue)
         for catalogue in catalogues:
@@ -270,7 +270,7 @@ def unreadable(path: Path, tolerance: Fraction, error: QuantkitError) -> Compari
 
 
 def _relative(path: Path) -> str:
-    return Path(os.path.relpath(path)).as_posix() if path.is_file() else ""
+    return Path(os.path.relpath(path)).as_posix() if os.path.isfile(path) else ""
 
 
 def _file_of(key: Key, folder: Path) -> str:
