@@ -256,6 +256,8 @@ def _text(name: str, folder: Path | None) -> tuple[str, str]:
         if name.lower() in by_lower:
             key = by_lower[name.lower()]
             return known[key], f"{key}.yaml"
+        if name and folder is not None and os.path.isdir(folder / path):
+            raise RecipeError(f"{name}: is a directory; give a recipe in it, such as {path / 'recipe.yaml'}")
         if folder is None or not _is_file(folder / path):
             raise RecipeError(
                 f"no shipped recipe is called '{name:.80}'{did_you_mean(name, known)}; `quantkit recipe list` shows "

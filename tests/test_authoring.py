@@ -339,6 +339,13 @@ def test_new_writes_no_absolute_path(tmp_path: Path, monkeypatch: pytest.MonkeyP
                      "d.yaml": None, "low.yaml": None}  # fmt: skip
 
 
+def test_new_names_the_next_command_as_a_shell_takes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, typed in (("-a.yaml", "./-a.yaml"), ("a b.yaml", "'a b.yaml'")):
+        done = CliRunner().invoke(cli, ["recipe", "new", "--", name])
+        assert done.output == f"{name} written; next: quantkit recipe lint {typed}\n"
+
+
 def test_new_names_that_yaml_takes_for_something_else(tmp_path: Path) -> None:
     for name in ("yes", "1e3", "null", "a b", "a'b", "~"):
         new(tmp_path / f"{name}.yaml")

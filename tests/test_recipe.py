@@ -368,6 +368,13 @@ def test_load_of_unreadable_files(tmp_path: Path) -> None:
     assert unloadable(wide) == f"{wide}: is not UTF-8 text: truncated data at byte 4"
 
 
+def test_what_is_no_recipe_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("folder").mkdir()
+    assert unloadable("folder") == "folder: is a directory; give a recipe in it, such as folder/recipe.yaml"
+    assert unloadable("a\0.yaml") == "a\\x00.yaml: cannot be read: a name cannot hold a NUL"
+
+
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
 def test_a_byte_order_mark_is_no_part_of_a_recipe(encoding: str, tmp_path: Path) -> None:
     text = "name: r\r\narch: [deepseek2]\r\nfile_type: Q4_K_M\r\notherwise: mixture Q4_K_M\r\n"

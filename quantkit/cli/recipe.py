@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -245,7 +246,8 @@ def new(path: Path, base: str, source: str | None, force: bool) -> None:
         raise OutputError(f"{path}: exists; give --force to replace it") from None
     except OSError as e:
         raise OutputError(f"{path}: cannot be written: {e.strerror or e}") from None
-    click.echo(f"{path} written; next: quantkit recipe lint {path}")
+    typed = f"./{path}" if str(path).startswith("-") else str(path)
+    click.echo(f"{path} written; next: quantkit recipe lint {shlex.quote(typed)}")
 
 
 @recipe.command()
