@@ -186,11 +186,11 @@ def write(catalogue: Catalogue, types: Types, head: Head) -> str:
         if given in INTEGER_TYPES:
             raise RecipeError(f"'{name}' is {given}, which is not a type to quantize to; a recipe cannot ask for it")
     lines = [f"# {head.comment}"] if head.comment else []
-    lines += [f"name: {_scalar(head.name)}"]
-    lines += [f"{key}: {_scalar(value)}" for key, value in (("title", head.title),) if value]
+    lines += [f"name: {scalar(head.name)}"]
+    lines += [f"{key}: {scalar(value)}" for key, value in (("title", head.title),) if value]
     if head.description:
-        lines += [f"description: {_scalar(head.description)}"]
-    lines += [f"arch: [{_scalar(catalogue.arch)}]", f"file_type: {head.file_type}"]
+        lines += [f"description: {scalar(head.description)}"]
+    lines += [f"arch: [{scalar(catalogue.arch)}]", f"file_type: {head.file_type}"]
     lines += [f"imatrix: {'required' if head.imatrix else 'optional'}", "rules:"]
     groups = catalogue.layer_groups()
     left = [t for t in catalogue.tensors if t.quantizable]
@@ -366,7 +366,8 @@ def _escape(name: str) -> str:
     return re.sub(r'[*?\[\]{},"\\]', "?", name)
 
 
-def _scalar(text: str) -> str:
+def scalar(text: str) -> str:
+    """Text as YAML on one line, in quotes where it needs them."""
     import yaml
 
     dumped: str = yaml.safe_dump(text, allow_unicode=True, width=10**6)

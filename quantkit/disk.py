@@ -3,6 +3,7 @@ to a limit."""
 
 from __future__ import annotations
 
+import codecs
 import ctypes
 import errno
 import io
@@ -82,9 +83,28 @@ def open_regular(path: Path) -> int:
     return fd
 
 
+#: byte-order marks and what they stand for; UTF-32's little-endian one begins as UTF-16's does
+_MARKS = (
+    (codecs.BOM_UTF8, "utf-8-sig"),
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+
+
 def text_within(path: Path, most: int) -> str | None:
-    """A small regular file's UTF-8 text, None where there are more than `most` bytes. Raises OSError,
-    UnicodeDecodeError."""
+    """A small regular file's text, None where there are more than `most` bytes. UTF-8, or what a byte-order mark says,
+    which is no part of the text. Raises OSError, UnicodeDecodeError."""
+    if "\0" in str(path):  # which open() does not call an OSError
+        raise OSError(errno.EINVAL, "a name cannot hold a NUL")
     with open(open_regular(path), "rb") as f:
         data = f.read(most + 1)
-    return None if len(data) > most else io.StringIO(data.decode("utf-8"), None).getvalue()  # \r\n as \n
+    if len(data) > most:
+        return None
+    encoding = next((name for mark, name in _MARKS if data.startswith(mark)), "utf-8")
+    text = data.decode(encoding)
+    if "\0" in text:
+        at = data.index(0)
+        raise UnicodeDecodeError("utf-8", data, at, at + 1, "a NUL, as in a binary file or UTF-16 without a mark")
+    return io.StringIO(text, None).getvalue()  # \r\n as \n

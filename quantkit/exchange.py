@@ -7,8 +7,10 @@
     thireus        .recipe of Thireus' GGUF Tool Suite: a line pattern=type, comments with #
 
 In all three the first `=` ends the pattern, a pattern is a regular expression (ECMAScript) searched
-anywhere in the name, and the first match wins. None can say why, which layers of another model are meant,
-or that an importance matrix is required. Sources: tools/quantize/quantize.cpp and src/llama-quant.cpp of
+anywhere in the name, and the first match wins. None can say why, which layers of
+another model are meant, or that an importance matrix is required. All three are read as model cards print
+them, too: with # comments, blank lines, trailing commas, in shell quotes, on lines continued by a backslash.
+Sources: tools/quantize/quantize.cpp and src/llama-quant.cpp of
 llama.cpp b11434; pull request 244 and src/llama-quantize.cpp of ikawrakow/ik_llama.cpp; quant_downloader.sh
 and published recipes of Thireus/GGUF-Tool-Suite.
 """
@@ -55,6 +57,8 @@ class Imported(NamedTuple):
 
     text: str
     proof: RoundTrip
+    warnings: tuple[str, ...]
+    """lines that do nothing"""
     notes: tuple[str, ...]
 
 
@@ -198,7 +202,10 @@ def import_rules(
     quantizable = [t for t in catalogue.tensors if t.quantizable]
     asked = {t.name: owner[t.name].type for t in quantizable if t.name in owner}
     unmatched = [t for t in quantizable if t.name not in owner]
+    warnings = list(_dead_lines(lines, hits))
     notes = list(_line_notes(lines, hits, owner))
+    if form == "tensor-types" and re.search(r"(?:^|\s)#", text):
+        notes.append("the comments are passed over; llama-quantize itself refuses a file that has them")
     if unmatched:
         asked |= _from_mixture(catalogue, unmatched, file_type, has_imatrix, source)
         notes.append(f"no line matches {count(len(unmatched))}: llama-quantize's choice for {file_type}")
@@ -225,7 +232,7 @@ def import_rules(
         "imported",
     )  # fmt: skip
     written = write(catalogue, types, head)
-    return Imported(written, prove(written, catalogue, types), tuple(notes))
+    return Imported(written, prove(written, catalogue, types), tuple(warnings), tuple(notes))
 
 
 def _from_mixture(
@@ -243,26 +250,53 @@ def _from_mixture(
     return dict(zip((t.name for t in unmatched), chosen, strict=True))
 
 
+#: rules in quotes, as they stand in a script: --custom-q "…", or custom="…" for a later --custom-q "$custom"
+_QUOTED = re.compile(
+    r"""(?:--custom-q[ =]\s*|^[ \t]*(?:export[ \t]+)?\w+=)(["'])(?P<rules>(?:(?!\1)[\s\S])*)\1""", re.M
+)
+#: what is no part of a rule around it: quotes of a shell, a word processor or Markdown
+_QUOTES = "\"'`\u2018\u2019\u201c\u201d"
+
+
+def _script_lines(text: str) -> Iterator[tuple[int, str]]:
+    """Numbers and lines without what a model card puts around rules: comments, shell quotes, lines continued by \\."""
+    quoted = next((m for m in _QUOTED.finditer(text) if "=" in m["rules"]), None)
+    if quoted is not None:
+        text = "\n" * text.count("\n", 0, quoted.start("rules")) + quoted["rules"]
+    held, begun = "", 0
+    for n, raw in enumerate(text.split("\n"), 1):
+        line = re.sub(r"(?:^|\s)#.*", "", raw.strip("\ufeff \t"))
+        if line.startswith("```"):
+            continue
+        if re.search(r"(?<!\\)(?:\\\\)*\\$", line):
+            held, begun = held + line[:-1], begun or n
+            continue
+        yield begun or n, held + line
+        held, begun = "", 0
+    if held:
+        yield begun, held
+
+
 def _tokens(text: str, form: str, source: str) -> Iterator[tuple[str, str]]:
     """Rules with their places."""
-    for n, line in enumerate(text.splitlines(), 1):
-        place = f"{source}:{n}"
-        if form == "thireus":
-            if line.strip() and not line.lstrip().startswith("#"):
-                yield place, line.strip()
-        elif form == "tensor-types":
-            for token in line.split():
-                yield place, token
+    for n, line in _script_lines(text):
+        if form == "custom-q":  # which splits at every comma
+            words = re.sub(r"^--custom-q[ =]", "", line).split(",")
         else:
-            tokens = line.strip().strip("\"'").split(",")
-            yield from ((f"{place} rule {i}", token) for i, token in enumerate(tokens, 1) if token)
+            apart = re.sub(r"(=\w+)\s*,", r"\1\n", line)
+            words = apart.split("\n") if form == "thireus" else re.sub(r"(?:^|\s)--tensor-type[ =]", " ", apart).split()
+        rules = [rule for word in words if (rule := word.strip().strip(_QUOTES).strip())]
+        for i, rule in enumerate(rules, 1):
+            yield f"{source}:{n}" + (f" rule {i}" if form == "custom-q" and len(rules) > 1 else ""), rule
 
 
 def _line(place: str, token: str, form: str, renamed: Mapping[str, str]) -> _Line:
     written, equals, type_ = token.partition("=")
     if not (written and equals and type_):
-        hint = "; llama-quantize knows no comments there" if "#" in token and form == "tensor-types" else ""
-        raise RecipeError(f"{place}: '{token:.60}' is not pattern=type{hint}")
+        raise RecipeError(f"{place}: '{token:.60}' is not pattern=type")
+    odd = next((ch for ch in token if not ch.isprintable()), None)
+    if odd is not None:
+        raise RecipeError(f"{place}: '{token:.60}' has the invisible character U+{ord(odd):04X}; take it out")
     return _Line(place, written, _regex(place, written, form), _type(place, type_, renamed))
 
 
@@ -297,25 +331,29 @@ def _regex(place: str, written: str, form: str) -> re.Pattern[str]:
         raise RecipeError(f"{place}: '{written:.60}' is not a regular expression: {e}") from None
 
 
+def _dead_lines(lines: Sequence[_Line], hits: Sequence[Sequence[Tensor]]) -> Iterator[str]:
+    """Lines that decide nothing."""
+    for line, matched in zip(lines, hits, strict=True):
+        said = f"{line.place}: '{line.written:.80}'"
+        if not matched:
+            yield f"{said} matches no tensor of this model"
+        elif not any(t.quantizable for t in matched) and any(t.source_type != line.type for t in matched):
+            kinds = _list(sorted({t.source_type for t in matched}))
+            n = count(len(matched))
+            yield f"{said} is ignored: llama-quantize never quantizes what it matches ({n}, {kinds})"
+
+
 def _line_notes(lines: Sequence[_Line], hits: Sequence[Sequence[Tensor]], owner: Mapping[str, _Line]) -> Iterator[str]:
-    """What became of lines that did nothing, or less than they say."""
+    """Lines that are read otherwise than they are written, or do less than they say."""
     for line, matched in zip(lines, hits, strict=True):
         said = f"{line.place}: '{line.written:.80}'"
         if line.pattern.pattern != line.written:
             yield f"{said} is read as llama-quantize does, in lower case: '{line.pattern.pattern:.80}'"
         quantizable = [t for t in matched if t.quantizable]
-        if not matched:
-            yield f"{said} matches no tensor of this model"
-        elif not quantizable:
-            if any(t.source_type != line.type for t in matched):
-                kinds = _list(sorted({t.source_type for t in matched}))
-                n = count(len(matched))
-                yield f"{said} is ignored: llama-quantize never quantizes what it matches ({n}, {kinds})"
-        else:
-            lost = [t for t in quantizable if owner[t.name] is not line and owner[t.name].type != line.type]
-            if lost:
-                takers = _list(dict.fromkeys(owner[t.name].place for t in lost))
-                yield f"{said}: {len(lost)} of the {len(quantizable)} it matches are taken before, by {takers}"
+        lost = [t for t in quantizable if owner[t.name] is not line and owner[t.name].type != line.type]
+        if lost:
+            takers = _list(dict.fromkeys(owner[t.name].place for t in lost))
+            yield f"{said}: {len(lost)} of the {len(quantizable)} it matches are taken before, by {takers}"
 
 
 def _list(words: Iterable[str]) -> str:

@@ -15,11 +15,14 @@ from typing import NamedTuple
 
 from . import kernels
 from .errors import SourceError
-from .gguf_format import KV
+from .gguf_format import ARRAY, KV, array_head, decode
 from .plan import Plan
 
 _HEAD_BYTES = 1 << 16
 _CHUNK = 1 << 22
+#: before the names of metadata keys
+_KEY = "metadata "
+_MAX_VALUE = 80
 
 
 class FileStat(NamedTuple):
@@ -63,12 +66,13 @@ def identity(plan: Plan, kvs: Iterable[KV], split_max_size: int | None, imatrix:
     """Everything that the bytes of a build depend on. Raises SourceError or OSError for files that are gone."""
     catalogue = plan.catalogue
     assert catalogue.source is not None
+    items = list(kvs)
     types = [f"{t.tensor.name} {t.type}" for t in plan.tensors]
     rows = [repr((t.tensor.name, t.tensor.shape, t.tensor.parts)) for t in plan.tensors]
     out = {
         "recipe": f"{plan.recipe.name} (types {short(*types)})",
         "model": f"{catalogue.arch}, {len(types)} tensors (rows {short(*rows)})",
-        "metadata": short(*(b"%s %d %s" % (i.key.encode(), i.type, i.payload) for i in kvs)),
+        "metadata": short(*(b"%s %d %s" % (i.key.encode(), i.type, i.payload) for i in items)),
         "layout": f"{catalogue.layout}, "
         + ("one file" if split_max_size is None else f"shards of at most {split_max_size:,} bytes"),
         "imatrix": "none" if imatrix is None else f"{imatrix.name} (sha256 {_content(imatrix)})",
@@ -80,7 +84,16 @@ def identity(plan: Plan, kvs: Iterable[KV], split_max_size: int | None, imatrix:
         with open(path, "rb") as f:
             head = f.read(_HEAD_BYTES)
         out[f"source {path.name}"] = f"{s.nbytes:,} bytes of {when} (head {short(head, str(s.mtime_ns))})"
-    return out
+    return out | {_KEY + i.key: _value(i) for i in items}
+
+
+def _value(item: KV) -> str:
+    """A key's value: itself where it is short, else how it begins or how much it is, and a digest."""
+    digest = short(item.payload)
+    if item.type == ARRAY:
+        return f"{array_head(item)[1]:,} values ({digest})"
+    text = repr(decode(item))
+    return text if len(text) <= _MAX_VALUE else f"{text[: _MAX_VALUE - 20]}… ({digest})"
 
 
 def _content(path: Path) -> str:
@@ -92,7 +105,12 @@ def _content(path: Path) -> str:
 
 
 def difference(was: Mapping[str, str], now: Mapping[str, str]) -> str:
-    """What differs, in words, '' when nothing does."""
+    """What differs, in words, '' when nothing does. Metadata is named key by key where both sides have the keys."""
     names = [n for n in {**was, **now} if was.get(n) != now.get(n)]
+    keys = [n for n in names if n.startswith(_KEY)]
+    if len(keys) == len(names):  # the keys are only to say where `metadata` differs
+        return ""
+    by_key = keys and all(any(n.startswith(_KEY) for n in side) for side in (was, now))
+    names = [n for n in names if (n != "metadata" if by_key else n not in keys)]
     shown = [f"{n} was {was.get(n, 'absent')}, is {now.get(n, 'absent')}" for n in names[:3]]
     return "; ".join(shown) + (f"; and {len(names) - 3} more" if len(names) > 3 else "")

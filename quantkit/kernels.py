@@ -118,6 +118,8 @@ def wheel_library() -> Path:
 #: quantkit's own sets that this processor can run, best first -> the types each has
 OWN: dict[str, frozenset[str]] = {name: frozenset(types) for name, types in _native.kernel_sets()}
 KERNELS = ("avx512", "avx2", "neon", "ggml", "ggml-pinned")
+_X86, _ARM = ("x86_64", "amd64"), ("aarch64", "arm64")
+_ARCHITECTURES = {"avx512": _X86, "avx2": _X86, "neon": _ARM}
 
 #: types whose levels come from a table -> the class of gguf.quants that has it
 CODEBOOKS = {
@@ -165,9 +167,25 @@ def select(qt: QType, kernel: str | None = None) -> str:
     return "ggml-pinned"
 
 
+def check_choice() -> None:
+    """Raise KernelError, before any work, when QUANTKIT_KERNELS names kernels that are not to be had here."""
+    forced = os.environ.get("QUANTKIT_KERNELS") or None
+    if forced is not None:
+        try:
+            _require_known(forced)
+        except KernelError as e:
+            raise KernelError(f"QUANTKIT_KERNELS: {e}") from None
+
+
 def _require_known(kernel: str) -> None:
+    machine = os.uname().machine
+    here = [name for name in KERNELS if machine in _ARCHITECTURES.get(name, (machine,))]
     if kernel not in KERNELS:
-        raise KernelError(f"unknown kernel '{kernel}'{did_you_mean(kernel, KERNELS)}; there are {', '.join(KERNELS)}")
+        raise KernelError(
+            f"unknown kernels '{kernel:.40}'{did_you_mean(kernel, here)}; on {machine} there are {', '.join(here)}"
+        )
+    if kernel not in here:
+        raise KernelError(f"the kernels '{kernel}' are not for {machine}, where there are {', '.join(here)}")
     if kernel == "ggml-pinned" and _pinned_library is None:
         raise KernelError("the kernel 'ggml-pinned' needs the toolchain; run: quantkit toolchain install")
     if kernel not in ("ggml", "ggml-pinned", *OWN):

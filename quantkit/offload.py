@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 from .catalogue import Catalogue
 from .errors import UnsupportedError
 from .gguf_format import ARRAY, decode
+from .gpus import Gpus
 from .plan import Plan
 from .qtypes import QTYPES, STORED_TYPES
 
@@ -34,15 +35,6 @@ ALL_EXPERTS = r"blk\..*\.ffn_.*_exps\."
 _PAD = 256
 _EXPERTS = re.compile(r"\.ffn_\w+_(?:ch)?exps\.")
 _INPUT = ("token_embd.", "per_layer_token_embd.")
-
-
-class Gpus(NamedTuple):
-    """GPUs as asked for."""
-
-    text: str
-    """24 or 2x80"""
-    gib: tuple[int, ...]
-    """of each"""
 
 
 class Layer(NamedTuple):

@@ -15,6 +15,7 @@ and what was perhaps meant.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -27,12 +28,20 @@ from .disk import text_within
 from .errors import RecipeError, did_you_mean, listed
 from .marked_yaml import Marked, read
 from .qtypes import FILE_TYPES, QTYPES, file_type
-from .recipe_file import Override, RecipeFile, Rule, known_type, messages, parse_override
+from .recipe_file import (
+    SCHEMA_FILE,
+    Override,
+    RecipeFile,
+    Rule,
+    known_type,
+    looks_like_recipe,
+    messages,
+    parse_override,
+)
 
 _MAX_BYTES = 1 << 20
 #: among a recipe's archs: it is for every one
 ANY_ARCH = "any"
-SCHEMA_FILE = "recipe.schema.json"
 SCHEMA_LINE = f"# yaml-language-server: $schema={SCHEMA_FILE}"
 
 
@@ -253,7 +262,7 @@ def text_of(name: str) -> str:
 def files_of(name: str) -> tuple[Path, ...]:
     """The files that `load` reads for a recipe: its own and its base's; none of what comes with quantkit."""
     path = Path(name)
-    if not _looks_like_path(path) and name.lower() in {known.lower() for known in shipped()}:
+    if not _looks_like_path(path) and shipped_name(name) is not None:
         return ()
     with suppress(RecipeError):
         base = load(name).base
@@ -266,6 +275,27 @@ def _looks_like_path(path: Path) -> bool:
     return path.suffix in (".yaml", ".yml") or len(path.parts) > 1
 
 
+def as_base(name: str, folder: Path, start: Path = Path()) -> str:
+    """A recipe's name, or its path from `start`, as a recipe in `folder` names it for its base: no absolute path."""
+    path = Path(name)
+    if not _looks_like_path(path) and shipped_name(name) is not None:
+        return name
+    target = start / path
+    real = os.path.join(os.path.realpath(target.parent), target.name)
+    return Path(os.path.relpath(real, os.path.realpath(folder))).as_posix()
+
+
+def is_recipe(path: Path) -> bool:
+    """Whether a file looks like a recipe, a faulty one too; what cannot be read may be one."""
+    try:
+        text = text_within(path, _MAX_BYTES)
+    except OSError:
+        return True
+    except UnicodeDecodeError:
+        return False
+    return text is not None and looks_like_recipe(text)
+
+
 def _text(name: str, folder: Path | None) -> tuple[str, str]:
     """The text of a recipe by the name of a shipped one, or by its path from `folder`; and its file's name."""
     path = Path(name)
@@ -276,6 +306,8 @@ def _text(name: str, folder: Path | None) -> tuple[str, str]:
             return known[key], f"{key}.yaml"
         if name.upper() == "COPY":
             raise RecipeError(f"'{name}' is no recipe: llama-quantize's COPY quantizes nothing; copy the file itself")
+        if name and folder is not None and os.path.isdir(folder / path):
+            raise RecipeError(f"{name}: is a directory; give a recipe in it, such as {path / 'recipe.yaml'}")
         if folder is None or not _is_file(folder / path):
             raise RecipeError(
                 f"no shipped recipe is called '{name:.80}'{did_you_mean(name, known)}; `quantkit recipe list` shows "

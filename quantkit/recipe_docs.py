@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 from typing import Any
 
+from .clone import scalar
 from .errors import RecipeError
-from .recipe import Recipe, load, text_of
-from .recipe_file import RecipeFile, Rule
+from .recipe import SCHEMA_LINE, Recipe, as_base, load, text_of
+from .recipe_file import MARKS, SCHEMA_FILE, RecipeFile, Rule
 
 
 def schema() -> dict[str, Any]:
@@ -79,6 +82,7 @@ fallback of Q2_K and Q3_K; `--mixture-version 2025` gives what files made before
 
     quantkit recipe new mine.yaml                                  a recipe to start from
     quantkit recipe lint mine.yaml                                 what is wrong with it, with file, line and suggestion
+    quantkit recipe lint --only-recipes **/*.yaml                  the same of the recipes among many files
     quantkit recipe explain mine.yaml blk.3.ffn_down_exps.weight   which rule fired, and what the shape made of it
     quantkit recipe diff UD-IQ1_S mine.yaml --model deepseek-r1    what it costs, by role and tensor
     quantkit plan deepseek-r1 --recipe mine.yaml --set down=Q3_K   the whole plan, a variable set
@@ -86,12 +90,21 @@ fallback of Q2_K and Q3_K; `--mixture-version 2025` gives what files made before
 `lint` finds unknown keys, types, layer lists and variables; rules that match nothing, are shadowed by earlier ones,
 change nothing, or name tensors that are never quantized; variables that nothing uses; and types that need an importance
 matrix that the recipe does not require.
+
+`--only-recipes` passes over files that are no recipes. A recipe is a file with a comment
+`$schema=recipe.schema.json`, or one most of whose top-level keys are a recipe's, two of them of
+{marks}; `rules` that `match` will do alone.
 """
 
 
 def page() -> str:
     """The documentation of the language, in Markdown."""
-    return _PAGE.format(file=_fields(RecipeFile.model_json_schema()), rule=_fields(Rule.model_json_schema()))
+    *some, last = (f"`{key}`" for key in MARKS)
+    return _PAGE.format(
+        file=_fields(RecipeFile.model_json_schema()),
+        rule=_fields(Rule.model_json_schema()),
+        marks=f"{', '.join(some)} and {last}",
+    )
 
 
 def _fields(made: dict[str, Any]) -> str:
@@ -125,13 +138,16 @@ def _kind(about: dict[str, Any]) -> str:
     return {"string": "text", "boolean": "true or false"}[about["type"]]
 
 
+_HEAD = f"""\
+{SCHEMA_LINE}
+# For an editor's help, put the schema beside this file: quantkit recipe schema > {SCHEMA_FILE}
+"""
 _STARTER = """\
-# yaml-language-server: $schema={schema}
 # See what it does: quantkit recipe lint {file}
 #                   quantkit recipe diff {base} {file} --model {model}
 name: {name}
-title: {base} with other early down_proj
-base: {base}  # its rules follow these; what is left out here (arch, file_type, imatrix) is its own
+title: {title}
+base: {written}  # its rules follow these; what is left out here (arch, file_type, imatrix) is its own
 vars:
   down: {type}  # another with --set down=TYPE
 rules:  # first match wins
@@ -142,24 +158,39 @@ rules:  # first match wins
 """
 
 
-def starter(name: str, base: str, file: str, schema_path: str, model: str) -> str:
-    """A small recipe on top of `base`, to be changed. Raises RecipeError when the base is none."""
+def starter(path: Path, base: str, model: str) -> str:
+    """The text of a small recipe on top of `base`, to be changed and written to `path`. Raises RecipeError when the
+    base is none."""
     below = load(base)
     if below.base is not None:
         raise RecipeError(f"{base} has a base itself, {below.base}; give one that has none, or copy it with --from")
-    type_ = "Q8_0" if below.file_type == "Q6_K" else "Q6_K"  # one that the base does not have there already
-    return _STARTER.format(schema=schema_path, file=file, base=base, name=name, model=model, type=type_)
+    written = as_base(base, path.parent)
+    return _HEAD + _STARTER.format(
+        file=path.name,
+        base=written,
+        written=scalar(written),
+        name=scalar(path.stem),
+        title=scalar(f"{below.name} with other early down_proj"),
+        model=model,
+        type="Q8_0" if below.file_type == "Q6_K" else "Q6_K",  # one that the base does not have there already
+    )
 
 
-def copy_of(base: str, name: str, schema_path: str) -> str:
-    """The text of a recipe under another name. Raises RecipeError."""
-    recipe = load(base)
-    lines = text_of(base).splitlines()
-    kept = [line for line in lines if not line.startswith("#")]
-    at = next(i for i, line in enumerate(kept) if line.startswith("name:"))
-    kept[at] = f"name: {name}"
-    head = [f"# yaml-language-server: $schema={schema_path}", f"# from {recipe.name}"]
-    return "\n".join([*head, *kept]) + "\n"
+_NAME = re.compile(r"""(?m)^(["']?)name\1[ \t]*:.*$""")
+_BASE = re.compile(r"""(?m)^(["']?)base\1[ \t]*:.*$""")
+
+
+def copy_of(origin: str, path: Path) -> str:
+    """The text of a recipe, by name or path, for a file `path` that is called as the file is. Raises RecipeError."""
+    recipe = load(origin)
+    kept = "".join(line for line in text_of(origin).splitlines(keepends=True) if not line.startswith("#"))
+    if not _NAME.search(kept):
+        raise RecipeError(f"{recipe.place('name')}: cannot be copied: write its name on a line of its own first")
+    text = _NAME.sub(lambda _: f"name: {scalar(path.stem)}", kept, count=1)
+    if recipe.base is not None:
+        written = as_base(recipe.base, path.parent, Path(origin).parent)
+        text = _BASE.sub(lambda _: f"base: {scalar(written)}", text, count=1)
+    return f"{_HEAD}# from {recipe.name}\n{text.removesuffix(chr(10))}\n"
 
 
 def resolved(recipe: Recipe) -> str:

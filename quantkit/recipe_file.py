@@ -235,6 +235,27 @@ class RecipeFile(BaseModel):
     rules: list[Rule] = Field(default=[], description="In order; the first that matches a tensor decides.")
 
 
+SCHEMA_FILE = "recipe.schema.json"
+#: keys that tell a recipe from other YAML, when there are two of them
+MARKS = ("arch", "base", "file_type", "imatrix", "otherwise", "rules", "vars")
+_TOP_KEY = re.compile(r"""(?m)^\{?["']?([A-Za-z_][\w.-]*)["']?[ \t]*:(?=\s|$)""")
+_A_MATCH = re.compile(r"""(?m)^[ \t-]+\{?[ \t]*["']?match["']?[ \t]*:[ \t]""")
+
+
+def looks_like_recipe(text: str) -> bool:
+    """Whether a text is a recipe's, if perhaps a faulty one's, by its schema comment or its top-level keys. It need not
+    be YAML that can be read."""
+    if re.search(rf"(?m)^#.*\$schema=(\S*/)?{re.escape(SCHEMA_FILE)}\s*$", text):
+        return True
+    flow = text.lstrip().startswith("{")
+    keys = set(re.findall(r"""["']?([A-Za-z_][\w.-]*)["']?[ \t]*:""", text) if flow else _TOP_KEY.findall(text))
+    a_match = "rules" in keys and ("match" in keys if flow else _A_MATCH.search(text) is not None)
+    if flow:  # a rule's keys are among those found
+        keys -= Rule.model_fields.keys()
+    marks, known = keys.intersection(MARKS), keys.intersection(RecipeFile.model_fields)
+    return (len(marks) > 1 or a_match) and 2 * len(known) > len(keys)
+
+
 #: what pydantic calls a mistake, in a recipe's words
 _WANTED = {
     "string_type": "should be text",

@@ -6,6 +6,7 @@ Returns text, never prints. GiB is 2^30 bytes and GB 10^9, and every table says 
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -35,13 +36,21 @@ def _count(n: int) -> str:
     return f"{n} size{'s' * (n != 1)}"
 
 
+def _unread(c: Comparison) -> str:
+    more = f" (and {len(c.broken) - 1} more)" if len(c.broken) > 1 else ""
+    return f"{c.broken[0].what}{more} cannot be read"
+
+
 def verdict(c: Comparison) -> str:
     """The comparison in a sentence."""
+    if c.broken and not c.changes:
+        return f"nothing compared: {_unread(c)}"
     tolerated = sum(x.status == "tolerated" for x in c.changes)
     within = f", {tolerated} within the tolerance of {float(100 * c.tolerance):g} %" if tolerated else ""
+    unread = f"; {_count(c.n_skipped)} not compared: {_unread(c)}" if c.broken else ""
     if not c.drifted:
-        return f"{_count(len(c.changes))} as in {c.file}{within}"
-    return f"{len(c.drifted)} of {_count(len(c.changes))} drifted from {c.file}{within}; {_REDO}"
+        return f"{_count(len(c.changes))} as in {c.file}{within}{unread}"
+    return f"{len(c.drifted)} of {_count(len(c.changes))} drifted from {c.file}{within}{unread}; {_REDO}"
 
 
 # ---------------------------------------------------------------- a change in words
@@ -115,7 +124,9 @@ def details(change: Change) -> list[str]:
 
 def text(c: Comparison) -> str:
     """A comparison for people: what is as locked is only counted."""
-    parts = []
+    parts = [
+        "\n".join([f"{b.what}: cannot be read", *(f"  {line}" for line in str(b.error).split("\n"))]) for b in c.broken
+    ]
     for change in c.changes:
         if change.status != "same":
             parts.append("\n".join([f"{change.key}: {headline(change)}", *(f"  {line}" for line in details(change))]))
@@ -128,6 +139,8 @@ def to_json(c: Comparison) -> dict[str, Any]:
         "lock": c.file,
         "tolerance_percent": float(100 * c.tolerance),
         "drifted": len(c.drifted),
+        "not_compared": c.n_skipped,
+        "broken": [{"what": b.what, "file": b.file or None, "error": str(b.error)} for b in c.broken],
         "cells": [
             {
                 **x.key.model_dump(),
@@ -162,6 +175,9 @@ def markdown(c: Comparison) -> str:
     """A comparison as a table, and what moved under it."""
     changed = [x for x in c.changes if x.status != "same"]
     parts = ["### quantkit sizes", verdict(c)]
+    for b in c.broken:
+        lines = [f"- {_code(line)}" for line in str(b.error).split("\n")]
+        parts.append("\n".join([f"**{_code(b.what)}** cannot be read", "", *lines]))
     if changed:
         head = ["recipe", "model", "layout", "", "bytes before", "bytes now", "difference", "%"]
         rows = [
@@ -199,29 +215,54 @@ def command(kind: str, properties: Mapping[str, str], message: str) -> str:
     return f"::{kind}{' ' if given else ''}{given}::{_data(message)}"
 
 
+_PLACE = re.compile(r"(.+?):(\d+)(?=[: ]|$)")
+
+
+def _at(text: str, file: str) -> tuple[str, str]:
+    """(file, line) of what begins with FILE:LINE, where FILE is `file` or one beside it; else the head of `file`."""
+    m = _PLACE.match(text)
+    if m:
+        named = Path(file).with_name(Path(m[1]).name)
+        if named.is_file():
+            return named.as_posix(), m[2]
+    return file, "1"
+
+
 def _annotated(change: Change, lock: str) -> tuple[str, str]:
     """(file, line) that an annotation of the change belongs to: the rule of the largest move, else the lock."""
     ruled = [m for m in change.moves if m.rule]
     if ruled and change.file:
-        m = re.match(r"(.+?):(\d+)(?: |$)", max(ruled, key=lambda m: abs(m.nbytes or 0)).rule)
-        if m:
-            return Path(change.file).with_name(m[1]).as_posix(), m[2]
+        return _at(max(ruled, key=lambda m: abs(m.nbytes or 0)).rule, change.file)
     if change.status != "vanished" and change.file:
-        m = re.match(r"\S+?\.ya?ml:(\d+)", change.detail)
-        return change.file, m[1] if m else "1"
+        return _at(change.detail, change.file)
     return lock, ""
 
 
+def in_repository(file: str) -> str:
+    """A path from the current directory as one from the root of the repository, which GitHub's annotations want:
+    $GITHUB_WORKSPACE, else the nearest folder with .git, else the current directory."""
+    path = Path(os.path.realpath(file))
+    workspace = os.environ.get("GITHUB_WORKSPACE")
+    roots = [Path(os.path.realpath(workspace))] if workspace else []
+    roots += [folder for folder in path.parents if (folder / ".git").exists()]
+    return next((path.relative_to(root).as_posix() for root in roots if path.is_relative_to(root)), file)
+
+
 def github(c: Comparison) -> str:
-    """Workflow commands that annotate the rules which moved sizes, and the text for the log."""
-    out = []
+    """Workflow commands that annotate what cannot be read and the rules which moved sizes, and the text for the log."""
+    found: list[tuple[str, tuple[str, str], str, str]] = []
+    for b in c.broken:
+        for line in str(b.error).split("\n"):
+            found.append(("error", _at(line, b.file) if b.file else (c.file, ""), b.what, line))
     kinds = [("error", x) for x in c.drifted] + [("warning", x) for x in c.changes if x.status == "tolerated"]
     for kind, x in kinds:
-        file, line = _annotated(x, c.file)
-        body = "\n".join([headline(x), *details(x)])
-        out.append(command(kind, {"file": file, "line": line, "title": f"sizes: {x.key}"}, body))
-    if len(c.drifted) > _MAX_ANNOTATIONS:
-        hidden = len(c.drifted) - _MAX_ANNOTATIONS
+        found.append((kind, _annotated(x, c.file), str(x.key), "\n".join([headline(x), *details(x)])))
+    out = [
+        command(kind, {"file": in_repository(file), "line": line, "title": f"sizes: {what}"}, body)
+        for kind, (file, line), what, body in found
+    ]
+    hidden = sum(kind == "error" for kind, *_ in found) - _MAX_ANNOTATIONS
+    if hidden > 0:
         out.append(f"GitHub shows {_MAX_ANNOTATIONS} annotations a step: {hidden} more are in this log and the summary")
     return "\n".join([*out, verdict(c)])
 
@@ -241,11 +282,18 @@ def junit(c: Comparison, when: str) -> str:
 
     root = Xml.Element("testsuites")
     facts = {"name": "quantkit sizes", "package": "quantkit", "id": "0", "timestamp": when, "hostname": "localhost"}
-    counts = {"tests": len(c.changes), "failures": len(c.drifted), "errors": 0, "skipped": 0}
+    n = len(c.changes) + len(c.broken)
+    counts = {"tests": n, "failures": len(c.drifted), "errors": len(c.broken), "skipped": 0}
     suite = Xml.SubElement(root, "testsuite", facts | {k: str(n) for k, n in counts.items()} | {"time": "0"})
     properties = Xml.SubElement(suite, "properties")
     for name, value in (("lock", c.file), ("tolerance", f"{float(100 * c.tolerance):g} %")):
         Xml.SubElement(properties, "property", {"name": name, "value": clean(value)})
+    for b in c.broken:
+        named = {"name": "can be read", "classname": clean(f"sizes.{b.what}"), "time": "0"}
+        message = clean(str(b.error))
+        error = Xml.SubElement(Xml.SubElement(suite, "testcase", named), "error", {"type": type(b.error).__name__})
+        error.set("message", message.partition("\n")[0])
+        error.text = message
     for x in c.changes:
         name = f"{x.key.model} ({x.key.layout})"
         case = Xml.SubElement(

@@ -12,6 +12,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from fractions import Fraction
@@ -60,7 +61,7 @@ def expand_recipes(given: Sequence[str], folder: Path) -> list[str]:
     for item in given:
         if is_path(item):
             found = [item]
-            if _is_glob(item) and not (folder / item).exists():
+            if _is_glob(item) and not os.path.exists(folder / item):
                 found = sorted(Path(p).as_posix() for p in glob.glob(item, root_dir=folder, recursive=True))
                 if not found:
                     raise RecipeError(f"no file in {folder} matches '{item}'")
@@ -90,25 +91,57 @@ def expand_models(given: Sequence[str]) -> list[str]:
     return out
 
 
+class Broken(NamedTuple):
+    """A recipe, a model or a lock that cannot be read."""
+
+    what: str
+    """as the lock has it"""
+    error: QuantkitError
+    file: str
+    """the recipe's or lock's file, relative to the current directory, or '' when there is none"""
+
+
 class _Planned(NamedTuple):
     key: Key
     plan: Plan | None
     error: str
 
 
-def _plans(matrix: Matrix, folder: Path) -> Iterator[_Planned]:
-    """The cells of a matrix, in the order of the lock. Raises QuantkitError for a recipe or a model that
-    cannot be read."""
-    recipes = [
-        (name, load(str(folder / name) if is_path(name) else name)) for name in expand_recipes(matrix.recipes, folder)
-    ]
+def _recipes(matrix: Matrix, folder: Path, broken: list[Broken] | None) -> Iterator[tuple[str, Recipe]]:
+    done: set[str] = set()
+    for given in matrix.recipes:
+        with _collected(broken, given, ""):
+            for name in expand_recipes([given], folder):
+                path = str(folder / name) if is_path(name) else name
+                if name not in done:
+                    done.add(name)
+                    with _collected(broken, name, _relative(Path(path)) if is_path(name) else ""):
+                        yield name, load(path)
+
+
+@contextmanager
+def _collected(broken: list[Broken] | None, what: str, file: str) -> Iterator[None]:
+    """Put an error into a list, if there is one, and go on."""
+    try:
+        yield
+    except QuantkitError as e:
+        if broken is None:
+            raise
+        broken.append(Broken(what, e, file))
+
+
+def _plans(matrix: Matrix, folder: Path, broken: list[Broken] | None = None) -> Iterator[_Planned]:
+    """The cells of a matrix, in the order of the lock. A recipe or a model that cannot be read raises QuantkitError,
+    or is noted in `broken` and passed over."""
+    recipes = list(_recipes(matrix, folder, broken))
     for model in expand_models(matrix.models):
         catalogues: list[Catalogue] = []
-        for layout in dict.fromkeys(matrix.layouts):
-            here = folder / model
-            catalogue = open_model(str(here) if here.exists() else model, Options(layout))
-            if not any(c.layout == catalogue.layout or c.tensors == catalogue.tensors for c in catalogues):
-                catalogues.append(catalogue)
+        with _collected(broken, model, ""):
+            for layout in dict.fromkeys(matrix.layouts):
+                here = folder / model
+                catalogue = open_model(str(here) if os.path.exists(here) else model, Options(layout))
+                if not any(c.layout == catalogue.layout or c.tensors == catalogue.tensors for c in catalogues):
+                    catalogues.append(catalogue)
         for catalogue in catalogues:
             for name, recipe in recipes:
                 if recipe.is_for(catalogue.arch):
@@ -200,6 +233,9 @@ class Comparison:
     """the lock"""
     tolerance: Fraction
     changes: tuple[Change, ...]
+    broken: tuple[Broken, ...] = ()
+    n_skipped: int = 0
+    """cells of the lock that were not compared, since their recipe or model is among `broken`"""
 
     @property
     def drifted(self) -> tuple[Change, ...]:
@@ -208,26 +244,37 @@ class Comparison:
 
 def compare(lock: Lock, path: Path, tolerance: Fraction = Fraction(0)) -> Comparison:
     """Plan the matrix of the lock in file `path` anew and compare. A cell whose tensor bytes moved by at
-    most `tolerance` (a share of the bytes before; 0: no change of any kind) is tolerated.
-
-    Raises QuantkitError for a recipe or a model that cannot be read.
-    """
+    most `tolerance` (a share of the bytes before; 0: no change of any kind) is tolerated. A recipe or a model
+    that cannot be read is part of the comparison, and its cells are not."""
     old = {cell.cell: cell for cell in lock.cells}
     changes = []
-    for key, plan, error in _plans(lock.matrix, path.parent):
+    broken: list[Broken] = []
+    for key, plan, error in _plans(lock.matrix, path.parent, broken):
         before = old.pop(key, None)
         after = _failed(key, error) if plan is None else _cell(key, plan)
         change = _change(key, before, after, plan, error, tolerance)
         changes.append(change._replace(file=_file_of(key, path.parent)))
+    unread = {b.what for b in broken}
+    skipped = [key for key in old if key.recipe in unread or key.model in unread]
     for key, before in old.items():
+        if key in skipped:
+            continue
         detail = "the matrix has no such cell now: the recipe or the model has gone, or has another arch"
         changes.append(Change(key, "vanished", before, None, (), detail, _file_of(key, path.parent)))
-    return Comparison(os.path.relpath(path), tolerance, tuple(changes))
+    return Comparison(os.path.relpath(path), tolerance, tuple(changes), tuple(broken), len(skipped))
+
+
+def unreadable(path: Path, tolerance: Fraction, error: QuantkitError) -> Comparison:
+    """The comparison with a lock that cannot be read: only that."""
+    return Comparison(os.path.relpath(path), tolerance, (), (Broken(str(path), error, _relative(path)),))
+
+
+def _relative(path: Path) -> str:
+    return Path(os.path.relpath(path)).as_posix() if os.path.isfile(path) else ""
 
 
 def _file_of(key: Key, folder: Path) -> str:
-    path = folder / key.recipe if is_path(key.recipe) else Path("recipes") / f"{key.recipe}.yaml"
-    return Path(os.path.relpath(path)).as_posix() if path.is_file() else ""
+    return _relative(folder / key.recipe if is_path(key.recipe) else Path("recipes") / f"{key.recipe}.yaml")
 
 
 def _change(key: Key, before: Cell | None, after: Cell, plan: Plan | None, error: str, tolerance: Fraction) -> Change:

@@ -18,8 +18,11 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -38,6 +41,9 @@ INSTALL_COMMAND = "quantkit toolchain install"
 
 STAMP = "installed.json"
 CONVERTER = "convert_hf_to_gguf.py"
+_OTHER = f"give --llama-quantize the path of another, or run: {INSTALL_COMMAND}"
+#: bytes and seconds of a program's answer
+_MOST_SAID, _PATIENCE = 1 << 16, 20
 _VERSION_LINE = re.compile(r"^(?:version:|main: build =)\s*(.+)$", re.MULTILINE)
 
 
@@ -52,16 +58,22 @@ class Located(NamedTuple):
 
 
 def cache_dir() -> Path:
-    """quantkit's cache: $QUANTKIT_CACHE, else $XDG_CACHE_HOME/quantkit, else ~/.cache/quantkit."""
-    if own := os.environ.get("QUANTKIT_CACHE"):
-        return Path(own).expanduser().absolute()
-    if xdg := os.environ.get("XDG_CACHE_HOME"):
-        return Path(xdg).expanduser().absolute() / "quantkit"
-    return Path.home() / ".cache" / "quantkit"
+    """quantkit's cache: $QUANTKIT_CACHE, else $XDG_CACHE_HOME/quantkit, else ~/.cache/quantkit. Raises ToolError when
+    no home folder is known to start from."""
+    try:
+        if own := os.environ.get("QUANTKIT_CACHE"):
+            return Path(own).expanduser().absolute()
+        if xdg := os.environ.get("XDG_CACHE_HOME"):
+            return Path(xdg).expanduser().absolute() / "quantkit"
+        return Path.home() / ".cache" / "quantkit"
+    except RuntimeError:
+        raise ToolError(
+            "no home folder is known for quantkit's cache; set QUANTKIT_CACHE to a folder of your own"
+        ) from None
 
 
 def root() -> Path:
-    """The folder of the installed toolchain; it exists only when complete."""
+    """The folder of the installed toolchain; it exists only when complete. Raises ToolError as `cache_dir`."""
     return cache_dir() / "toolchain" / f"{PACKAGE}-{PACKAGE_VERSION}"
 
 
@@ -79,7 +91,43 @@ def find(tool: str, explicit: Path | str | None = None) -> Path:
         return path.absolute()
     if located := locate(tool):
         return located.path
+    if unusable := trouble():
+        raise ToolError(f"{tool} is not on PATH, and the cache has none: {unusable}")
     raise ToolError(f"{tool} is neither on PATH nor in {root() / 'bin'}; to build it, run: {INSTALL_COMMAND}")
+
+
+def find_quantize(explicit: Path | str | None = None) -> Path:
+    """The llama-quantize to drive. Raises ToolError when there is none, and for a binary whose --help does not name
+    the option by which quantkit tells it the types: another program, or one of before 2025."""
+    path = find("llama-quantize", explicit)
+    option = "--tensor-type-file"
+    try:
+        said = _said([str(path), "--help"])
+    except OSError as e:
+        raise ToolError(f"llama-quantize: {path} cannot be run: {e.strerror or e}; {_OTHER}") from None
+    if option not in said:
+        raise ToolError(f"llama-quantize: {path} is none, or too old: its --help does not name {option}; {_OTHER}")
+    return path
+
+
+def _said(command: Sequence[str]) -> str:
+    """What a program prints, up to a limit of bytes and seconds. Raises OSError when it cannot be run."""
+    with subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+    ) as process:
+        assert process.stdout is not None
+
+        def end() -> None:
+            with contextlib.suppress(OSError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+        timer = threading.Timer(_PATIENCE, end)
+        timer.start()
+        try:
+            return process.stdout.read(_MOST_SAID).decode(errors="replace")
+        finally:
+            timer.cancel()
+            end()
 
 
 def locate(tool: str) -> Located | None:
@@ -94,8 +142,35 @@ def locate(tool: str) -> Located | None:
 def find_in_cache(tool: str) -> Path | None:
     """The installed executable of `tool`, or None."""
     _check_name(tool)
-    path = root() / "bin" / tool
-    return path if path.is_file() and os.access(path, os.X_OK) else None
+    path = _in_cache("bin", tool)
+    return path if path is not None and os.access(path, os.X_OK) else None
+
+
+def _in_cache(*names: str) -> Path | None:
+    """An installed file; None where there is none, or the cache cannot be looked into (`trouble` says why)."""
+    try:
+        path = root().joinpath(*names)
+    except ToolError:
+        return None
+    return path if os.path.isfile(path) else None
+
+
+def trouble() -> str | None:
+    """Why the cache cannot be used, if it cannot; one that is not there yet can be made."""
+    try:
+        folder = cache_dir()
+    except ToolError as e:
+        return str(e)
+    try:
+        os.stat(root())
+    except FileNotFoundError:
+        pass
+    except OSError as e:
+        return f"{folder}: the cache cannot be read: {e.strerror or e}; set QUANTKIT_CACHE to a folder of your own"
+    existing = next((p for p in (folder, *folder.parents) if os.path.exists(p)), None)
+    if existing is None or not os.access(existing, os.W_OK):
+        return f"{folder}: the cache cannot be written to; set QUANTKIT_CACHE to a folder of your own"
+    return None
 
 
 def _check_name(tool: str) -> None:
@@ -108,8 +183,7 @@ def _check_name(tool: str) -> None:
 
 def ggml_library() -> Path | None:
     """The installed libggml-base.so (ggml `GGML_VERSION`, the byte contract), or None."""
-    path = root() / "bin" / "libggml-base.so"
-    return path if path.is_file() else None
+    return _in_cache("bin", "libggml-base.so")
 
 
 def converter_command() -> tuple[list[str], dict[str, str]]:
@@ -119,7 +193,7 @@ def converter_command() -> tuple[list[str], dict[str, str]]:
     the environment quantkit runs in, which keeps its own.
     """
     script = root() / "src" / CONVERTER
-    if not script.is_file():
+    if not os.path.isfile(script):
         raise ToolError(f"{CONVERTER} is not installed in {root() / 'src'}; run: {INSTALL_COMMAND}")
     packages = converter_packages(root())
     if not packages.is_dir():
@@ -144,15 +218,8 @@ def version(path: Path) -> str:
     """
     for arguments in (["--version"], ["--dry-run", f"{path}/none.gguf", "Q8_0"]):
         try:
-            said = subprocess.run(
-                [str(path), *arguments],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                timeout=30,
-                check=False,
-            ).stdout.decode(errors="replace")
-        except (OSError, subprocess.TimeoutExpired):
+            said = _said([str(path), *arguments])
+        except OSError:
             return "unknown version"
         if found := _VERSION_LINE.search(said):
             return found[1].strip()
@@ -168,14 +235,20 @@ def stamp() -> dict[str, object] | None:
     """What `install` noted about what it built, or None when there is no (readable) installation."""
     try:
         read = json.loads((root() / STAMP).read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError, ToolError):
         return None
     return read if isinstance(read, dict) and read.get("sha256") == SDIST_SHA256 else None
 
 
+def whole() -> bool:
+    """Whether all that was built is in the cache still: the tools, their ggml, and the converter."""
+    files = (("src", CONVERTER), ("bin", "libggml-base.so"))
+    return stamp() is not None and all(map(find_in_cache, TOOLS)) and all(_in_cache(*names) for names in files)
+
+
 def installed() -> bool:
     """Whether the tools, and the converter with its packages for this Python, are all in the cache."""
-    return stamp() is not None and converter_packages(root()).is_dir()
+    return whole() and os.path.isdir(converter_packages(root()))
 
 
 def cpu_flags() -> frozenset[str]:

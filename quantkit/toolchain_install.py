@@ -7,6 +7,7 @@ it is stopped at, `root()` is complete or absent and the next run goes on from t
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import importlib.metadata
@@ -37,8 +38,8 @@ from .toolchain import (
     cpu_flags,
     installed,
     root,
-    stamp,
     version,
+    whole,
 )
 
 _CONVERTER_PARTS = (CONVERTER, "conversion", "gguf-py", "LICENSE")
@@ -77,7 +78,7 @@ def install(
     try:
         work.parent.mkdir(parents=True, exist_ok=True)
         with _lock(final.with_name(f"{final.name}.lock")):
-            if stamp() is not None and not force:
+            if whole() and not force:
                 if not installed():  # built with another Python
                     _install_converter_packages(converter_packages(final), work, report)
                 shutil.rmtree(work, ignore_errors=True)
@@ -97,11 +98,16 @@ def install(
             shutil.rmtree(work)
     except OSError as e:
         raise ToolError(
-            f"the toolchain cannot be installed in {final.parent}: {e}; free some space there (1 GB is "
-            f"needed), or set QUANTKIT_CACHE to another folder, then run again: {INSTALL_COMMAND}"
+            f"the toolchain cannot be installed in {final.parent}: {e.strerror or e}; {_mend(e)}, then run again: "
+            f"{INSTALL_COMMAND}"
         ) from e
     report(f"installed in {final}")
     return final
+
+
+def _mend(e: OSError) -> str:
+    other = "set QUANTKIT_CACHE to another folder"
+    return f"free some space there (1 GB is needed), or {other}" if e.errno in (errno.ENOSPC, errno.EDQUOT) else other
 
 
 @contextlib.contextmanager

@@ -9,14 +9,17 @@ from pathlib import Path
 import jsonschema
 import pytest
 import yaml
+from click.testing import CliRunner, Result
 from conftest import Run
 
 from quantkit import authoring, recipe_docs, report
 from quantkit.catalogue import Catalogue
+from quantkit.cli import cli
 from quantkit.errors import RecipeError
 from quantkit.models import open_model
 from quantkit.plan import Plan, make_plan
 from quantkit.recipe import Recipe, load, parse, shipped
+from quantkit.recipe_file import looks_like_recipe
 
 BROKEN = Path(__file__).parent / "data" / "broken"
 EXPECTED = (BROKEN / "expected.txt").read_text("utf-8").splitlines()
@@ -251,9 +254,9 @@ def test_starters_are_sound(base: str, tmp_path: Path, r1: Catalogue) -> None:
     if load(base).file_type in ("F32", "F16", "BF16"):
         return
     path = tmp_path / "mine.yaml"
-    path.write_text(recipe_docs.starter("mine", base, path.name, "recipe.schema.json", "deepseek-r1"), "utf-8")
+    path.write_text(recipe_docs.starter(path, base, "deepseek-r1"), "utf-8")
     assert lint(path, r1) == []
-    path.write_text(recipe_docs.copy_of(base, "mine", "recipe.schema.json"), "utf-8")
+    path.write_text(recipe_docs.copy_of(base, path), "utf-8")
     assert lint(path, r1) == []
     assert load(str(path)).name == "mine"
     assert types(load(str(path)), r1) == types(load(base), r1)
@@ -295,8 +298,8 @@ def test_new_lint_explain_diff_plan(quantkit: Run, tmp_path: Path) -> None:
     done = quantkit("recipe", "new", "mine.yaml", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (0, "mine.yaml written; next: quantkit recipe lint mine.yaml\n")
     first = (tmp_path / "mine.yaml").read_text("utf-8").splitlines()[0]
-    schema = Path(first.removeprefix("# yaml-language-server: $schema="))
-    assert json.loads(schema.read_text("utf-8")) == recipe_docs.schema()
+    assert first == "# yaml-language-server: $schema=recipe.schema.json"
+    assert json.loads(quantkit("recipe", "schema", cwd=tmp_path).stdout) == recipe_docs.schema()
     assert quantkit("recipe", "lint", "mine.yaml", "--strict", cwd=tmp_path).returncode == 0
     explained = quantkit(
         "recipe", "explain", "mine.yaml", "blk.3.ffn_down_exps.weight", "--set", "down=Q3_K", cwd=tmp_path
@@ -307,8 +310,129 @@ def test_new_lint_explain_diff_plan(quantkit: Run, tmp_path: Path) -> None:
     plan = quantkit("plan", "deepseek-r1", "-r", "mine.yaml", "--set", "down=Q3_K", "--json", cwd=tmp_path)
     by_name = {t["name"]: t for t in json.loads(plan.stdout)["tensors"]}
     assert by_name["blk.7.ffn_down_exps.weight"]["type"] == "Q3_K"
-    assert by_name["blk.7.ffn_down_exps.weight"]["rule"] == "mine.yaml:10 rules[0]"
+    assert by_name["blk.7.ffn_down_exps.weight"]["rule"] == "mine.yaml:11 rules[0]"
     assert by_name["blk.8.ffn_down_exps.weight"]["rule"] == "UD-IQ1_S.yaml:43 rules[9]"
+
+
+def new(*args: str | Path) -> None:
+    done = CliRunner().invoke(cli, ["recipe", "new", *map(str, args)])
+    assert done.exit_code == 0, done.output
+
+
+def test_new_writes_no_absolute_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The recipe goes into a repository that others check out elsewhere."""
+    home = tmp_path / "home"
+    for folder in ("mine", "theirs"):
+        (home / folder).mkdir(parents=True)
+    (home / "theirs" / "low.yaml").write_text(recipe_docs.text_of("UD-IQ1_S").replace("name: UD-IQ1_S", "name: low"))
+    monkeypatch.chdir(home)
+    new("mine/a.yaml", "--base", "theirs/low.yaml")
+    new("mine/b.yaml", "--base", home / "theirs" / "low.yaml")
+    new("theirs/c.yaml", "--from", "mine/a.yaml")
+    new("mine/d.yaml", "--from", home / "theirs" / "low.yaml")
+    for path in home.rglob("*.yaml"):
+        assert str(tmp_path) not in path.read_text(), path
+    moved = home.rename(tmp_path / "elsewhere")
+    monkeypatch.chdir(tmp_path)
+    bases = {p.name: load(str(p)).base for p in sorted(moved.rglob("*.yaml"))}
+    assert bases == {"a.yaml": "../theirs/low.yaml", "b.yaml": "../theirs/low.yaml", "c.yaml": "low.yaml",
+                     "d.yaml": None, "low.yaml": None}  # fmt: skip
+
+
+def test_new_names_the_next_command_as_a_shell_takes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, typed in (("-a.yaml", "./-a.yaml"), ("a b.yaml", "'a b.yaml'")):
+        done = CliRunner().invoke(cli, ["recipe", "new", "--", name])
+        assert done.output == f"{name} written; next: quantkit recipe lint {typed}\n"
+
+
+def test_new_names_that_yaml_takes_for_something_else(tmp_path: Path) -> None:
+    for name in ("yes", "1e3", "null", "a b", "a'b", "~"):
+        new(tmp_path / f"{name}.yaml")
+        assert load(str(tmp_path / f"{name}.yaml")).name == name
+        new(tmp_path / f"{name}.yaml", "--from", "Q4_K_M", "--force")
+        assert load(str(tmp_path / f"{name}.yaml")).name == name
+
+
+def test_new_from_a_recipe_whose_name_is_not_on_its_own_line(tmp_path: Path) -> None:
+    origin = tmp_path / "flow.yaml"
+    origin.write_text("{name: f, arch: [deepseek2], file_type: Q4_K_M, otherwise: mixture Q4_K_M}\n")
+    done = CliRunner().invoke(cli, ["recipe", "new", str(tmp_path / "a.yaml"), "--from", str(origin)])
+    assert str(done.exception) == ("flow.yaml:1 name: cannot be copied: write its name on a line of its own first")
+    origin.write_text('\ufeff"name": f\narch: [deepseek2]\nfile_type: Q4_K_M\notherwise: mixture Q4_K_M\n')
+    new(tmp_path / "a.yaml", "--from", origin)
+    assert load(str(tmp_path / "a.yaml")).name == "a"
+
+
+# ---------------------------------------------------------------- recipes among other YAML
+
+FOREIGN = {
+    "empty.yaml": "",
+    "docker-compose.yml": "name: web\nservices:\n  app: &app\n    image: x\n  b: {<<: *app}\nvolumes: {}\n",
+    "workflow.yaml": "name: CI\non: [push]\njobs:\n  a:\n    runs-on: ubuntu-latest\n    steps: [{run: make}]\n",
+    "action.yml": "name: a\ndescription: b\ninputs: {}\nruns:\n  using: composite\n",
+    "k8s.yaml": "apiVersion: v1\nkind: Role\nmetadata:\n  name: r\nrules:\n- verbs: [get]\n---\nkind: B\n---\n",
+    "route.yaml": "kind: IngressRoute\nspec:\n  routes:\n  - match: Host(`a`)\n    kind: Rule\n",
+    "mkdocs.yml": "site_name: d\nmarkdown_extensions:\n- x:\n    f: !!python/name:pymdownx.superfences.fence\n",
+    "snapcraft.yaml": "name: s\nbase: core22\ntitle: S\ndescription: d\nversion: '1'\ngrade: devel\nparts: {}\nx: 1\n",
+    "lima.yaml": "arch: x86_64\nbase: template.yaml\nimages: []\nmounts: []\ncpus: 4\nmemory: 4GiB\n",
+    "semgrep.yml": "rules:\n- id: a\n  pattern: b\n  message: c\n",
+    "taskfile.yml": "version: '3'\nvars: {a: b}\ntasks: {}\n",
+    "playbook.yml": "- hosts: all\n  vars: {}\n  tasks: []\n",
+    "quants.yaml": "model: r1\nimatrix: i.dat\nquants: [Q4_K_M]\n",
+    "mlflow.yaml": "{name: a, rules: [{id: b, type: c}], x: 1, y: 2}\n",
+    "not yaml.yaml": "a: [\n\t- {{ template }}\n%",
+    "lock.yaml": "version: 1\nmatrix: {recipes: [all]}\ncells: []\n",
+    "huge.yaml": "rules:\n" + "  - match: x\n" * 100_000,
+}
+
+
+def lint_of(*args: str | Path) -> Result:
+    return CliRunner().invoke(cli, ["recipe", "lint", *map(str, args)])
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_yaml_of_others_is_passed_over(name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.write_text(FOREIGN[name])
+    done = lint_of("--only-recipes", path)
+    assert (done.exit_code, done.stdout, done.stderr) == (0, "", "1 file is no recipe, passed over\n")
+    assert lint_of(path).exit_code == RecipeError.exit_code  # a file that is named as a recipe must be one
+
+
+def test_a_binary_file_is_no_recipe(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_bytes(b"\xff\x00name: x")
+    assert lint_of("--only-recipes", tmp_path / "a.yaml").exit_code == 0
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_every_recipe_is_taken_for_one(name: str, tmp_path: Path) -> None:
+    text = "".join(line for line in shipped()[name].splitlines(keepends=True) if not line.startswith("#"))
+    assert looks_like_recipe(text)
+    assert looks_like_recipe(shipped()[name])
+    assert looks_like_recipe(recipe_docs.starter(tmp_path / "a.yaml", name, "deepseek-r1").partition("title")[2])
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        ("name: a\narch: [deepseek2]\nfile_type: Q4_K_M\nrulez:\n  - {match: x, type: Q4_K, why: y}\n",
+         "error: a.yaml:4 rulez: unknown key 'rulez' (did you mean rules?)"),
+        ("name: a\nbase: UD-IQ1_S\nvars: [", "error: a.yaml:3 not valid YAML"),
+        ("rules:\n  - match: x\n    type: Q4_K\n", "error: a.yaml:1 name: is missing"),
+        ("{name: a, rules: [{match: x, type: Q9}]}", "error: a.yaml:1 rules[0].type: unknown type 'Q9'"),
+        ("# yaml-language-server: $schema=../recipes/recipe.schema.json\nnam: a\n",
+         "error: a.yaml:2 name: is missing\nerror: a.yaml:2 nam: unknown key"),
+        ("name: a\nbase: &b UD-IQ1_S\narch: *b\n", "error: a.yaml:3 not valid YAML: '*b' is an alias"),
+    ],
+)  # fmt: skip
+def test_a_faulty_recipe_is_a_recipe(text: str, what: str, tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text(text)
+    (tmp_path / "b.yaml").write_text("jobs: {}\n")
+    done = lint_of("--only-recipes", tmp_path / "a.yaml", tmp_path / "b.yaml", "UD-IQ1_S")
+    assert done.exit_code == RecipeError.exit_code
+    assert done.stdout.startswith(what)
+    assert done.stdout.endswith("UD-IQ1_S: fine on deepseek-r1\n")
 
 
 def test_new_keeps_what_is_there(quantkit: Run, tmp_path: Path) -> None:

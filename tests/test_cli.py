@@ -98,11 +98,15 @@ def test_wrong_usage_is_two(quantkit: Run) -> None:
     assert done.stderr.endswith("Error: Missing option '-r' / '--recipe'.\n")
 
 
-@pytest.mark.parametrize("size", ["0", "-1G", "0.5", "1.0005K", "1,5G", "5P", "1.G", ".5G", "G", ""])
+@pytest.mark.parametrize(
+    "size", ["0", "-1G", "0.5", "1.0005K", "1,5G", "5P", "1.G", ".5G", "G", "GB", "5 G B", "5GG", "1.0005KB", ""]
+)
 def test_wrong_sizes(quantkit: Run, size: str) -> None:
     done = quantkit("plan", "deepseek-r1", "--recipe", "UD-IQ1_S", f"--split-max-size={size}")
     assert done.returncode == 2
-    assert done.stderr.endswith(f"{size!r} is not a size such as 50G, 1.5G or 4000000 (G = 10^9 bytes)\n")
+    assert done.stderr.endswith(
+        f"{size!r} is not a size such as 50G, 1.5GB, 40GiB or 4000000 (G and GB are 10^9 bytes, GiB 2^30)\n"
+    )
 
 
 def test_plan_as_text(quantkit: Run) -> None:

@@ -22,6 +22,7 @@ from quantkit.arch.options import Options
 from quantkit.engines import Engine
 from quantkit.engines.llama_quantize import LlamaQuantizeEngine
 from quantkit.engines.native import NativeEngine
+from quantkit.errors import ToolError
 from quantkit.imatrix import open_imatrix
 from quantkit.models import open_model
 from quantkit.plan import Plan, make_plan
@@ -348,9 +349,44 @@ def test_llama_cpp_runs_it(tools: Tools, tiny_v3: Path, tiny_bf16: Path, tmp_pat
     assert perplexity(tools, out, tmp_path) == pytest.approx(perplexity(tools, tiny_bf16, tmp_path), rel=0.01)
 
 
+#: of a fake, in sh: what --help is asked for
+ITS_HELP = '[ "$1" = --help ] && echo --tensor-type-file && exit 1'
+#: in sh: what llama-quantize would read, and write
+FILES = "for a; do case $a in *piece.gguf|*bf16.gguf) in=$a;; *made.gguf|*.whole) out=$a;; esac; done"
+
+
+@pytest.mark.parametrize("source", ["checkpoint", "gguf"])
+@pytest.mark.parametrize(
+    ("does", "what"),
+    [
+        ("exit 0", "{} ended without an error, but made no file; is it a llama-quantize?"),
+        ("echo no > $out", "{} ended without an error, but made no sound GGUF ("),
+        ("cp $in $out", "llama-quantize made BF16 of "),
+        ("kill -9 $$", "{} was ended by SIGKILL; it said nothing"),
+    ],
+)
+def test_a_binary_that_gives_something_else(
+    tiny_v3: Path, tiny_bf16: Path, tmp_path: Path, source: str, does: str, what: str
+) -> None:
+    fake = tmp_path / "fake"
+    fake.write_text(f"#!/bin/sh\n{ITS_HELP}\n{FILES}\n{does}\n")
+    fake.chmod(0o755)
+    given = tmp_path / "bf16.gguf"
+    given.symlink_to(tiny_bf16)
+    with pytest.raises(ToolError) as e:
+        build(
+            tiny_v3 if source == "checkpoint" else given, tmp_path / "o.gguf", uniform("Q4_K", "Q4_K_M"),
+            engine=LlamaQuantizeEngine(fake),
+        )  # fmt: skip
+    assert str(e.value).startswith(what.format(fake))
+    assert not (tmp_path / "o.gguf").exists()
+
+
 def test_failure_of_the_binary_is_reported(quantkit: Run, tiny_v3: Path, tmp_path: Path) -> None:
     fake = tmp_path / "llama-quantize"
-    fake.write_text("#!/bin/sh\necho 'main: build = 1'\necho 'something went wrong with tensor x' >&2\nexit 7\n")
+    fake.write_text(
+        f"#!/bin/sh\n{ITS_HELP}\necho 'main: build = 1'\necho 'something went wrong with tensor x' >&2\nexit 7\n"
+    )
     fake.chmod(0o755)
     recipe = tmp_path / "r.yaml"
     recipe.write_text('name: all\narch: [deepseek2]\nfile_type: Q4_K_M\nrules:\n  - {match: "*", type: Q4_K, why: t}\n')
@@ -367,13 +403,13 @@ def test_a_binary_that_does_something_else_is_caught(
 ) -> None:
     """A llama-quantize that ignores its rules: the result is checked against the plan."""
     fake = tmp_path / "llama-quantize"
-    fake.write_text(f'#!/bin/sh\nexec {tools.quantize} --tensor-type output=q5_0 "$@"\n')
+    fake.write_text(f'#!/bin/sh\n{ITS_HELP}\nexec {tools.quantize} --tensor-type output=q5_0 "$@"\n')
     fake.chmod(0o755)
     recipe = tmp_path / "r.yaml"
     recipe.write_text('name: all\narch: [deepseek2]\nfile_type: Q4_K_M\nrules:\n  - {match: "*", type: Q4_K, why: t}\n')
     args = ["build", tiny_v3, "-o", tmp_path / "o.gguf", "--recipe", recipe, "--pre", "deepseek-v3", "-q"]
     done = quantkit(*args, "--engine", "llama-quantize", "--llama-quantize", fake)
-    assert done.returncode == 11
+    assert done.returncode == 10
     assert "llama-quantize made Q5_0 of" in done.stderr
     assert "for 'output.weight', but the plan says Q4_K of" in done.stderr
     assert not (tmp_path / "o.gguf").exists()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import re
 import subprocess
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from conftest import Run, Tools
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,6 +18,7 @@ from hypothesis import strategies as st
 from quantkit import toolchain
 from quantkit.arch.options import Options
 from quantkit.catalogue import Catalogue
+from quantkit.cli import cli
 from quantkit.clone import Head, write
 from quantkit.errors import QuantkitError, RecipeError
 from quantkit.exchange import FORMATS, Imported, export, ggml_name, import_rules
@@ -230,10 +233,12 @@ def test_a_published_recipe() -> None:
     assert got["blk.39.ffn_down_exps.weight"] == "IQ4_XS"
     assert got["blk.38.ffn_down_exps.weight"] == "IQ3_XXS"
     assert got["blk.3.attn_output.weight"] == "Q8_0"  # output\.weight is not anchored
+    assert list(made.warnings) == [
+        r"rules.txt:12: 'blk\.([0-9]|[1-5][0-9]|60)\.attn_kv_b\.weight' matches no tensor of this model",
+    ]
     assert list(made.notes) == [
         r"rules.txt:9: 'blk\.([0-9]|[1-5][0-9]|60)\.attn_output\.weight': 61 of the 61 it matches are taken before, "
         "by rules.txt:4",
-        r"rules.txt:12: 'blk\.([0-9]|[1-5][0-9]|60)\.attn_kv_b\.weight' matches no tensor of this model",
         r"rules.txt:19: 'blk\.([3-9]|[1-5][0-9]|60)\.ffn_(down|up|gate)_exps\.weight': 10 of the 174 it matches are "
         "taken before, by rules.txt:18",
     ]
@@ -265,8 +270,9 @@ def test_a_type_that_ggml_does_not_have_is_named_with_its_line() -> None:
     ("text", "form", "what"),
     [
         ("blk=q4_k\nx", "tensor-types", "rules.txt:2: 'x' is not pattern=type"),
-        ("a=q4_k # note", "tensor-types",
-         "rules.txt:1: '#' is not pattern=type; llama-quantize knows no comments there"),
+        ("a=q4_k note", "tensor-types", "rules.txt:1: 'note' is not pattern=type"),
+        ("a=q8_0\nblk\u200b=q8_0", "custom-q",
+         "rules.txt:2: 'blk\\u200b=q8_0' has the invisible character U+200B; take it out"),
         ("=q4_k", "tensor-types", "rules.txt:1: '=q4_k' is not pattern=type"),
         ("a=", "thireus", "rules.txt:1: 'a=' is not pattern=type"),
         ("a=q8_0,b=q9_0", "custom-q", "rules.txt:1 rule 2: unknown type 'q9_0' (did you mean Q8_0?)"),
@@ -312,12 +318,14 @@ def test_a_float_for_the_rest() -> None:
 def test_what_lines_did_is_said() -> None:
     text = "\\S+_exps=q8_0\nattn_NORM=q8_0\noutput_norm=f32\nnothing=q8_0\nffn_up_exps=q4_0\nffn_down_exps=q8_0\n"
     made = read(text, file_type="Q4_K_M")
-    assert list(made.notes) == [
-        "rules.txt:1: '\\S+_exps' is read as llama-quantize does, in lower case: '\\s+_exps'",
+    assert list(made.warnings) == [
         "rules.txt:1: '\\S+_exps' matches no tensor of this model",
-        "rules.txt:2: 'attn_NORM' is read as llama-quantize does, in lower case: 'attn_norm'",
         "rules.txt:2: 'attn_NORM' is ignored: llama-quantize never quantizes what it matches (27 tensors, F32)",
         "rules.txt:4: 'nothing' matches no tensor of this model",
+    ]
+    assert list(made.notes) == [
+        "rules.txt:1: '\\S+_exps' is read as llama-quantize does, in lower case: '\\s+_exps'",
+        "rules.txt:2: 'attn_NORM' is read as llama-quantize does, in lower case: 'attn_norm'",
         "no line matches 217 tensors: llama-quantize's choice for Q4_K_M",
         "another type than asked, since rows do not divide into its blocks: 1 tensor, the first blk.0.ffn_down.weight "
         "Q6_K -> Q8_0",
@@ -330,6 +338,74 @@ def test_custom_q_as_it_is_typed() -> None:
     got = imported(text, "custom-q")
     assert {t for n, t in got.items() if "_exps" in n} == {"IQ4_NL"}
     assert {t for n, t in got.items() if n in NAMES and "_exps" not in n} == {"Q8_0"}
+
+
+#: rules of a model card, as its author put them into a script
+CARD = r"""#!/usr/bin/env bash
+
+custom="
+# Attention (the GPU's) [0-26]
+blk\..*\.attn_kv_b\.weight=q8_0,
+blk\..*\.attn_.*=iq4_nl   # the rest
+
+# Routed experts
+blk\..*\.ffn_down_exps\.weight=q5_0, blk\..*\.ffn_.*=q4_0
+.*=q8_0,
+"
+
+custom=$(
+  echo "$custom" | grep -v '^#' | \
+  sed -Ez 's:\n+:,:g;s:,$::;s:^,::'
+)
+
+./build/bin/llama-quantize --custom-q "$custom" --imatrix /m.dat /in.gguf /out.gguf Q4_K 24
+"""
+RULES = CARD[CARD.index("\n# Att") : CARD.index('"\n\ncustom=$')]
+PLAIN = (
+    r"blk\..*\.attn_kv_b\.weight=q8_0,blk\..*\.attn_.*=iq4_nl,"
+    r"blk\..*\.ffn_down_exps\.weight=q5_0,blk\..*\.ffn_.*=q4_0,.*=q8_0"
+)
+
+
+@pytest.mark.parametrize(
+    ("form", "text"),
+    [
+        ("custom-q", CARD),
+        ("custom-q", RULES),
+        ("custom-q", f"```bash\n{RULES}```\n"),
+        ("custom-q", f'--custom-q "{PLAIN}"'),
+        ("custom-q", f"--custom-q={PLAIN}"),
+        ("custom-q", f"llama-quantize --custom-q '{PLAIN},' --imatrix a.dat in out Q4_K"),
+        ("custom-q", f"\u201c{PLAIN}\u201d"),
+        ("custom-q", PLAIN.replace(",", ",\\\n")),
+        ("custom-q", PLAIN.replace("attn_", "at\\\ntn_")),
+        ("thireus", RULES),
+        ("thireus", CARD),
+        ("thireus", PLAIN.replace(",", "\n\ufeff")),
+        ("tensor-types", RULES),
+        ("tensor-types", "--tensor-type " + PLAIN.replace(",", " --tensor-type ")),
+        ("tensor-types", '--tensor-type "' + PLAIN.replace(",", '" \\\n  --tensor-type "') + '"'),
+    ],
+)
+def test_rules_as_model_cards_print_them(form: str, text: str) -> None:
+    assert imported(text, form) == imported(PLAIN, "custom-q")
+    got = imported(text, form)
+    assert [got[f"blk.3.{n}.weight"] for n in ("attn_kv_b", "attn_q", "ffn_down_exps", "ffn_up_exps")] == [
+        *("Q8_0", "IQ4_NL", "Q5_0", "Q4_0"),
+    ]
+    assert read(text, form).warnings == ()
+
+
+def test_lines_keep_their_numbers() -> None:
+    assert refusal(CARD.replace("=q5_0", "=q9_9"), "custom-q").startswith("rules.txt:9 rule 1: unknown type 'q9_9'")
+    assert refusal("a=q8_0\n\nb=q8_0,\\\nc=q9_9", "custom-q").startswith("rules.txt:3 rule 2: unknown type 'q9_9'")
+
+
+def test_comments_are_none_to_llama_quantize() -> None:
+    assert read("# all\n.=q8_0").notes == (
+        "the comments are passed over; llama-quantize itself refuses a file that has them",
+    )
+    assert read("# all\n.=q8_0", "custom-q").notes == ()
 
 
 @pytest.mark.parametrize("file_type", sorted(set(BASE_TYPES) - {"F32", "F16", "BF16"}))
@@ -374,6 +450,39 @@ def test_options_that_are_wrong(quantkit: Run, tmp_path: Path, options: list[str
     done = quantkit("recipe", "import", rules, "--format", "tensor-types", "--model", "deepseek-v2-lite", *options)
     assert done.returncode == code
     assert what in done.stderr
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+def test_a_byte_order_mark_is_no_part_of_the_first_rule(form: str, encoding: str, tmp_path: Path) -> None:
+    rules, recipe = tmp_path / "r.txt", tmp_path / "r.yaml"
+    rules.write_bytes("blk\\..*\\.attn_kv_b=q8_0\r\nattn=q5_0\r\n.=q4_0\r\n".encode(encoding))
+    options = ["--format", form, "-m", "deepseek-v2-lite", "--layout", "kv_b", "-o", str(recipe)]
+    done = CliRunner().invoke(cli, ["recipe", "import", str(rules), *options])
+    assert (done.exit_code, "warning" in done.output) == (0, False), done.output
+    got = types_of(make_plan(LITE, load(str(recipe))))
+    assert (got["blk.0.attn_kv_b.weight"], got["blk.0.attn_q.weight"], got["output.weight"]) == ("Q8_0", "Q5_0", "Q4_0")
+
+
+def test_a_line_that_does_nothing_is_a_warning(tmp_path: Path) -> None:
+    rules = tmp_path / "r.txt"
+    rules.write_text("blk.99=q8_0\n.=q4_0\n")
+    options = ["recipe", "import", str(rules), "--format", "thireus", "-m", "deepseek-v2-lite"]
+    done = CliRunner().invoke(cli, options)
+    assert done.exit_code == 0
+    assert done.stderr.splitlines()[0] == "warning: r.txt:1: 'blk.99' matches no tensor of this model"
+    assert json.loads(CliRunner().invoke(cli, [*options, "--json"]).stdout)["warnings"] == [
+        "r.txt:1: 'blk.99' matches no tensor of this model"
+    ]
+
+
+def test_utf_16_without_its_mark(tmp_path: Path) -> None:
+    rules = tmp_path / "r.txt"
+    rules.write_bytes("blk=q8_0".encode("utf-16-le"))
+    done = CliRunner().invoke(cli, ["recipe", "import", str(rules), "--format", "thireus", "-m", "deepseek-r1"])
+    assert str(done.exception) == (
+        f"{rules}: is not UTF-8 text: a NUL, as in a binary file or UTF-16 without a mark at byte 1"
+    )
 
 
 def test_a_file_that_is_no_text(quantkit: Run, tmp_path: Path) -> None:

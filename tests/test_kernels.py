@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,10 +15,12 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quantkit import _native, kernels, toolchain
+from quantkit.cli import cli
 from quantkit.errors import KernelError, WeightError
 from quantkit.qtypes import ABORT_WITHOUT_IMATRIX, INTEGER_TYPES, QTYPES
 
@@ -25,6 +29,9 @@ U8 = npt.NDArray[np.uint8]
 
 TYPES = [name for name in QTYPES if name not in INTEGER_TYPES]
 GRID_TYPES = sorted(kernels.ABORT_ON_OVERFLOW)
+ON_X86 = os.uname().machine in ("x86_64", "amd64")
+#: the kernels there are for this machine's architecture
+HERE = [*(["avx512", "avx2"] if ON_X86 else ["neon"]), "ggml", "ggml-pinned"]
 SENTINEL = np.float32(-7.25)
 
 
@@ -370,7 +377,7 @@ def wrong_quantize() -> Iterator[tuple[str, dict[str, Any], str]]:
     yield (
         "kernel",
         {"kernel": "gmgl"},
-        "unknown kernel 'gmgl' (did you mean ggml?); there are avx512, avx2, neon, ggml, ggml-pinned",
+        f"unknown kernels 'gmgl' (did you mean ggml?); on {os.uname().machine} there are {', '.join(HERE)}",
     )
 
 
@@ -662,17 +669,55 @@ def test_which_kernel_is_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     monkeypatch.setenv("QUANTKIT_KERNELS", "sse9")
     with pytest.raises(KernelError) as e:
         kernels.select(QTYPES["Q4_K"])
-    assert str(e.value) == "unknown kernel 'sse9'; there are avx512, avx2, neon, ggml, ggml-pinned"
+    assert str(e.value) == f"unknown kernels 'sse9'; on {os.uname().machine} there are {', '.join(HERE)}"
 
 
 @pytest.mark.usefixtures("no_toolchain")
 def test_kernels_of_another_processor() -> None:
-    other = next(kernel for kernel in ("neon", "avx2") if kernel not in kernels.OWN)
+    other = "neon" if ON_X86 else "avx2"
     with pytest.raises(KernelError) as e:
         kernels.select(QTYPES["Q4_K"], other)
     assert str(e.value) == (
-        f"this processor cannot run the kernels '{other}'; it can run {', '.join((*kernels.OWN, 'ggml'))}"
+        f"the kernels '{other}' are not for {os.uname().machine}, where there are {', '.join(HERE)}"
     )
+
+
+@pytest.mark.skipif("avx512" in kernels.OWN or not ON_X86, reason="needs an x86 processor without AVX-512")
+def test_kernels_of_a_better_processor() -> None:
+    with pytest.raises(KernelError) as e:
+        kernels.select(QTYPES["Q4_K"], "avx512")
+    assert str(e.value) == (
+        f"this processor cannot run the kernels 'avx512'; it can run {', '.join((*kernels.OWN, 'ggml'))}"
+    )
+
+
+@pytest.mark.parametrize(
+    "command", [("build", "none", "-o", "o.gguf", "-r", "Q4_K_M"), ("demo",), ("dequant", "a", "b")]
+)
+def test_kernels_that_are_not_here_are_refused_before_anything_else(
+    command: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("QUANTKIT_KERNELS", "bogus")
+    done = CliRunner().invoke(cli, command)
+    assert isinstance(done.exception, KernelError)
+    assert str(done.exception) == (
+        f"QUANTKIT_KERNELS: unknown kernels 'bogus'; on {os.uname().machine} there are {', '.join(HERE)}"
+    )
+    assert (done.output, list(tmp_path.iterdir())) == ("", [])
+
+
+def test_the_doctor_says_which_variable_to_unset(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QUANTKIT_KERNELS", "bogus")
+    done = CliRunner().invoke(cli, ["doctor", "--json"])
+    assert done.exit_code == 1
+    assert [p for p in json.loads(done.stdout)["problems"] if p["severity"] == "error"] == [
+        {
+            "severity": "error",
+            "what": f"QUANTKIT_KERNELS: unknown kernels 'bogus'; on {os.uname().machine} there are {', '.join(HERE)}",
+            "fix": "unset QUANTKIT_KERNELS",
+        }
+    ]
 
 
 def test_a_set_without_the_type() -> None:

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from quantkit import offload
 from quantkit.arch.options import Options
-from quantkit.cli.fit import fit
+from quantkit.cli.fit import GpuList, fit
 from quantkit.errors import UnsupportedError
 from quantkit.gguf_format import I32, STRING, U32, kv, kv_array
 from quantkit.models import open_model
@@ -341,8 +341,77 @@ def test_fit_needs_a_recipe_but_for_ggufs(tmp_path: Path) -> None:
     assert "experts" not in text
 
 
-@pytest.mark.parametrize("vram", ["", "0", "24G", "17x80", "24,", "0x8"])
-def test_wrong_vram(vram: str) -> None:
+def gpus(text: str) -> list[tuple[str, tuple[int, ...]]]:
+    return [tuple(g) for g in GpuList().convert(text, None, None)]  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("text", "gib"),
+    [
+        ("24", (24,)), ("2x80", (80, 80)), ("24G", (24,)), ("24GB", (24,)), ("24 GiB", (24,)), ("80g", (80,)),
+        ("2x80GB", (80, 80)), ("2 x 80 gb", (80, 80)), ("2*80", (80, 80)), ("16x8", (8,) * 16), ("024", (24,)),
+        ("3090", (24,)), ("16x3090", (24,) * 16), ("4090x2", (24, 24)), ("3090 x 4", (24,) * 4), ("RTX 5090", (32,)),
+        ("NVIDIA GeForce RTX 3090 Ti", (24,)), ("8xH100", (80,) * 8), ("H200x8", (141,) * 8),
+        ("A100-80GB", (80,)), ("4xA100 40G", (40,) * 4), ("a100-80", (80,)), ("RTX PRO 6000 Blackwell", (96,)),
+        ("MI300X", (192,)), ("7900 XTX", (24,)), ("Tesla P40", (24,)), ("2xL40S", (48, 48)), ("4xH100-80GB", (80,) * 4),
+    ],
+)  # fmt: skip
+def test_gpus_as_people_name_them(text: str, gib: tuple[int, ...]) -> None:
+    assert [g for _, g in gpus(text)] == [gib]
+    assert [g for _, g in gpus(f"{text},24GiB, 24")] == [gib, (24,), (24,)]
+
+
+def test_gpus_are_shown_as_they_were_asked_for() -> None:
+    assert gpus("2x80GB,16x3090,4090x2,A100-80GB") == [
+        ("2x80", (80, 80)), ("16x3090 (16x24)", (24,) * 16), ("2x4090 (2x24)", (24, 24)),
+        ("a100-80gb (80)", (80,)),
+    ]  # fmt: skip
+
+
+def test_fit_says_what_a_name_stands_for() -> None:
+    text = run("deepseek-r1", "-r", "UD-IQ1_S", "--vram", "16x3090")
+    assert "\n16x3090 (16x24): whole layers" in text
+    assert (
+        json.loads(run("deepseek-r1", "-r", "UD-IQ1_S", "--vram", "16x3090", "--json"))["answers"][0]["gib"]
+        == [24] * 16
+    )
+    plain = run("deepseek-r1", "-r", "UD-IQ1_S", "--vram", "16x24")
+    assert text.partition("whole layers;")[2] == plain.partition("whole layers;")[2].replace("16x24", "16x3090 (16x24)")
+
+
+NO_VRAM = " is not VRAM in GiB such as 24, 2x80 for two GPUs (at most 16), or a GPU such as 3090"
+
+
+@pytest.mark.parametrize(
+    ("vram", "what"),
+    [
+        ("", "''" + NO_VRAM), ("0", "'0'" + NO_VRAM), ("17x80", "'17x80'" + NO_VRAM), ("24,", "''" + NO_VRAM),
+        ("0x8", "'0x8'" + NO_VRAM), ("0x3090", "'0x3090'" + NO_VRAM), ("-24", "'-24'" + NO_VRAM),
+        ("24.5", "'24.5'" + NO_VRAM), ("much", "'much'" + NO_VRAM), ("40900", "no GPU has 40,900 GiB"),
+        ("H10", "'H10'" + NO_VRAM + " (did you mean h100?)"),
+        ("2xA100", "'2xA100': A100 are sold with 40 or 80 GiB; say which, such as 2x80"),
+        ("513", "'513': no GPU has 513 GiB (at most 512), nor is one known by that name"),
+        ("2x24576",
+         "'2x24576': no GPU has 24,576 GiB (at most 512), nor is one known by that name; as MiB it would be 2x24"),
+    ],
+)  # fmt: skip
+def test_wrong_vram(vram: str, what: str) -> None:
     done = CliRunner().invoke(fit, ["deepseek-r1", "-r", "UD-IQ1_S", f"--vram={vram}"])
     assert done.exit_code == 2
-    assert "is not VRAM in GiB such as 24, or 2x80 for two GPUs (at most 16)" in done.output
+    assert what in done.output
+
+
+def test_ram_and_reserve_as_people_write_them() -> None:
+    def answer(ram: str, reserve: str) -> tuple[int, list[int]]:
+        options = ["--vram", "24", "--ram", ram, "--reserve", reserve, "--json"]
+        found = json.loads(run("deepseek-r1", "-r", "UD-IQ1_S", *options))
+        return found["ram_bytes"], found["answers"][0]["whole_layers"]["used"]
+
+    plain = answer("64", "2")
+    assert plain[0] == 64 * GIB
+    assert answer("64GiB", "2 GiB") == plain
+    assert answer("64GB", "2") == (64 * 10**9, plain[1])
+    assert answer("64.5", "2.0")[0] == 129 * GIB // 2
+    assert answer("0", "9") < plain
+    done = CliRunner().invoke(fit, ["deepseek-r1", "-r", "UD-IQ1_S", "--vram", "24", "--ram", "lots"])
+    assert "'lots' is not a size such as 24, 1.5, 64GiB or 64GB (G and GB are 10^9 bytes, GiB 2^30)" in done.output

@@ -23,11 +23,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from quantkit import build as builds
-from quantkit import journal, partial_folder
+from quantkit import fingerprint, journal, partial_folder
 from quantkit.arch.options import Options
 from quantkit.engines import Work
 from quantkit.engines.native import NativeEngine
 from quantkit.errors import InternalCheckError, OutputError, ResumeError, SourceError
+from quantkit.gguf_format import KV, STRING, U32, U64, kv, kv_array
 from quantkit.imatrix import open_imatrix
 from quantkit.journal import Head, Record, Rows
 from quantkit.models import open_model
@@ -375,6 +376,47 @@ def test_a_journal_of_another_run(b: Builder, tmp_path: Path) -> None:
     shutil.copy(other.folder / "journal", b.folder / "journal")
     with pytest.raises(ResumeError, match="is an unfinished build of something else: recipe was r"):
         b.ready()
+
+
+def test_the_metadata_that_changed_is_named(tiny_v3: Path, tiny_imatrix: Path, tmp_path: Path, quantkit: Run) -> None:
+    """general.name is the folder's: to rename it changes the file that would be made."""
+    source = Path(shutil.copytree(tiny_v3, tmp_path / "Tiny-V3"))
+    b = Builder(source, tiny_imatrix, tmp_path / "m.gguf")
+    b.stopped(N // 4)
+    said = [line for line in quantkit("status", b.out).stdout.splitlines() if line.startswith("  metadata")]
+    assert len(said) == 1  # not every key
+    b.source = source.rename(tmp_path / "Tiny-V4")
+    with pytest.raises(ResumeError) as e:
+        b.ready()
+    assert str(e.value) == (
+        f"{b.folder}: is an unfinished build of something else: metadata general.name was 'Tiny V3', is 'Tiny V4'; "
+        "metadata general.version was 'V3', is 'V4'; begin anew with --restart, or give another output"
+    )
+
+
+def test_differences_of_metadata(tiny_v3: Path) -> None:
+    plan = make_plan(open_model(str(tiny_v3), OPTIONS), recipe())
+
+    def of(*kvs: KV) -> dict[str, str]:
+        return fingerprint.identity(plan, kvs, None, None)
+
+    name, long = kv("general.name", STRING, "a"), kv("general.license", STRING, "x" * 500)
+    tokens = kv_array("tokenizer.ggml.tokens", STRING, ["a", "b"])
+    was = of(name, long, tokens)
+    assert fingerprint.difference(was, of(name, long, tokens)) == ""
+    assert fingerprint.difference(was, of(name, tokens)) == (
+        f"metadata general.license was '{'x' * 59}… ({fingerprint.short(long.payload)}), is absent"
+    )
+    others = kv_array("tokenizer.ggml.tokens", STRING, ["a", "c"])
+    assert fingerprint.difference(was, of(name, long, others)) == (
+        f"metadata tokenizer.ggml.tokens was 2 values ({fingerprint.short(tokens.payload)}), "
+        f"is 2 values ({fingerprint.short(others.payload)})"
+    )
+    # another order, another type of the same value, and a journal without the keys: only the whole differs
+    as_u64 = of(kv("a", U32, 0)), of(kv("a", U64, 0))
+    without = {k: v for k, v in was.items() if not k.startswith("metadata ")}
+    for one, two in ((was, of(long, name, tokens)), as_u64, (without, of(name))):
+        assert fingerprint.difference(one, two) == f"metadata was {one['metadata']}, is {two['metadata']}"
 
 
 def test_a_source_that_changes_during_the_build(tiny_v3: Path, tiny_imatrix: Path, tmp_path: Path) -> None:

@@ -360,8 +360,29 @@ def test_load_of_unreadable_files(tmp_path: Path) -> None:
     latin.write_bytes(b"name: caf\xe9 au lait\n")
     assert unloadable(latin) == f"{latin}: is not UTF-8 text: invalid continuation byte at byte 9"
     wide = tmp_path / "wide.yaml"
-    wide.write_bytes("name: r\n".encode("utf-16"))
-    assert unloadable(wide) == f"{wide}: is not UTF-8 text: invalid start byte at byte 0"
+    wide.write_bytes("name: r\n".encode("utf-16-le"))
+    assert unloadable(wide) == (
+        f"{wide}: is not UTF-8 text: a NUL, as in a binary file or UTF-16 without a mark at byte 1"
+    )
+    wide.write_bytes(b"\xff\xfen\0a")
+    assert unloadable(wide) == f"{wide}: is not UTF-8 text: truncated data at byte 4"
+
+
+def test_what_is_no_recipe_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("folder").mkdir()
+    assert unloadable("folder") == "folder: is a directory; give a recipe in it, such as folder/recipe.yaml"
+    assert unloadable("a\0.yaml") == "a\\x00.yaml: cannot be read: a name cannot hold a NUL"
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+def test_a_byte_order_mark_is_no_part_of_a_recipe(encoding: str, tmp_path: Path) -> None:
+    text = "name: r\r\narch: [deepseek2]\r\nfile_type: Q4_K_M\r\notherwise: mixture Q4_K_M\r\n"
+    path = tmp_path / "r.yaml"
+    path.write_bytes(text.encode(encoding))
+    assert load(str(path)) == parse(text, "r.yaml")
+    (tmp_path / "on.yaml").write_bytes("name: b\nbase: r.yaml\n".encode(encoding))
+    assert load(str(tmp_path / "on.yaml")).file_type == "Q4_K_M"
     huge = tmp_path / "huge.yaml"
     with huge.open("wb") as f:
         f.truncate((1 << 20) + 1)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
+import subprocess
+import sys
 import time
 from collections.abc import Mapping
 from datetime import datetime
@@ -524,7 +526,8 @@ SCHEMA: dict[str, tuple[set[str], set[str], list[str]]] = {
     ),
     "properties": (set(), set(), ["property"]),
     "property": ({"name", "value"}, set(), []),
-    "testcase": ({"name", "classname", "time"}, set(), ["failure"]),
+    "testcase": ({"name", "classname", "time"}, set(), ["error", "failure"]),
+    "error": ({"type"}, {"message"}, []),
     "failure": ({"type"}, {"message"}, []),
     "system-out": (set(), set(), []),
     "system-err": (set(), set(), []),
@@ -544,6 +547,7 @@ def validate_junit(e: Xml.Element) -> None:
         assert [c.tag for c in e].count("properties") == 1
         assert [c.tag for c in e][-2:] == ["system-out", "system-err"]
         assert int(e.attrib["tests"]) == len(e.findall("testcase"))
+        assert int(e.attrib["errors"]) == len(e.findall("testcase/error"))
         assert int(e.attrib["failures"]) == len(e.findall("testcase/failure"))
         datetime.strptime(e.attrib["timestamp"], "%Y-%m-%dT%H:%M:%S")
     for name in set(e.keys()) & {"name", "classname", "package", "hostname"}:  # xs:token
@@ -682,11 +686,180 @@ def test_the_action_runs_commands_that_exist() -> None:
     assert used == set(action["inputs"])
 
 
+@pytest.mark.parametrize("inputs", [("sub dir", ""), (".", "sub dir/a lock.yaml"), ("sub dir", "a lock.yaml")])
+def test_the_action_runs(locked: Path, inputs: tuple[str, str]) -> None:
+    """Its last step, with the inputs as GitHub's runner puts them in."""
+    root = locked.parent
+    (root / "sub dir").mkdir()
+    for name in ("recipes", "tiny"):
+        (root / name).rename(root / "sub dir" / name)
+    (root / ".git").mkdir()
+    folder, file = inputs
+    locked.rename(root / "sub dir" / ("a lock.yaml" if file else locked.name))
+    step = yaml.safe_load((ROOT / "action.yml").read_text())["runs"]["steps"][-1]
+    bin_ = root / "bin"
+    bin_.mkdir()
+    (bin_ / "quantkit").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m quantkit "$@"\n')
+    (bin_ / "quantkit").chmod(0o755)
+    change("rules:\n", ONE_TENSOR, root / "sub dir" / "recipes" / "mine.yaml")
+    values = {"working-directory": folder, "file": file, "tolerance": ""}
+
+    def filled(text: str) -> str:
+        return re.sub(r"\$\{\{ inputs\.([a-z-]+) \}\}", lambda m: values[m[1]], text)
+
+    env = {k: filled(v) for k, v in step["env"].items()} | {"PATH": f"{bin_}{os.pathsep}{os.environ['PATH']}"}
+    done = subprocess.run(
+        ["bash", "--noprofile", "--norc", "-eo", "pipefail", "-c", step["run"]],
+        cwd=root / filled(step["working-directory"]), env=os.environ | env, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (1, "")
+    assert workflow_command(done.stdout.splitlines()[0])[1]["file"] == "sub dir/recipes/mine.yaml"
+
+
+# ---------------------------------------------------------------- what cannot be read, in a report
+
+FAULT = "mine.yaml:7 rules[0].type: unknown type 'Q9_K' (did you mean Q6_K?)"
+
+
+@pytest.fixture
+def broken(locked: Path) -> Path:
+    """A lock of two recipes, one of which can no longer be read, in a folder of a repository."""
+    Path("recipes/other.yaml").write_text(RECIPE.replace("mine", "other"))
+    good("update", "-r", "recipes/*.yaml", "-m", "tiny/config.json", "--layout", "kv_b")
+    change("type: Q6_K", "type: Q9_K")
+    return locked
+
+
+def test_a_broken_recipe_is_in_the_text(broken: Path) -> None:
+    done = run("check")
+    assert done.stdout == (
+        f"recipes/mine.yaml: cannot be read\n  {FAULT}\n\n"
+        "1 size as in quantkit-sizes.yaml; 1 size not compared: recipes/mine.yaml cannot be read\n"
+    )
+    assert isinstance(done.exception, RecipeError)
+    assert str(done.exception) == "recipes/mine.yaml cannot be read: see the report"
+
+
+def test_a_broken_recipe_is_annotated(broken: Path) -> None:
+    """With its path from the root of the repository, wherever the command runs."""
+    root = broken.parent
+    first = root / "sub: a, 50%" / "deep"
+    first.mkdir(parents=True)
+    for name in ("recipes", "tiny", "quantkit-sizes.yaml"):
+        (root / name).rename(first / name)
+    os.chdir(first)
+    here = "recipes/mine.yaml"
+    for path in (first, root / "none"):  # no repository around
+        with pytest.MonkeyPatch.context() as m:
+            m.setenv("GITHUB_WORKSPACE", str(path))
+            assert annotation("check", "--format", "github") == here
+    (root / ".git").mkdir()
+    there = f"sub: a, 50%/deep/{here}"
+    assert annotation("check", "--format", "github") == there
+    with pytest.MonkeyPatch.context() as m:
+        m.setenv("GITHUB_WORKSPACE", str(root / "sub: a, 50%"))
+        assert annotation("check", "--format", "github") == f"deep/{here}"
+    os.chdir(root)
+    assert annotation("check", str(first / "quantkit-sizes.yaml"), "--format", "github") == there
+
+
+def annotation(*args: str) -> str:
+    """The file of the first annotation, which is of FAULT."""
+    done = run(*args)
+    assert done.exit_code != 0
+    kind, properties, message = workflow_command(done.stdout.splitlines()[0])
+    assert (kind, message) == ("error", FAULT)
+    assert properties["line"] == "7"
+    assert properties["title"] == "sizes: recipes/mine.yaml"
+    assert isinstance(done.exception, RecipeError)
+    return properties["file"]
+
+
+def test_every_fault_of_a_broken_recipe_is_annotated(broken: Path, quantkit: Run) -> None:
+    change("file_type: Q4_K_M", "file_typ: Q4_K_M")
+    done = quantkit("sizes", "check", "--format", "github", cwd=broken.parent)
+    found = [workflow_command(line) for line in done.stdout.splitlines() if line.startswith("::")]
+    assert [(f[1]["file"], f[1]["line"], f[2].partition(": ")[0]) for f in found] == [
+        ("recipes/mine.yaml", "7", "mine.yaml:7 rules[0].type"),
+        ("recipes/mine.yaml", "3", "mine.yaml:3 file_typ"),
+        ("recipes/mine.yaml", "1", "mine.yaml:1 file_type"),
+    ]
+    assert (done.returncode, done.stderr) == (3, "error: recipes/mine.yaml cannot be read: see the report\n")
+
+
+def test_a_base_in_pieces_is_annotated_in_its_own_file(place: Path) -> None:
+    Path("recipes/on.yaml").write_text("name: on it\nbase: mine.yaml\n")
+    good("update", "-r", "recipes/on.yaml", "-m", "tiny/config.json", "--layout", "kv_b")
+    change("type: Q6_K", "type: Q5_K")
+    first = workflow_command(run("check", "--format", "github").stdout.splitlines()[0])
+    assert (first[1]["file"], first[1]["line"]) == ("recipes/mine.yaml", "5")
+    change("type: Q5_K", "type: Q9_K")
+    first = workflow_command(run("check", "--format", "github").stdout.splitlines()[0])
+    assert (first[1]["file"], first[1]["line"], first[2]) == ("recipes/mine.yaml", "7", FAULT)
+
+
+def test_a_rule_of_a_shipped_base_is_annotated_where_a_file_is(place: Path) -> None:
+    Path("recipes/on.yaml").write_text("name: on it\nbase: UD-IQ1_S\nvars: {d: Q6_K}\nrules:\n"
+                                       "  - {match: 'blk.0.ffn_*', type: $d, why: w}\n")  # fmt: skip
+    good("update", "-r", "recipes/on.yaml", "-m", "tiny/config.json", "--layout", "kv_b")
+    change("blk.0.ffn_*", "blk.0.ffn_up*", Path("recipes/on.yaml"))
+    first = workflow_command(run("check", "--format", "github").stdout.splitlines()[0])
+    assert (first[1]["file"], first[1]["line"]) == ("recipes/on.yaml", "1")
+
+
+def test_a_broken_recipe_in_junit_markdown_and_json(broken: Path) -> None:
+    change("file_type: Q4_K_M", "file_typ: Q4_K_M")
+    assert isinstance(run("check", "--format", "junit", "-o", "r.xml").exception, RecipeError)
+    root = Xml.parse("r.xml").getroot()
+    validate_junit(root)
+    suite = root.find("testsuite")
+    assert suite is not None
+    assert (suite.attrib["tests"], suite.attrib["errors"], suite.attrib["failures"]) == ("2", "1", "0")
+    case = suite.find("testcase")
+    assert case is not None
+    assert (case.attrib["classname"], case.attrib["name"]) == ("sizes.recipes/mine.yaml", "can be read")
+    error = case.find("error")
+    assert error is not None
+    assert error.text is not None
+    assert error.attrib["type"] == "RecipeError"
+    assert FAULT in error.text.split("\n")
+    done = run("check", "--format", "markdown")
+    assert "**`recipes/mine.yaml`** cannot be read\n\n" in done.stdout
+    assert f"- `{FAULT}`\n" in done.stdout
+    found = json.loads(run("check", "--format", "json").stdout)
+    assert found["not_compared"] == 1
+    assert [(b["what"], b["file"]) for b in found["broken"]] == [("recipes/mine.yaml", "recipes/mine.yaml")]
+    assert FAULT in found["broken"][0]["error"].split("\n")
+
+
+def test_a_model_or_a_lock_that_cannot_be_read_is_reported(locked: Path) -> None:
+    Path("tiny/config.json").write_text("{")
+    done = run("check", "--format", "github")
+    kind, properties, message = workflow_command(done.stdout.splitlines()[0])
+    assert (kind, properties["file"]) == ("error", "quantkit-sizes.yaml")
+    assert message.startswith("tiny/config.json: is not valid JSON")
+    assert isinstance(done.exception, SourceError)
+    locked.write_text("version: 1\nmatrix: [\n")
+    done = run("check", "--format", "github")
+    kind, properties, message = workflow_command(done.stdout.splitlines()[0])
+    assert (properties["file"], properties["line"]) == ("quantkit-sizes.yaml", "3")
+    assert str(done.exception) == message
+    run("check", "--format", "junit", "-o", "r.xml")
+    validate_junit(Xml.parse("r.xml").getroot())
+    text = run("check")
+    assert (text.stdout, str(text.exception)) == ("", message)
+
+
+def test_a_lock_with_a_byte_order_mark(locked: Path) -> None:
+    locked.write_bytes(b"\xef\xbb\xbf" + locked.read_bytes().replace(b"\n", b"\r\n"))
+    good("check")
+
+
 def test_the_hooks() -> None:
     hooks = {h["id"]: h for h in yaml.safe_load((ROOT / ".pre-commit-hooks.yaml").read_text())}
     assert hooks["quantkit-sizes"]["entry"] == "quantkit sizes check"
     assert hooks["quantkit-sizes"]["pass_filenames"] is False
-    assert hooks["quantkit-recipe-lint"]["entry"] == "quantkit recipe lint"
+    assert hooks["quantkit-recipe-lint"]["entry"] == "quantkit recipe lint --only-recipes"
     for hook in hooks.values():
         assert {"name", "language", "files"} <= hook.keys()
         assert re.search(hook["files"], "recipes/a.yaml")

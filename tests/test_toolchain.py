@@ -16,6 +16,7 @@ import pytest
 from click.testing import CliRunner
 
 from quantkit import kernels, toolchain, toolchain_install
+from quantkit.cli import cli
 from quantkit.cli.doctor import doctor
 from quantkit.cli.toolchain import toolchain as toolchain_group
 from quantkit.errors import ToolError
@@ -75,6 +76,42 @@ def test_an_explicit_path_is_never_replaced_by_another(tmp_path: Path) -> None:
         assert str(e.value) == (
             f"llama-quantize: {path} {problem}; give another path or none, and run: quantkit toolchain install"
         )
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("#!/bin/sh\nexit 0\n", "is none, or too old: its --help does not name --tensor-type-file"),
+        ("#!/bin/sh\nexec /usr/bin/yes\n", "is none, or too old: its --help does not name --tensor-type-file"),
+        ("#!/bin/sh\n/bin/cat\n", "is none, or too old: its --help does not name --tensor-type-file"),
+        ("#!/nowhere/sh\n", "cannot be run: No such file or directory"),
+        ("echo no program", "cannot be run: Exec format error"),
+        ("\x7fELF", "cannot be run: Exec format error"),
+    ],
+)
+def test_what_is_no_llama_quantize(tmp_path: Path, text: str, problem: str) -> None:
+    path = tmp_path / "mine"
+    path.write_text(text)
+    path.chmod(0o755)
+    with pytest.raises(ToolError) as e:
+        toolchain.find_quantize(path)
+    assert str(e.value) == (
+        f"llama-quantize: {path} {problem}; give --llama-quantize the path of another, or run: "
+        "quantkit toolchain install"
+    )
+
+
+@pytest.mark.tools
+def test_the_real_one_is_a_llama_quantize() -> None:
+    assert toolchain.find_quantize() == toolchain.find(TOOL)
+    with pytest.raises(ToolError, match="imatrix is none, or too old"):
+        toolchain.find_quantize(toolchain.find("llama-imatrix"))
+
+
+def test_a_binary_that_no_engine_drives(tmp_path: Path) -> None:
+    done = CliRunner().invoke(cli, ["build", "x", "-o", "y.gguf", "-r", "Q4_K_M", "--llama-quantize", "/bin/true"])
+    assert done.exit_code == 2
+    assert "--llama-quantize needs --engine llama-quantize" in done.stderr
 
 
 def test_an_unknown_tool_is_an_error_with_a_guess() -> None:
@@ -386,6 +423,7 @@ def test_toolchain_list_json(tmp_path: Path) -> None:
     missing = {"path": None, "origin": None, "version": None}
     assert said == {
         "root": str(toolchain.root()),
+        "trouble": None,
         "installed": False,
         "tools": [
             {"name": TOOL, "path": str(on_path), "origin": "PATH", "version": "1.2.3 (test)"},
@@ -451,6 +489,72 @@ def test_doctor_fails_with_the_mending_command_when_a_package_is_missing(
     assert result.exit_code == 1
     assert "error: no-such-distribution is not installed; run: pip install no-such-distribution\n" in result.output
     assert result.output.endswith("builds cannot run until the errors above are mended\n")
+
+
+# A cache that cannot be used
+
+OWN = "set QUANTKIT_CACHE to a folder of your own"
+
+
+@pytest.fixture(params=["nobody's home", "a file", "too long", "a loop"])
+def unusable(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What is said of a cache that is no folder."""
+    (tmp_path / "file").write_text("")
+    (tmp_path / "loop").symlink_to("loop")
+    folder, what = {
+        "nobody's home": ("~nobody-at-all/x", f"no home folder is known for quantkit's cache; {OWN}"),
+        "a file": (tmp_path / "file", "Not a directory"),
+        "too long": (tmp_path / ("x" * 256), "File name too long"),
+        "a loop": (tmp_path / "loop", "Too many levels of symbolic links"),
+    }[request.param]
+    monkeypatch.setenv("QUANTKIT_CACHE", str(folder))
+    return what if OWN in what else f"{folder}: the cache cannot be read: {what}; {OWN}"
+
+
+def test_an_unusable_cache_is_said(unusable: str) -> None:
+    assert toolchain.trouble() == unusable
+    with pytest.raises(ToolError) as e:
+        toolchain.find(TOOL)
+    assert str(e.value) == f"llama-quantize is not on PATH, and the cache has none: {unusable}"
+    done = CliRunner().invoke(cli, ["toolchain", "list"])
+    assert (done.exit_code, done.stdout.splitlines()[-1]) == (0, unusable)
+    done = CliRunner().invoke(cli, ["doctor"])
+    assert done.exit_code == 0
+    assert f"warning: {unusable}; run: export QUANTKIT_CACHE=FOLDER\n" in done.stdout
+    done = CliRunner().invoke(cli, ["doctor", "--json"])
+    assert {"severity": "warning", "what": unusable, "fix": "export QUANTKIT_CACHE=FOLDER"} in json.loads(done.stdout)[
+        "problems"
+    ]
+    done = CliRunner().invoke(cli, ["toolchain", "install"])
+    assert isinstance(done.exception, ToolError)
+    assert "set QUANTKIT_CACHE to " in str(done.exception)
+    assert "free some space" not in str(done.exception)
+
+
+def test_an_unusable_cache_is_none_of_the_native_engine(unusable: str, tiny_v3: Path, tmp_path: Path) -> None:
+    out = tmp_path / "o.gguf"
+    done = CliRunner().invoke(cli, ["build", str(tiny_v3), "-o", str(out), "-r", "Q8_0", "--pre", "deepseek-v3", "-q"])
+    assert done.exit_code == 0, done.exception
+    assert out.is_file()
+
+
+def test_a_toolchain_of_which_a_part_has_gone_is_not_installed(cache: Path) -> None:
+    base = toolchain.root()
+    for tool in toolchain.TOOLS:
+        executable(base / "bin" / tool)
+    (base / "src").mkdir()
+    for path in (base / "src" / toolchain.CONVERTER, base / "bin" / "libggml-base.so"):
+        path.write_text("")
+    toolchain.converter_packages(base).mkdir(parents=True)
+    (base / toolchain.STAMP).write_text(json.dumps({"sha256": toolchain.SDIST_SHA256}))
+    assert toolchain.installed()
+    for path in sorted(p for p in base.rglob("*") if p.is_file()):
+        aside = path.rename(base / "aside")
+        assert not toolchain.installed(), path
+        aside.rename(path)
+    for text in ("", "[]", '{"sha256": 1}', "[" * 100_000):
+        (base / toolchain.STAMP).write_text(text)
+        assert not toolchain.whole()
 
 
 # The real tools

@@ -16,6 +16,7 @@ from .options import (
     default_threads,
     imatrix_of,
     plan_first_options,
+    ready_kernels,
     recipe_of,
     source_options,
     threads_option,
@@ -110,6 +111,8 @@ def build(
     """
     if hash_source and attest is None:
         raise click.UsageError("--hash-source needs --attest")
+    if binary is not None and engine != "llama-quantize":
+        raise click.UsageError("--llama-quantize needs --engine llama-quantize")
     from quantkit import report
     from quantkit.abandoned import finished_shards
     from quantkit.build import prepare
@@ -119,6 +122,7 @@ def build(
     from quantkit.output_files import Output
     from quantkit.plan import make_plan
 
+    ready_kernels()
     rules = recipe_of(recipe, sets)
     weights = imatrix_of(imatrix)
     made = make_plan(open_model(source, conversion(layout, pre, pad_token)), rules, weights, mixture_version)
@@ -189,14 +193,13 @@ def write_attestation(
 
 def make_engine(name: str, binary: str | None) -> Engine:
     """The engine by name, with the tools it needs found."""
-    from quantkit import kernels, toolchain
+    from quantkit import toolchain
     from quantkit.engines.llama_quantize import LlamaQuantizeEngine
     from quantkit.engines.native import NativeEngine
 
-    kernels.use_pinned_library(toolchain.ggml_library())
     if name == "native":
         return NativeEngine()
-    return LlamaQuantizeEngine(toolchain.find("llama-quantize", binary))
+    return LlamaQuantizeEngine(toolchain.find_quantize(binary))
 
 
 def run_with_progress(ready: Build, engine: Engine, n_threads: int, quiet: bool, cache: Cache | None = None) -> None:

@@ -8,7 +8,7 @@ import click
 
 from .build import make_engine, run_with_progress
 from .files import DEMO, RECIPE, Command
-from .options import default_threads, threads_option
+from .options import default_threads, ready_kernels, threads_option
 
 
 @click.command(cls=Command)
@@ -38,6 +38,7 @@ def demo(folder: Path, recipe: str, threads: int | None) -> None:
     from quantkit.plan import make_plan
     from quantkit.recipe import load
 
+    ready_kernels()
     rules = load(recipe)
     demos.prepare_folder(folder)
     checkpoint, imatrix, out = folder / demos.NAME, folder / "imatrix.gguf", folder / f"demo-{rules.name}.gguf"

@@ -10,7 +10,7 @@ import click
 
 from .bars import by_name, open_bar
 from .files import CHECKPOINT, MADE_FOLDER, Command
-from .options import Size, default_threads, plan_first_options, threads_option
+from .options import Size, default_threads, plan_first_options, ready_kernels, threads_option
 
 if TYPE_CHECKING:
     from quantkit.dequant import Job
@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     type=Size(),
     default="5G",
     show_default=True,
-    metavar="N[K|M|G]",
-    help="Most tensor data in a shard (G = 10^9 bytes); a larger tensor has one of its own.",
+    metavar="SIZE",
+    help="Most tensor data in a shard, as 5G (10^9 bytes) or 4GiB; a larger tensor has one of its own.",
 )
 @click.option(
     "--mtp",
@@ -78,6 +78,7 @@ def dequant(
     from quantkit.dequant.decode import Native, Torch
     from quantkit.sources.safetensors_dir import open_checkpoint
 
+    ready_kernels()
     job = prepare(open_checkpoint(source), output, Options(dtype, shard_size, mtp == "keep"), restart)
     _check_names(job)
     decoder: Decoder = Native() if device == "cpu" else Torch(device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,8 @@ def examine() -> dict[str, Any]:
     absent = [tool["name"] for tool in tools["tools"] if tool["path"] is None]
     if tools["converter"] is None:
         absent.append("convert_hf_to_gguf.py")
+    if tools["trouble"]:
+        problem("warning", tools["trouble"], "export QUANTKIT_CACHE=FOLDER")
     if absent:
         problem("warning", f"not found: {', '.join(absent)}", toolchain.INSTALL_COMMAND)
 
@@ -92,7 +95,7 @@ def examine() -> dict[str, Any]:
             "features": {name: name in flags or (name == "neon" and "asimd" in flags) for name in CPU_FEATURES},
         },
         "kernels": kernels,
-        "disk": {"here": _disk(Path.cwd()), "cache": _disk(toolchain.cache_dir())},
+        "disk": _disks(),
         "memory": _memory(),
         "problems": problems,
     }
@@ -109,8 +112,6 @@ def _installed_version(distribution: str) -> str | None:
 
 def _kernels(problem: Callable[[str, str, str], None]) -> tuple[dict[str, str], dict[str, str | None]]:
     """The kernel used for each type, and the ggml of the wheel; tells `problem` of what is not there."""
-    import os
-
     from quantkit import toolchain
     from quantkit.errors import KernelError
 
@@ -128,9 +129,13 @@ def _kernels(problem: Callable[[str, str, str], None]) -> tuple[dict[str, str], 
     kernels.use_pinned_library(toolchain.ggml_library())
     active = kernels.active()
     none = [name for name, kernel in active.items() if kernel.startswith("none")]
+    try:
+        kernels.check_choice()
+    except KernelError as e:
+        problem("error", str(e), "unset QUANTKIT_KERNELS")
+        return active, ggml
     if len(none) == len(active):
-        forced = "QUANTKIT_KERNELS" in os.environ
-        fix = "unset QUANTKIT_KERNELS" if forced else "pip install --force-reinstall libggml-python"
+        fix = "pip install --force-reinstall libggml-python"
         problem("error", f"no type has a kernel; {none[0]}: {active[none[0]]}", fix)
     elif none:
         problem(
@@ -161,11 +166,25 @@ def _cpu_model() -> str:
     return platform.machine()
 
 
+def _disks() -> dict[str, dict[str, Any]]:
+    """Free bytes where we are and of the cache; without what cannot be looked into."""
+    from quantkit import toolchain
+    from quantkit.errors import ToolError
+
+    found = {}
+    with suppress(OSError):  # a current directory that was removed
+        found["here"] = _disk(Path.cwd())
+    with suppress(OSError, ToolError):
+        found["cache"] = _disk(toolchain.cache_dir())
+    return found
+
+
 def _disk(folder: Path) -> dict[str, Any]:
-    """Free bytes of the file system `folder` is on, or would be on once it is made."""
+    """Free bytes of the file system `folder` is on, or would be on once it is made. Raises OSError."""
+    import os
     import shutil
 
-    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    existing = next(path for path in (folder, *folder.parents) if os.path.exists(path))
     return {"path": str(folder), "free_nbytes": shutil.disk_usage(existing).free}
 
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from .files import MODEL, RECIPE, Command
-from .options import layout_option
+from .options import Size, layout_option
 
 if TYPE_CHECKING:
-    from quantkit.offload import Gpus
+    from quantkit.gpus import Gpus
 
     _GpusParam = click.ParamType[tuple[Gpus, ...]]
 else:
@@ -19,20 +18,17 @@ else:
 
 
 class GpuList(_GpusParam):
-    """24,80,2x80: several answers, each for one GPU or for so many alike."""
+    """24,80,2x80,4x3090: several answers, each for one GPU or for so many alike."""
 
     name = "gpus"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[Gpus, ...]:
-        from quantkit.offload import Gpus
+        from quantkit.gpus import parse_gpus
 
-        out = []
-        for item in str(value).split(","):
-            m = re.fullmatch(r"(?:([1-9]|1[0-6])x)?([1-9]\d{0,3})", item.strip().lower())
-            if m is None:
-                self.fail(f"{item!r} is not VRAM in GiB such as 24, or 2x80 for two GPUs (at most 16)", param, ctx)
-            out.append(Gpus(item.strip().lower(), (int(m[2]),) * int(m[1] or 1)))
-        return tuple(out)
+        try:
+            return tuple(parse_gpus(item) for item in str(value).split(","))
+        except ValueError as e:
+            self.fail(str(e), param, ctx)
 
 
 @click.command(cls=Command)
@@ -40,8 +36,14 @@ class GpuList(_GpusParam):
 @click.option(
     "-r", "--recipe", type=RECIPE, help="Shipped recipe, or path of a YAML file. A quantized GGUF needs none."
 )
-@click.option("--vram", type=GpuList(), required=True, metavar="LIST", help="GiB of each GPU, such as 24,80,2x80.")
-@click.option("--ram", type=click.FloatRange(min=0), metavar="GIB", help="RAM for the rest.")
+@click.option(
+    "--vram",
+    type=GpuList(),
+    required=True,
+    metavar="LIST",
+    help="GiB of each GPU, or its name, such as 24,80,2x80,4x3090; an answer for each.",
+)
+@click.option("--ram", type=Size(bare=2**30, least=0), metavar="GIB", help="RAM for the rest: 256, 256GB or 256GiB.")
 @click.option(
     "--ctx", "context", type=click.IntRange(1, 1 << 24), default=8192, show_default=True, help="Context, in tokens."
 )
@@ -54,8 +56,8 @@ class GpuList(_GpusParam):
 )
 @click.option(
     "--reserve",
-    type=click.FloatRange(min=0, max=9999),
-    default=1.0,
+    type=Size(bare=2**30, least=0),
+    default="1",
     show_default=True,
     metavar="GIB",
     help="Kept free on each GPU, for compute buffers.",
@@ -66,10 +68,10 @@ def fit(
     model: str,
     recipe: str | None,
     vram: tuple[Gpus, ...],
-    ram: float | None,
+    ram: int | None,
     context: int,
     cache_type: str,
-    reserve: float,
+    reserve: int,
     layout: str,
     as_json: bool,
 ) -> None:
@@ -98,10 +100,9 @@ def fit(
     common = ["-c", str(context)]
     if cache_type != "f16":
         common += ["-ctk", cache_type, "-ctv", cache_type]
-    answers = [offload.answer(weights, gpus, round(reserve * offload.GIB), common) for gpus in vram]
-    ram_bytes = None if ram is None else round(ram * offload.GIB)
+    answers = [offload.answer(weights, gpus, reserve, common) for gpus in vram]
     if as_json:
-        click.echo(json.dumps(offload.to_json(weights, answers, ram_bytes), indent=1, ensure_ascii=False))
+        click.echo(json.dumps(offload.to_json(weights, answers, ram), indent=1, ensure_ascii=False))
     else:
         about = f"KV cache of {context:,} tokens in {cache_type}"
-        click.echo(report.fit_text(weights, answers, about, ram_bytes))
+        click.echo(report.fit_text(weights, answers, about, ram))

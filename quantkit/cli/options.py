@@ -26,18 +26,32 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 class Size(_IntParam):
-    """50G, 1.5M, 4000K or plain bytes; decimal units, as in llama-gguf-split, and decimals taken exactly."""
+    """50G, 50GB, 1.5M, 40GiB, 4000K or plain bytes, with or without a space. K, M, G and T are decimal, as in
+    llama-gguf-split, and so are KB to TB, of which decimals are taken exactly; KiB to TiB are powers of 1024."""
 
     name = "size"
-    _units: ClassVar[dict[str, int]] = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+    _units: ClassVar[dict[str, int]] = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
+    _pattern = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,12})?)\s*(?:([KMGT])(I?)B?|(B)?)", re.IGNORECASE)
+
+    def __init__(self, bare: int = 1, least: int = 1) -> None:
+        self.bare, self.least = bare, least
+        """what a number without a unit counts, and the least size"""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         if isinstance(value, int):
             return value
-        m = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,12})?)([KMGT]?)", str(value).upper())
-        nbytes = Fraction(m[1]) * self._units[m[2]] if m else Fraction(0)
-        if nbytes == 0 or nbytes.denominator != 1:
-            self.fail(f"{value!r} is not a size such as 50G, 1.5G or 4000000 (G = 10^9 bytes)", param, ctx)
+        m = self._pattern.fullmatch(str(value).strip())
+        nbytes = Fraction(-1)
+        if m:
+            base, power = (1024 if m[3] else 1000), self._units[(m[2] or "").upper()]
+            unit = base**power if m[2] or m[4] else self.bare
+            nbytes = Fraction(m[1]) * unit
+            if m[3] or unit == self.bare > 1:  # 1.1 GiB is no whole number of bytes
+                nbytes = Fraction(int(nbytes))
+        if nbytes < self.least or nbytes.denominator != 1:
+            wanted = "50G, 1.5GB, 40GiB or 4000000" if self.bare == 1 else "24, 1.5, 64GiB or 64GB"
+            units = "G and GB are 10^9 bytes, GiB 2^30"
+            self.fail(f"{value!r} is not a size such as {wanted} ({units})", param, ctx)
         return int(nbytes)
 
 
@@ -92,8 +106,8 @@ source_options = together(
     click.option(
         "--split-max-size",
         type=Size(),
-        metavar="N[K|M|G|T]",
-        help="Split the output into shards of at most so much tensor data (G = 10^9 bytes).",
+        metavar="SIZE",
+        help="Split the output into shards of at most so much tensor data: 50G or 50GB (10^9 bytes), 46GiB.",
     ),
 )
 #: --dry-run, --quiet of what prints a plan and then carries it out
@@ -107,6 +121,14 @@ def conversion(layout: str, pre: str | None, pad_token: str | None) -> Options:
     from quantkit.arch.options import Options
 
     return Options(layout, pre, pad_token=pad_token)
+
+
+def ready_kernels() -> None:
+    """Tell the kernels of the toolchain, and raise KernelError when the environment asks for some that are not here."""
+    from quantkit import kernels, toolchain
+
+    kernels.use_pinned_library(toolchain.ggml_library())
+    kernels.check_choice()
 
 
 def recipe_of(name: str, sets: Sequence[str]) -> Recipe:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -82,6 +82,9 @@ def show(name: str, resolved: bool, sets: tuple[str, ...]) -> None:
 @mixture_version_option
 @set_option
 @click.option("--strict", is_flag=True, help="Exit with 1 when there are only warnings.")
+@click.option(
+    "--only-recipes", is_flag=True, help="Pass over files that are no recipes, as among all YAML of a project."
+)
 @json_option
 def lint(
     names: tuple[str, ...],
@@ -90,6 +93,7 @@ def lint(
     mixture_version: str,
     sets: tuple[str, ...],
     strict: bool,
+    only_recipes: bool,
     as_json: bool,
 ) -> None:
     """Check recipes, by themselves and on a model of each arch they are for.
@@ -99,12 +103,18 @@ def lint(
     \b
     quantkit recipe lint mine.yaml
     quantkit recipe lint recipes/*.yaml --model deepseek-v2-lite --strict
+    quantkit recipe lint --only-recipes $(git ls-files '*.yaml')
     """
     from quantkit.authoring import Finding
     from quantkit.authoring import lint as check
     from quantkit.errors import RecipeError
-    from quantkit.recipe import parse_sets
+    from quantkit.recipe import is_recipe, parse_sets
 
+    if only_recipes:
+        given, names = names, tuple(name for name in names if not _is_yaml(name) or is_recipe(Path(name)))
+        if len(names) < len(given):
+            n = len(given) - len(names)
+            click.echo(f"{n} file{'s are no recipes' if n != 1 else ' is no recipe'}, passed over", err=True)
     opened: dict[str, Catalogue] = {}
     values = parse_sets(sets)
     tried: list[str] = []
@@ -234,14 +244,14 @@ def new(path: Path, base: str, source: str | None, force: bool) -> None:
 
     if path.suffix not in (".yaml", ".yml"):
         raise OutputError(f"{path}: a recipe's file ends in .yaml")
-    schema_path = str(_schema_file())
     if source is not None:
-        text = recipe_docs.copy_of(source, path.stem, schema_path)
+        text = recipe_docs.copy_of(source, path)
     else:
-        text = recipe_docs.starter(path.stem, base, path.name, schema_path, _references(load(base))[0])
-    parse(text, path.name, folder=Path(base).parent)
+        text = recipe_docs.starter(path, base, _references(load(base))[0])
+    parse(text, path.name, folder=path.parent)
     write_text(path, text, force)
-    click.echo(f"{path} written; next: quantkit recipe lint {path}")
+    typed = f"./{path}" if str(path).startswith("-") else str(path)
+    click.echo(f"{path} written; next: quantkit recipe lint {shlex.quote(typed)}")
 
 
 @recipe.command()
@@ -263,12 +273,8 @@ for _command in (transfer.from_gguf, transfer.import_, transfer.export):
     recipe.add_command(_command)
 
 
-def _schema_file() -> Path:
-    from importlib.resources import files
-
-    from quantkit.recipe import SCHEMA_FILE
-
-    return Path(os.fspath(files("quantkit.recipes").joinpath(SCHEMA_FILE)))  # type: ignore[call-overload]
+def _is_yaml(name: str) -> bool:
+    return name.endswith((".yaml", ".yml"))
 
 
 def _references(rules: Recipe) -> list[str]:

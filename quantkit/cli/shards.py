@@ -32,9 +32,9 @@ _common = together(
 @click.option(
     "--max-size",
     type=Size(),
-    metavar="N[K|M|G|T]",
-    help="At most so much tensor data a shard (G = 10^9 bytes); a larger tensor gets a shard of its own. 1.5M is "
-    "1,500,000 bytes; llama-gguf-split takes it for 1M.",
+    metavar="SIZE",
+    help="At most so much tensor data a shard, as 50G (10^9 bytes) or 46GiB; a larger tensor gets a shard of its own. "
+    "1.5M is 1,500,000 bytes; llama-gguf-split takes it for 1M.",
 )
 @click.option("--max-tensors", type=click.IntRange(1), metavar="N", help="So many tensors a shard.  [default: 128]")
 @click.option("--no-tensor-first-split", is_flag=True, help="Put the metadata only into the first shard.")

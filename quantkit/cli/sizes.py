@@ -137,6 +137,8 @@ def _old_lock(path: Path, needed: bool) -> Lock | None:
 def check(file: str | None, tolerance: Fraction, form: str, output: Path | None, force: bool) -> None:
     """Compare sizes with the lock; exit 1 when any moved, and say by how much and by which rule.
 
+    Where a recipe, a model or the lock cannot be read, the report says so, and the exit status is that error's.
+
     \b
     quantkit sizes check
     quantkit sizes check quantkit-sizes.yaml --tolerance 0.1% --format junit -o sizes.xml
@@ -147,12 +149,19 @@ def check(file: str | None, tolerance: Fraction, form: str, output: Path | None,
 
     from quantkit import output_files, size_lock, size_report
     from quantkit import sizes as library
+    from quantkit.errors import QuantkitError
 
     summary = os.environ.get("GITHUB_STEP_SUMMARY") if form == "github" else None
     if summary and os.path.isfile(summary):
         will_write(output_files.Output(Path(summary), "$GITHUB_STEP_SUMMARY", replace=True))
     path = Path(file) if file is not None else library.default_lock()
-    found = library.compare(size_lock.read(path), path, tolerance)
+    unreadable: QuantkitError | None = None
+    try:
+        found = library.compare(size_lock.read(path), path, tolerance)
+    except QuantkitError as e:
+        if form == "text" and output is None:
+            raise
+        unreadable, found = e, library.unreadable(path, tolerance, e)
     when = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%S")
     report = size_report.render(found, form, when)
     if output is not None:
@@ -165,6 +174,12 @@ def check(file: str | None, tolerance: Fraction, form: str, output: Path | None,
                 f.write(size_report.markdown(found) + "\n")
         except OSError as e:
             click.echo(f"warning: {summary}: the summary cannot be written: {e.strerror or e}", err=True)
+    if unreadable is not None:
+        raise unreadable
+    if found.broken:
+        first = found.broken[0]
+        more = f" (and {len(found.broken) - 1} more)" if len(found.broken) > 1 else ""
+        raise type(first.error)(f"{first.what}{more} cannot be read: see the report")
     if found.drifted:
         sys.exit(1)
 

@@ -78,7 +78,7 @@ def _text(found: Journal, said: dict[str, Any], folder: Path) -> str:
         complete = sum(f["complete"] for f in said["files"])
         lines.append(f"shards that are complete: {complete} of {len(said['files'])}")
     identity = found.head.identity
-    lines += [f"  {name:9} {what}" for name, what in identity.items() if not name.startswith("source ")]
+    lines += [f"  {name:9} {what}" for name, what in identity.items() if not name.startswith(("source ", "metadata "))]
     sources = [name for name in identity if name.startswith("source ")]
     lines.append(
         f"  sources   {len(sources)} file{'s' * (len(sources) != 1)}, {sources[0].removeprefix('source ')} first"

@@ -86,7 +86,9 @@ def list_(as_json: bool) -> None:
         return
     for line in tool_lines(found):
         click.echo(line)
-    if not found["installed"]:
+    if found["trouble"]:
+        click.echo(found["trouble"])
+    elif not found["installed"]:
         click.echo(f"not all installed in {found['root']}; run: quantkit toolchain install")
 
 
@@ -111,8 +113,13 @@ def describe() -> dict[str, Any]:
     except ToolError:
         converter = None
     library = tools.ggml_library()
+    try:
+        root: str | None = str(tools.root())
+    except ToolError:
+        root = None
     return {
-        "root": str(tools.root()),
+        "root": root,
+        "trouble": tools.trouble(),
         "installed": tools.installed(),
         "tools": rows,
         "converter": converter,

@@ -116,8 +116,9 @@ def import_(
         known_file_type(file_type) if file_type else None, with_imatrix, renamed,
     )  # fmt: skip
     proof = {"tensors": made.proof.n_tensors, "bytes": made.proof.nbytes, "equal": True}
-    _give(made.text, output, force, [*(f"note: {n}" for n in made.notes), str(made.proof)], as_json,
-          {"notes": made.notes, "round_trip": proof})  # fmt: skip
+    said = [*(f"warning: {w}" for w in made.warnings), *(f"note: {n}" for n in made.notes), str(made.proof)]
+    facts = {"warnings": made.warnings, "notes": made.notes, "round_trip": proof}
+    _give(made.text, output, force, said, as_json, facts)
 
 
 @click.command(cls=Command)

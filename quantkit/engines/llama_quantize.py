@@ -21,9 +21,9 @@ import numpy.typing as npt
 
 from .. import kernels
 from ..catalogue import Source, Tensor
-from ..errors import InternalCheckError, OutputError, ToolError
+from ..errors import OutputError, SourceError, ToolError
 from ..exchange import tensor_type_file
-from ..gguf_format import KV, TensorInfo, header_bytes, is_other_alignment, pad, read_header
+from ..gguf_format import KV, Header, TensorInfo, header_bytes, is_other_alignment, pad, read_header
 from ..plan import Plan, Planned
 from ..qtypes import FILE_TYPES, QTYPES
 from ..rows import RowReader
@@ -69,14 +69,14 @@ class LlamaQuantizeEngine:
         layout = work.layouts[0]
         made = work.sink.whole_file()
         self._quantize(work, source.path, made, [p.planned for p in layout.tensors])
-        header = read_header(made)
+        header = self._made(made)
         got = {t.name: t for t in header.tensors}
         for p in layout.tensors:
             self._check(p.planned, got.get(p.planned.tensor.name))
         with open(made, "rb") as f:
             same = f.read(len(layout.header)) == layout.header
         if not same or header.file_bytes != layout.nbytes:
-            raise InternalCheckError(
+            raise ToolError(
                 f"llama-quantize wrote other metadata than planned ({header.file_bytes:,} bytes in all, planned "
                 f"{layout.nbytes:,}); is {self.binary} a llama-quantize of another version?"
             )
@@ -100,7 +100,7 @@ class LlamaQuantizeEngine:
                 piece.rename(made)
                 for t in planned:
                     work.progress(t.tensor.name, t.tensor.n_elements)
-            got = {t.name: t for t in read_header(made).tensors}
+            got = {t.name: t for t in self._made(made).tensors}
             for t in planned:
                 _copy(made, self._check(t, got.get(t.tensor.name)).offset, work, t)
             made.unlink()
@@ -150,14 +150,23 @@ class LlamaQuantizeEngine:
             process.stdout.close()
         if code != 0:
             how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
-            raise ToolError(f"{self.binary} {how}; its last words:\n  " + "\n  ".join(last))
+            words = "its last words:\n  " + "\n  ".join(last) if last else "it said nothing"
+            raise ToolError(f"{self.binary} {how}; {words}")
         work.progress(tensors[-1].tensor.name, at_work)
+
+    def _made(self, path: Path) -> Header:
+        """The header of what a run has made."""
+        try:
+            return read_header(path)
+        except SourceError as e:
+            what = f"made no sound GGUF ({e})" if path.exists() else "made no file"
+            raise ToolError(f"{self.binary} ended without an error, but {what}; is it a llama-quantize?") from None
 
     def _check(self, planned: Planned, info: TensorInfo | None) -> TensorInfo:
         t = planned.tensor
         if info is None or info.type != planned.type or info.nbytes != planned.nbytes:
             what = "left out" if info is None else f"made {info.type} of {info.nbytes:,} bytes"
-            raise InternalCheckError(
+            raise ToolError(
                 f"llama-quantize {what} for '{t.name}', but the plan says {planned.type} of {planned.nbytes:,}; is "
                 f"{self.binary} a llama-quantize of another version?"
             )
@@ -232,5 +241,5 @@ def _copy(made: Path, offset: int, work: Work, planned: Planned) -> None:
             n = min(step, t.n_rows - row)
             raw = np.fromfile(f, np.uint8, n * row_bytes)
             if raw.size != n * row_bytes:
-                raise InternalCheckError(f"{made}: ended within '{t.name}', row {row + raw.size // row_bytes}")
+                raise ToolError(f"{made}: ended within '{t.name}', row {row + raw.size // row_bytes}")
             work.sink.put(t.name, row, raw.reshape(n, row_bytes))
