@@ -189,13 +189,17 @@ class Recorder:
     def _fdatasync(self, fd: int) -> None:
         self._sync("fdatasync", fd)
 
-    def _replace(self, src: Any, dst: Any) -> None:
-        old, new = self.path_of(src), self.path_of(dst)
+    def _replace(self, src: Any, dst: Any, *, src_dir_fd: int | None = None, dst_dir_fd: int | None = None) -> None:
+        old, new = self.path_of(src, src_dir_fd), self.path_of(dst, dst_dir_fd)
+
+        def call() -> None:
+            self.real["replace"](src, dst, src_dir_fd=src_dir_fd, dst_dir_fd=dst_dir_fd)
+
         if old is None or new is None:
-            return self.real["replace"](src, dst)
+            return call()
         with self.lock:
             number = self.files.get(old, -1)
-            self.did(Event("rename", number, new, old=old), lambda: self.real["replace"](src, dst))
+            self.did(Event("rename", number, new, old=old), call)
             self.files[new] = self.files.pop(old, -1)
             return None
 

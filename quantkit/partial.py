@@ -2,14 +2,15 @@
 
 Every few seconds the files are synced, and then the journal tells of the rows that were written before. What it told of
 is read back and compared with its checksums when a build goes on. A file gets its name in the output's folder when all
-its rows are durable; where that would replace older files, all get theirs together at the end.
+its rows are durable; where that would replace older files, all get theirs together at the end. What gets a name is
+the file that was written: both folders are held open (quantkit.folders), and all in them is reached that way.
 """
 
 from __future__ import annotations
 
 import errno
 import os
-import shutil
+import stat
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,12 +23,14 @@ import numpy as np
 import numpy.typing as npt
 
 from . import fingerprint, journal
-from .disk import create, read_at, sync, write_at
+from .copying import Opened, copy_range
+from .disk import create, read_at, write_at
 from .errors import InternalCheckError, OutputError, QuantkitError, ResumeError
+from .folders import Folder
 from .gguf_format import pad
 from .journal import Head, Record, Rows
 from .layout import FileLayout
-from .partial_folder import clear, folder_of, take
+from .partial_folder import LOCK, SCRATCH, clear, folder_of, take
 from .qtypes import QTYPES
 
 #: between syncs: the most work that a crash can cost, besides what is at work; QUANTKIT_COMMIT_SECONDS sets another
@@ -74,7 +77,6 @@ class Partial:
         self.places = places(self.layouts)
         self.identity = identity
         self.check_sources = check_sources
-        self.scratch = self.folder / "scratch"
         self.n_kept = 0
         """values of tensors that an earlier run made"""
         self._by_number = list(self.places)
@@ -84,6 +86,7 @@ class Partial:
         self._final = [False] * len(files)
         self._fds: list[int] = []
         self._lock_fd = self._journal_fd = -1
+        self._held: list[Folder] = []
         self._pending: list[Record] = []
         self._pending_lock, self._commit_lock = threading.Lock(), threading.Lock()
         self._failure: BaseException | None = None
@@ -97,33 +100,39 @@ class Partial:
     def start(self, restart: bool, n_threads: int, progress: Callable[[str, int], None]) -> None:
         """Take the lock, and go on with what is there or begin. Raises ResumeError, OutputError."""
         try:
-            ours = {path.name for path in self.names}
-            self._lock_fd = take(self.out, {*ours, *(f"{name}.whole" for name in ours)})
+            taken = take(self.out, {path.name for path in self.names})
+            self._lock_fd, self.inside = taken.lock_fd, taken.folder
+            self._held.append(self.inside)
+            self.above = Folder.hold(self.out.absolute().parent)
+            self._held.append(self.above)
             if restart:
-                clear(self.folder)
-            found = journal.read(self.folder / "journal")
-            self._together = any(name.exists() for name in self.names) if not (found and found.records) else any(
-                name.exists() and (self.folder / name.name).exists() for name in self.names
+                clear(self.inside)
+            found = journal.read(self.inside, self.inside.own)
+            named = [name.name for name in self.names if self.above.look(name.name) is not None]
+            self._together = bool(named) if not (found and found.records) else any(
+                self.inside.look(name) is not None for name in named
             )  # fmt: skip
             if found is not None and found.records:
                 self._check_identity(found.head.identity)
             else:
-                clear(self.folder)
+                clear(self.inside)
                 self._fresh = True
                 now = datetime.now(timezone.utc).isoformat(" ", "seconds")
                 found = None
-                journal.create(self.folder / "journal", self._head(now))
+                os.close(journal.create(self.inside, self._head(now)))
             for i in range(len(self.names)):
                 self._open_file(i, found is not None)
-            sync(self.folder)
-            sync(self.folder.parent)
-            self._journal_fd = os.open(self.folder / "journal", os.O_WRONLY | os.O_APPEND)
+            self.inside.sync()
+            self.above.sync()
+            self._journal_fd = self.inside.open(
+                journal.NAME, os.O_WRONLY | os.O_APPEND, owner=self.inside.own, alone=True
+            )
             if found is not None:
                 os.ftruncate(self._journal_fd, found.nbytes)
                 self._read_back(found.records, n_threads, progress)
-            if self.scratch.exists():
-                shutil.rmtree(self.scratch)
-            self.scratch.mkdir()
+            self.inside.remove(SCRATCH)
+            self.scratch = self.inside.sub(SCRATCH, 0o700)
+            self._held.append(self.scratch)
         except OSError as e:
             raise self._os_error(e) from None
 
@@ -141,21 +150,48 @@ class Partial:
         return Head(started, dict(self.identity), files, tensors)
 
     def _open_file(self, i: int, resumed: bool) -> None:
-        """File `i`, with its header and full length; made where it is not there."""
-        path, layout = self.folder / self.names[i].name, self.layouts[i]
-        named = resumed and not path.exists() and self.names[i].is_file()
-        if named and (not self._together or _begins_with(self.names[i], layout)):
-            self._final[i] = True
-            path = self.names[i]
-        elif not (resumed and path.is_file() and not path.is_symlink() and _begins_with(path, layout)):
-            with suppress(FileNotFoundError):
-                path.unlink()
-            create(path, layout.header, layout.nbytes)
-        self._fds.append(os.open(path, os.O_RDWR))
+        """File `i`, with its header and full length; made where it is not there, or is not one of ours."""
+        name, layout = self.names[i].name, self.layouts[i]
+        fd = None
         if resumed:
-            for p in layout.tensors:
-                end = p.offset + p.planned.nbytes
-                write_at(self._fds[i], bytes(pad(end) - end), end)
+            fd = self._open_named(i) if self.inside.look(name) is None else self._open_made(name, layout)
+        if fd is None:
+            self.inside.remove(name)
+            fd = create(self.inside, name, layout.header, layout.nbytes)
+        self._fds.append(fd)
+        if resumed and not self._final[i]:
+            self._write_padding(i)
+
+    def _open_made(self, name: str, layout: FileLayout) -> int | None:
+        """An unfinished file for writing; None where it is not ours, or not as it should be."""
+        with suppress(OutputError):
+            fd = self.inside.open(name, os.O_RDWR, owner=self.inside.own, alone=True)
+            if _begins_with(fd, layout):
+                return fd
+            os.close(fd)
+        return None
+
+    def _open_named(self, i: int) -> int | None:
+        """A file that has its name already, for reading only; None where it is not of this build."""
+        info = self.above.look(self.names[i].name)
+        if info is None or not stat.S_ISREG(info.st_mode):
+            return None
+        fd = self.above.open(self.names[i].name, owner=None if self._together else self.inside.own)
+        if self._together and not _begins_with(fd, self.layouts[i]):
+            os.close(fd)
+            return None
+        self._final[i] = True
+        return fd
+
+    def _padding(self, i: int) -> Iterator[tuple[int, int]]:
+        """Begin and end of what is between the tensors of a file."""
+        for p in self.layouts[i].tensors:
+            end = p.offset + p.planned.nbytes
+            yield end, pad(end)
+
+    def _write_padding(self, i: int) -> None:
+        for begin, end in self._padding(i):
+            write_at(self._fds[i], bytes(end - begin), begin)
 
     def _read_back(self, records: Sequence[Record], n_threads: int, progress: Callable[[str, int], None]) -> None:
         """Compare what the journal tells of with what is on the disk, and keep what is equal."""
@@ -180,31 +216,39 @@ class Partial:
         for i, final in enumerate(self._final):
             mine = [self._kept[p.number] for p in self.places.values() if p.file == i]
             whole = [p for p in self.places.values() if p.file == i and len(self._kept[p.number]) == p.n_rows]
-            size = os.fstat(self._fds[i]).st_size
-            if final and (len(whole) < len(mine) or size != self.layouts[i].nbytes
-                          or not _begins_with(self.names[i], self.layouts[i])):  # fmt: skip
+            if final and not (len(whole) == len(mine) and self._is_framed(i)):
                 self._take_back(i, any(len(rows) for rows in mine))
         for number, rows in enumerate(self._kept):
             for row, end in zip(rows.starts, rows.ends, strict=True):
                 self._note_durable(number, row, end - row)
 
+    def _is_framed(self, i: int) -> bool:
+        """Whether everything but the tensors' rows is as it should be."""
+        return _begins_with(self._fds[i], self.layouts[i]) and not any(
+            any(read_at(self._fds[i], end - begin, begin)) for begin, end in self._padding(i)
+        )
+
     def _take_back(self, i: int, is_ours: bool) -> None:
         """A file that has its name but is not whole: back to the unfinished ones. Raises OutputError for another's."""
-        path = self.folder / self.names[i].name
         if not is_ours:
             raise OutputError(
                 f"{self.names[i]}: is not the file that this build made; move it away, or begin anew with --restart"
             )
-        os.close(self._fds[i])
-        if self._together:
-            shutil.copyfile(self.names[i], path)
+        name, layout, fd = self.names[i].name, self.layouts[i], self._fds[i]
+        if self._together or os.fstat(fd).st_nlink > 1:
+            self._fds[i] = create(self.inside, name, layout.header, layout.nbytes)
+            nbytes = min(os.fstat(fd).st_size, layout.nbytes)
+            copy_range(Opened(fd, self.names[i]), 0, Opened(self._fds[i], self.folder / name), 0, nbytes)
+            if not self._together:
+                self.above.unlink(name)
         else:
-            os.replace(self.names[i], path)
+            self.above.give_name(name, fd, self.inside, name)
+            self._fds[i] = self.inside.open(name, os.O_RDWR, owner=self.inside.own, alone=True)
+        os.close(fd)
         self._final[i] = False
-        with open(path, "r+b") as f:
-            f.truncate(self.layouts[i].nbytes)
-            f.write(self.layouts[i].header)
-        self._fds[i] = os.open(path, os.O_RDWR)
+        os.ftruncate(self._fds[i], layout.nbytes)
+        write_at(self._fds[i], layout.header, 0)
+        self._write_padding(i)
 
     # ------------------------------------------------------------ the sink
 
@@ -243,16 +287,14 @@ class Partial:
         """The descriptor and place of a tensor, for writing by other means; tell with `note`."""
         return self._fds[self.places[name].file], self.places[name]
 
-    def whole_file(self) -> Path:
-        path = self.folder / self.names[0].name
+    def give_up_rows(self) -> None:
         os.ftruncate(self._fds[0], 0)
-        return path.with_name(path.name + ".whole")
 
-    def adopt(self) -> None:
-        path = self.folder / self.names[0].name
+    def adopt(self, name: str) -> None:
+        fd = self.scratch.open(name, os.O_RDWR, alone=True)
         os.close(self._fds[0])
-        os.replace(path.with_name(path.name + ".whole"), path)
-        self._fds[0] = os.open(path, os.O_RDWR)
+        self._fds[0] = fd
+        self.scratch.give_name(name, fd, self.inside, self.names[0].name)
         self._adopted = True
 
     # ------------------------------------------------------------ durable
@@ -316,10 +358,15 @@ class Partial:
         if not self._final[i]:
             self.check_sources()
             os.fsync(self._fds[i])
-            os.replace(self.folder / self.names[i].name, self.names[i])
-            sync(self.out.parent)
-            sync(self.folder)
-            self._final[i] = True
+            self._give_name(i)
+            self.above.sync()
+            self.inside.sync()
+
+    def _give_name(self, i: int) -> None:
+        """A file gets its final name, if it is still the one that was written."""
+        name = self.names[i].name
+        self.inside.give_name(name, self._fds[i], self.above, name)
+        self._final[i] = True
 
     def is_durable(self, name: str) -> bool:
         """Whether all rows of a tensor are on the disk."""
@@ -350,9 +397,8 @@ class Partial:
             # the first shard last: without it the others are not taken for a model
             for i in reversed(range(len(self.names))):
                 if not self._final[i]:
-                    os.replace(self.folder / self.names[i].name, self.names[i])
-                    self._final[i] = True
-            sync(self.out.parent)
+                    self._give_name(i)
+            self.above.sync()
         except OSError as e:
             raise self._os_error(e) from None
         self._remove()
@@ -369,7 +415,8 @@ class Partial:
         if not keep:
             self._remove()
             return None
-        shutil.rmtree(self.scratch, ignore_errors=True)
+        with suppress(OSError):
+            self.inside.remove(SCRATCH)
         self.close()
         return (
             f"{done:,} of {total:,} bytes are kept in {self.folder}: the same command goes on from there, "
@@ -380,19 +427,23 @@ class Partial:
         """Remove the folder and let go. The lock is held to the end, and goes last: who gets it next finds nothing of
         ours, and who is ended between finds the journal as long as there is anything else."""
         with suppress(OSError):
-            clear(self.folder)
-            (self.folder / "lock").unlink()
-        self.close()
+            clear(self.inside)
+            self.inside.unlink(LOCK)
+        os.close(self._lock_fd)
+        self._lock_fd = -1
         with suppress(OSError):
-            self.folder.rmdir()
+            os.rmdir(self.folder.name, dir_fd=self.above.fd)
+        self.close()
 
     def close(self) -> None:
-        """Let go of files and lock."""
+        """Let go of files, lock and folders."""
         for fd in (*self._fds, self._journal_fd, self._lock_fd):
             if fd >= 0:
                 with suppress(OSError):
                     os.close(fd)
-        self._fds, self._journal_fd, self._lock_fd = [], -1, -1
+        for folder in reversed(self._held):
+            folder.close()
+        self._fds, self._journal_fd, self._lock_fd, self._held = [], -1, -1, []
 
     def _os_error(self, e: OSError) -> OutputError:
         return OutputError(f"{self.out}: {e.strerror or e}; {_mend(e)} and build again")
@@ -413,6 +464,5 @@ def _mend(e: OSError) -> str:
     return "free some space" if e.errno in (errno.ENOSPC, errno.EDQUOT) else "mend that"
 
 
-def _begins_with(path: Path, layout: FileLayout) -> bool:
-    with open(path, "rb") as f:
-        return f.read(len(layout.header)) == layout.header and os.fstat(f.fileno()).st_size == layout.nbytes
+def _begins_with(fd: int, layout: FileLayout) -> bool:
+    return os.fstat(fd).st_size == layout.nbytes and read_at(fd, len(layout.header), 0) == layout.header
