@@ -96,7 +96,9 @@ class Recorder:
     def _open(self, path: Any, flags: int, mode: int = 0o777, *, dir_fd: int | None = None) -> int:
         where = self.path_of(path, dir_fd)
         if where is None:
-            return self.real["open"](path, flags, mode, dir_fd=dir_fd)
+            fd = self.real["open"](path, flags, mode, dir_fd=dir_fd)
+            self.fds.pop(fd, None)  # of a file that was closed in another way
+            return fd
 
         def call() -> int:
             return self.real["open"](path, flags, mode, dir_fd=dir_fd)
