@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from quantkit.dequant import Job
     from quantkit.dequant.decode import Decoder
 
+#: files that are not copied, which are named
+_MOST_REFUSED = 10
+
 
 @click.command()
 @click.argument("source", metavar="SRC", type=click.Path(path_type=Path))
@@ -81,6 +84,8 @@ def dequant(
     decoder: Decoder = Native() if device == "cpu" else Torch(device)
     if not quiet:
         click.echo(_plan_text(job))
+    for line in _refused(job):
+        click.echo(f"warning: {line}", err=True)
     if dry_run:
         click.echo("dry run: everything was checked, nothing was written")
         return
@@ -113,6 +118,15 @@ def _plan_text(job: Job) -> str:
             "be written"
         )
     return "\n".join(lines)
+
+
+def _refused(job: Job) -> list[str]:
+    """What lies beside the weights and is not copied, in a few lines."""
+    refused = job.plan.refused
+    lines = [f"{job.source.path / name}: {why}; it is not copied" for name, why in refused[:_MOST_REFUSED]]
+    if len(refused) > _MOST_REFUSED:
+        lines.append(f"and {len(refused) - _MOST_REFUSED} more like these are not copied")
+    return lines
 
 
 def _run(job: Job, decoder: Decoder, n_threads: int, quiet: bool) -> None:
