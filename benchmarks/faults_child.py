@@ -2,8 +2,8 @@
 
     python benchmarks/faults_child.py < requests
 
-A request is a line of JSON: {"args": […], "env": {…}, "stdout": FILE, "stderr": FILE}, and, to watch what is done in a
-folder, {"root": FOLDER, "log": FILE, "kill_at": N, "kill": "before" | "after" | "half"}. The answers are two lines: the
+A request is a line of JSON: {"args": […], "env": {…}, "stdout": FILE, "stderr": FILE}, for another user {"user": UID}
+with it, and, to watch what is done in a folder, {"root": FOLDER, "log": FILE, "kill_at": N, "kill": "before" | "after" | "half"}. The answers are two lines: the
 process, and its exit status, or minus the signal. The log is a pickle for each Event, in the order in which they took
 place; with `kill_at` the process kills itself at the Nth of them. "plant" is a defect to be found: files are not synced
 ("data"), only after the journal told of them ("order"), or names are not ("names").
@@ -254,6 +254,10 @@ def run(request: dict[str, Any]) -> None:
     for fd, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(request[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), fd)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    if "user" in request:
+        os.setgroups([])
+        os.setgid(request["user"])
+        os.setuid(request["user"])
     os.environ.update(request["env"])
     sys.argv = ["quantkit", *request["args"]]
     if "root" in request:
