@@ -2,11 +2,12 @@
 
     python benchmarks/faults_child.py < requests
 
-A request is a line of JSON: {"args": […], "env": {…}, "stdout": FILE, "stderr": FILE}, for another user {"user": UID}
-with it, and, to watch what is done in a folder, {"root": FOLDER, "log": FILE, "kill_at": N, "kill": "before" | "after" | "half"}. The answers are two lines: the
-process, and its exit status, or minus the signal. The log is a pickle for each Event, in the order in which they took
-place; with `kill_at` the process kills itself at the Nth of them. "plant" is a defect to be found: files are not synced
-("data"), only after the journal told of them ("order"), or names are not ("names").
+A request is a line of JSON: {"args": […], "env": {…}, "stdout": FILE, "stderr": FILE}; with {"user": UID} it is run as
+that user; and, to watch what is done in a folder, {"root": FOLDER, "log": FILE, "kill_at": N, "kill": "before" |
+"after" | "half"}. The answers are two lines: the process, and its exit status, or minus the signal. The log is
+a pickle for each Event, in the order in which they took place; with `kill_at` the process kills itself at the Nth of
+them. "plant" is a defect to be found: files are not synced ("data"), only after the journal told of them ("order"), or
+names are not ("names").
 """
 
 from __future__ import annotations
@@ -291,6 +292,7 @@ def serve() -> None:
     from importlib import import_module
 
     import gguf.quants  # noqa: F401
+    import tqdm  # noqa: F401
 
     import quantkit
     from quantkit import kernels, toolchain
