@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import errno
 import os
-import stat
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,13 +22,12 @@ import numpy as np
 import numpy.typing as npt
 
 from . import fingerprint, journal
-from .copying import Opened, copy_range
-from .disk import create, read_at, write_at
+from .disk import read_at, write_at
 from .errors import InternalCheckError, OutputError, QuantkitError, ResumeError
 from .folders import Folder
-from .gguf_format import pad
 from .journal import Head, Record, Rows
 from .layout import FileLayout
+from .partial_files import Files
 from .partial_folder import LOCK, SCRATCH, clear, folder_of, take
 from .qtypes import QTYPES
 
@@ -83,15 +81,13 @@ class Partial:
         self._kept = [Rows() for _ in self._by_number]
         self._durable = [Rows() for _ in self._by_number]
         self._missing = [len(layout.tensors) for layout in self.layouts]
-        self._final = [False] * len(files)
-        self._fds: list[int] = []
         self._lock_fd = self._journal_fd = -1
-        self._held: list[Folder] = []
+        self._held: list[Folder | Files] = []
         self._pending: list[Record] = []
         self._pending_lock, self._commit_lock = threading.Lock(), threading.Lock()
         self._failure: BaseException | None = None
         self._adopted = False
-        self._together = self._fresh = False
+        self._fresh = False
         self.on_whole: Callable[[str], None] = lambda _name: None
         """called when all rows of a tensor are on the disk for good"""
 
@@ -100,16 +96,17 @@ class Partial:
     def start(self, restart: bool, n_threads: int, progress: Callable[[str, int], None]) -> None:
         """Take the lock, and go on with what is there or begin. Raises ResumeError, OutputError."""
         try:
-            taken = take(self.out, {path.name for path in self.names})
-            self._lock_fd, self.inside = taken.lock_fd, taken.folder
-            self._held.append(self.inside)
             self.above = Folder.hold(self.out.absolute().parent)
             self._held.append(self.above)
+            taken = take(self.out, {path.name for path in self.names})
+            self._lock_fd, self.inside = taken.lock_fd, taken.folder
+            self.files = Files(self.inside, self.above, self.names, self.layouts)
+            self._held += [self.inside, self.files]
             if restart:
                 clear(self.inside)
             found = journal.read(self.inside, self.inside.own)
             named = [name.name for name in self.names if self.above.look(name.name) is not None]
-            self._together = bool(named) if not (found and found.records) else any(
+            together = bool(named) if not (found and found.records) else any(
                 self.inside.look(name) is not None for name in named
             )  # fmt: skip
             if found is not None and found.records:
@@ -120,8 +117,7 @@ class Partial:
                 now = datetime.now(timezone.utc).isoformat(" ", "seconds")
                 found = None
                 os.close(journal.create(self.inside, self._head(now)))
-            for i in range(len(self.names)):
-                self._open_file(i, found is not None)
+            self.files.open(found is not None, together)
             self.inside.sync()
             self.above.sync()
             self._journal_fd = self.inside.open(
@@ -149,50 +145,6 @@ class Partial:
         tensors = [(name, p.n_rows, p.row_bytes, p.file) for name, p in self.places.items()]
         return Head(started, dict(self.identity), files, tensors)
 
-    def _open_file(self, i: int, resumed: bool) -> None:
-        """File `i`, with its header and full length; made where it is not there, or is not one of ours."""
-        name, layout = self.names[i].name, self.layouts[i]
-        fd = None
-        if resumed:
-            fd = self._open_named(i) if self.inside.look(name) is None else self._open_made(name, layout)
-        if fd is None:
-            self.inside.remove(name)
-            fd = create(self.inside, name, layout.header, layout.nbytes)
-        self._fds.append(fd)
-        if resumed and not self._final[i]:
-            self._write_padding(i)
-
-    def _open_made(self, name: str, layout: FileLayout) -> int | None:
-        """An unfinished file for writing; None where it is not ours, or not as it should be."""
-        with suppress(OutputError):
-            fd = self.inside.open(name, os.O_RDWR, owner=self.inside.own, alone=True)
-            if _begins_with(fd, layout):
-                return fd
-            os.close(fd)
-        return None
-
-    def _open_named(self, i: int) -> int | None:
-        """A file that has its name already, for reading only; None where it is not of this build."""
-        info = self.above.look(self.names[i].name)
-        if info is None or not stat.S_ISREG(info.st_mode):
-            return None
-        fd = self.above.open(self.names[i].name, owner=None if self._together else self.inside.own)
-        if self._together and not _begins_with(fd, self.layouts[i]):
-            os.close(fd)
-            return None
-        self._final[i] = True
-        return fd
-
-    def _padding(self, i: int) -> Iterator[tuple[int, int]]:
-        """Begin and end of what is between the tensors of a file."""
-        for p in self.layouts[i].tensors:
-            end = p.offset + p.planned.nbytes
-            yield end, pad(end)
-
-    def _write_padding(self, i: int) -> None:
-        for begin, end in self._padding(i):
-            write_at(self._fds[i], bytes(end - begin), begin)
-
     def _read_back(self, records: Sequence[Record], n_threads: int, progress: Callable[[str, int], None]) -> None:
         """Compare what the journal tells of with what is on the disk, and keep what is equal."""
         sizes = [p.n_rows for p in self.places.values()]
@@ -201,7 +153,9 @@ class Partial:
             if r.tensor >= len(sizes) or r.row + r.n_rows > sizes[r.tensor] or r.n_rows == 0:
                 return False
             place = self.places[self._by_number[r.tensor]]
-            raw = read_at(self._fds[place.file], r.n_rows * place.row_bytes, place.offset + r.row * place.row_bytes)
+            raw = read_at(
+                self.files.fds[place.file], r.n_rows * place.row_bytes, place.offset + r.row * place.row_bytes
+            )
             return journal.digest(raw) == r.digest
 
         with ThreadPoolExecutor(n_threads) as pool:
@@ -213,42 +167,19 @@ class Partial:
                     n = (len(self._kept[r.tensor]) - before) * self.places[name].n_cols
                     self.n_kept += n
                     progress(name, n)
-        for i, final in enumerate(self._final):
+        for i, final in enumerate(self.files.final):
             mine = [self._kept[p.number] for p in self.places.values() if p.file == i]
             whole = [p for p in self.places.values() if p.file == i and len(self._kept[p.number]) == p.n_rows]
-            if final and not (len(whole) == len(mine) and self._is_framed(i)):
-                self._take_back(i, any(len(rows) for rows in mine))
+            if final and not (len(whole) == len(mine) and self.files.is_framed(i)):
+                if not any(len(rows) for rows in mine):
+                    raise OutputError(
+                        f"{self.names[i]}: is not the file that this build made; move it away, or begin anew with "
+                        "--restart"
+                    )
+                self.files.take_back(i)
         for number, rows in enumerate(self._kept):
             for row, end in zip(rows.starts, rows.ends, strict=True):
                 self._note_durable(number, row, end - row)
-
-    def _is_framed(self, i: int) -> bool:
-        """Whether everything but the tensors' rows is as it should be."""
-        return _begins_with(self._fds[i], self.layouts[i]) and not any(
-            any(read_at(self._fds[i], end - begin, begin)) for begin, end in self._padding(i)
-        )
-
-    def _take_back(self, i: int, is_ours: bool) -> None:
-        """A file that has its name but is not whole: back to the unfinished ones. Raises OutputError for another's."""
-        if not is_ours:
-            raise OutputError(
-                f"{self.names[i]}: is not the file that this build made; move it away, or begin anew with --restart"
-            )
-        name, layout, fd = self.names[i].name, self.layouts[i], self._fds[i]
-        if self._together or os.fstat(fd).st_nlink > 1:
-            self._fds[i] = create(self.inside, name, layout.header, layout.nbytes)
-            nbytes = min(os.fstat(fd).st_size, layout.nbytes)
-            copy_range(Opened(fd, self.names[i]), 0, Opened(self._fds[i], self.folder / name), 0, nbytes)
-            if not self._together:
-                self.above.unlink(name)
-        else:
-            self.above.give_name(name, fd, self.inside, name)
-            self._fds[i] = self.inside.open(name, os.O_RDWR, owner=self.inside.own, alone=True)
-        os.close(fd)
-        self._final[i] = False
-        os.ftruncate(self._fds[i], layout.nbytes)
-        write_at(self._fds[i], layout.header, 0)
-        self._write_padding(i)
 
     # ------------------------------------------------------------ the sink
 
@@ -266,7 +197,7 @@ class Partial:
         view = data.data.cast("B")
         at = place.offset + row * place.row_bytes
         try:
-            write_at(self._fds[place.file], view, at)
+            write_at(self.files.fds[place.file], view, at)
         except OSError as e:
             raise OutputError(
                 f"{self.folder / self.names[place.file].name}: writing '{name}' at {at:,} failed: "
@@ -285,16 +216,14 @@ class Partial:
 
     def target(self, name: str) -> tuple[int, Place]:
         """The descriptor and place of a tensor, for writing by other means; tell with `note`."""
-        return self._fds[self.places[name].file], self.places[name]
+        return self.files.fds[self.places[name].file], self.places[name]
 
     def give_up_rows(self) -> None:
-        os.ftruncate(self._fds[0], 0)
+        os.ftruncate(self.files.fds[0], 0)
 
     def adopt(self, name: str) -> None:
         fd = self.scratch.open(name, os.O_RDWR, alone=True)
-        os.close(self._fds[0])
-        self._fds[0] = fd
-        self.scratch.give_name(name, fd, self.inside, self.names[0].name)
+        self.files.replace(0, fd, self.scratch, name)
         self._adopted = True
 
     # ------------------------------------------------------------ durable
@@ -330,7 +259,7 @@ class Partial:
                 return
             try:
                 for file in sorted({self.places[self._by_number[r.tensor]].file for r in records}):
-                    os.fdatasync(self._fds[file])
+                    os.fdatasync(self.files.fds[file])
                 self.check_sources()  # before the rows are told of: they are good for as long as the journal is
                 journal.append(self._journal_fd, records)
             except OSError as e:
@@ -351,22 +280,16 @@ class Partial:
         if before < place.n_rows == len(rows):
             self.on_whole(self._by_number[number])
             self._missing[place.file] -= 1
-            if not self._missing[place.file] and not self._together and len(self.names) > 1:
+            if not self._missing[place.file] and not self.files.together and len(self.names) > 1:
                 self._finalize(place.file)
 
     def _finalize(self, i: int) -> None:
-        if not self._final[i]:
+        if not self.files.final[i]:
             self.check_sources()
-            os.fsync(self._fds[i])
-            self._give_name(i)
+            os.fsync(self.files.fds[i])
+            self.files.give_name(i)
             self.above.sync()
             self.inside.sync()
-
-    def _give_name(self, i: int) -> None:
-        """A file gets its final name, if it is still the one that was written."""
-        name = self.names[i].name
-        self.inside.give_name(name, self._fds[i], self.above, name)
-        self._final[i] = True
 
     def is_durable(self, name: str) -> bool:
         """Whether all rows of a tensor are on the disk."""
@@ -388,7 +311,7 @@ class Partial:
         if left and not self._adopted:
             raise InternalCheckError(f"{self.out}: rows of {len(left)} tensors were not written, '{left[0]}' the first")
         try:
-            for i, (fd, layout) in enumerate(zip(self._fds, self.layouts, strict=True)):
+            for i, (fd, layout) in enumerate(zip(self.files.fds, self.layouts, strict=True)):
                 size = os.fstat(fd).st_size
                 if size != layout.nbytes:
                     raise InternalCheckError(f"{self.names[i]}: has {size:,} bytes, planned are {layout.nbytes:,}")
@@ -396,8 +319,8 @@ class Partial:
             self.check_sources()
             # the first shard last: without it the others are not taken for a model
             for i in reversed(range(len(self.names))):
-                if not self._final[i]:
-                    self._give_name(i)
+                if not self.files.final[i]:
+                    self.files.give_name(i)
             self.above.sync()
         except OSError as e:
             raise self._os_error(e) from None
@@ -406,12 +329,13 @@ class Partial:
     def give_up(self, keep: bool) -> str | None:
         """The build ends early: what was written is kept for the next run, if there is any and `keep`. Says so."""
         if self._lock_fd < 0:
+            self.close()
             return None
         with suppress(Exception):
             if keep and self._failure is None:
                 self.commit()
         done, total = self.durable_bytes, sum(p.n_rows * p.row_bytes for p in self.places.values())
-        keep = any(self._final) or (keep and (done > 0 or not self._fresh))
+        keep = any(self.files.final) or (keep and (done > 0 or not self._fresh))
         if not keep:
             self._remove()
             return None
@@ -437,13 +361,13 @@ class Partial:
 
     def close(self) -> None:
         """Let go of files, lock and folders."""
-        for fd in (*self._fds, self._journal_fd, self._lock_fd):
+        for fd in (self._journal_fd, self._lock_fd):
             if fd >= 0:
                 with suppress(OSError):
                     os.close(fd)
-        for folder in reversed(self._held):
-            folder.close()
-        self._fds, self._journal_fd, self._lock_fd, self._held = [], -1, -1, []
+        for held in reversed(self._held):
+            held.close()
+        self._journal_fd, self._lock_fd, self._held = -1, -1, []
 
     def _os_error(self, e: OSError) -> OutputError:
         return OutputError(f"{self.out}: {e.strerror or e}; {_mend(e)} and build again")
@@ -462,7 +386,3 @@ def _commit_seconds() -> float:
 
 def _mend(e: OSError) -> str:
     return "free some space" if e.errno in (errno.ENOSPC, errno.EDQUOT) else "mend that"
-
-
-def _begins_with(fd: int, layout: FileLayout) -> bool:
-    return os.fstat(fd).st_size == layout.nbytes and read_at(fd, len(layout.header), 0) == layout.header
