@@ -96,8 +96,7 @@ class Partial:
     def start(self, restart: bool, n_threads: int, progress: Callable[[str, int], None]) -> None:
         """Take the lock, and go on with what is there or begin. Raises ResumeError, OutputError."""
         try:
-            self.above = Folder.hold(self.out.absolute().parent)
-            self._held.append(self.above)
+            self.above = self._hold_above()
             taken = take(self.out, {path.name for path in self.names})
             self._lock_fd, self.inside = taken.lock_fd, taken.folder
             self.files = Files(self.inside, self.above, self.names, self.layouts)
@@ -131,6 +130,13 @@ class Partial:
             self._held.append(self.scratch)
         except OSError as e:
             raise self._os_error(e) from None
+
+    def _hold_above(self) -> Folder:
+        try:
+            self._held.append(above := Folder.hold(self.out.absolute().parent))
+        except OSError as e:
+            raise OutputError(f"{self.folder}: cannot be made: {e.strerror or e}; choose another place") from None
+        return above
 
     def _check_identity(self, was: Mapping[str, str]) -> None:
         differs = fingerprint.difference(was, self.identity)

@@ -42,7 +42,7 @@ def held_folder(out: Path, own: bool) -> Folder | None:
     try:
         folder = Folder.hold(path, follow=False)
     except OSError as e:
-        if path.is_symlink():
+        if os.path.islink(path):
             raise OutputError(_no_build(path, "is a symbolic link")) from None
         if e.errno in _ABSENT:
             return None

@@ -17,7 +17,8 @@ from test_shards import model
 from quantkit import dequant
 from quantkit.dequant import Options
 from quantkit.dequant.decode import Native
-from quantkit.dequant.state import PART, STATE
+from quantkit.dequant.place import PART
+from quantkit.dequant.state import STATE
 from quantkit.errors import OutputError, SourceError
 from quantkit.shard_writer import write
 from quantkit.sharding import Limits

@@ -69,8 +69,9 @@ def dequant(
     """Write an FP8 checkpoint as one in BF16, with the bytes that torch's weight.float() * scale gives.
 
     SRC and DST are Hugging Face directories. DST gets the shards with an index, config.json without
-    quantization_config, and the tokenizer and every other file that holds no weights, folders included. A run that
-    was interrupted goes on where it was when it is started again, and reads back what is finished.
+    quantization_config, and the tokenizer and every other file of SRC that holds no weights, folders included; links
+    that lead out of SRC are not copied, but for those of a snapshot in Hugging Face's cache. A run that was
+    interrupted goes on where it was when it is started again, and reads back what is finished.
 
     \b
     quantkit dequant DeepSeek-R1/ DeepSeek-R1-BF16/

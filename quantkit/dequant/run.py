@@ -11,7 +11,6 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
-import stat
 import threading
 import zlib
 from collections.abc import Callable, Iterator
@@ -32,19 +31,9 @@ from ..sources.safetensors_dir import DTYPE_BYTES, INDEX, Checkpoint
 from .beside import open_to_copy
 from .checksum import joined
 from .decode import Decoder, refuse
+from .place import PART, hold, new, part_of, place_of, replacing
 from .plan import CONFIG, FP8, Moved, Options, Plan, Shard, make_plan
-from .state import (
-    PART,
-    STATE,
-    finished,
-    hold,
-    leftovers,
-    place_of,
-    read_state,
-    require_same,
-    state_bytes,
-    state_of,
-)  # fmt: skip
+from .state import STATE, finished, leftovers, read_state, require_same, state_bytes, state_of
 
 #: called with the name of the tensor at work and the bytes written since the last call
 Progress = Callable[[str, int], None]
@@ -145,11 +134,11 @@ def run(job: Job, decoder: Decoder, n_threads: int, progress: Progress) -> tuple
             todo = replace(job, finished=job.finished.difference(damaged))
             _Mover(todo, folder, decoder, progress, state).run(n_threads)
             for name, _ in job.plan.carried:
-                with place_of(folder, name, make=True) as (inner, last), _replacing(inner, last) as fd:
+                with place_of(folder, name, make=True) as (inner, last), replacing(inner, last) as fd:
                     _copy(job.source.path, name, Opened(fd, job.dst / name))
             for name, data in ((INDEX, job.plan.index), (CONFIG, job.plan.config)):
                 if data is not None:
-                    with _replacing(folder, name) as fd:
+                    with replacing(folder, name) as fd:
                         write_at(fd, data, 0)
             folder.unlink(STATE)
             folder.sync()
@@ -179,7 +168,7 @@ def _begun(job: Job) -> Iterator[Folder]:
             with place_of(folder, name) as (inner, last):
                 inner.unlink(last)
         try:
-            with _replacing(folder, STATE) as fd:
+            with replacing(folder, STATE) as fd:
                 write_at(fd, state_bytes(job.state), 0)
             yield folder
         except BaseException:
@@ -194,34 +183,6 @@ def _undo(job: Job, folder: Folder, made: bool) -> None:
             folder.unlink(STATE)
         if made:
             job.dst.rmdir()
-
-
-@contextmanager
-def _replacing(folder: Folder, name: str) -> Iterator[int]:
-    """A new file under a temporary name, which gets its own when it is whole and on disk."""
-    part = _part(name)
-    fd = _new(folder, part)
-    try:
-        yield fd
-        os.fsync(fd)
-        folder.give_name(part, fd, folder, name)
-        folder.sync()
-    finally:
-        os.close(fd)
-        with suppress(FileNotFoundError):
-            folder.unlink(part)
-
-
-def _new(folder: Folder, part: str) -> int:
-    """A new file of that name, in place of a leftover. Raises OSError."""
-    info = folder.look(part)
-    if info is not None and not stat.S_ISDIR(info.st_mode):
-        folder.unlink(part)
-    return folder.create(part)
-
-
-def _part(name: str) -> str:
-    return f".{name.lstrip('.')}{PART}"
 
 
 def _copy(source: Path, name: str, to: Opened) -> None:
@@ -252,7 +213,7 @@ class _State:
             self._write()
 
     def _write(self) -> None:
-        with _replacing(self.folder, STATE) as fd:
+        with replacing(self.folder, STATE) as fd:
             write_at(fd, state_bytes(self.state), 0)
 
 
@@ -286,9 +247,9 @@ class _File:
         self.folder, self.name = folder, shard.name
         self.path = folder.path / shard.name
         self.sums: dict[int, tuple[int, int]] = {}
-        self.part = _part(shard.name)
+        self.part = part_of(shard.name)
         self.left = n_slabs
-        self.fd = _new(folder, self.part)
+        self.fd = new(folder, self.part)
         try:
             with self._writing("making it", shard.nbytes):
                 os.ftruncate(self.fd, shard.nbytes)

@@ -12,19 +12,18 @@ import json
 import os
 import stat
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from .. import __version__
 from ..errors import OutputError, ResumeError, SourceError
-from ..folders import Folder, who
+from ..folders import Folder
 from ..sources.safetensors_dir import INDEX, MAX_HEADER, Checkpoint, parse_json
+from .place import PART, place_of
 from .plan import CONFIG, Plan
 
 STATE = ".quantkit-dequant.json"
-#: suffix of a file that is being written
-PART = ".quantkit-part"
 #: folders in each other in which unfinished files are looked for
 _MAX_DEPTH = 64
 #: how to go on when one cannot
@@ -59,26 +58,6 @@ def _print_of(path: Path) -> list[int | str]:
     except OSError as e:
         raise SourceError(f"{path}: cannot be read: {e.strerror or e}") from None
     return [info.st_size, info.st_mtime_ns, digest]
-
-
-def hold(dst: Path) -> Folder | None:
-    """The output directory, None where there is none. Raises OSError, OutputError."""
-    try:
-        return Folder.hold(dst)
-    except FileNotFoundError:
-        return None
-
-
-@contextmanager
-def place_of(folder: Folder, name: str, make: bool = False) -> Iterator[tuple[Folder, str]]:
-    """The folder of a file in the directory or below, and its last part; none of the folders between is a link or
-    another user's. Raises OSError, OutputError."""
-    with folder.at(name, make) as (inner, last):
-        if inner is not folder and inner.info.st_uid != folder.own:
-            raise OutputError(
-                f"{inner.path}: belongs to {who(inner.info.st_uid)}, not to you; move it away and run the same again"
-            )
-        yield inner, last
 
 
 def read_state(folder: Folder | None) -> dict[str, Any] | None:
