@@ -2,11 +2,12 @@
 
     python benchmarks/faults_child.py < requests
 
-A request is a line of JSON: {"args": […], "env": {…}, "stdout": FILE, "stderr": FILE}, and, to watch what is done in a
-folder, {"root": FOLDER, "log": FILE, "kill_at": N, "kill": "before" | "after" | "half"}. The answers are two lines: the
-process, and its exit status, or minus the signal. The log is a pickle for each Event, in the order in which they took
-place; with `kill_at` the process kills itself at the Nth of them. "plant" is a defect to be found: files are not synced
-("data"), only after the journal told of them ("order"), or names are not ("names").
+A request is a line of JSON: {"args": […], "env": {…}, "stdout": FILE, "stderr": FILE}; with {"user": UID} it is run as
+that user; and, to watch what is done in a folder, {"root": FOLDER, "log": FILE, "kill_at": N, "kill": "before" |
+"after" | "half"}. The answers are two lines: the process, and its exit status, or minus the signal. The log is
+a pickle for each Event, in the order in which they took place; with `kill_at` the process kills itself at the Nth of
+them. "plant" is a defect to be found: files are not synced ("data"), only after the journal told of them ("order"), or
+names are not ("names").
 """
 
 from __future__ import annotations
@@ -96,7 +97,9 @@ class Recorder:
     def _open(self, path: Any, flags: int, mode: int = 0o777, *, dir_fd: int | None = None) -> int:
         where = self.path_of(path, dir_fd)
         if where is None:
-            return self.real["open"](path, flags, mode, dir_fd=dir_fd)
+            fd = self.real["open"](path, flags, mode, dir_fd=dir_fd)
+            self.fds.pop(fd, None)  # of a file that was closed in another way
+            return fd
 
         def call() -> int:
             return self.real["open"](path, flags, mode, dir_fd=dir_fd)
@@ -189,13 +192,17 @@ class Recorder:
     def _fdatasync(self, fd: int) -> None:
         self._sync("fdatasync", fd)
 
-    def _replace(self, src: Any, dst: Any) -> None:
-        old, new = self.path_of(src), self.path_of(dst)
+    def _replace(self, src: Any, dst: Any, *, src_dir_fd: int | None = None, dst_dir_fd: int | None = None) -> None:
+        old, new = self.path_of(src, src_dir_fd), self.path_of(dst, dst_dir_fd)
+
+        def call() -> None:
+            self.real["replace"](src, dst, src_dir_fd=src_dir_fd, dst_dir_fd=dst_dir_fd)
+
         if old is None or new is None:
-            return self.real["replace"](src, dst)
+            return call()
         with self.lock:
             number = self.files.get(old, -1)
-            self.did(Event("rename", number, new, old=old), lambda: self.real["replace"](src, dst))
+            self.did(Event("rename", number, new, old=old), call)
             self.files[new] = self.files.pop(old, -1)
             return None
 
@@ -248,6 +255,10 @@ def run(request: dict[str, Any]) -> None:
     for fd, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(request[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), fd)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    if "user" in request:
+        os.setgroups([])
+        os.setgid(request["user"])
+        os.setuid(request["user"])
     os.environ.update(request["env"])
     sys.argv = ["quantkit", *request["args"]]
     if "root" in request:
@@ -281,6 +292,7 @@ def serve() -> None:
     from importlib import import_module
 
     import gguf.quants  # noqa: F401
+    import tqdm  # noqa: F401
 
     import quantkit
     from quantkit import kernels, toolchain

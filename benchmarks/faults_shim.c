@@ -87,6 +87,10 @@ ssize_t write(int fd, const void *p, size_t n) { REAL(write); if (hit("write", f
 int fsync(int fd) { REAL(fsync); if (hit("fsync", fd)) FAIL(); return real(fd); }
 int fdatasync(int fd) { REAL(fdatasync); if (hit("fdatasync", fd)) FAIL(); return real(fd); }
 int rename(const char *a, const char *b) { REAL(rename); if (matches("rename") && path_matches(b) && fires()) FAIL(); return real(a, b); }
+int renameat(int from, const char *a, int to, const char *b) {
+    REAL(renameat);
+    if (matches("rename") && path_matches(b) && fires()) FAIL();
+    return real(from, a, to, b); }
 void *malloc(size_t n) {
     if (n >= 65536 && matches("malloc") && n >= (size_t)number("FAULT_BYTES") && fires()) { errno = ENOMEM; return NULL; }
     return __libc_malloc(n);

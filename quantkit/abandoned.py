@@ -10,12 +10,14 @@ import os
 from collections.abc import Collection
 from pathlib import Path
 
-from .disk import read_at, sync
-from .errors import ResumeError, SourceError
-from .gguf_format import read_header
+from . import journal as journals
+from .disk import read_at
+from .errors import OutputError, ResumeError, SourceError
+from .folders import Folder, same
+from .gguf_format import read_header_of
 from .journal import Journal, digest, durable
 from .layout import file_names
-from .partial_folder import folder_of, peek, take
+from .partial_folder import held_folder, take
 
 
 def whole_files(journal: Journal) -> set[str]:
@@ -30,44 +32,54 @@ def finished_shards(out: Path, kept: Collection[Path] = ()) -> list[Path]:
     its journal, of the tensors and length that it tells of, and with the bytes of the most rows that it tells of at
     once. None when all of its shards are there: they are a model."""
     try:
-        journal = peek(out)
-    except ResumeError:
+        with Folder.hold(out.absolute().parent) as above:
+            return [out.with_name(name) for name, _ in _finished(out, above, kept)]
+    except (OSError, ResumeError, OutputError):
         return []
-    if journal is None:
-        return []
-    folder, whole = folder_of(out), whole_files(journal)
-    names = file_names(out, len(journal.head.files), split=True)
-    if [path.name for path in names] != [name for name, _ in journal.head.files]:
-        return []
-    its = [
-        path for i, path in enumerate(names)
-        if path.name in whole and not (folder / path.name).exists() and _is_its(path, journal, i)
-    ]  # fmt: skip
-    return [path for path in its if path not in kept] if len(its) < len(names) else []
 
 
-def _is_its(path: Path, journal: Journal, file: int) -> bool:
-    """Whether a file has what a journal tells of it."""
+def _finished(out: Path, above: Folder, kept: Collection[Path]) -> list[tuple[str, os.stat_result]]:
+    """Their names in the output's folder, and which files they are. Raises ResumeError, OutputError, OSError."""
+    folder = held_folder(out, own=True)
+    if folder is None:
+        return []
+    with folder:
+        journal = journals.read(folder, folder.own)
+        if journal is None:
+            return []
+        whole = whole_files(journal)
+        names = [path.name for path in file_names(out, len(journal.head.files), split=True)]
+        if names != [name for name, _ in journal.head.files]:
+            return []
+        found = [
+            (name, _if_its(above, name, folder.own, journal, i)) for i, name in enumerate(names)
+            if name in whole and folder.look(name) is None
+        ]  # fmt: skip
+    its = [(name, info) for name, info in found if info is not None]
+    return [(name, info) for name, info in its if out.with_name(name) not in kept] if len(its) < len(names) else []
+
+
+def _if_its(above: Folder, name: str, owner: int, journal: Journal, file: int) -> os.stat_result | None:
+    """Which file has a name, if it has what a journal tells of it."""
     tensors = {i: t for i, t in enumerate(journal.head.tensors) if t[3] == file}
     records = [r for r in journal.records if r.tensor in tensors]
     try:
-        header = read_header(path)
-        stored = {t.name: t for t in header.tensors}
-        told = [(name, n_rows * row_bytes) for name, n_rows, row_bytes, _ in tensors.values()]
-        if (
-            path.is_symlink()
-            or header.file_bytes != journal.head.files[file][1]
-            or [(t.name, t.nbytes) for t in header.tensors] != told
-            or not records
-        ):
-            return False
-        most = max(records, key=lambda r: r.n_rows * tensors[r.tensor][2])
-        name, _, row_bytes, _ = tensors[most.tensor]
-        with open(path, "rb") as f:
-            raw = read_at(f.fileno(), most.n_rows * row_bytes, stored[name].offset + most.row * row_bytes)
-    except (SourceError, OSError):
-        return False
-    return digest(raw) == most.digest
+        with open(above.open(name, owner=owner), "rb") as f:
+            header = read_header_of(f, above.path / name)
+            stored = {t.name: t for t in header.tensors}
+            told = [(name, n_rows * row_bytes) for name, n_rows, row_bytes, _ in tensors.values()]
+            if (
+                header.file_bytes != journal.head.files[file][1]
+                or [(t.name, t.nbytes) for t in header.tensors] != told
+                or not records
+            ):
+                return None
+            most = max(records, key=lambda r: r.n_rows * tensors[r.tensor][2])
+            tensor, _, row_bytes, _ = tensors[most.tensor]
+            raw = read_at(f.fileno(), most.n_rows * row_bytes, stored[tensor].offset + most.row * row_bytes)
+            return os.fstat(f.fileno()) if digest(raw) == most.digest else None
+    except (SourceError, OutputError, OSError):
+        return None
 
 
 def remove(out: Path, kept: Collection[Path]) -> None:
@@ -75,10 +87,13 @@ def remove(out: Path, kept: Collection[Path]) -> None:
     Raises ResumeError, OutputError, OSError."""
     if not finished_shards(out, kept):
         return
-    held = take(out, ())
+    taken = take(out, ())
     try:
-        for path in finished_shards(out, kept):  # of the journal that is there now
-            path.unlink()
-        sync(out.absolute().parent)
+        with Folder.hold(out.absolute().parent) as above:
+            for name, info in _finished(out, above, kept):  # of the journal that is there now
+                now = above.look(name)
+                if now is not None and same(now, info):
+                    above.unlink(name)
+            above.sync()
     finally:
-        os.close(held)
+        taken.close()

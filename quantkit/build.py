@@ -104,7 +104,7 @@ def _begun(out: Path, identity: Mapping[str, str], resume: bool | None) -> Journ
     """The unfinished build to go on with. Raises ResumeError when it is of something else."""
     if resume is False:
         return None
-    found = peek(out)
+    found = peek(out, own=True)
     if found is None or not found.records:
         if resume:
             raise ResumeError(f"{out}: there is no unfinished build to go on with; leave --resume away to begin one")
@@ -121,7 +121,7 @@ def _begun(out: Path, identity: Mapping[str, str], resume: bool | None) -> Journ
 def _told(out: Path) -> Journal | None:
     """What is there when a build begins anew: shards that it has finished are its own, and may be replaced."""
     try:
-        return peek(out)
+        return peek(out, own=True)
     except ResumeError:
         return None
 
@@ -131,7 +131,7 @@ def _finished(names: tuple[Path, ...], begun: Journal | None, folder: Path) -> s
     if begun is None:
         return set()
     its = abandoned.whole_files(begun)
-    return {path for path in names if path.name in its and not (folder / path.name).exists()}
+    return {path for path in names if path.name in its and not os.path.lexists(folder / path.name)}
 
 
 def _check_space(out: Path, files: Sequence[tuple[Path, FileLayout]], scratch: int) -> None:
@@ -139,7 +139,7 @@ def _check_space(out: Path, files: Sequence[tuple[Path, FileLayout]], scratch: i
     need, free = 0, shutil.disk_usage(out.parent).free
     for name, layout in files:
         try:
-            there = os.stat(folder_of(out) / name.name).st_blocks * 512
+            there = os.stat(folder_of(out) / name.name, follow_symlinks=False).st_blocks * 512
         except OSError:
             there = 0
         need += max(0, layout.nbytes - there)

@@ -8,19 +8,17 @@
 KEY is SHA-256 over the type, the shape, the source's rows by content (dtype, scales, and how the rows are dealt), the
 importance values, and the version of the kernels; the tensor's name is not in it. Reading a source for its digests is
 done once for each of its files. Any number of processes may use one folder: entries appear whole by rename, are read
-through an open file that outlives its removal, and are compared with their digest before they are used.
+through an open file that outlives its removal, and what arrived is compared with their digest before it is used.
+quantkit.cache_folder says whose entries are believed.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
 import struct
-import tempfile
 import threading
-import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -30,37 +28,42 @@ from typing import Any
 import numpy as np
 
 from . import fingerprint, journal, kernels
+from .cache_folder import CacheFolder
 from .catalogue import Source, SourceTensor
 from .copying import Opened, copy_range
 from .disk import read_at
 from .engines import Weights
-from .errors import OutputError, QuantkitError
+from .errors import OutputError, QuantkitError, SourceError
 from .partial import Partial
 from .plan import Plan, Planned
 
 MAGIC = b"qkcache2"
 _TRAILER = struct.Struct("<32sQ8s")
 _CHUNK = 1 << 22
-#: an unfinished file of a process that is gone is removed after so many seconds
-_STALE = 86_400
+#: bytes of a memo that are read at all; one of R1's files names 600 tensors
+_MAX_MEMO = 1 << 26
 
 
 class Cache:
-    """See the module. Raises OutputError when the folder cannot be made."""
+    """See the module. Raises OutputError, which says why, when the folder cannot be used; without `make` also when it
+    is not there."""
 
-    def __init__(self, folder: Path, max_bytes: int) -> None:
+    def __init__(self, folder: Path, max_bytes: int, make: bool = True) -> None:
         self.folder, self.max_bytes = folder, max_bytes
         self.n_found = self.n_kept = self.n_corrupt = 0
         """tensors that came from here, that were put here, that were here but not as they should be"""
         self.bytes_found = 0
         self._counting = threading.Lock()
         self.failure = ""
-        """why a tensor could not be kept, if one could not; the build does not end for it"""
-        try:
-            for name in ("objects", "sources", "tmp"):
-                (folder / name).mkdir(parents=True, exist_ok=True)
-        except OSError as e:
-            raise OutputError(f"{folder}: no cache can be made there: {e.strerror or e}") from None
+        """the first reason why something could not be read or kept; the build does not end for it"""
+        self._disk = CacheFolder(folder, make)
+
+    def _failed(self, what: Path, e: Exception) -> None:
+        if isinstance(e, OSError):
+            named = e.filename if isinstance(e.filename, str) and os.path.isabs(e.filename) else what
+            self.failure = self.failure or f"{named}: {e.strerror or e}"
+        else:
+            self.failure = self.failure or str(e)
 
     # ------------------------------------------------------------ what a tensor is made of
 
@@ -84,12 +87,12 @@ class Cache:
         self, source: Source, names: set[str], n_threads: int, progress: Callable[[str, int], None]
     ) -> dict[str, str]:
         known: dict[str, str] = {}
-        memos: dict[Path, Path] = {}
+        memos: dict[Path, str] = {}
         before: dict[Path, fingerprint.FileStat] = {}
         for file in {source.tensor(n).file for n in names}:
             s = before[file] = fingerprint.stat_of(file)
-            memos[file] = self.folder / "sources" / f"{fingerprint.short(str(file.resolve()), repr(s))}.json"
-            known.update({n: d for n, d in _read_memo(memos[file]).items() if n in names})
+            memos[file] = f"{fingerprint.short(str(file.resolve()), repr(s))}.json"
+            known.update({n: d for n, d in self._read_memo(memos[file]).items() if n in names})
         missing = [source.tensor(n) for n in sorted(names - known.keys())]
 
         def digest(st: SourceTensor) -> tuple[SourceTensor, str]:
@@ -102,45 +105,63 @@ class Cache:
             for st, found in pool.map(digest, missing):
                 known[st.name] = found
                 fresh.setdefault(st.file, {})[st.name] = found
-        with suppress(OSError):  # without its memo the next build reads the source again, no more
+        try:  # without its memo the next build reads the source again, no more
             for file, found_there in fresh.items():
                 if fingerprint.stat_of(file) == before[file]:
-                    _write_memo(self.folder / "tmp", memos[file], {**_read_memo(memos[file]), **found_there})
+                    self._write_memo(memos[file], {**self._read_memo(memos[file]), **found_there})
+        except (OSError, OutputError) as e:
+            self._failed(self.folder / "sources", e)
         return known
+
+    def _read_memo(self, name: str) -> dict[str, str]:
+        """The digests that a memo holds, none when it is not there, damaged or another's."""
+        path = self.folder / "sources" / name
+        try:
+            with open(self._disk.sources.open(name), "rb") as f:
+                self._disk.require_believed(f.fileno(), path)
+                found = json.loads(f.read(_MAX_MEMO))
+            digests, check = found["digests"], found["check"]
+        except (OSError, OutputError) as e:
+            if not isinstance(e, FileNotFoundError):
+                self._failed(path, e)
+            return {}
+        except (ValueError, KeyError, TypeError, RecursionError):
+            return {}
+        if not isinstance(digests, dict) or check != _memo_check(name, digests):
+            return {}
+        return {k: v for k, v in digests.items() if isinstance(k, str) and isinstance(v, str)}
+
+    def _write_memo(self, name: str, digests: dict[str, str]) -> None:
+        """Raises OSError, OutputError."""
+        with self._disk.made() as (temporary, f):
+            f.write(json.dumps({"digests": digests, "check": _memo_check(name, digests)}).encode())
+            f.flush()
+            self._disk.tmp.give_name(temporary, f.fileno(), self._disk.sources, name)
 
     # ------------------------------------------------------------ entries
 
-    def _path(self, key: str) -> Path:
-        return self.folder / "objects" / key[:2] / key
-
     def fill(self, key: str, name: str, partial: Partial) -> bool:
         """Put a tensor from the cache into an unfinished build, if it is here and sound."""
-        fd_out, place = partial.target(name)
-        nbytes = place.n_rows * place.row_bytes
-        path = self._path(key)
+        path = self._disk.path_of(key)
         try:
-            fd = os.open(path, os.O_RDONLY)
-        except OSError:
+            fd = self._disk.open_entry(key)
+        except (OSError, OutputError) as e:
+            self._failed(path, e)
+            return False
+        if fd is None:
             return False
         try:
-            digest, step = hashlib.sha256(), max(1, _CHUNK // place.row_bytes)
-            rows = []
-            for row in range(0, place.n_rows, step):
-                n = min(step, place.n_rows - row)
-                raw = read_at(fd, n * place.row_bytes, row * place.row_bytes)
-                digest.update(raw)
-                rows.append((row, n, journal.digest(raw)))
-            digest.update(key.encode())
-            if read_at(fd, _TRAILER.size + 1, nbytes) != _TRAILER.pack(digest.digest(), nbytes, MAGIC):
+            rows = self._copied(fd, key, name, partial)
+            if rows is None:
                 with self._counting:
                     self.n_corrupt += 1
                 with suppress(OSError):
-                    path.unlink()
+                    self._disk.drop(key)
                 return False
-            copy_range(Opened(fd, path), 0, Opened(fd_out, partial.folder), place.offset, nbytes)
             with suppress(OSError):
-                os.utime(path)  # used now: the last to be evicted
-        except OSError:
+                os.utime(fd)  # used now: the last to be evicted
+        except (OSError, SourceError) as e:
+            self._failed(path, e)
             return False
         finally:
             os.close(fd)
@@ -148,61 +169,58 @@ class Cache:
             partial.note(name, row, n, found)
         with self._counting:
             self.n_found += 1
-            self.bytes_found += nbytes
+            self.bytes_found += partial.target(name)[1].n_rows * partial.target(name)[1].row_bytes
         return True
+
+    def _copied(self, fd: int, key: str, name: str, partial: Partial) -> list[tuple[int, int, bytes]] | None:
+        """Copy an entry to its place: row, number and digest of the rows; None where it is not sound. What is compared
+        is what has arrived, since the entry's owner may write to it meanwhile. Raises OSError, QuantkitError."""
+        fd_out, place = partial.target(name)
+        nbytes = place.n_rows * place.row_bytes
+        if os.fstat(fd).st_size != nbytes + _TRAILER.size:
+            return None
+        copy_range(Opened(fd, self._disk.path_of(key)), 0, Opened(fd_out, partial.folder), place.offset, nbytes)
+        digest, step = hashlib.sha256(), max(1, _CHUNK // place.row_bytes)
+        rows = []
+        for row in range(0, place.n_rows, step):
+            n = min(step, place.n_rows - row)
+            raw = read_at(fd_out, n * place.row_bytes, place.offset + row * place.row_bytes)
+            digest.update(raw)
+            rows.append((row, n, journal.digest(raw)))
+        digest.update(key.encode())
+        return rows if read_at(fd, _TRAILER.size, nbytes) == _TRAILER.pack(digest.digest(), nbytes, MAGIC) else None
 
     def keep(self, key: str, name: str, partial: Partial) -> None:
         """Keep a tensor that a build has on the disk."""
         fd, place = partial.target(name)
         nbytes = place.n_rows * place.row_bytes
-        if nbytes + _TRAILER.size > self.max_bytes or self._path(key).exists():
+        if nbytes + _TRAILER.size > self.max_bytes:
             return
         try:
-            out, temporary = tempfile.mkstemp(dir=self.folder / "tmp")
-            try:
-                copy_range(Opened(fd, partial.folder), place.offset, Opened(out, Path(temporary)), 0, nbytes)
+            if self._disk.has(key):
+                return
+            with self._disk.made() as (temporary, f):
+                out = f.fileno()
+                path = self._disk.tmp.path / temporary
+                copy_range(Opened(fd, partial.folder), place.offset, Opened(out, path), 0, nbytes)
                 digest = hashlib.sha256()
                 for at in range(0, nbytes, _CHUNK):
                     digest.update(read_at(out, min(_CHUNK, nbytes - at), at))
                 digest.update(key.encode())  # so that no entry is taken for another
                 os.pwrite(out, _TRAILER.pack(digest.digest(), nbytes, MAGIC), nbytes)
-                self._path(key).parent.mkdir(exist_ok=True)
-                os.replace(temporary, self._path(key))
-            except BaseException:
-                os.unlink(temporary)
-                raise
-            finally:
-                os.close(out)
+                self._disk.put(temporary, out, key)
             self.n_kept += 1
             self.evict()
         except (OSError, QuantkitError) as e:
-            self.failure = str(e)
+            self._failed(self.folder, e)
 
     def entries(self) -> list[tuple[float, int, Path]]:
         """When each was used last, its bytes, its path; the longest unused first."""
-        out = []
-        for path in self.folder.glob("objects/??/*"):
-            with suppress(OSError):
-                s = path.stat()
-                out.append((s.st_mtime, s.st_size, path))
-        return sorted(out)
+        return self._disk.entries()
 
     def evict(self) -> None:
-        """Remove what was not used longest until the size is kept. Raises OSError."""
-        with open(self.folder / "lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            entries = self.entries()
-            total = sum(n for _, n, _ in entries)
-            for _, n, path in entries:
-                if total <= self.max_bytes:
-                    break
-                with suppress(FileNotFoundError):
-                    path.unlink()
-                total -= n
-            for path in (self.folder / "tmp").iterdir():
-                with suppress(OSError):
-                    if time.time() - path.stat().st_mtime > _STALE:
-                        path.unlink()
+        """Remove what was not used longest until the size is kept. Raises OSError, OutputError."""
+        self._disk.evict(self.max_bytes)
 
 
 def _key(planned: Planned, block: tuple[int, int], digests: dict[str, str], weights: Weights | None) -> str:
@@ -230,24 +248,5 @@ def _digest(source: Source, st: SourceTensor) -> str:
     return h.hexdigest()
 
 
-def _read_memo(path: Path) -> dict[str, str]:
-    """The digests that a memo holds, none when it is damaged or another's."""
-    try:
-        found = json.loads(path.read_bytes())
-        digests, check = found["digests"], found["check"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return {}
-    if not isinstance(digests, dict) or check != _memo_check(path, digests):
-        return {}
-    return {k: v for k, v in digests.items() if isinstance(k, str) and isinstance(v, str)}
-
-
-def _memo_check(path: Path, digests: Any) -> str:
-    return fingerprint.short(path.name, json.dumps(digests, sort_keys=True))
-
-
-def _write_memo(folder: Path, path: Path, digests: dict[str, str]) -> None:
-    fd, temporary = tempfile.mkstemp(dir=folder)
-    with os.fdopen(fd, "w") as f:
-        json.dump({"digests": digests, "check": _memo_check(path, digests)}, f)
-    os.replace(temporary, path)
+def _memo_check(name: str, digests: Any) -> str:
+    return fingerprint.short(name, json.dumps(digests, sort_keys=True))

@@ -11,18 +11,22 @@ import os
 import stat
 from pathlib import Path
 
+from .folders import Folder
 
-def create(path: Path, header: bytes, nbytes: int) -> None:
+
+def create(folder: Folder, name: str, header: bytes, nbytes: int) -> int:
     """A new file with its header and its full length, on the disk; the space is reserved where the filesystem can.
-    Raises OSError."""
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    Returns its descriptor, for reading and writing. Raises OSError."""
+    fd = folder.create(name)
     try:
         _reserve(fd, nbytes)
         os.ftruncate(fd, nbytes)
         write_at(fd, header, 0)
         os.fsync(fd)
-    finally:
+    except BaseException:
         os.close(fd)
+        raise
+    return fd
 
 
 def _reserve(fd: int, nbytes: int) -> None:

@@ -287,6 +287,12 @@ def read_header(path: Path) -> Header:
         raise SourceError(f"{path}: cannot be read: {e.strerror or e}") from None
 
 
+def read_header_of(file: BinaryIO, where: Path) -> Header:
+    """The same of a file that is open, called `where` in messages. Raises SourceError, OSError."""
+    file.seek(0)
+    return _read(_Cursor(where, file, os.fstat(file.fileno()).st_size))
+
+
 def parse_header(where: str, prefix: bytes, file_bytes: int) -> Header:
     """The header of a GGUF of `file_bytes` bytes of which `prefix` is the beginning, checked as `read_header`
     does; `where` is for messages. Raises PrefixTooShortError where more is needed, else SourceError."""

@@ -1,34 +1,40 @@
 """The journal of an unfinished build: what it is a build of, and which rows of the output are on the disk for good.
 
-    line 1  = JSON {"quantkit-journal": 1, "started": …, "identity": {…}, "files": […], "tensors": […]}, a space, its
+    line 1  = JSON {"quantkit-journal": 2, "started": …, "identity": {…}, "files": […], "tensors": […]}, a space, its
               CRC-32 in 8 hex digits
-    records = u32 tensor | u32 row | u32 n_rows | 16 bytes BLAKE2b of those rows' bytes | u32 CRC-32 of the record
+    records = u32 tensor | u32 row | u32 n_rows | 16 bytes XXH3-128 of those rows' bytes, as it is printed | u32 CRC-32
+              of the record
 
-Little-endian; `tensor` counts the plan's tensors. A record is appended only when the rows it names have been synced, so
-it never claims what the disk may not have. Reading stops at the first record whose CRC is wrong: what was being
-appended when the machine went down.
+Little-endian but for the digest; `tensor` counts the plan's tensors. A record is appended only when the rows it names
+have been synced, so it never claims what the disk may not have. Reading stops at the first record whose CRC is wrong:
+what was being appended when the machine went down. The digest notices what a disk has lost or changed, at the speed of
+memory (benchmarks/checksums.py); that nobody else writes to the files is quantkit.folders' to see.
 """
 
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import struct
 import zlib
 from bisect import bisect_right
 from collections.abc import Iterable
-from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from .errors import ResumeError
+import xxhash
 
-VERSION = 1
+from .errors import OutputError, ResumeError
+from .folders import Folder
+
+NAME = "journal"
+VERSION = 2
 _FIELDS = struct.Struct("<III16s")
 _RECORD = struct.Struct("<III16sI")
 #: bytes of the first line; R1's names 163 source files in 20 KB
 _MAX_HEAD = 1 << 24
+#: bytes that are read at all; R1's has 20 MB
+_MAX_BYTES = 1 << 30
 
 
 class Record(NamedTuple):
@@ -62,19 +68,21 @@ class Journal(NamedTuple):
 
 def digest(data: bytes | memoryview) -> bytes:
     """The checksum of rows' bytes."""
-    return hashlib.blake2b(data, digest_size=16).digest()
+    return xxhash.xxh3_128_digest(data)
 
 
-def create(path: Path, head: Head) -> None:
-    """A journal without records, on the disk when this returns. Raises OSError."""
+def create(folder: Folder, head: Head) -> int:
+    """A new journal without records, on the disk when this returns; its descriptor, for `append`. Raises OSError."""
     text = json.dumps({"quantkit-journal": VERSION, **head._asdict()}).encode()
     line = b"%s %08x\n" % (text, zlib.crc32(text))
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+    fd = folder.create(NAME)
     try:
         _write(fd, line)
         os.fsync(fd)
-    finally:
+    except BaseException:
         os.close(fd)
+        raise
+    return fd
 
 
 def append(fd: int, records: Iterable[Record]) -> None:
@@ -93,13 +101,18 @@ def _write(fd: int, data: bytes | bytearray) -> None:
         view = view[os.write(fd, view) :]
 
 
-def read(path: Path) -> Journal | None:
-    """A journal, or None where there is no file or its first line never was written whole. Raises ResumeError
-    for anything else that is no journal."""
+def read(folder: Folder, owner: int | None = None) -> Journal | None:
+    """The journal in a folder, or None where there is no file or its first line never was written whole. Raises
+    ResumeError for anything else that is no journal, or with `owner` for one of another user."""
+    path = folder.path / NAME
     try:
-        raw = path.read_bytes()
+        fd = folder.open(NAME, owner=owner)
+        with open(fd, "rb") as f:
+            raw = f.read(_MAX_BYTES)
+    except OutputError as e:
+        raise ResumeError(f"{str(e).partition(';')[0]}; begin anew with --restart") from None
     except OSError as e:
-        if e.errno in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG):
+        if e.errno == errno.ENOENT:
             return None
         raise ResumeError(f"{path}: cannot be read: {e.strerror or e}") from None
     end = raw.find(b"\n", 0, _MAX_HEAD)
@@ -108,7 +121,7 @@ def read(path: Path) -> Journal | None:
     line = raw[:end]
     damaged = ResumeError(f"{path}: is damaged and cannot be gone on with; begin anew with --restart")
     try:
-        if f"{zlib.crc32(line[:-9]):08x}" != line[-8:].decode():
+        if line != b"%s %08x" % (line[:-9], zlib.crc32(line[:-9])):
             raise damaged
         said = json.loads(line[:-9])
         version = said["quantkit-journal"]
@@ -116,12 +129,7 @@ def read(path: Path) -> Journal | None:
             raise ResumeError(
                 f"{path}: is of journal version {version}, this quantkit reads {VERSION}; begin anew with --restart"
             )
-        head = Head(
-            said["started"],
-            said["identity"],
-            [(name, nbytes) for name, nbytes in said["files"]],
-            [(name, n, row, file) for name, n, row, file in said["tensors"]],
-        )
+        head = _head(said)
     except (ValueError, KeyError, TypeError):
         raise damaged from None
     records, at = [], end + 1
@@ -132,6 +140,22 @@ def read(path: Path) -> Journal | None:
         records.append(Record(*fields))
         at += _RECORD.size
     return Journal(head, records, at)
+
+
+def _head(said: dict[str, Any]) -> Head:
+    """What a first line says. Raises KeyError, TypeError or ValueError unless it is what a build writes."""
+    started, identity = said["started"], said["identity"]
+    files = [(name, nbytes) for name, nbytes in said["files"]]
+    tensors = [(name, n_rows, row_bytes, file) for name, n_rows, row_bytes, file in said["tensors"]]
+    words = [started, *identity.keys(), *identity.values(), *(name for name, _ in files), *(t[0] for t in tensors)]
+    numbers = [*(nbytes for _, nbytes in files), *(n for t in tensors for n in t[1:])]
+    if not all(isinstance(word, str) for word in words) or not all(type(n) is int and n >= 0 for n in numbers):
+        raise TypeError
+    if any(name in ("", ".", "..") or "/" in name or "\0" in name for name, _ in files):
+        raise ValueError
+    if any(t[3] >= len(files) for t in tensors):
+        raise ValueError
+    return Head(started, identity, files, tensors)
 
 
 class Rows:

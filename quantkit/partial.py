@@ -2,14 +2,14 @@
 
 Every few seconds the files are synced, and then the journal tells of the rows that were written before. What it told of
 is read back and compared with its checksums when a build goes on. A file gets its name in the output's folder when all
-its rows are durable; where that would replace older files, all get theirs together at the end.
+its rows are durable; where that would replace older files, all get theirs together at the end. What gets a name is
+the file that was written: both folders are held open (quantkit.folders), and all in them is reached that way.
 """
 
 from __future__ import annotations
 
 import errno
 import os
-import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,12 +22,13 @@ import numpy as np
 import numpy.typing as npt
 
 from . import fingerprint, journal
-from .disk import create, read_at, sync, write_at
+from .disk import read_at, write_at
 from .errors import InternalCheckError, OutputError, QuantkitError, ResumeError
-from .gguf_format import pad
+from .folders import Folder
 from .journal import Head, Record, Rows
 from .layout import FileLayout
-from .partial_folder import clear, folder_of, take
+from .partial_files import Files
+from .partial_folder import LOCK, SCRATCH, clear, folder_of, take
 from .qtypes import QTYPES
 
 #: between syncs: the most work that a crash can cost, besides what is at work; QUANTKIT_COMMIT_SECONDS sets another
@@ -74,21 +75,19 @@ class Partial:
         self.places = places(self.layouts)
         self.identity = identity
         self.check_sources = check_sources
-        self.scratch = self.folder / "scratch"
         self.n_kept = 0
         """values of tensors that an earlier run made"""
         self._by_number = list(self.places)
         self._kept = [Rows() for _ in self._by_number]
         self._durable = [Rows() for _ in self._by_number]
         self._missing = [len(layout.tensors) for layout in self.layouts]
-        self._final = [False] * len(files)
-        self._fds: list[int] = []
         self._lock_fd = self._journal_fd = -1
+        self._held: list[Folder | Files] = []
         self._pending: list[Record] = []
         self._pending_lock, self._commit_lock = threading.Lock(), threading.Lock()
         self._failure: BaseException | None = None
         self._adopted = False
-        self._together = self._fresh = False
+        self._fresh = False
         self.on_whole: Callable[[str], None] = lambda _name: None
         """called when all rows of a tensor are on the disk for good"""
 
@@ -97,35 +96,47 @@ class Partial:
     def start(self, restart: bool, n_threads: int, progress: Callable[[str, int], None]) -> None:
         """Take the lock, and go on with what is there or begin. Raises ResumeError, OutputError."""
         try:
-            ours = {path.name for path in self.names}
-            self._lock_fd = take(self.out, {*ours, *(f"{name}.whole" for name in ours)})
+            self.above = self._hold_above()
+            taken = take(self.out, {path.name for path in self.names})
+            self._lock_fd, self.inside = taken.lock_fd, taken.folder
+            self.files = Files(self.inside, self.above, self.names, self.layouts)
+            self._held += [self.inside, self.files]
             if restart:
-                clear(self.folder)
-            found = journal.read(self.folder / "journal")
-            self._together = any(name.exists() for name in self.names) if not (found and found.records) else any(
-                name.exists() and (self.folder / name.name).exists() for name in self.names
+                clear(self.inside)
+            found = journal.read(self.inside, self.inside.own)
+            named = [name.name for name in self.names if self.above.look(name.name) is not None]
+            together = bool(named) if not (found and found.records) else any(
+                self.inside.look(name) is not None for name in named
             )  # fmt: skip
             if found is not None and found.records:
                 self._check_identity(found.head.identity)
             else:
-                clear(self.folder)
+                clear(self.inside)
                 self._fresh = True
                 now = datetime.now(timezone.utc).isoformat(" ", "seconds")
                 found = None
-                journal.create(self.folder / "journal", self._head(now))
-            for i in range(len(self.names)):
-                self._open_file(i, found is not None)
-            sync(self.folder)
-            sync(self.folder.parent)
-            self._journal_fd = os.open(self.folder / "journal", os.O_WRONLY | os.O_APPEND)
+                os.close(journal.create(self.inside, self._head(now)))
+            self.files.open(found is not None, together)
+            self.inside.sync()
+            self.above.sync()
+            self._journal_fd = self.inside.open(
+                journal.NAME, os.O_WRONLY | os.O_APPEND, owner=self.inside.own, alone=True
+            )
             if found is not None:
                 os.ftruncate(self._journal_fd, found.nbytes)
                 self._read_back(found.records, n_threads, progress)
-            if self.scratch.exists():
-                shutil.rmtree(self.scratch)
-            self.scratch.mkdir()
+            self.inside.remove(SCRATCH)
+            self.scratch = self.inside.sub(SCRATCH, 0o700)
+            self._held.append(self.scratch)
         except OSError as e:
             raise self._os_error(e) from None
+
+    def _hold_above(self) -> Folder:
+        try:
+            self._held.append(above := Folder.hold(self.out.absolute().parent))
+        except OSError as e:
+            raise OutputError(f"{self.folder}: cannot be made: {e.strerror or e}; choose another place") from None
+        return above
 
     def _check_identity(self, was: Mapping[str, str]) -> None:
         differs = fingerprint.difference(was, self.identity)
@@ -140,23 +151,6 @@ class Partial:
         tensors = [(name, p.n_rows, p.row_bytes, p.file) for name, p in self.places.items()]
         return Head(started, dict(self.identity), files, tensors)
 
-    def _open_file(self, i: int, resumed: bool) -> None:
-        """File `i`, with its header and full length; made where it is not there."""
-        path, layout = self.folder / self.names[i].name, self.layouts[i]
-        named = resumed and not path.exists() and self.names[i].is_file()
-        if named and (not self._together or _begins_with(self.names[i], layout)):
-            self._final[i] = True
-            path = self.names[i]
-        elif not (resumed and path.is_file() and not path.is_symlink() and _begins_with(path, layout)):
-            with suppress(FileNotFoundError):
-                path.unlink()
-            create(path, layout.header, layout.nbytes)
-        self._fds.append(os.open(path, os.O_RDWR))
-        if resumed:
-            for p in layout.tensors:
-                end = p.offset + p.planned.nbytes
-                write_at(self._fds[i], bytes(pad(end) - end), end)
-
     def _read_back(self, records: Sequence[Record], n_threads: int, progress: Callable[[str, int], None]) -> None:
         """Compare what the journal tells of with what is on the disk, and keep what is equal."""
         sizes = [p.n_rows for p in self.places.values()]
@@ -165,7 +159,9 @@ class Partial:
             if r.tensor >= len(sizes) or r.row + r.n_rows > sizes[r.tensor] or r.n_rows == 0:
                 return False
             place = self.places[self._by_number[r.tensor]]
-            raw = read_at(self._fds[place.file], r.n_rows * place.row_bytes, place.offset + r.row * place.row_bytes)
+            raw = read_at(
+                self.files.fds[place.file], r.n_rows * place.row_bytes, place.offset + r.row * place.row_bytes
+            )
             return journal.digest(raw) == r.digest
 
         with ThreadPoolExecutor(n_threads) as pool:
@@ -177,34 +173,19 @@ class Partial:
                     n = (len(self._kept[r.tensor]) - before) * self.places[name].n_cols
                     self.n_kept += n
                     progress(name, n)
-        for i, final in enumerate(self._final):
+        for i, final in enumerate(self.files.final):
             mine = [self._kept[p.number] for p in self.places.values() if p.file == i]
             whole = [p for p in self.places.values() if p.file == i and len(self._kept[p.number]) == p.n_rows]
-            size = os.fstat(self._fds[i]).st_size
-            if final and (len(whole) < len(mine) or size != self.layouts[i].nbytes
-                          or not _begins_with(self.names[i], self.layouts[i])):  # fmt: skip
-                self._take_back(i, any(len(rows) for rows in mine))
+            if final and not (len(whole) == len(mine) and self.files.is_framed(i)):
+                if not any(len(rows) for rows in mine):
+                    raise OutputError(
+                        f"{self.names[i]}: is not the file that this build made; move it away, or begin anew with "
+                        "--restart"
+                    )
+                self.files.take_back(i)
         for number, rows in enumerate(self._kept):
             for row, end in zip(rows.starts, rows.ends, strict=True):
                 self._note_durable(number, row, end - row)
-
-    def _take_back(self, i: int, is_ours: bool) -> None:
-        """A file that has its name but is not whole: back to the unfinished ones. Raises OutputError for another's."""
-        path = self.folder / self.names[i].name
-        if not is_ours:
-            raise OutputError(
-                f"{self.names[i]}: is not the file that this build made; move it away, or begin anew with --restart"
-            )
-        os.close(self._fds[i])
-        if self._together:
-            shutil.copyfile(self.names[i], path)
-        else:
-            os.replace(self.names[i], path)
-        self._final[i] = False
-        with open(path, "r+b") as f:
-            f.truncate(self.layouts[i].nbytes)
-            f.write(self.layouts[i].header)
-        self._fds[i] = os.open(path, os.O_RDWR)
 
     # ------------------------------------------------------------ the sink
 
@@ -222,7 +203,7 @@ class Partial:
         view = data.data.cast("B")
         at = place.offset + row * place.row_bytes
         try:
-            write_at(self._fds[place.file], view, at)
+            write_at(self.files.fds[place.file], view, at)
         except OSError as e:
             raise OutputError(
                 f"{self.folder / self.names[place.file].name}: writing '{name}' at {at:,} failed: "
@@ -241,18 +222,14 @@ class Partial:
 
     def target(self, name: str) -> tuple[int, Place]:
         """The descriptor and place of a tensor, for writing by other means; tell with `note`."""
-        return self._fds[self.places[name].file], self.places[name]
+        return self.files.fds[self.places[name].file], self.places[name]
 
-    def whole_file(self) -> Path:
-        path = self.folder / self.names[0].name
-        os.ftruncate(self._fds[0], 0)
-        return path.with_name(path.name + ".whole")
+    def give_up_rows(self) -> None:
+        os.ftruncate(self.files.fds[0], 0)
 
-    def adopt(self) -> None:
-        path = self.folder / self.names[0].name
-        os.close(self._fds[0])
-        os.replace(path.with_name(path.name + ".whole"), path)
-        self._fds[0] = os.open(path, os.O_RDWR)
+    def adopt(self, name: str) -> None:
+        fd = self.scratch.open(name, os.O_RDWR, alone=True)
+        self.files.replace(0, fd, self.scratch, name)
         self._adopted = True
 
     # ------------------------------------------------------------ durable
@@ -288,7 +265,7 @@ class Partial:
                 return
             try:
                 for file in sorted({self.places[self._by_number[r.tensor]].file for r in records}):
-                    os.fdatasync(self._fds[file])
+                    os.fdatasync(self.files.fds[file])
                 self.check_sources()  # before the rows are told of: they are good for as long as the journal is
                 journal.append(self._journal_fd, records)
             except OSError as e:
@@ -309,17 +286,16 @@ class Partial:
         if before < place.n_rows == len(rows):
             self.on_whole(self._by_number[number])
             self._missing[place.file] -= 1
-            if not self._missing[place.file] and not self._together and len(self.names) > 1:
+            if not self._missing[place.file] and not self.files.together and len(self.names) > 1:
                 self._finalize(place.file)
 
     def _finalize(self, i: int) -> None:
-        if not self._final[i]:
+        if not self.files.final[i]:
             self.check_sources()
-            os.fsync(self._fds[i])
-            os.replace(self.folder / self.names[i].name, self.names[i])
-            sync(self.out.parent)
-            sync(self.folder)
-            self._final[i] = True
+            os.fsync(self.files.fds[i])
+            self.files.give_name(i)
+            self.above.sync()
+            self.inside.sync()
 
     def is_durable(self, name: str) -> bool:
         """Whether all rows of a tensor are on the disk."""
@@ -341,7 +317,7 @@ class Partial:
         if left and not self._adopted:
             raise InternalCheckError(f"{self.out}: rows of {len(left)} tensors were not written, '{left[0]}' the first")
         try:
-            for i, (fd, layout) in enumerate(zip(self._fds, self.layouts, strict=True)):
+            for i, (fd, layout) in enumerate(zip(self.files.fds, self.layouts, strict=True)):
                 size = os.fstat(fd).st_size
                 if size != layout.nbytes:
                     raise InternalCheckError(f"{self.names[i]}: has {size:,} bytes, planned are {layout.nbytes:,}")
@@ -349,10 +325,9 @@ class Partial:
             self.check_sources()
             # the first shard last: without it the others are not taken for a model
             for i in reversed(range(len(self.names))):
-                if not self._final[i]:
-                    os.replace(self.folder / self.names[i].name, self.names[i])
-                    self._final[i] = True
-            sync(self.out.parent)
+                if not self.files.final[i]:
+                    self.files.give_name(i)
+            self.above.sync()
         except OSError as e:
             raise self._os_error(e) from None
         self._remove()
@@ -360,16 +335,18 @@ class Partial:
     def give_up(self, keep: bool) -> str | None:
         """The build ends early: what was written is kept for the next run, if there is any and `keep`. Says so."""
         if self._lock_fd < 0:
+            self.close()
             return None
         with suppress(Exception):
             if keep and self._failure is None:
                 self.commit()
         done, total = self.durable_bytes, sum(p.n_rows * p.row_bytes for p in self.places.values())
-        keep = any(self._final) or (keep and (done > 0 or not self._fresh))
+        keep = any(self.files.final) or (keep and (done > 0 or not self._fresh))
         if not keep:
             self._remove()
             return None
-        shutil.rmtree(self.scratch, ignore_errors=True)
+        with suppress(OSError):
+            self.inside.remove(SCRATCH)
         self.close()
         return (
             f"{done:,} of {total:,} bytes are kept in {self.folder}: the same command goes on from there, "
@@ -380,19 +357,23 @@ class Partial:
         """Remove the folder and let go. The lock is held to the end, and goes last: who gets it next finds nothing of
         ours, and who is ended between finds the journal as long as there is anything else."""
         with suppress(OSError):
-            clear(self.folder)
-            (self.folder / "lock").unlink()
-        self.close()
+            clear(self.inside)
+            self.inside.unlink(LOCK)
+        os.close(self._lock_fd)
+        self._lock_fd = -1
         with suppress(OSError):
-            self.folder.rmdir()
+            os.rmdir(self.folder.name, dir_fd=self.above.fd)
+        self.close()
 
     def close(self) -> None:
-        """Let go of files and lock."""
-        for fd in (*self._fds, self._journal_fd, self._lock_fd):
+        """Let go of files, lock and folders."""
+        for fd in (self._journal_fd, self._lock_fd):
             if fd >= 0:
                 with suppress(OSError):
                     os.close(fd)
-        self._fds, self._journal_fd, self._lock_fd = [], -1, -1
+        for held in reversed(self._held):
+            held.close()
+        self._journal_fd, self._lock_fd, self._held = -1, -1, []
 
     def _os_error(self, e: OSError) -> OutputError:
         return OutputError(f"{self.out}: {e.strerror or e}; {_mend(e)} and build again")
@@ -411,8 +392,3 @@ def _commit_seconds() -> float:
 
 def _mend(e: OSError) -> str:
     return "free some space" if e.errno in (errno.ENOSPC, errno.EDQUOT) else "mend that"
-
-
-def _begins_with(path: Path, layout: FileLayout) -> bool:
-    with open(path, "rb") as f:
-        return f.read(len(layout.header)) == layout.header and os.fstat(f.fileno()).st_size == layout.nbytes

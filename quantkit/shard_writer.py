@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from . import output_files
 from .copying import Opened, Progress, copy_range, write_at
-from .disk import sync
 from .errors import OutputError, SourceError
+from .folders import Folder, same, who
 from .output_files import Output
 from .shards import Input, OutputFile, ShardSet
 
@@ -43,36 +44,52 @@ def write(
     Raises SourceError if a file of the set has changed since its header was read, OutputError for what cannot
     be written, or if without `force` a name was taken meanwhile. The output is then as it was before.
     """
-    folder = files[0].path.parent
     how: dict[str, int] = {}
     try:
-        with _scratch(folder) as scratch, _Sources(model.inputs) as sources:
-            made = [(scratch / f"{file.path.name}.part", file.path) for file in files]
-            for (temporary, _), file in zip(made, files, strict=True):
-                _write_file(temporary, file, sources, how, progress)
-            for temporary, _ in made:
-                sync(temporary)
-            sources.check_all()
-            _publish(made, scratch, force)
-            sync(folder)
+        with Folder.hold(files[0].path.absolute().parent) as folder, _scratch(folder) as scratch:
+            with _Sources(model.inputs) as sources:
+                made = [_write_file(scratch, file, sources, how, progress) for file in files]
+                for each in made:
+                    _sync(scratch, each)
+                sources.check_all()
+            _publish(made, scratch, folder, force)
+            folder.sync()
     except OSError as e:
         raise OutputError(f"{files[0].path}: {e.strerror or e}; nothing was changed: mend that and try again") from None
     return how
 
 
+class _Made(NamedTuple):
+    """A file in the hidden folder. It keeps its name till it gets that of `path`, and is told by `info`."""
+
+    temporary: str
+    path: Path
+    info: os.stat_result
+
+
 @contextlib.contextmanager
-def _scratch(folder: Path) -> Iterator[Path]:
-    path = Path(tempfile.mkdtemp(prefix=".quantkit-shards-", dir=folder))
+def _scratch(folder: Folder) -> Iterator[Folder]:
+    """A new folder in the output's, that only this user may write to."""
+    name = f".quantkit-shards-{secrets.token_hex(8)}"
+    os.mkdir(name, 0o700, dir_fd=folder.fd)
+    scratch = folder.sub(name)
     try:
-        yield path
+        if not scratch.is_own:
+            raise OutputError(f"{scratch.path}: was replaced by {who(scratch.info.st_uid)}; choose another place")
+        yield scratch
     finally:
-        shutil.rmtree(path, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            for each in scratch.names():
+                scratch.remove(each)
+            os.rmdir(name, dir_fd=folder.fd)
+        scratch.close()
 
 
 def _write_file(
-    temporary: Path, file: OutputFile, sources: _Sources, how: dict[str, int], progress: Progress | None
-) -> None:
-    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    scratch: Folder, file: OutputFile, sources: _Sources, how: dict[str, int], progress: Progress | None
+) -> _Made:
+    temporary = f"{file.path.name}.part"
+    fd = scratch.create(temporary)
     try:
         target = Opened(fd, file.path)  # messages name what was asked for
         os.ftruncate(fd, file.nbytes)
@@ -81,6 +98,23 @@ def _write_file(
             way = copy_range(sources.open(piece.file), piece.src_offset, target, piece.dst_offset, piece.nbytes, moved)
             how[way] = how.get(way, 0) + piece.nbytes
         write_at(target, 0, file.header)
+        return _Made(temporary, file.path, os.fstat(fd))
+    finally:
+        os.close(fd)
+
+
+def _is(info: os.stat_result, made: _Made) -> bool:
+    """Whether that is the file that was written, and as it was then: a number of a removed file may be given again."""
+    return same(info, made.info) and (info.st_size, info.st_mtime_ns) == (made.info.st_size, made.info.st_mtime_ns)
+
+
+def _sync(scratch: Folder, made: _Made) -> None:
+    """Raises OutputError when it is not the file that was written."""
+    fd = scratch.open(made.temporary)
+    try:
+        if not _is(os.fstat(fd), made):
+            raise OutputError(f"{made.path}: its unfinished file was replaced by another; find out who writes there")
+        os.fsync(fd)
     finally:
         os.close(fd)
 
@@ -118,7 +152,7 @@ class _Sources:
         if file != self._file:
             self._close()
             try:
-                self._fd = os.open(source.path, os.O_RDONLY)
+                self._fd = os.open(source.path, os.O_RDONLY | os.O_NONBLOCK)
             except OSError as e:
                 raise SourceError(f"{source.path}: cannot be opened: {e.strerror or e}") from None
             self._file = file
@@ -144,24 +178,32 @@ class _Sources:
         self._file = self._fd = -1
 
 
-def _publish(made: Sequence[tuple[Path, Path]], scratch: Path, force: bool) -> None:
+def _publish(made: Sequence[_Made], scratch: Folder, folder: Folder, force: bool) -> None:
     """Rename all, or none: files that are replaced are kept until the new ones have their names.
 
     The first shard goes first and comes last, so that at no moment new and old shards look like one model."""
-    old = scratch / "replaced"
-    old.mkdir()
-    try:
-        for _, path in made:
-            if os.path.lexists(path):
-                output_files.check_replaceable(path, force)
-                os.replace(path, old / path.name)
-        for temporary, path in reversed(made):
-            os.replace(temporary, path)
-    except BaseException:
-        for temporary, path in made:
-            if not temporary.exists():
-                path.unlink(missing_ok=True)
-        for _, path in reversed(made):
-            if os.path.lexists(old / path.name):
-                os.replace(old / path.name, path)
-        raise
+    os.mkdir("replaced", dir_fd=scratch.fd)
+    with scratch.sub("replaced") as old:
+        try:
+            for each in made:
+                if os.path.lexists(each.path):
+                    output_files.check_replaceable(each.path, force)
+                    _move(each.path.name, folder, each.path.name, old)
+            for each in reversed(made):
+                now = scratch.look(each.temporary)
+                if now is None or not _is(now, each):
+                    raise OutputError(f"{each.path}: its unfinished file was replaced; find out who writes there")
+                _move(each.temporary, scratch, each.path.name, folder)
+        except BaseException:
+            for each in made:
+                now = folder.look(each.path.name)
+                if now is not None and _is(now, each):
+                    folder.unlink(each.path.name)
+            for each in reversed(made):
+                if old.look(each.path.name) is not None:
+                    _move(each.path.name, old, each.path.name, folder)
+            raise
+
+
+def _move(name: str, source: Folder, new: str, to: Folder) -> None:
+    os.replace(name, new, src_dir_fd=source.fd, dst_dir_fd=to.fd)

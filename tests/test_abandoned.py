@@ -146,7 +146,7 @@ def test_not_while_another_process_is_at_it(b: Builder) -> None:
         with pytest.raises(ResumeError, match="is being built by process"):
             b.run(ready)
     finally:
-        os.close(held)
+        held.close()
     assert finals(b) == was
 
 

@@ -353,9 +353,7 @@ def test_config_and_other_files(v3: Path, tmp_path: Path) -> None:
     (v3 / ".cache" / "x.lock").touch()
     (v3 / ".gitattributes").touch()
     (v3 / "inference" / "old.pt").write_bytes(b"weights")
-    blob = tmp_path / "blob"
-    blob.write_text("linked, as in the cache of huggingface_hub")
-    (v3 / "README.md").symlink_to(blob)
+    (v3 / "README.md").symlink_to("LICENSE")
     factory.edit_json(v3 / "config.json", lambda c: c.update(name="ü", rope_theta=1e-06, dtype="bfloat16"))
     plan = make_plan(open_checkpoint(v3), Options("f16"))
     assert plan.left_out == ("inference/old.pt",)

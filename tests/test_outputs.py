@@ -51,7 +51,7 @@ class Case:
 CASES = [
     Case(
         "build",
-        "$v3 -r $mine --imatrix $imatrix --pre deepseek-v3 --llama-quantize $tool -q",
+        "$v3 -r $mine --imatrix $imatrix --pre deepseek-v3 --engine llama-quantize --llama-quantize $tool -q",
         "$v3/* $mine $base $imatrix $tool",
         {"output": "-o", "attest": "--attest", "cache_dir": "--cache"},
         ("cache_dir",),
@@ -140,7 +140,7 @@ def world(
     w.of["mine"].write_text(MINE)
     w.of["base"].write_text(BASE)
     shutil.copy(tiny_imatrix, w.of["imatrix"])
-    w.of["tool"].write_text("#!/bin/sh\n")
+    w.of["tool"].write_text("#!/bin/sh\necho --tensor-type-file\n")  # as its --help says
     w.of["tool"].chmod(0o755)
     w.of["rules"].write_text("output.weight=q8_0\n")
     mine, common = str(w.of["mine"]), ("--pre", "deepseek-v3", "-q")

@@ -28,6 +28,7 @@ from quantkit.arch.options import Options
 from quantkit.engines import Work
 from quantkit.engines.native import NativeEngine
 from quantkit.errors import InternalCheckError, OutputError, ResumeError, SourceError
+from quantkit.folders import Folder
 from quantkit.gguf_format import KV, STRING, U32, U64, kv, kv_array
 from quantkit.imatrix import open_imatrix
 from quantkit.journal import Head, Record, Rows
@@ -106,21 +107,31 @@ def b(tiny_v3: Path, tiny_imatrix: Path, tmp_path: Path) -> Builder:
 # ---------------------------------------------------------------- the journal
 
 
+def create_journal(folder: Path) -> None:
+    with Folder.hold(folder) as held:
+        os.close(journal.create(held, HEAD))
+
+
+def read_journal(folder: Path) -> journal.Journal | None:
+    with Folder.hold(folder) as held:
+        return journal.read(held)
+
+
 def test_a_journal_comes_back(tmp_path: Path) -> None:
     path = tmp_path / "journal"
-    journal.create(path, HEAD)
+    create_journal(tmp_path)
     records = [Record(0, 3, 5, journal.digest(b"x")), Record(1, 0, 7, journal.digest(b"y"))]
     with path.open("ab", 0) as f:
         journal.append(f.fileno(), records[:1])
         journal.append(f.fileno(), records[1:])
-    found = journal.read(path)
+    found = read_journal(tmp_path)
     assert found == (HEAD, records, path.stat().st_size)
     assert journal.durable(found) == [5, 7]
 
 
 def test_a_torn_tail_is_left_out(tmp_path: Path) -> None:
     path = tmp_path / "journal"
-    journal.create(path, HEAD)
+    create_journal(tmp_path)
     sizes = [path.stat().st_size]
     for i in range(3):
         with path.open("ab", 0) as f:
@@ -129,24 +140,24 @@ def test_a_torn_tail_is_left_out(tmp_path: Path) -> None:
     whole = path.read_bytes()
     for end in range(sizes[0], len(whole)):
         path.write_bytes(whole[:end])
-        found = journal.read(path)
+        found = read_journal(tmp_path)
         assert found is not None
         n = sum(size <= end for size in sizes) - 1
         assert (len(found.records), found.nbytes) == (n, sizes[n])
     for end in range(sizes[0] - 1):  # the first line itself was not written whole: there is nothing to lose
         path.write_bytes(whole[:end])
-        assert journal.read(path) is None
+        assert read_journal(tmp_path) is None
 
 
 @given(bit=st.integers(0, 10_000))
 def test_a_flipped_bit_is_never_taken_for_a_record(bit: int) -> None:
     with tempfile.TemporaryDirectory() as name:
         path = Path(name) / "journal"
-        journal.create(path, HEAD)
+        create_journal(Path(name))
         with path.open("ab", 0) as f:
             journal.append(f.fileno(), [Record(0, i, 1, journal.digest(bytes([i]))) for i in range(4)])
         whole = bytearray(path.read_bytes())
-        before = journal.read(path)
+        before = read_journal(Path(name))
         assert before is not None
         bit %= 8 * len(whole)
         whole[bit // 8] ^= 1 << bit % 8
@@ -154,9 +165,9 @@ def test_a_flipped_bit_is_never_taken_for_a_record(bit: int) -> None:
         end = whole.index(b"\n") if b"\n" in whole else 0
         if bit // 8 <= before.nbytes - 4 * 32 - 1 and end:
             with pytest.raises(ResumeError, match="is damaged and cannot be gone on with; begin anew with --restart"):
-                journal.read(path)
+                read_journal(Path(name))
         else:  # records are missing, or the end of the first line
-            found = journal.read(path)
+            found = read_journal(Path(name))
             assert found is None or (found.head == HEAD and found.records == before.records[: len(found.records)])
             assert found is None or len(found.records) < 4
 
@@ -166,8 +177,8 @@ def test_a_journal_of_another_version(tmp_path: Path) -> None:
 
     text = b'{"quantkit-journal": 99}'
     (tmp_path / "journal").write_bytes(b"%s %08x\n" % (text, zlib.crc32(text)))
-    with pytest.raises(ResumeError, match="is of journal version 99, this quantkit reads 1; begin anew with --restart"):
-        journal.read(tmp_path / "journal")
+    with pytest.raises(ResumeError, match="is of journal version 99, this quantkit reads 2; begin anew with --restart"):
+        read_journal(tmp_path)
 
 
 @given(st.lists(st.tuples(st.integers(0, 40), st.integers(1, 12))), st.integers(0, 50), st.integers(1, 20))
@@ -494,12 +505,12 @@ def test_ended_between_the_names_of_shards_that_replace_others(b: Builder, monke
     names = {p.name: p.read_bytes() for p in b.out.parent.iterdir()}
     replace_, given = os.replace, 0
 
-    def once(src: Path, dst: Path) -> None:
+    def once(src: str, dst: str, **folders: int) -> None:
         nonlocal given
         given += 1
         if given == 2:
             raise EnoughError
-        replace_(src, dst)
+        replace_(src, dst, **folders)
 
     ready = b.ready(split_max_size=1 << 18, force=True)
     monkeypatch.setattr(os, "replace", once)

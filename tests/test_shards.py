@@ -606,12 +606,12 @@ def test_stopped_while_the_files_get_their_names(
         file.path.write_bytes(b"old " + file.path.name.encode())
     old, replace, left = contents(out), os.replace, at + 1
 
-    def stop(a: Path, b: Path) -> None:
+    def stop(a: str, b: str, **folders: int) -> None:
         nonlocal left
         left -= 1
         if left == 0 and not after:
             raise Stop
-        replace(a, b)
+        replace(a, b, **folders)
         # at no moment do new and old files together have all the names
         kinds = {data[:4] for name, data in contents(out).items() if "/" not in name}
         assert len(kinds) <= 1 or not (out / files[0].path.name).exists()

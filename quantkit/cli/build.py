@@ -117,6 +117,7 @@ def build(
     from quantkit.abandoned import finished_shards
     from quantkit.build import prepare
     from quantkit.cache import Cache
+    from quantkit.errors import OutputError
     from quantkit.gaps import gap_warnings
     from quantkit.models import open_model
     from quantkit.output_files import Output
@@ -147,7 +148,12 @@ def build(
         click.echo("dry run: everything was checked, nothing was written")
         return
     evidence = None if attest is None else gather_evidence(ready, quiet)
-    cache = Cache(cache_dir, cache_size) if cache_dir is not None else None
+    cache = None
+    if cache_dir is not None:
+        try:
+            cache = Cache(cache_dir, cache_size)
+        except OutputError as e:
+            click.echo(f"warning: {e}; the build goes on without a cache", err=True)
     run_with_progress(ready, chosen, threads or default_threads(), quiet, cache)
     if attest is not None and evidence is not None:
         from quantkit.recipe import parse_sets
@@ -217,7 +223,7 @@ def run_with_progress(ready: Build, engine: Engine, n_threads: int, quiet: bool,
             f"warning: {cache.n_corrupt} damaged entries of {cache.folder} were removed and made again", err=True
         )
     if cache is not None and cache.failure:
-        click.echo(f"warning: not everything could be kept in {cache.folder}: {cache.failure}", err=True)
+        click.echo(f"warning: not all of the cache {cache.folder} could be used: {cache.failure}", err=True)
     if not quiet:
         for path, layout in ready.files:
             click.echo(f"{path}  {layout.nbytes:,} bytes")

@@ -77,4 +77,4 @@ def _open(folder: Path, max_size: int) -> Cache:
 
     if not (folder / "objects").is_dir():
         raise OutputError(f"{folder}: is no folder of `quantkit build --cache`")
-    return Cache(folder, max_size)
+    return Cache(folder, max_size, make=False)

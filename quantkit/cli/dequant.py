@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from quantkit.dequant import Job
     from quantkit.dequant.decode import Decoder
 
+#: files that are not copied, which are named
+_MOST_REFUSED = 10
+
 
 @click.command(cls=Command)
 @click.argument("source", metavar="SRC", type=CHECKPOINT)
@@ -67,8 +70,9 @@ def dequant(
     """Write an FP8 checkpoint as one in BF16, with the bytes that torch's weight.float() * scale gives.
 
     SRC and DST are Hugging Face directories. DST gets the shards with an index, config.json without
-    quantization_config, and the tokenizer and every other file that holds no weights, folders included. A run that
-    was interrupted goes on where it was when it is started again, and reads back what is finished.
+    quantization_config, and the tokenizer and every other file of SRC that holds no weights, folders included; links
+    that lead out of SRC are not copied, but for those of a snapshot in Hugging Face's cache. A run that was
+    interrupted goes on where it was when it is started again, and reads back what is finished.
 
     \b
     quantkit dequant DeepSeek-R1/ DeepSeek-R1-BF16/
@@ -84,6 +88,8 @@ def dequant(
     decoder: Decoder = Native() if device == "cpu" else Torch(device)
     if not quiet:
         click.echo(_plan_text(job))
+    for line in _refused(job):
+        click.echo(f"warning: {line}", err=True)
     if dry_run:
         click.echo("dry run: everything was checked, nothing was written")
         return
@@ -92,7 +98,7 @@ def dequant(
 
 def _check_names(job: Job) -> None:
     """Raises OutputError where a name is too long with what is added to it while the file is made."""
-    from quantkit.dequant.state import PART
+    from quantkit.dequant.place import PART
     from quantkit.output_files import check_length
 
     for name in [*(shard.name for shard in job.plan.shards), *(name for name, _ in job.plan.carried)]:
@@ -125,6 +131,15 @@ def _plan_text(job: Job) -> str:
             "be written"
         )
     return "\n".join(lines)
+
+
+def _refused(job: Job) -> list[str]:
+    """What lies beside the weights and is not copied, in a few lines."""
+    refused = job.plan.refused
+    lines = [f"{job.source.path / name}: {why}; it is not copied" for name, why in refused[:_MOST_REFUSED]]
+    if len(refused) > _MOST_REFUSED:
+        lines.append(f"and {len(refused) - _MOST_REFUSED} more like these are not copied")
+    return lines
 
 
 def _run(job: Job, decoder: Decoder, n_threads: int, quiet: bool) -> None:

@@ -14,13 +14,12 @@ import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..catalogue import SourceTensor
 from ..errors import SourceError
-from ..sources.files import regular_size
 from ..sources.safetensors_dir import DTYPE_BYTES, INDEX, SINGLE, Checkpoint
+from . import beside
 
 FP8 = "F8_E4M3"
 #: --dtype -> (safetensors' name of it, torch's)
@@ -84,6 +83,8 @@ class Plan:
     """path inside the directory and size of each file that is copied"""
     left_out: tuple[str, ...]
     """files of weights that are neither read nor copied"""
+    refused: tuple[tuple[str, str], ...]
+    """other files that are not copied, and why: links out of the folder, and what is no regular file"""
     n_dropped: int
     """weights of MTP layers that are not in the output"""
 
@@ -119,9 +120,9 @@ def make_plan(source: Checkpoint, options: Options) -> Plan:
         where = {t.source.name: shard.name for shard in shards for t in shard.tensors}
         total = sum(shard.tensor_bytes for shard in shards)
         index = _json({"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))})
-    carried, left_out = _other_files(source)
+    others = _other_files(source)
     config = _config(source.config, options)
-    return Plan(options, shards, index, config, carried, left_out, len(stored) - len(kept))
+    return Plan(options, shards, index, config, *others, len(stored) - len(kept))
 
 
 def _main_layers(source: Checkpoint, tensors: Iterable[SourceTensor]) -> list[SourceTensor]:
@@ -193,27 +194,25 @@ def _json(value: Mapping[str, Any]) -> bytes:
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def _other_files(source: Checkpoint) -> tuple[tuple[tuple[str, int], ...], tuple[str, ...]]:
-    """The files to copy, folders included, and those of weights, which are not. Hidden ones are neither: they are
-    git's and the downloader's."""
-    carried, left_out = [], []
+class _Others(NamedTuple):
+    carried: tuple[tuple[str, int], ...]
+    left_out: tuple[str, ...]
+    refused: tuple[tuple[str, str], ...]
+
+
+def _other_files(source: Checkpoint) -> _Others:
+    """The files to copy, folders included, those of weights, which are not, and what is refused, with the reason.
+    Raises SourceError for a file that cannot be read: better now than when all else is done."""
+    carried, left_out, refused = [], [], []
     read = {os.path.normpath(p) for p in (*source.files, source.path / CONFIG, source.path / INDEX)}
-    try:
-        for folder, folders, files in os.walk(source.path, onerror=_raise):
-            folders[:] = sorted(f for f in folders if not f.startswith("."))
-            for name in sorted(files):
-                path = Path(folder, name)
-                inside = path.relative_to(source.path).as_posix()
-                if name.startswith(".") or os.path.normpath(path) in read:
-                    continue
-                if name.endswith(_WEIGHTS):
-                    left_out.append(inside)
-                else:
-                    carried.append((inside, regular_size(path)))
-    except OSError as e:
-        raise SourceError(f"{e.filename}: cannot be read: {e.strerror or e}") from None
-    return tuple(carried), tuple(left_out)
-
-
-def _raise(error: OSError) -> None:
-    raise error
+    for found in beside.files(source.path):
+        if os.path.normpath(source.path / found.name) in read:
+            continue
+        if found.name.endswith(_WEIGHTS):
+            left_out.append(found.name)
+        elif found.refused:
+            refused.append((found.name, found.refused))
+        else:
+            os.close(beside.open_to_copy(source.path, found.name))
+            carried.append((found.name, found.nbytes))
+    return _Others(tuple(carried), tuple(left_out), tuple(refused))

@@ -14,7 +14,7 @@ import shutil
 import threading
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,14 +22,18 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from ..disk import read_at, sync, write_at
-from ..errors import OutputError, ResumeError, SourceError
+from ..copying import Opened, copy_range
+from ..disk import read_at, write_at
+from ..errors import OutputError, ResumeError
+from ..folders import Folder
 from ..labour import share_out
 from ..sources.safetensors_dir import DTYPE_BYTES, INDEX, Checkpoint
+from .beside import open_to_copy
 from .checksum import joined
 from .decode import Decoder, refuse
+from .place import PART, hold, new, part_of, place_of, replacing
 from .plan import CONFIG, FP8, Moved, Options, Plan, Shard, make_plan
-from .state import PART, STATE, finished, leftovers, read_state, require_same, state_bytes, state_of
+from .state import STATE, finished, leftovers, read_state, require_same, state_bytes, state_of
 
 #: called with the name of the tensor at work and the bytes written since the last call
 Progress = Callable[[str, int], None]
@@ -79,17 +83,19 @@ def prepare(source: Checkpoint, dst: Path, options: Options, restart: bool = Fal
 
 def _prepare(source: Checkpoint, plan: Plan, dst: Path, state: dict[str, Any], restart: bool) -> Job:
     _check_place(source.path, dst)
-    found = read_state(dst)
-    done: frozenset[str] = frozenset()
-    if found is None:
-        if dst.is_dir() and any(p.name != STATE + PART for p in dst.iterdir()):
-            raise OutputError(f"{dst}: is not empty, and holds no unfinished run; choose another directory")
-    elif not restart:
-        require_same(dst, found, state)
-        done = finished(dst, plan, found["finished"])
-        state["finished"] = {name: found["finished"][name] for name in sorted(done)}
+    folder = hold(dst)
+    with nullcontext() if folder is None else folder:
+        found = read_state(folder)
+        done: frozenset[str] = frozenset()
+        if folder is not None and found is None:
+            if any(name != STATE + PART for name in folder.names()):
+                raise OutputError(f"{dst}: is not empty, and holds no unfinished run; choose another directory")
+        elif folder is not None and found is not None and not restart:
+            require_same(dst, found, state)
+            done = finished(folder, plan, found["finished"])
+            state["finished"] = {name: found["finished"][name] for name in sorted(done)}
+        freed = sum(nbytes for _, nbytes in leftovers(folder, found, restart))
     job = Job(source, plan, dst, done, state, found, restart)
-    freed = sum(p.stat().st_blocks * 512 for p in leftovers(dst, found, restart))
     free = shutil.disk_usage(dst if dst.is_dir() else dst.parent).free + freed
     if job.need_bytes > free:
         raise OutputError(
@@ -119,95 +125,80 @@ def run(job: Job, decoder: Decoder, n_threads: int, progress: Progress) -> tuple
     nothing stays. Raises WeightError for a value that is not finite in the dtype, SourceError, OutputError,
     ResumeError."""
     try:
-        with _begun(job):
-            state = _State(job)
-            damaged = _damaged(job, n_threads, progress)
+        with _begun(job) as folder:
+            state = _State(job, folder)
+            damaged = _damaged(job, folder, n_threads, progress)
             for name in damaged:
                 state.forget(name)
-                (job.dst / name).unlink()
-            _Mover(replace(job, finished=job.finished.difference(damaged)), decoder, progress, state).run(n_threads)
+                folder.unlink(name)
+            todo = replace(job, finished=job.finished.difference(damaged))
+            _Mover(todo, folder, decoder, progress, state).run(n_threads)
             for name, _ in job.plan.carried:
-                (job.dst / name).parent.mkdir(parents=True, exist_ok=True)
-                with _replacing(job.dst / name) as part:
-                    _copy(job.source.path / name, part)
+                with place_of(folder, name, make=True) as (inner, last), replacing(inner, last) as fd:
+                    _copy(job.source.path, name, Opened(fd, job.dst / name))
             for name, data in ((INDEX, job.plan.index), (CONFIG, job.plan.config)):
                 if data is not None:
-                    with _replacing(job.dst / name) as part:
-                        part.write_bytes(data)
-            (job.dst / STATE).unlink()
-            sync(job.dst)
+                    with replacing(folder, name) as fd:
+                        write_at(fd, data, 0)
+            folder.unlink(STATE)
+            folder.sync()
             return damaged
     except OSError as e:
+        where = job.dst / e.filename if isinstance(e.filename, str) else job.dst
         raise OutputError(
-            f"{e.filename or job.dst}: {e.strerror or e}; mend that and run the same again: finished shards are kept"
+            f"{where}: {e.strerror or e}; mend that and run the same again: finished shards are kept"
         ) from None
 
 
 @contextmanager
-def _begun(job: Job) -> Iterator[None]:
+def _begun(job: Job) -> Iterator[Folder]:
     """The directory, held against other runs, with the state in it and nothing unfinished."""
     made = not job.dst.exists()
     job.dst.mkdir(exist_ok=True)
-    held = os.open(job.dst, os.O_RDONLY)
-    try:
+    with Folder.hold(job.dst) as folder:
         try:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(folder.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ResumeError(f"{job.dst}: another quantkit is at work there; wait for it") from None
         except OSError:
             pass  # not every filesystem has locks
-        if read_state(job.dst) != job.found:
+        if read_state(folder) != job.found:
             raise ResumeError(f"{job.dst}: has changed in the meantime; run the same again")
-        for path in leftovers(job.dst, job.found, job.restart):
-            path.unlink()
+        for name, _ in leftovers(folder, job.found, job.restart):
+            with place_of(folder, name) as (inner, last):
+                inner.unlink(last)
         try:
-            with _replacing(job.dst / STATE) as part:
-                part.write_bytes(state_bytes(job.state))
-            yield
+            with replacing(folder, STATE) as fd:
+                write_at(fd, state_bytes(job.state), 0)
+            yield folder
         except BaseException:
-            if not any((job.dst / s.name).exists() for s in job.plan.shards):
-                _undo(job, made)
+            if not any(folder.look(s.name) is not None for s in job.plan.shards):
+                _undo(job, folder, made)
             raise
-    finally:
-        os.close(held)
 
 
-def _undo(job: Job, made: bool) -> None:
+def _undo(job: Job, folder: Folder, made: bool) -> None:
     with suppress(OSError):
-        (job.dst / STATE).unlink(missing_ok=True)
+        with suppress(FileNotFoundError):
+            folder.unlink(STATE)
         if made:
             job.dst.rmdir()
 
 
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A temporary name beside a file, which it gets when it is whole and on disk."""
-    part = _part(path)
+def _copy(source: Path, name: str, to: Opened) -> None:
+    """Raises SourceError, OutputError."""
+    fd = open_to_copy(source, name)
     try:
-        yield part
-        sync(part)
-        os.replace(part, path)
-        sync(path.parent)
+        copy_range(Opened(fd, source / name), 0, to, 0, os.fstat(fd).st_size)
     finally:
-        part.unlink(missing_ok=True)
-
-
-def _part(path: Path) -> Path:
-    return path.with_name(f".{path.name.lstrip('.')}{PART}")
-
-
-def _copy(path: Path, to: Path) -> None:
-    try:
-        shutil.copyfile(path, to)
-    except FileNotFoundError:
-        raise SourceError(f"{path}: is gone since this run began") from None
+        os.close(fd)
 
 
 class _State:
     """The state file, which tells of each shard when it is finished. Its methods raise OSError."""
 
-    def __init__(self, job: Job) -> None:
-        self.path = job.dst / STATE
+    def __init__(self, job: Job, folder: Folder) -> None:
+        self.folder = folder
         self.state = {**job.state, "finished": dict(job.state["finished"])}
         self.lock = threading.Lock()
 
@@ -222,21 +213,21 @@ class _State:
             self._write()
 
     def _write(self) -> None:
-        with _replacing(self.path) as part:
-            part.write_bytes(state_bytes(self.state))
+        with replacing(self.folder, STATE) as fd:
+            write_at(fd, state_bytes(self.state), 0)
 
 
 def _shown(crc: int) -> str:
     return f"{crc:08x}"
 
 
-def _damaged(job: Job, n_threads: int, progress: Progress) -> tuple[str, ...]:
+def _damaged(job: Job, folder: Folder, n_threads: int, progress: Progress) -> tuple[str, ...]:
     """The finished shards whose bytes are not those that were written, or cannot be read."""
     sums: dict[str, dict[int, tuple[int, int]]] = {s.name: {} for s in job.done}
 
     def check(piece: tuple[Shard, int]) -> None:
         shard, start = piece
-        with suppress(OSError), open(job.dst / shard.name, "rb") as f:
+        with suppress(OSError, OutputError), open(folder.open(shard.name, owner=folder.own), "rb") as f:
             raw = read_at(f.fileno(), _COPY_BYTES, start)
             sums[shard.name][start] = zlib.crc32(raw), len(raw)
         progress(shard.name, min(_COPY_BYTES, shard.nbytes - start))
@@ -252,12 +243,13 @@ def _damaged(job: Job, n_threads: int, progress: Progress) -> tuple[str, ...]:
 class _File:
     """A shard that is being written, under its temporary name."""
 
-    def __init__(self, path: Path, shard: Shard, n_slabs: int) -> None:
-        self.path = path
+    def __init__(self, folder: Folder, shard: Shard, n_slabs: int) -> None:
+        self.folder, self.name = folder, shard.name
+        self.path = folder.path / shard.name
         self.sums: dict[int, tuple[int, int]] = {}
-        self.part = _part(path)
+        self.part = part_of(shard.name)
         self.left = n_slabs
-        self.fd = os.open(self.part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        self.fd = new(folder, self.part)
         try:
             with self._writing("making it", shard.nbytes):
                 os.ftruncate(self.fd, shard.nbytes)
@@ -285,16 +277,17 @@ class _File:
     def finish(self, state: _State) -> None:
         """Bring it to disk, tell of it, then give it its name."""
         os.fsync(self.fd)
-        state.tell(self.path.name, joined(self.sums))
-        os.replace(self.part, self.path)
-        sync(self.path.parent)
+        state.tell(self.name, joined(self.sums))
+        self.folder.give_name(self.part, self.fd, self.folder, self.name)
+        self.folder.sync()
         self.close()
 
     def close(self) -> None:
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
-        self.part.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):
+            self.folder.unlink(self.part)
 
 
 class _Slab(NamedTuple):
@@ -308,8 +301,8 @@ class _Slab(NamedTuple):
 class _Mover:
     """The shards still to be made, as slabs in order, and the threads that take them."""
 
-    def __init__(self, job: Job, decoder: Decoder, progress: Progress, state: _State) -> None:
-        self.job = job
+    def __init__(self, job: Job, folder: Folder, decoder: Decoder, progress: Progress, state: _State) -> None:
+        self.job, self.folder = job, folder
         self.state = state
         self.decoder = decoder
         self.progress = progress
@@ -335,7 +328,7 @@ class _Mover:
     def _slabs(self) -> Iterator[_Slab]:
         """Every slab; a shard's file is opened when its first one is taken."""
         for shard in self.job.todo:
-            file = _File(self.job.dst / shard.name, shard, sum(1 for t in shard.tensors for _ in self._cuts(t)))
+            file = _File(self.folder, shard, sum(1 for t in shard.tensors for _ in self._cuts(t)))
             with self.lock:
                 self.open.append(file)
             if file.left == 0:

@@ -9,18 +9,23 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import os
+import stat
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from .. import __version__
 from ..errors import OutputError, ResumeError, SourceError
-from ..sources.safetensors_dir import INDEX, Checkpoint, read_json
+from ..folders import Folder
+from ..sources.safetensors_dir import INDEX, MAX_HEADER, Checkpoint, parse_json
+from .place import PART, place_of
 from .plan import CONFIG, Plan
 
 STATE = ".quantkit-dequant.json"
-#: suffix of a file that is being written
-PART = ".quantkit-part"
+#: folders in each other in which unfinished files are looked for
+_MAX_DEPTH = 64
 #: how to go on when one cannot
 _OTHERWISE = "begin anew with --restart, or choose another directory"
 
@@ -55,19 +60,23 @@ def _print_of(path: Path) -> list[int | str]:
     return [info.st_size, info.st_mtime_ns, digest]
 
 
-def read_state(folder: Path) -> dict[str, Any] | None:
-    """The state in a directory, None where there is none. Raises ResumeError for one that is damaged."""
-    path = folder / STATE
-    if not path.is_file():
+def read_state(folder: Folder | None) -> dict[str, Any] | None:
+    """The state in a directory, None where there is none. Raises ResumeError for one that is damaged, OutputError for
+    one that is another's, OSError."""
+    if folder is None:
         return None
+    path = folder.path / STATE
     try:
-        state = read_json(path)
+        with open(folder.open(STATE, owner=folder.own, alone=True), "rb") as f:
+            state = parse_json(path, f.read(MAX_HEADER + 1))
+    except FileNotFoundError:
+        return None
     except SourceError as e:
-        raise ResumeError(f"{e}; remove {folder} to begin anew") from None
+        raise ResumeError(f"{e}; remove {folder.path} to begin anew") from None
     makes, files, done = state.get("makes"), state.get("source"), state.get("finished")
     if isinstance(files, dict) and isinstance(done, dict) and isinstance(makes, list) and all(map(_is_inside, makes)):
         return state
-    raise ResumeError(f"{path}: is not what quantkit dequant writes; remove {folder} to begin anew")
+    raise ResumeError(f"{path}: is not what quantkit dequant writes; remove {folder.path} to begin anew")
 
 
 def _is_inside(name: object) -> bool:
@@ -75,7 +84,7 @@ def _is_inside(name: object) -> bool:
     if not isinstance(name, str) or not name:
         return False
     path = PurePosixPath(name)
-    return not path.is_absolute() and ".." not in path.parts
+    return str(path) == name and not path.is_absolute() and ".." not in path.parts and "\0" not in name
 
 
 def require_same(folder: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
@@ -97,18 +106,18 @@ def require_same(folder: Path, found: Mapping[str, Any], wanted: Mapping[str, An
         raise ResumeError(f"{folder}: holds an unfinished run, since which {name} of the source {how}; {_OTHERWISE}")
 
 
-def finished(folder: Path, plan: Plan, sums: Mapping[str, str]) -> frozenset[str]:
+def finished(folder: Folder, plan: Plan, sums: Mapping[str, str]) -> frozenset[str]:
     """The names of the shards that are finished: there, and with a checksum, which is not compared here. Raises
-    ResumeError for one whose size or header is another."""
+    ResumeError for one whose size or header is another, OutputError for one that is another's."""
     done = set()
     for shard in plan.shards:
-        path = folder / shard.name
-        if not path.exists():
-            continue
+        path = folder.path / shard.name
         try:
-            size = path.stat().st_size
-            with open(path, "rb") as f:
+            with open(folder.open(shard.name, owner=folder.own), "rb") as f:
+                size = os.fstat(f.fileno()).st_size
                 header = f.read(len(shard.header))
+        except FileNotFoundError:
+            continue
         except OSError as e:
             raise OutputError(f"{path}: cannot be read: {e.strerror or e}") from None
         if size != shard.nbytes or header != shard.header:
@@ -119,15 +128,32 @@ def finished(folder: Path, plan: Plan, sums: Mapping[str, str]) -> frozenset[str
     return frozenset(done)
 
 
-def leftovers(folder: Path, found: Mapping[str, Any] | None, restart: bool) -> list[Path]:
-    """The files in the directory that are to go before a run goes on: unfinished ones, and where it begins anew
-    all that the state says were made."""
-    if not folder.is_dir():
+def leftovers(folder: Folder | None, found: Mapping[str, Any] | None, restart: bool) -> list[tuple[str, int]]:
+    """The files in the directory that are to go before a run goes on, with the bytes they take: unfinished ones, and
+    where it begins anew all that the state says were made. Nothing behind a link. Raises OSError."""
+    if folder is None:
         return []
-    out = [p for p in folder.rglob(f".*{PART}") if p.is_file()]
+    out = list(_unfinished(folder, ""))
     if restart and found is not None:
-        out += [folder / name for name in dict.fromkeys(found["makes"]) if (folder / name).is_file()]
+        for name in dict.fromkeys(found["makes"]):
+            with suppress(OSError, OutputError), place_of(folder, name) as (inner, last):
+                info = inner.look(last)
+                if info is not None and stat.S_ISREG(info.st_mode):
+                    out.append((name, info.st_blocks * 512))
     return out
+
+
+def _unfinished(folder: Folder, prefix: str, depth: int = 0) -> Iterator[tuple[str, int]]:
+    for name in sorted(folder.names()):
+        info = folder.look(name)
+        if info is None:
+            continue
+        if not stat.S_ISDIR(info.st_mode):
+            if name.startswith(".") and name.endswith(PART):
+                yield f"{prefix}{name}", info.st_blocks * 512
+        elif depth < _MAX_DEPTH:
+            with folder.sub(name) as inner:
+                yield from _unfinished(inner, f"{prefix}{name}/", depth + 1)
 
 
 def state_bytes(state: Mapping[str, Any]) -> bytes:

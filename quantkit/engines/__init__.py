@@ -14,6 +14,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from ..folders import Folder
 from ..layout import FileLayout
 from ..plan import Plan
 
@@ -45,11 +46,12 @@ class Sink(Protocol):
     def is_empty(self) -> bool:
         """Whether nothing is there from an earlier run."""
 
-    def whole_file(self) -> Path:
-        """Where an engine may write the one output file as a whole; what `put` wrote is given up."""
+    def give_up_rows(self) -> None:
+        """What `put` wrote is not needed: the engine writes the one output file as a whole, into the scratch folder."""
 
-    def adopt(self) -> None:
-        """Take what was written there, with all tensors and the planned header."""
+    def adopt(self, name: str) -> None:
+        """Take that file of the scratch folder, with all tensors and the planned header. Raises OutputError for one
+        that is not ours."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ class Work:
     imatrix: Weights | None
     n_threads: int
     progress: Progress
-    scratch: Path
+    scratch: Folder
     """a folder of the build's own, on the output's filesystem"""
 
 

@@ -9,21 +9,26 @@ space is a piece (its largest tensor, or BATCH_BYTES), never the model.
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import subprocess
 from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 
 from .. import kernels
 from ..catalogue import Source, Tensor
+from ..disk import read_at
 from ..errors import OutputError, SourceError, ToolError
 from ..exchange import tensor_type_file
-from ..gguf_format import KV, Header, TensorInfo, header_bytes, is_other_alignment, pad, read_header
+from ..folders import Folder
+from ..gguf_format import KV, Header, TensorInfo, header_bytes, is_other_alignment, pad, read_header_of
+from ..layout import FileLayout
 from ..plan import Plan, Planned
 from ..qtypes import FILE_TYPES, QTYPES
 from ..rows import RowReader
@@ -37,6 +42,8 @@ _SLAB_VALUES = 1 << 20
 BATCH_BYTES = 4 << 30
 _COPY_BYTES = 1 << 24
 _LAST_WORDS = 6
+#: names in the scratch folder
+_PIECE, _MADE, _RULES = "piece.gguf", "made.gguf", "tensor-types.txt"
 
 
 class LlamaQuantizeEngine:
@@ -67,20 +74,24 @@ class LlamaQuantizeEngine:
 
     def _whole(self, work: Work, source: Source) -> None:
         layout = work.layouts[0]
-        made = work.sink.whole_file()
-        self._quantize(work, source.path, made, [p.planned for p in layout.tensors])
-        header = self._made(made)
+        work.sink.give_up_rows()
+        self._quantize(work, source.path, [p.planned for p in layout.tensors])
+        with self._opened(work.scratch) as made:
+            self._check_whole(layout, made, work.scratch)
+        work.sink.adopt(_MADE)
+
+    def _check_whole(self, layout: FileLayout, made: BinaryIO, scratch: Folder) -> None:
+        """Raises ToolError unless a whole file has the planned tensors and header."""
+        header = self._header(made, scratch)
         got = {t.name: t for t in header.tensors}
         for p in layout.tensors:
             self._check(p.planned, got.get(p.planned.tensor.name))
-        with open(made, "rb") as f:
-            same = f.read(len(layout.header)) == layout.header
-        if not same or header.file_bytes != layout.nbytes:
+        made.seek(0)
+        if made.read(len(layout.header)) != layout.header or header.file_bytes != layout.nbytes:
             raise ToolError(
                 f"llama-quantize wrote other metadata than planned ({header.file_bytes:,} bytes in all, planned "
                 f"{layout.nbytes:,}); is {self.binary} a llama-quantize of another version?"
             )
-        work.sink.adopt()
 
     def _piecewise(self, work: Work, source: Source) -> None:
         reader = RowReader(source)
@@ -88,27 +99,30 @@ class LlamaQuantizeEngine:
             item for item in work.plan.catalogue.kvs
             if item.key == "general.architecture" or item.key.startswith(f"{work.plan.catalogue.arch}.")
         ]  # fmt: skip
-        piece, made = work.scratch / "piece.gguf", work.scratch / "made.gguf"
+        scratch = work.scratch
         missing = [t for t in work.plan.tensors if not work.sink.has(t.tensor.name, 0, t.tensor.n_rows)]
         for planned in _batches(missing, self.batch_bytes):
-            _write_piece(piece, planned, hparams, reader)
+            _write_piece(scratch, planned, hparams, reader)
             changes = any(t.tensor.quantizable and t.tensor.source_type != t.type for t in planned)
             if changes:
-                self._quantize(work, piece, made, planned)
-                piece.unlink()
+                self._quantize(work, scratch.for_a_program() / _PIECE, planned)
+                scratch.unlink(_PIECE)
             else:
-                piece.rename(made)
+                os.replace(_PIECE, _MADE, src_dir_fd=scratch.fd, dst_dir_fd=scratch.fd)
                 for t in planned:
                     work.progress(t.tensor.name, t.tensor.n_elements)
-            got = {t.name: t for t in self._made(made).tensors}
-            for t in planned:
-                _copy(made, self._check(t, got.get(t.tensor.name)).offset, work, t)
-            made.unlink()
+            with self._opened(scratch) as made:
+                got = {t.name: t for t in self._header(made, scratch).tensors}
+                for t in planned:
+                    _copy(made, self._check(t, got.get(t.tensor.name)).offset, work, t)
+            scratch.unlink(_MADE)
 
-    def _quantize(self, work: Work, source: Path, made: Path, tensors: Sequence[Planned]) -> None:
-        """One run of the binary; reports its progress, and its failure with its own last words."""
-        rules = work.scratch / "tensor-types.txt"
-        rules.write_text(tensor_type_file(tensors))
+    def _quantize(self, work: Work, source: Path, tensors: Sequence[Planned]) -> None:
+        """One run of the binary, to _MADE; reports its progress, and its failure with its own last words."""
+        scratch, folder = work.scratch, work.scratch.for_a_program()
+        scratch.remove(_RULES)
+        with open(scratch.create(_RULES), "w") as f:
+            f.write(tensor_type_file(tensors))
         command = [str(self.binary)]
         if work.imatrix is not None:
             command += ["--imatrix", work.imatrix.typed]
@@ -121,14 +135,15 @@ class LlamaQuantizeEngine:
             base = "Q8_0"
         for override in work.plan.recipe.metadata:
             command += ["--override-kv", override.text]
-        command += ["--tensor-type-file", str(rules), str(source), str(made), base, str(work.n_threads)]
+        command += ["--tensor-type-file", str(folder / _RULES), str(source), str(folder / _MADE)]
+        command += [base, str(work.n_threads)]
         last = deque[str](maxlen=_LAST_WORDS)
         sizes = {t.tensor.name: t.tensor.n_elements for t in tensors}
         at_work = 0
         try:
             process = subprocess.Popen(
                 command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
-                text=True, errors="replace", start_new_session=True,
+                text=True, errors="replace", start_new_session=True, pass_fds=(scratch.fd,),
             )  # fmt: skip
         except OSError as e:
             raise ToolError(f"{self.binary}: cannot be run: {e.strerror or e}") from None
@@ -136,7 +151,7 @@ class LlamaQuantizeEngine:
         try:
             for line in process.stdout:
                 if line.strip("= \n"):
-                    last.append(line.rstrip())
+                    last.append(line.rstrip().replace(str(folder), str(scratch.path)))
                 m = _LINE.match(line)  # a tensor begins, the one before is done
                 if m:
                     work.progress(m[3], at_work)
@@ -154,13 +169,22 @@ class LlamaQuantizeEngine:
             raise ToolError(f"{self.binary} {how}; {words}")
         work.progress(tensors[-1].tensor.name, at_work)
 
-    def _made(self, path: Path) -> Header:
-        """The header of what a run has made."""
+    def _opened(self, scratch: Folder) -> BinaryIO:
+        """What a run has made. Raises ToolError where there is nothing, OutputError for something else than a file."""
         try:
-            return read_header(path)
+            return open(scratch.open(_MADE), "rb")
+        except OSError:
+            raise self._no_llama_quantize("made no file") from None
+
+    def _header(self, made: BinaryIO, scratch: Folder) -> Header:
+        """Raises ToolError for a file that is no GGUF."""
+        try:
+            return read_header_of(made, scratch.path / _MADE)
         except SourceError as e:
-            what = f"made no sound GGUF ({e})" if path.exists() else "made no file"
-            raise ToolError(f"{self.binary} ended without an error, but {what}; is it a llama-quantize?") from None
+            raise self._no_llama_quantize(f"made no sound GGUF ({e})") from None
+
+    def _no_llama_quantize(self, what: str) -> ToolError:
+        return ToolError(f"{self.binary} ended without an error, but {what}; is it a llama-quantize?")
 
     def _check(self, planned: Planned, info: TensorInfo | None) -> TensorInfo:
         t = planned.tensor
@@ -190,7 +214,7 @@ def _batches(tensors: Sequence[Planned], limit: int) -> Iterator[list[Planned]]:
         yield batch
 
 
-def _write_piece(path: Path, tensors: Sequence[Planned], hparams: Sequence[KV], reader: RowReader) -> None:
+def _write_piece(scratch: Folder, tensors: Sequence[Planned], hparams: Sequence[KV], reader: RowReader) -> None:
     """A GGUF with these tensors, as a converter would store them or as the source GGUF does."""
     infos, at = [], 0
     for planned in tensors:
@@ -198,13 +222,14 @@ def _write_piece(path: Path, tensors: Sequence[Planned], hparams: Sequence[KV], 
         infos.append((t.name, t.shape, t.source_type, at))
         at += pad(QTYPES[t.source_type].row_bytes(t.n_cols) * t.n_rows)
     try:
-        with open(path, "wb") as f:
+        with open(scratch.create(_PIECE), "wb") as f:
             f.write(header_bytes(hparams, infos))
             for planned in tensors:
                 for raw in _stored_rows(planned.tensor, reader):
                     f.write(raw.data)
                 f.write(bytes(pad(f.tell()) - f.tell()))
     except OSError as e:
+        path = scratch.path / _PIECE
         raise OutputError(f"{path}: writing a piece for llama-quantize failed: {e.strerror or e}") from None
 
 
@@ -230,16 +255,15 @@ def _dtype(source: Source, work: Work) -> str:
     return source.tensor(part.source).dtype
 
 
-def _copy(made: Path, offset: int, work: Work, planned: Planned) -> None:
+def _copy(made: BinaryIO, offset: int, work: Work, planned: Planned) -> None:
     """Give a tensor's bytes to the sink."""
     t = planned.tensor
     row_bytes = QTYPES[planned.type].row_bytes(t.n_cols)
     step = max(1, _COPY_BYTES // row_bytes)
-    with open(made, "rb") as f:
-        f.seek(offset)
-        for row in range(0, t.n_rows, step):
-            n = min(step, t.n_rows - row)
-            raw = np.fromfile(f, np.uint8, n * row_bytes)
-            if raw.size != n * row_bytes:
-                raise ToolError(f"{made}: ended within '{t.name}', row {row + raw.size // row_bytes}")
-            work.sink.put(t.name, row, raw.reshape(n, row_bytes))
+    for row in range(0, t.n_rows, step):
+        n = min(step, t.n_rows - row)
+        raw = np.frombuffer(bytearray(read_at(made.fileno(), n * row_bytes, offset + row * row_bytes)), np.uint8)
+        if raw.size != n * row_bytes:
+            ends = row + raw.size // row_bytes
+            raise ToolError(f"{work.scratch.path / _MADE}: ended within '{t.name}', row {ends}")
+        work.sink.put(t.name, row, raw.reshape(n, row_bytes))

@@ -152,6 +152,11 @@ def read_json(path: Path) -> dict[str, Any]:
         raw = path.read_bytes()
     except OSError as e:
         raise SourceError(f"{path}: cannot be read: {e.strerror or e}") from None
+    return parse_json(path, raw)
+
+
+def parse_json(path: Path, raw: bytes) -> dict[str, Any]:
+    """A JSON object that was read from a file. Raises SourceError."""
     return _object(f"{path}: is", raw, dict)
 
 

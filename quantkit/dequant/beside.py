@@ -1,0 +1,94 @@
+"""The files of a model folder that hold no weights, of which the output has copies: the tokenizer, code, a licence.
+
+Only regular files inside the folder are copied: what a link points to elsewhere may be anything, and its content would
+go where the output goes. One kind of link is followed out of the folder: those of the cache of huggingface_hub, where
+snapshots/REVISION/NAME points to blobs/HASH beside snapshots/.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from ..errors import SourceError
+from ..folders import kind
+
+_BLOB = re.compile("[0-9a-f]{40}|[0-9a-f]{64}")
+
+
+class Beside(NamedTuple):
+    """What lies in a model folder, by its path in it with slashes."""
+
+    name: str
+    nbytes: int
+    refused: str
+    """why it is not copied, '' for what is"""
+
+
+def files(folder: Path) -> Iterator[Beside]:
+    """The files in a folder and those below, in order; hidden ones, which are git's and the downloader's, are left out.
+    Raises SourceError for what cannot be read."""
+    root = os.path.realpath(folder)
+    try:
+        for above, folders, names in os.walk(folder, onerror=_raise):
+            folders[:] = sorted(f for f in folders if not f.startswith("."))
+            links = [f for f in folders if os.path.islink(os.path.join(above, f))]
+            for name in sorted([*names, *links]):
+                if not name.startswith("."):
+                    path = os.path.join(above, name)
+                    yield _look(root, path, os.path.relpath(path, folder))
+    except OSError as e:
+        raise SourceError(f"{e.filename}: cannot be read: {e.strerror or e}") from None
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def _look(root: str, path: str, name: str) -> Beside:
+    """Raises OSError."""
+    info = os.stat(path, follow_symlinks=False)
+    if stat.S_ISLNK(info.st_mode):
+        real = os.path.realpath(path)
+        if not _is_allowed(root, real):
+            return Beside(name, 0, f"is a link to {real}, outside of the model's folder")
+        info = os.stat(path)
+        if stat.S_ISDIR(info.st_mode):
+            return Beside(name, 0, f"is a link to the folder {os.path.relpath(real, root)}")
+    if not stat.S_ISREG(info.st_mode):
+        return Beside(name, 0, f"is {kind(info)}, not a file")
+    return Beside(name, info.st_size, "")
+
+
+def _is_allowed(root: str, real: str) -> bool:
+    """Whether a file, by its real path, is in the folder, or a blob of the snapshot that the folder is, or is in."""
+    if real.startswith(root.rstrip("/") + "/"):
+        return True
+    if _BLOB.fullmatch(os.path.basename(real)) is None:
+        return False
+    above = [Path(root), *Path(root).parents]
+    return any(
+        snapshots.name == "snapshots" and os.path.dirname(real) == os.path.realpath(snapshots.parent / "blobs")
+        for snapshots in above[1:]
+    )
+
+
+def open_to_copy(folder: Path, name: str) -> int:
+    """A file of the folder for reading, if it still is one to copy. Raises SourceError."""
+    path = folder / name
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as e:
+        raise SourceError(f"{path}: cannot be read: {e.strerror or e}; mend that, or move it away") from None
+    # of what was opened, whatever has its name by now
+    real = os.path.realpath(f"/proc/self/fd/{fd}")
+    if not stat.S_ISREG(os.fstat(fd).st_mode) or not _is_allowed(os.path.realpath(folder), real):
+        os.close(fd)
+        raise SourceError(
+            f"{path}: has become something else since this run began; put it back, and run the same again"
+        )
+    return fd

@@ -1,0 +1,63 @@
+"""The output directory and its files: reached without following a link, and given their names when they are whole."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from ..errors import OutputError
+from ..folders import Folder, who
+
+#: suffix of a file that is being written
+PART = ".quantkit-part"
+
+
+def hold(dst: Path) -> Folder | None:
+    """The output directory, None where there is none. Raises OSError, OutputError."""
+    try:
+        return Folder.hold(dst)
+    except FileNotFoundError:
+        return None
+
+
+@contextmanager
+def place_of(folder: Folder, name: str, make: bool = False) -> Iterator[tuple[Folder, str]]:
+    """The folder of a file in the directory or below, and its last part; none of the folders between is a link or
+    another user's. Raises OSError, OutputError."""
+    with folder.at(name, make) as (inner, last):
+        if inner is not folder and inner.info.st_uid != folder.own:
+            raise OutputError(
+                f"{inner.path}: belongs to {who(inner.info.st_uid)}, not to you; move it away and run the same again"
+            )
+        yield inner, last
+
+
+@contextmanager
+def replacing(folder: Folder, name: str) -> Iterator[int]:
+    """A new file under a temporary name, which gets its own when it is whole and on disk."""
+    part = part_of(name)
+    fd = new(folder, part)
+    try:
+        yield fd
+        os.fsync(fd)
+        folder.give_name(part, fd, folder, name)
+        folder.sync()
+    finally:
+        os.close(fd)
+        with suppress(FileNotFoundError):
+            folder.unlink(part)
+
+
+def new(folder: Folder, part: str) -> int:
+    """A new file of that name, in place of a leftover. Raises OSError."""
+    info = folder.look(part)
+    if info is not None and not stat.S_ISDIR(info.st_mode):
+        folder.unlink(part)
+    return folder.create(part)
+
+
+def part_of(name: str) -> str:
+    return f".{name.lstrip('.')}{PART}"
