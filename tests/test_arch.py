@@ -331,9 +331,9 @@ ODD: list[tuple[str, dict[str, Any], type[QuantkitError], str]] = [
     ("scaling_text", {"rope_scaling": "yarn"}, SourceError, f"rope_scaling is 'yarn', not an object{GET_CONFIG}"),
     (
         "scaling_type",
-        {"rope_scaling": {**SCALING, "type": "linear"}},
+        {"rope_scaling": {**SCALING, "type": "llama3"}},
         UnsupportedError,
-        "rope_scaling has the type 'linear'; DeepSeek uses yarn",
+        "the rope scaling has the type 'llama3'; quantkit knows linear and yarn for deepseek2",
     ),
     (
         "scaling_factor",

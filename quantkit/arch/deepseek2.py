@@ -16,15 +16,15 @@ from ..catalogue import Catalogue, Part, Source, SourceTensor, Tensor
 from ..errors import SourceError, UnsupportedError
 from ..gguf_format import BOOL, F32, KV, U32, kv
 from .config import Config
+from .defaults import default_theta, has_class, with_defaults
 from .general import general_kvs
 from .options import LAYOUTS, Options
-from .rope import rope_type, scaling_kvs
+from .rope import read_rope
 from .tensors import FILE_TYPE_BF16, MAX_HEADS, MAX_LAYERS, MAX_PARTS, assembled, check_stored, in_order, whole
 from .tokenizer import tokenizer_kvs
 
 ARCH = "deepseek2"
 _MOST = {"num_hidden_layers": MAX_LAYERS, "n_routed_experts": 4096, "num_attention_heads": MAX_HEADS}
-_KNOWN_TO_TRANSFORMERS = ("deepseek_v2", "deepseek_v3")
 _GATING = {"softmax": 1, "sigmoid": 2}
 
 
@@ -172,14 +172,8 @@ def arch_kvs(c: Config, s: Shape, layout: str) -> list[KV]:
     u32("attention.head_count", s.n_heads)
     # MLA runs as attention with one key/value head of the compressed width
     u32("attention.head_count_kv", 1 if mla else c.int_("num_key_value_heads", s.n_heads))
-    scaling = c.section("rope_scaling")
-    if scaling is not None:
-        if rope_type(scaling) != "yarn":
-            raise UnsupportedError(
-                f"{c.model}: config.json: rope_scaling has the type {rope_type(scaling)!r:.60}; DeepSeek uses yarn"
-            )
-        out += scaling_kvs(ARCH, scaling)
-    f32("rope.freq_base", c.float_("rope_theta", 10000.0))
+    rope = read_rope(c, ARCH, ("linear", "yarn"), default_theta(c))
+    out += rope.kvs(ARCH)
     f32("attention.layer_norm_rms_epsilon", c.float_("rms_norm_eps", 1e-6))
     if s.n_experts:
         u32("expert_count", s.n_experts)
@@ -195,7 +189,7 @@ def arch_kvs(c: Config, s: Shape, layout: str) -> list[KV]:
         u32("expert_gating_func", _GATING[scoring])
     # the configs that transformers has a class for have a head_dim, which makes the converter begin
     # these two here; Kimi-K2's has not
-    early = c.values.get("model_type") in _KNOWN_TO_TRANSFORMERS
+    early = has_class(c) or c.values.get("head_dim") is not None
     if early:
         lengths()
     u32("general.file_type", FILE_TYPE_BF16)
@@ -215,9 +209,9 @@ def arch_kvs(c: Config, s: Shape, layout: str) -> list[KV]:
     if c.flag("norm_topk_prob"):
         out.append(kv(f"{ARCH}.expert_weights_norm", BOOL, True))
     u32("rope.dimension_count", s.rope)
-    if scaling is not None and scaling.values.get("mscale_all_dim") is not None:
+    if rope.mscale_all_dim is not None:
         # for this arch the key is 0.1 * mscale_all_dim (llama.cpp pull request 17945)
-        f32("rope.scaling.yarn_log_multiplier", 0.1 * scaling.float_("mscale_all_dim"))
+        f32("rope.scaling.yarn_log_multiplier", 0.1 * rope.mscale_all_dim)
     return out
 
 
@@ -231,7 +225,7 @@ def build(
     """See quantkit.arch.build."""
     if options.layout not in LAYOUTS:
         raise UnsupportedError(f"layout '{options.layout}' is unknown; deepseek2 has {' and '.join(LAYOUTS)}")
-    c = Config(model, config)
+    c = Config(model, with_defaults(config))
     s = read_shape(c)
     if stored is not None and not s.router_bias:
         # V3's bias is known by topk_method; a checkpoint that has it anyway is believed
