@@ -441,13 +441,30 @@ def test_a_checkpoint_without_its_mtp_layer() -> None:
     assert with_headers(kept).notes == ()
 
 
-def test_more_layers_than_the_config_has() -> None:
-    """They are no MTP layers to be dropped in silence."""
-    more = stored(changed(TINY_V3, num_hidden_layers=5))
-    assert sentence(lambda: with_headers(more)) == (
-        "shard: tensor 'model.layers.4.input_layernorm.weight' [256] has no place in a deepseek2 model of 3 layers and "
-        f"1 for MTP{IS_IT}"
-    )
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        (
+            {"num_hidden_layers": 1},
+            "112 tensors of layers 1-3, as llama.cpp does: config.json has num_hidden_layers 1 and ",
+        ),
+        (
+            {"num_nextn_predict_layers": 0},
+            "32 tensors of layer 3, as llama.cpp does: config.json has num_hidden_layers 3 and ",
+        ),
+        (
+            {"num_nextn_predict_layers": None},
+            "32 tensors of layer 3, as llama.cpp does: config.json has num_hidden_layers 3 and ",
+        ),
+    ],
+)
+def test_layers_that_the_config_does_not_announce(changes: dict[str, Any], says: str) -> None:
+    """The converter drops every layer from num_hidden_layers on."""
+    c = with_headers(stored(TINY_V3), changed(TINY_V3, **changes))
+    n_mtp = changes.get("num_nextn_predict_layers", 1) or 0
+    assert c.notes == (f"left out: {says}num_nextn_predict_layers {n_mtp}",)
+    assert c.tensors == plan_only(changed(TINY_V3, **changes)).tensors
+    assert max(t.layer for t in c.tensors if t.layer is not None) == c.n_layers - 1
 
 
 def test_fewer_layers_than_the_config_has() -> None:
@@ -483,7 +500,7 @@ def test_a_tensor_too_many(name: str) -> None:
     tensors = stored(TINY_V3)
     tensors[name] = SourceTensor(name, "BF16", (7, 5), Path("shard"), 0, 0)
     assert sentence(lambda: with_headers(tensors)) == (
-        f"shard: tensor '{name}' [7, 5] has no place in a deepseek2 model of 3 layers and 1 for MTP{IS_IT}"
+        f"shard: tensor '{name}' [7, 5] has no place in a deepseek2 model of 3 layers{IS_IT}"
     )
 
 

@@ -106,6 +106,11 @@ SPELLINGS: dict[str, dict[str, Any]] = {
     "v3-says-no": {**V3, "norm_topk_prob": False, "routed_scaling_factor": 1.0},
     "llama-trimmed": without(LLAMA, "max_position_embeddings", "rms_norm_eps", "rope_theta", "rope_scaling"),
     "qwen2-trimmed": without(QWEN2, "max_position_embeddings", "rms_norm_eps", "rope_theta"),
+    # layers that the config does not announce: `checkpoint` makes one of MTP for all of V3's
+    "v3-mtp-zero": {**V3, "num_nextn_predict_layers": 0},
+    "v3-mtp-null": {**V3, "num_nextn_predict_layers": None},
+    "v3-mtp-absent": without(V3, "num_nextn_predict_layers"),
+    "v3-fewer-layers": {**V3, "num_hidden_layers": 1},
     # keys that nobody asked for
     "v3-unknown-keys": {**V3, "my_key": {"a": [1]}, "_name_or_path": "x/y", "auto_map": {}, "index_topk": 5},
 }  # fmt: skip
@@ -115,6 +120,8 @@ def checkpoint(folder: Path, config: Mapping[str, Any]) -> Path:
     # the weights a trimmed config stands for are those of the whole one
     whole = {**{"DeepseekV3ForCausalLM": V3, "DeepseekV2ForCausalLM": V2}.get(config["architectures"][0], {}), **config}
     if whole["architectures"][0].startswith("Deepseek"):
+        if whole["model_type"] == "deepseek_v3":
+            whole |= {key: V3[key] for key in ("num_hidden_layers", "num_nextn_predict_layers")}
         factory.checkpoint(folder, whole, n_shards=1)
         factory.edit_json(folder / "config.json", lambda c: (c.clear(), c.update(config)))
         return folder

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from ..catalogue import Catalogue, Part, Source, SourceTensor, Tensor
+from ..catalogue import Catalogue, Part, Source, SourceTensor, Tensor, ranges
 from ..errors import SourceError, UnsupportedError
 from ..gguf_format import BOOL, F32, KV, U32, kv
 from .config import Config
@@ -232,15 +232,13 @@ def build(
         s = s._replace(router_bias=any(n.endswith(".mlp.gate.e_score_correction_bias") for n in stored))
     out = in_order(model, tensors(s, options.layout))
     notes = []
-    n_mtp = s.n_mtp
     if stored is not None:
-        what = f"a {ARCH} model of {s.n_layers} layers and {n_mtp} for MTP"
-        mtp = range(s.n_layers, s.n_layers + n_mtp)
-        dropped = check_stored(model, what, out, stored, ("lm_head.weight",) if s.tied else (), mtp)
-        if dropped:
-            notes.append(f"left out: {dropped} tensors of the multi-token-prediction layer (MTP), as llama.cpp does")
-    elif n_mtp:
-        notes.append(f"left out: {n_mtp} multi-token-prediction layer (MTP), as llama.cpp does")
+        what = f"a {ARCH} model of {s.n_layers} layers"
+        left_out = check_stored(model, what, out, stored, ("lm_head.weight",) if s.tied else (), s.n_layers)
+        if left_out:
+            notes.append(_left_out(left_out, s))
+    elif s.n_mtp:
+        notes.append(f"left out: {s.n_mtp} multi-token-prediction layer (MTP), as llama.cpp does")
     kvs = general_kvs(ARCH, model, out, source)
     kvs += arch_kvs(c, s, options.layout)
     kvs.append(kv("general.quantization_version", U32, 2))
@@ -254,3 +252,15 @@ def build(
         model, ARCH, options.layout, s.n_layers, dense, moe, tuple(out), tuple(kvs), source is not None, source,
         tuple(notes),
     )  # fmt: skip
+
+
+def _left_out(layers: list[int], s: Shape) -> str:
+    """The note on tensors that are left out, from the layer of each."""
+    n = len(layers)
+    if max(layers) < s.n_layers + s.n_mtp:
+        return f"left out: {n} tensors of the multi-token-prediction layer (MTP), as llama.cpp does"
+    found = set(layers)
+    return (
+        f"left out: {n} tensors of layer{'s' if len(found) > 1 else ''} {ranges(found)}, as llama.cpp does: config.json "
+        f"has num_hidden_layers {s.n_layers} and num_nextn_predict_layers {s.n_mtp}"
+    )
