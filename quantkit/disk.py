@@ -9,6 +9,8 @@ import io
 import os
 from pathlib import Path
 
+from .first_bytes import ENOUGH, not_the_file
+
 
 def create(path: Path, header: bytes, nbytes: int) -> None:
     """A new file with its header and its full length, on the disk; the space is reserved where the filesystem can.
@@ -64,7 +66,9 @@ def read_at(fd: int, nbytes: int, offset: int) -> bytes:
 
 def text_within(path: Path, most: int) -> str | None:
     """A small file's UTF-8 text, None where there are more than `most` bytes: not even a device without an end is read
-    further. Raises OSError, UnicodeDecodeError."""
+    further. Raises OSError, for what is a pointer or a page in its place too, and UnicodeDecodeError."""
     with open(path, "rb") as f:
         data = f.read(most + 1)
+    if says := not_the_file(data[:ENOUGH]):
+        raise OSError(errno.EINVAL, f"it {says}")
     return None if len(data) > most else io.StringIO(data.decode("utf-8"), None).getvalue()  # \r\n as \n

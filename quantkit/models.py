@@ -6,10 +6,12 @@ the name of a known model, or the id of a repository that `hf download` has brou
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
 from . import arch
+from .arch.beside import folder_name
 from .arch.known import MODELS
 from .arch.known import config as known_config
 from .arch.options import Options
@@ -38,9 +40,9 @@ def open_model(source: str, options: Options | None = None) -> Catalogue:
             return _from_directory(path, opts)
         if path.is_file():
             if path.suffix == ".json":
-                return arch.build(path.resolve().parent.name or source, read_json(path), opts)
+                return arch.build(folder_name(_folder_of(path)) or source, read_json(path), opts)
             if path.suffix == ".safetensors":
-                raise SourceError(f"{path}: is one shard of a checkpoint; give the directory: {path.resolve().parent}")
+                raise SourceError(f"{path}: is one shard of a checkpoint; give the directory: {_folder_of(path)}")
             return from_gguf(open_gguf(path))
     except OSError as e:
         raise SourceError(f"{source}: cannot be read: {e.strerror or e}") from None
@@ -69,7 +71,12 @@ def _from_directory(path: Path, options: Options) -> Catalogue:
         hint = f"; to read a GGUF, give the file: {ggufs[0]}" if ggufs else ""
         raise SourceError(f"{path}: has no config.json, so it is not a checkpoint directory{hint}")
     checkpoint = open_checkpoint(path.resolve())
-    return arch.build(checkpoint.path.name, checkpoint.config, options, checkpoint, checkpoint.tensors)
+    return arch.build(folder_name(checkpoint.path), checkpoint.config, options, checkpoint, checkpoint.tensors)
+
+
+def _folder_of(file: Path) -> Path:
+    """The folder a file is in; a file that is a link, as in Hugging Face's cache, is not followed."""
+    return Path(os.path.realpath(file.parent))
 
 
 def _downloaded(repo: str) -> Path | None:

@@ -446,7 +446,7 @@ def test_a_checkpoint_without_its_mtp_layer() -> None:
     [
         (
             {"num_hidden_layers": 1},
-            "112 tensors of layers 1-3, as llama.cpp does: config.json has num_hidden_layers 1 and ",
+            "84 tensors of layers 1-3, as llama.cpp does: config.json has num_hidden_layers 1 and ",
         ),
         (
             {"num_nextn_predict_layers": 0},

@@ -17,6 +17,7 @@ from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..arch.beside import check_files
 from ..catalogue import SourceTensor
 from ..errors import SourceError
 from ..sources.files import regular_size
@@ -109,6 +110,7 @@ def make_plan(source: Checkpoint, options: Options) -> Plan:
     if not any(t.dtype == FP8 for t in stored):
         dtypes = ", ".join(sorted({t.dtype for t in stored}))
         raise SourceError(f"{source.path}: there is nothing to dequantize, its tensors are {dtypes}; use it as it is")
+    check_files(source.path)
     kept = stored if options.keep_mtp else _main_layers(source, stored)
     # as readers meet them, who list a file's tensors by name
     kept.sort(key=lambda t: (t.file, t.name))

@@ -25,6 +25,7 @@ import numpy.typing as npt
 
 from ..catalogue import SourceTensor
 from ..errors import SourceError, UnsupportedError
+from ..first_bytes import ENOUGH, not_json, not_the_file
 from .files import Files, regular_size
 
 INDEX = "model.safetensors.index.json"
@@ -152,6 +153,8 @@ def read_json(path: Path) -> dict[str, Any]:
         raw = path.read_bytes()
     except OSError as e:
         raise SourceError(f"{path}: cannot be read: {e.strerror or e}") from None
+    if says := not_json(raw[:ENOUGH]):
+        raise SourceError(f"{path}: {says}")
     return _object(f"{path}: is", raw, dict)
 
 
@@ -247,6 +250,9 @@ def read_shard(path: Path) -> dict[str, SourceTensor]:
     try:
         size = regular_size(path)
         with open(path, "rb") as f:
+            if says := not_the_file(f.read(ENOUGH)):
+                raise SourceError(f"{path}: {says}")
+            f.seek(0)
             head = f.read(8)
             if len(head) < 8:
                 raise SourceError(f"{path}: {size} bytes are too few for a safetensors file; download it again")
