@@ -144,9 +144,9 @@ def describe_stored(catalogue: Catalogue) -> dict[str, tuple[int, int]]:
         for t in catalogue.tensors:
             n, nbytes = counts.get(t.source_type, (0, 0))
             counts[t.source_type] = (n + 1, nbytes + QTYPES[t.source_type].row_bytes(t.n_cols) * t.n_rows)
-    stored = [*getattr(source, "tensors", {}).values(), *getattr(source, "scales", {}).values()]
-    for st in stored:
-        kind = f"{st.dtype} (scale)" if st.name.endswith("_scale_inv") else st.dtype
+    stored = [(st.dtype, st) for st in getattr(source, "tensors", {}).values()]
+    stored += [(f"{st.dtype} (scale)", st) for st in getattr(source, "scales", {}).values()]
+    for kind, st in stored:
         n, nbytes = counts.get(kind, (0, 0))
         counts[kind] = (n + 1, nbytes + st.nbytes)
     return dict(sorted(counts.items()))

@@ -21,6 +21,7 @@ from ..arch.beside import check_files
 from ..catalogue import SourceTensor
 from ..errors import SourceError
 from ..sources.files import regular_size
+from ..sources.quantization import MODELOPT_CONFIG
 from ..sources.safetensors_dir import DTYPE_BYTES, INDEX, SINGLE, Checkpoint
 
 FP8 = "F8_E4M3"
@@ -199,7 +200,7 @@ def _other_files(source: Checkpoint) -> tuple[tuple[tuple[str, int], ...], tuple
     """The files to copy, folders included, and those of weights, which are not. Hidden ones are neither: they are
     git's and the downloader's."""
     carried, left_out = [], []
-    read = {os.path.normpath(p) for p in (*source.files, source.path / CONFIG, source.path / INDEX)}
+    read = {os.path.normpath(p) for p in (*source.files, *(source.path / n for n in (CONFIG, INDEX, MODELOPT_CONFIG)))}
     try:
         for folder, folders, files in os.walk(source.path, onerror=_raise):
             folders[:] = sorted(f for f in folders if not f.startswith("."))
