@@ -730,16 +730,45 @@ def test_a_tokenizer_that_is_none(tokenizer: Path, text: str) -> None:
     assert says.isprintable()
 
 
-@pytest.mark.parametrize("text", ["{", "[1]", '{"chat_template": [1]}', '{"chat_template": "\\ud800"}', "[" * 100_000])
-def test_a_tokenizer_config_that_is_none(tokenizer: Path, text: str) -> None:
-    (tokenizer / "tokenizer_config.json").write_text(text)
+@pytest.mark.parametrize("text", ['{"chat_template": [1]}', '{"chat_template": "\\ud800"}'])
+def test_a_chat_template_that_is_none(tokenizer: Path, text: str) -> None:
+    edit_json(tokenizer / "tokenizer_config.json", lambda c: c.update(json.loads(text)))
     says = sentence(lambda: tokenizer_kvs(tokenizer, 384, NAMED))
-    # between the two is what json or the gguf package says
+    # between the two is what the gguf package says
     assert says.startswith(
         f"{tokenizer}: the special tokens or chat template in tokenizer_config.json cannot be read: "
     )
-    assert says.endswith("; download it again")
     assert says.isprintable()
+    assert says.endswith("; download it again")
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("{", "cannot be read: Expecting property name enclosed in double quotes: line 1 column 2 (char 1)"),
+        ("[1]", "is [1], not an object"),
+        ("[" * 100_000, "cannot be read: maximum recursion depth exceeded"),
+    ],
+    ids=["brace", "list", "deep"],
+)
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"])
+def test_a_tokenizer_config_that_is_none(tokenizer: Path, name: str, text: str, says: str) -> None:
+    (tokenizer / name).write_text(text)
+    got = sentence(lambda: tokenizer_kvs(tokenizer, 384, NAMED))
+    # what json says may go on, in some releases of Python
+    assert got.startswith(f"{tokenizer / name}: {says}")
+    assert got.endswith("; download it again")
+
+
+def test_a_token_of_the_class_beyond_the_vocabulary(tokenizer: Path) -> None:
+    """Without a word on it, transformers adds the tokens of its class."""
+    edit_json(tokenizer / "tokenizer_config.json", lambda c: c.update(tokenizer_class="LlamaTokenizerFast"))
+    assert sentence(lambda: tokenizer_kvs(tokenizer, 384, NAMED)) == (
+        f"{tokenizer / 'tokenizer_config.json'}: says no unk_token, so transformers' LlamaTokenizer adds '<unk>' with the "
+        "id 384, but config.json's vocab_size is 384; download the model's own tokenizer_config.json"
+    )
+    edit_json(tokenizer / "tokenizer_config.json", lambda c: c.update(unk_token=None))
+    assert tokenizer_kvs(tokenizer, 384, NAMED)
 
 
 def test_a_negative_special_token(tokenizer: Path) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 from ..errors import SourceError, UnsupportedError
 from ..gguf_format import I32, KV, STRING, U32, kv, kv_array
+from .added_tokens import add_tokens
 from .general import from_writer, one_line
 from .options import Options
 
@@ -89,6 +90,7 @@ def tokenizer_kvs(path: Path, n_vocab: int, options: Options) -> tuple[list[KV],
             raise UnsupportedError(f"{file}: is a {type(tokenizer.model).__name__} tokenizer; quantkit reads BPE ones")
         if tokenizer.model.byte_fallback:
             raise UnsupportedError(f"{file}: is a SentencePiece tokenizer (byte_fallback is true), {_ONLY_JSON}")
+        add_tokens(path, tokenizer, n_vocab)
         tokens, types = _vocabulary(file, tokenizer, n_vocab)
     except SourceError:
         raise
