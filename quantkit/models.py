@@ -15,9 +15,11 @@ from .arch.beside import folder_name
 from .arch.known import MODELS
 from .arch.known import config as known_config
 from .arch.options import Options
+from .arch.tokenizer import PAD_KEY, token_id
 from .catalogue import Catalogue, Part, Tensor, is_quantizable, layer_of, output_order, role_of
 from .errors import SourceError, did_you_mean
-from .gguf_format import STRING, U32, decode, is_utf8
+from .gguf_format import KV, STRING, U32, array_head, decode, is_utf8, kv
+from .pre_tokenizers import PRE_KEY, unknown_pre
 from .qtypes import QTYPES
 from .sources.gguf_file import GgufFile, GgufHeaders, open_gguf
 from .sources.remote import is_remote, open_remote
@@ -30,8 +32,10 @@ _MAX_TITLE = 200
 def open_model(source: str, options: Options | None = None) -> Catalogue:
     """The catalogue of whatever `source` names. Raises SourceError, with what was perhaps meant."""
     opts = options or Options()
+    if opts.pre is not None and not opts.recognize and (says := unknown_pre(opts.pre)):
+        raise SourceError(f"--pre: {says}")
     if is_remote(source):
-        return from_gguf(open_remote(source))
+        return from_gguf(open_remote(source), opts)
     path = _expand(source)
     if not is_utf8(str(path.absolute())):
         raise SourceError(f"{source!a}: the path gives the model its name, but is not UTF-8; rename the folder or file")
@@ -43,7 +47,7 @@ def open_model(source: str, options: Options | None = None) -> Catalogue:
                 return arch.build(folder_name(_folder_of(path)) or source, read_json(path), opts)
             if path.suffix == ".safetensors":
                 raise SourceError(f"{path}: is one shard of a checkpoint; give the directory: {_folder_of(path)}")
-            return from_gguf(open_gguf(path))
+            return from_gguf(open_gguf(path), opts)
     except OSError as e:
         raise SourceError(f"{source}: cannot be read: {e.strerror or e}") from None
     if source.lower() in MODELS:
@@ -89,8 +93,9 @@ def _downloaded(repo: str) -> Path | None:
         return None
 
 
-def from_gguf(file: GgufHeaders) -> Catalogue:
-    """The catalogue of a GGUF: its tensors as they are, sorted as llama-quantize sorts them."""
+def from_gguf(file: GgufHeaders, options: Options | None = None) -> Catalogue:
+    """The catalogue of a GGUF: its tensors as they are, sorted as llama-quantize sorts them. Raises SourceError for
+    what is no model, and for options that a GGUF cannot have."""
     kvs = {item.key: item for item in file.kvs}
 
     def text(key: str) -> str | None:
@@ -128,12 +133,47 @@ def from_gguf(file: GgufHeaders) -> Catalogue:
     dense = sorted(set(found) - set(moe))
     names = {t.name.rpartition(".attn_")[2] for t in tensors}
     layout = "k_b+v_b" if "k_b.weight" in names else "kv_b" if "kv_b.weight" in names else "as is"
+    if options is not None and options.layout_given and options.layout != layout:
+        raise SourceError(
+            f"{file.where}: --layout {options.layout} cannot be had from a GGUF, whose tensors stay as they are (here: "
+            f"{layout}); leave it out, or give the checkpoint"
+        )
+    out_kvs, notes = _with_options(file, kvs, options or Options())
     name = text("general.name") or ""
     name = name if name.isprintable() and 0 < len(name) <= _MAX_TITLE else file.stem
     return Catalogue(
-        name, arch_name, layout, n_layers, tuple(dense), tuple(moe), tuple(tensors), file.kvs, True,
-        file if isinstance(file, GgufFile) else None,
+        name, arch_name, layout, n_layers, tuple(dense), tuple(moe), tuple(tensors), out_kvs, True,
+        file if isinstance(file, GgufFile) else None, notes,
     )  # fmt: skip
+
+
+def _with_options(file: GgufHeaders, kvs: dict[str, KV], options: Options) -> tuple[tuple[KV, ...], tuple[str, ...]]:
+    """The keys of a GGUF with --pre and --pad-token, and notes. Raises SourceError where they mean nothing."""
+
+    def text(key: str) -> str | None:
+        return str(decode(kvs[key])) if key in kvs and kvs[key].type == STRING else None
+
+    kind = text("tokenizer.ggml.model")
+    wanted: list[KV] = []
+    if options.pre is not None and not options.recognize:
+        if kind != "gpt2":
+            what = "it has no tokenizer" if kind is None else f"its tokenizer, {kind!r:.60}, has no pre-tokenizer"
+            raise SourceError(f"{file.where}: --pre {options.pre} means nothing here: {what}; leave it out")
+        wanted.append(kv(PRE_KEY, STRING, options.pre))
+    if options.pad_token is not None:
+        tokens = kvs.get("tokenizer.ggml.tokens")
+        if tokens is None or array_head(tokens)[0] != "str":
+            what = f"--pad-token {options.pad_token!r:.60} means nothing here: it has no tokenizer"
+            raise SourceError(f"{file.where}: {what}; leave it out")
+        wanted.append(kv(PAD_KEY, U32, token_id(file.where, [str(t) for t in decode(tokens)], options.pad_token)))
+    changed = {item.key: item for item in wanted}
+    out = [changed.pop(item.key, item) for item in file.kvs]
+    pre = text(PRE_KEY)
+    if kind == "gpt2" and pre is not None and not any(item.key == PRE_KEY for item in wanted):
+        says = unknown_pre(pre)
+        if says:
+            return (*out, *changed.values()), (f"{PRE_KEY} is {pre!r:.60}: {says}; --pre names another",)
+    return (*out, *changed.values()), ()
 
 
 def describe_stored(catalogue: Catalogue) -> dict[str, tuple[int, int]]:

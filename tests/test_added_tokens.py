@@ -15,7 +15,6 @@ from test_configs import LLAMA, NAMED, QWEN2, V3
 from test_differential import fields
 
 from quantkit import demo
-from quantkit.errors import SourceError
 from quantkit.gguf_format import decode
 from quantkit.models import open_model
 

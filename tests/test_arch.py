@@ -764,8 +764,8 @@ def test_a_token_of_the_class_beyond_the_vocabulary(tokenizer: Path) -> None:
     """Without a word on it, transformers adds the tokens of its class."""
     edit_json(tokenizer / "tokenizer_config.json", lambda c: c.update(tokenizer_class="LlamaTokenizerFast"))
     assert sentence(lambda: tokenizer_kvs(tokenizer, 384, NAMED)) == (
-        f"{tokenizer / 'tokenizer_config.json'}: says no unk_token, so transformers' LlamaTokenizer adds '<unk>' with the "
-        "id 384, but config.json's vocab_size is 384; download the model's own tokenizer_config.json"
+        f"{tokenizer / 'tokenizer_config.json'}: says no unk_token, so transformers' LlamaTokenizer adds '<unk>' with "
+        "the id 384, but config.json's vocab_size is 384; download the model's own tokenizer_config.json"
     )
     edit_json(tokenizer / "tokenizer_config.json", lambda c: c.update(unk_token=None))
     assert tokenizer_kvs(tokenizer, 384, NAMED)

@@ -14,11 +14,7 @@ from factory import TINY_LLAMA, TINY_QWEN2, TINY_V2, TINY_V3
 from test_arch_dense import build, uniform
 from test_differential import data, fields
 
-from quantkit import arch
 from quantkit.arch.options import Options
-from quantkit.catalogue import Catalogue
-from quantkit.errors import SourceError, UnsupportedError
-from quantkit.gguf_format import decode
 from quantkit.models import open_model
 
 NAMED = Options(pre="llama-bpe")
@@ -79,7 +75,8 @@ SPELLINGS: dict[str, dict[str, Any]] = {
     "llama-default": new(LLAMA, rope_type="default", rope_theta=500000.0),
     "llama-beside-the-old-keys": {**LLAMA, "rope_parameters": {"rope_type": "default", "rope_theta": 7.0}},
     "llama-nested": new(
-        LLAMA, full_attention={**LLAMA3, "rope_theta": 9.0}, sliding_attention={"rope_type": "default", "rope_theta": 5.0}
+        LLAMA, full_attention={**LLAMA3, "rope_theta": 9.0},
+        sliding_attention={"rope_type": "default", "rope_theta": 5.0},
     ),
     "llama-local-theta": {**LLAMA, "rope_local_base_freq": 12345.0},
     "llama-old-default": {**LLAMA, "rope_scaling": {"type": "default"}},
@@ -88,15 +85,15 @@ SPELLINGS: dict[str, dict[str, Any]] = {
     "qwen2-linear": new(QWEN2, rope_type="linear", factor=2, rope_theta=1000000.0),
     "qwen2-default": new(QWEN2, rope_type="default", rope_theta=1000000.0),
     "qwen2-mrope": new(QWEN2, rope_type="default", rope_theta=1000000.0, mrope_section=[16, 24, 24]),
-    "qwen2-head-dim": {**new(QWEN2, rope_type="default", rope_theta=1e6), "head_dim": 16, "layer_types": ["full_attention"]},
+    "qwen2-head-dim": {**new(QWEN2, rope_type="default"), "head_dim": 16, "layer_types": ["full_attention"]},
     # keys left out
     "v3-trimmed": without(
-        V3, "max_position_embeddings", "num_experts_per_tok", "n_group", "topk_group", "norm_topk_prob", "n_shared_experts",
-        "routed_scaling_factor", "rms_norm_eps", "rope_theta", "rope_scaling", "topk_method",
+        V3, "max_position_embeddings", "num_experts_per_tok", "n_group", "topk_group", "norm_topk_prob",
+        "n_shared_experts", "routed_scaling_factor", "rms_norm_eps", "rope_theta", "rope_scaling", "topk_method",
     ),
     "v2-trimmed": without(
-        V2, "max_position_embeddings", "num_experts_per_tok", "n_group", "topk_group", "norm_topk_prob", "n_shared_experts",
-        "routed_scaling_factor", "rms_norm_eps", "rope_theta", "rope_scaling", "first_k_dense_replace", "scoring_func",
+        V2, "max_position_embeddings", "num_experts_per_tok", "n_group", "topk_group", "norm_topk_prob",
+        "n_shared_experts", "routed_scaling_factor", "rms_norm_eps", "rope_theta", "rope_scaling", "first_k_dense_replace", "scoring_func",
     ) | {"n_shared_experts": 2, "first_k_dense_replace": 1},
     "kimi-trimmed": without(
         {**V3, "model_type": "kimi_k2"}, "num_experts_per_tok", "n_group", "topk_group", "norm_topk_prob",

@@ -1,4 +1,5 @@
-"""Files that are not what their names say: Git LFS pointers, web pages, byte-order marks; every reader, whole sentences."""
+"""Files that are not what their names say: Git LFS pointers, web pages, byte-order marks; every reader, whole
+sentences."""
 
 from __future__ import annotations
 

@@ -906,8 +906,8 @@ def test_bad_quantization_config(tmp_path: Path, value: Any, error: type[Quantki
             {"quant_method": "fp8", "activation_scheme": "static"},
             UnsupportedError,
             "the scale of the FP8 weight 'x.weight' is 'x.weight_scale', where a checkpoint of its config.json has "
-            "'x.weight_scale_inv'; quantkit and llama.cpp's converter read that only: get the weights it was made from, "
-            "or FP8 with such scales",
+            "'x.weight_scale_inv'; quantkit and llama.cpp's converter read that only: get the weights it was made "
+            "from, or FP8 with such scales",
             id="static",
         ),
         pytest.param(
@@ -915,8 +915,8 @@ def test_bad_quantization_config(tmp_path: Path, value: Any, error: type[Quantki
             {"quant_method": "fp8", "weight_block_size": [128, 128]},
             UnsupportedError,
             "the scale of the FP8 weight 'x.weight' is 'x.scale', where a checkpoint of its config.json has "
-            "'x.weight_scale_inv'; quantkit and llama.cpp's converter read that only: get the weights it was made from, "
-            "or FP8 with such scales",
+            "'x.weight_scale_inv'; quantkit and llama.cpp's converter read that only: get the weights it was made "
+            "from, or FP8 with such scales",
             id="deepseeks_own_names",
         ),
         pytest.param(

@@ -1,6 +1,8 @@
-"""Tokens that stand beside tokenizer.json: in tokenizer_config.json, special_tokens_map.json, added_tokens.json. They are
-added to the tokenizer as transformers adds them when it loads a fast one (tokenization_utils_base._from_pretrained,
-tokenization_utils_fast.__init__), in that order, since the order gives them their ids."""
+"""Tokens that stand beside tokenizer.json: in tokenizer_config.json, special_tokens_map.json, added_tokens.json.
+
+They are added to the tokenizer as transformers adds them when it loads a fast one, in its order, which gives them their
+ids. Source: transformers 4.57, tokenization_utils_base._from_pretrained and tokenization_utils_fast.__init__.
+"""
 
 from __future__ import annotations
 

@@ -260,7 +260,8 @@ def _left_out(layers: list[int], s: Shape) -> str:
     if max(layers) < s.n_layers + s.n_mtp:
         return f"left out: {n} tensors of the multi-token-prediction layer (MTP), as llama.cpp does"
     found = set(layers)
+    where = f"layer{'s' if len(found) > 1 else ''} {ranges(found)}"
     return (
-        f"left out: {n} tensors of layer{'s' if len(found) > 1 else ''} {ranges(found)}, as llama.cpp does: config.json "
-        f"has num_hidden_layers {s.n_layers} and num_nextn_predict_layers {s.n_mtp}"
+        f"left out: {n} tensors of {where}, as llama.cpp does: config.json has num_hidden_layers {s.n_layers} and "
+        f"num_nextn_predict_layers {s.n_mtp}"
     )

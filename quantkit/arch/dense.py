@@ -161,8 +161,13 @@ def build(
     stored: Mapping[str, SourceTensor] | None,
 ) -> Catalogue:
     """See quantkit.arch.build."""
-    c = Config(model, with_defaults(config))
     arch = ARCHS[config["architectures"][0]]
+    if options.layout_given:
+        raise UnsupportedError(
+            f"{model}: --layout {options.layout} is of models with MLA (DeepSeek); {arch} has one layout only: leave it "
+            "out"
+        )
+    c = Config(model, with_defaults(config))
     s = read_shape(c, arch)
     if stored is not None and "lm_head.weight" in stored:
         s = s._replace(tied=False)  # the converter keeps one that is stored all the same

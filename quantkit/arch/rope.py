@@ -21,7 +21,6 @@ from ..errors import UnsupportedError
 from ..gguf_format import F32, I32, KV, STRING, U32, kv, kv_array
 from .config import Config
 
-
 _BOTH = (
     "config.json has rope_parameters (transformers 5) and rope_scaling (before), and they differ: rope_parameters was "
     "taken, as llama.cpp does"

@@ -57,6 +57,8 @@ class LlamaQuantizeEngine:
         assert source is not None
         first = source.files[0]
         whole = len(work.layouts) == 1 and first.suffix == ".gguf" and QTYPES.get(_dtype(source, work)) is not None
+        # it copies the source's keys: with --pre or --pad-token the output has others
+        whole = whole and getattr(source, "kvs", None) == work.plan.catalogue.kvs
         if whole and work.sink.is_empty:
             self._whole(work, source)
         else:

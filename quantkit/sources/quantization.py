@@ -1,5 +1,5 @@
-"""How a checkpoint's FP8 weights are scaled, from config.json and hf_quant_config.json: what llama.cpp's converter reads
-(conversion/base.py, dequant_model), by each of the names it has.
+"""How a checkpoint's FP8 weights are scaled, from config.json and hf_quant_config.json: what llama.cpp's converter
+reads (conversion/base.py, dequant_model), by each of the names it has.
 
     method               scale of X.weight       shape
     fp8                  X.weight_scale_inv      a block of weight_block_size; without one: a tensor, or a row
