@@ -17,11 +17,12 @@ from .arch.known import config as known_config
 from .arch.options import Options
 from .arch.tokenizer import PAD_KEY, token_id
 from .catalogue import Catalogue, Part, Tensor, is_quantizable, layer_of, output_order, role_of
-from .errors import SourceError, did_you_mean
-from .gguf_format import KV, STRING, U32, array_head, decode, is_utf8, kv
+from .errors import SourceError, UnsupportedError, did_you_mean
+from .gguf_format import KV, STRING, U32, array_head, decode, is_gguf, is_utf8, kv
 from .pre_tokenizers import PRE_KEY, unknown_pre
 from .qtypes import QTYPES
 from .sources.gguf_file import GgufFile, GgufHeaders, open_gguf
+from .sources.kinds import other_file, other_folder, other_gguf
 from .sources.remote import is_remote, open_remote
 from .sources.safetensors_dir import open_checkpoint, read_json
 
@@ -45,6 +46,8 @@ def open_model(source: str, options: Options | None = None) -> Catalogue:
         if path.is_file():
             if path.suffix == ".json":
                 return arch.build(folder_name(_folder_of(path)) or source, read_json(path), opts)
+            if (says := other_file(path)) and not is_gguf(path):
+                raise UnsupportedError(f"{path}: {says}")
             if path.suffix == ".safetensors":
                 raise SourceError(f"{path}: is one shard of a checkpoint; give the directory: {_folder_of(path)}")
             return from_gguf(open_gguf(path), opts)
@@ -70,6 +73,8 @@ def _expand(source: str) -> Path:
 
 
 def _from_directory(path: Path, options: Options) -> Catalogue:
+    if says := other_folder(path):
+        raise UnsupportedError(f"{path}: {says}")
     if not (path / "config.json").exists():
         ggufs = sorted(path.glob("*.gguf"))
         hint = f"; to read a GGUF, give the file: {ggufs[0]}" if ggufs else ""
@@ -105,10 +110,13 @@ def from_gguf(file: GgufHeaders, options: Options | None = None) -> Catalogue:
         return int(decode(kvs[key])) if key in kvs and kvs[key].type == U32 else None
 
     arch_name = text("general.architecture")
+    has_tokenizer = "tokenizer.ggml.tokens" in kvs
+    says = other_gguf(text("general.type"), arch_name, bool(file.infos), has_tokenizer)
+    if says and not (file.infos and arch_name and options is not None and options.any_kind):
+        raise UnsupportedError(f"{file.where}: {says}")
     if arch_name is None or not re.fullmatch(r"[\w.-]{1,64}", arch_name):
         what = "has no general.architecture" if arch_name is None else f"general.architecture is {arch_name!r:.60}"
-        kind = text("general.type")
-        raise SourceError(f"{file.where}: {what}; it is {f'an {kind}, not' if kind == 'imatrix' else 'not'} a model")
+        raise SourceError(f"{file.where}: {what}; it is not a model")
     if not file.infos:
         raise SourceError(f"{file.where}: has no tensors, only metadata; give the file that holds the weights")
     tensors = []
@@ -139,6 +147,7 @@ def from_gguf(file: GgufHeaders, options: Options | None = None) -> Catalogue:
             f"{layout}); leave it out, or give the checkpoint"
         )
     out_kvs, notes = _with_options(file, kvs, options or Options())
+    notes = (*notes, f"it {says}") if says else notes
     name = text("general.name") or ""
     name = name if name.isprintable() and 0 < len(name) <= _MAX_TITLE else file.stem
     return Catalogue(

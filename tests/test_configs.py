@@ -93,7 +93,8 @@ SPELLINGS: dict[str, dict[str, Any]] = {
     ),
     "v2-trimmed": without(
         V2, "max_position_embeddings", "num_experts_per_tok", "n_group", "topk_group", "norm_topk_prob",
-        "n_shared_experts", "routed_scaling_factor", "rms_norm_eps", "rope_theta", "rope_scaling", "first_k_dense_replace", "scoring_func",
+        "n_shared_experts", "routed_scaling_factor", "rms_norm_eps", "rope_theta", "rope_scaling",
+        "first_k_dense_replace", "scoring_func",
     ) | {"n_shared_experts": 2, "first_k_dense_replace": 1},
     "kimi-trimmed": without(
         {**V3, "model_type": "kimi_k2"}, "num_experts_per_tok", "n_group", "topk_group", "norm_topk_prob",

@@ -164,8 +164,8 @@ def build(
     arch = ARCHS[config["architectures"][0]]
     if options.layout_given:
         raise UnsupportedError(
-            f"{model}: --layout {options.layout} is of models with MLA (DeepSeek); {arch} has one layout only: leave it "
-            "out"
+            f"{model}: --layout {options.layout} is of models with MLA (DeepSeek); {arch} has one layout only: "
+            "leave it out"
         )
     c = Config(model, with_defaults(config))
     s = read_shape(c, arch)

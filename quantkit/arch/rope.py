@@ -119,8 +119,9 @@ def _differ(values: Mapping[str, Any]) -> bool:
     kinds = []
     for section in (new if isinstance(new, dict) else {}, old):
         kinds.append(section.get("rope_type") or section.get("type") or "default")
-    shared = (old.keys() & new.keys()) - {"type", "rope_type"} if isinstance(new, dict) else set()
-    return kinds[0] != kinds[1] or any(old[key] != new[key] for key in shared)
+    if kinds[0] != kinds[1] or not isinstance(new, dict):
+        return kinds[0] != kinds[1]
+    return any(old[key] != new[key] for key in (old.keys() & new.keys()) - {"type", "rope_type"})
 
 
 def _sections(outer: Config) -> tuple[int, ...]:

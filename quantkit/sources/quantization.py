@@ -59,6 +59,9 @@ def read_scheme(folder: Path, config: Mapping[str, Any], modelopt: Mapping[str, 
         quant = {}
     if not isinstance(quant, dict):
         raise SourceError(f"{where}: quantization_config is {quant!r:.80}, not an object")
+    mlx = config.get("quantization")
+    if isinstance(mlx, dict) and "bits" in mlx and not quant:
+        raise _other(where, "MLX has it", "")
     method = quant.get("quant_method")
     if method is None and (quant.get("load_in_4bit") or quant.get("load_in_8bit")):
         method = "bitsandbytes"

@@ -27,6 +27,7 @@ from ..catalogue import SourceTensor
 from ..errors import SourceError, UnsupportedError
 from ..first_bytes import ENOUGH, not_json, not_the_file
 from .files import Files, regular_size
+from .kinds import other_folder
 from .quantization import MODELOPT_CONFIG, other_scale, read_scheme, sorted_out
 
 INDEX = "model.safetensors.index.json"
@@ -153,6 +154,11 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def open_checkpoint(path: Path) -> Checkpoint:
     """Open a checkpoint directory and check its headers. Raises SourceError for the first thing wrong."""
+    try:
+        if says := other_folder(path):
+            raise UnsupportedError(f"{path}: {says}")
+    except OSError as e:
+        raise SourceError(f"{path}: cannot be read: {e.strerror or e}") from None
     config = read_json(path / "config.json")
     try:
         if (path / INDEX).exists():
