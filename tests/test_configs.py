@@ -3,6 +3,7 @@ saves it, with keys left out, with keys that nobody asked for."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,11 @@ from factory import TINY_LLAMA, TINY_QWEN2, TINY_V2, TINY_V3
 from test_arch_dense import build, uniform
 from test_differential import data, fields
 
+from quantkit import arch
 from quantkit.arch.options import Options
+from quantkit.catalogue import Catalogue
+from quantkit.errors import SourceError, UnsupportedError
+from quantkit.gguf_format import decode
 from quantkit.models import open_model
 
 NAMED = Options(pre="llama-bpe")
@@ -113,6 +118,10 @@ SPELLINGS: dict[str, dict[str, Any]] = {
     "v3-unknown-keys": {**V3, "my_key": {"a": [1]}, "_name_or_path": "x/y", "auto_map": {}, "index_topk": 5},
 }  # fmt: skip
 
+#: what `save_pretrained` of transformers 5.24 made of V3, V2, LLAMA and QWEN2 (with yarn): whole files, as they were
+SAVED = json.loads((Path(__file__).parent / "data" / "transformers5_configs.json").read_text("utf-8"))
+SPELLINGS |= {f"saved-{name}": config for name, config in SAVED.items()}
+
 
 def checkpoint(folder: Path, config: Mapping[str, Any]) -> Path:
     # the weights a trimmed config stands for are those of the whole one
@@ -143,3 +152,147 @@ def test_the_converter_makes_the_same_file(converted: Path, tmp_path: Path, name
     assert fields(out) == fields(theirs)
     assert [item.key for item in open_model(str(converted / name / "Tiny"), NAMED).kvs] == list(fields(theirs))
     assert data(out) == data(theirs)
+
+
+def plan_only(config: Mapping[str, Any]) -> Catalogue:
+    return arch.build("m", config, Options())
+
+
+@pytest.mark.parametrize(("name", "old"), [("v3", V3), ("v2", V2), ("llama", LLAMA)])
+def test_what_transformers_5_saves_means_the_same(name: str, old: dict[str, Any]) -> None:
+    new, before = plan_only(SAVED[name]), plan_only(old)
+    assert (new.kvs, new.tensors, new.notes) == (before.kvs, before.tensors, before.notes)
+
+
+def values(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {item.key: decode(item) for item in plan_only(config).kvs}
+
+
+def test_the_keys_of_a_v3_that_transformers_5_saved() -> None:
+    got = {
+        k: v for k, v in values(new(V3, **YARN, **MSCALE, rope_type="yarn", rope_theta=50000.0)).items() if "rope" in k
+    }
+    assert got == {
+        "deepseek2.rope.scaling.type": "yarn",
+        "deepseek2.rope.scaling.factor": 40.0,
+        "deepseek2.rope.scaling.original_context_length": 4096,
+        "deepseek2.rope.scaling.yarn_beta_fast": 32.0,
+        "deepseek2.rope.scaling.yarn_beta_slow": 1.0,
+        "deepseek2.rope.freq_base": 50000.0,
+        "deepseek2.rope.dimension_count": 32,
+        "deepseek2.rope.scaling.yarn_log_multiplier": pytest.approx(0.0707, rel=1e-6),
+    }
+
+
+def test_what_a_trimmed_config_leaves_to_its_class() -> None:
+    got = values(SPELLINGS["v3-trimmed"])
+    assert {k.removeprefix("deepseek2."): v for k, v in got.items() if "expert" in k or "context" in k} == {
+        "context_length": 4096,
+        "expert_count": 4,
+        "expert_used_count": 8,
+        "expert_group_count": 8,
+        "expert_group_used_count": 4,
+        "expert_gating_func": 2,
+        "expert_feed_forward_length": 32,
+        "expert_shared_count": 1,
+        "expert_weights_scale": 2.5,
+        "expert_weights_norm": True,
+    }
+
+
+BOTH = (
+    "config.json has rope_parameters (transformers 5) and rope_scaling (before), and they differ: rope_parameters was "
+    "taken, as llama.cpp does"
+)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "says"),
+    [
+        ({**V3["rope_scaling"], "rope_theta": 7.0}, False),
+        ({**YARN, "rope_type": "yarn"}, False),
+        ({**YARN, "rope_type": "yarn", "factor": 4.0}, True),
+        ({"rope_type": "default"}, True),
+        (None, True),
+    ],
+)
+def test_two_spellings_that_differ_are_said(parameters: dict[str, Any] | None, says: bool) -> None:
+    notes = plan_only({**V3, "rope_parameters": parameters}).notes
+    assert (BOTH in notes) is says
+
+
+def test_a_v3_that_does_not_say_how_it_routes() -> None:
+    """transformers' class has no such key; without it llama.cpp takes V2's."""
+    assert plan_only(without(V3, "scoring_func")).notes[0] == (
+        "config.json has no scoring_func, so llama.cpp routes by softmax; the models with a router bias are trained with "
+        'sigmoid: add "scoring_func": "sigmoid"'
+    )
+    assert len(plan_only(V3).notes) == 1
+
+
+ODD: list[tuple[dict[str, Any], dict[str, Any], type[SourceError], str]] = [
+    (
+        V3,
+        {"rope_parameters": {**LLAMA3, "rope_theta": 1.0}},
+        UnsupportedError,
+        "the rope scaling has the type 'llama3'; quantkit knows linear and yarn for deepseek2",
+    ),
+    (
+        LLAMA,
+        {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}},
+        UnsupportedError,
+        "the rope scaling has the type 'dynamic'; quantkit knows linear, yarn and llama3 for llama",
+    ),
+    (
+        V3,
+        {"rope_parameters": {"rope_type": "yarn"}},
+        SourceError,
+        "rope_parameters.factor is missing; get the model's own config.json",
+    ),
+    (
+        V3,
+        {"rope_parameters": {"full_attention": {"rope_type": "linear", "factor": "x"}}},
+        SourceError,
+        "rope_parameters.full_attention.factor is 'x', not a number that float32 holds; get the model's own "
+        "config.json",
+    ),
+    (
+        QWEN2,
+        {"rope_parameters": {"rope_theta": -5.0}},
+        SourceError,
+        "rope_parameters.rope_theta is -5, not above 0; get the model's own config.json",
+    ),
+    (
+        LLAMA,
+        {"rope_parameters": {"rope_theta": 5.0, "partial_rotary_factor": 0.5}},
+        UnsupportedError,
+        "rope_parameters.partial_rotary_factor is 0.5: heads of llama are rotated whole in llama.cpp",
+    ),
+    (
+        LLAMA,
+        {"partial_rotary_factor": 0.25},
+        UnsupportedError,
+        "partial_rotary_factor is 0.25: heads of llama are rotated whole in llama.cpp",
+    ),
+    (
+        QWEN2,
+        {"rope_parameters": {"mrope_section": "16"}},
+        SourceError,
+        "rope_parameters.mrope_section is '16', not a list of integers; get the model's own config.json",
+    ),
+    (
+        QWEN2,
+        {"rope_parameters": "yarn"},
+        SourceError,
+        "rope_parameters is 'yarn', not an object; get the model's own config.json",
+    ),
+]
+
+
+@pytest.mark.parametrize(("config", "changes", "error", "says"), ODD)
+def test_a_rope_that_cannot_be(
+    config: dict[str, Any], changes: dict[str, Any], error: type[SourceError], says: str
+) -> None:
+    with pytest.raises(error) as e:
+        plan_only({**config, **changes})
+    assert (type(e.value), str(e.value)) == (error, f"m: config.json: {says}")

@@ -61,7 +61,7 @@ FOLDERS: dict[str, tuple[dict[str, str], str]] = {
     ),
     "diffusers": (
         {"model_index.json": "{}"},
-        "is a pipeline of diffusers (model_index.json), which makes images; quantkit converts models that write text",
+        "is a pipeline of diffusers (model_index.json), which makes images; quantkit converts models of text",
     ),
     "sentence-transformers": (
         {"modules.json": "[]", "config.json": "{}", "model.safetensors": ""},

@@ -19,7 +19,7 @@ from .config import Config
 from .defaults import default_theta, has_class, with_defaults
 from .general import general_kvs
 from .options import LAYOUTS, Options
-from .rope import read_rope
+from .rope import Rope, read_rope
 from .tensors import FILE_TYPE_BF16, MAX_HEADS, MAX_LAYERS, MAX_PARTS, assembled, check_stored, in_order, whole
 from .tokenizer import tokenizer_kvs
 
@@ -149,7 +149,7 @@ def _kv_b(s: Shape, blk: str, source: str, layout: str) -> Iterator[Tensor]:
     yield assembled(blk + "attn_v_b.weight", (s.kv_lora, s.v_head, s.n_heads), v_parts)
 
 
-def arch_kvs(c: Config, s: Shape, layout: str) -> list[KV]:
+def arch_kvs(c: Config, s: Shape, rope: Rope, layout: str) -> list[KV]:
     """The deepseek2.* keys, in the order the converter writes them."""
 
     def u32(key: str, value: int | None) -> None:
@@ -172,7 +172,6 @@ def arch_kvs(c: Config, s: Shape, layout: str) -> list[KV]:
     u32("attention.head_count", s.n_heads)
     # MLA runs as attention with one key/value head of the compressed width
     u32("attention.head_count_kv", 1 if mla else c.int_("num_key_value_heads", s.n_heads))
-    rope = read_rope(c, ARCH, ("linear", "yarn"), default_theta(c))
     out += rope.kvs(ARCH)
     f32("attention.layer_norm_rms_epsilon", c.float_("rms_norm_eps", 1e-6))
     if s.n_experts:
@@ -231,7 +230,13 @@ def build(
         # V3's bias is known by topk_method; a checkpoint that has it anyway is believed
         s = s._replace(router_bias=any(n.endswith(".mlp.gate.e_score_correction_bias") for n in stored))
     out = in_order(model, tensors(s, options.layout))
-    notes = []
+    rope = read_rope(c, ARCH, ("linear", "yarn"), default_theta(c))
+    notes = [*rope.notes]
+    if s.n_experts and s.router_bias and c.values.get("scoring_func") is None:
+        notes.append(
+            "config.json has no scoring_func, so llama.cpp routes by softmax; the models with a router bias are trained "
+            'with sigmoid: add "scoring_func": "sigmoid"'
+        )
     if stored is not None:
         what = f"a {ARCH} model of {s.n_layers} layers"
         left_out = check_stored(model, what, out, stored, ("lm_head.weight",) if s.tied else (), s.n_layers)
@@ -240,7 +245,7 @@ def build(
     elif s.n_mtp:
         notes.append(f"left out: {s.n_mtp} multi-token-prediction layer (MTP), as llama.cpp does")
     kvs = general_kvs(ARCH, model, out, source)
-    kvs += arch_kvs(c, s, options.layout)
+    kvs += arch_kvs(c, s, rope, options.layout)
     kvs.append(kv("general.quantization_version", U32, 2))
     if source is not None:
         tokenizer, more = tokenizer_kvs(source.path, s.vocab, options)

@@ -21,7 +21,7 @@ def other_folder(path: Path) -> str | None:
     has = {p.name for p in path.iterdir()}
     weights = {name for name in has if name.endswith(".safetensors") and not name.startswith("adapter_model")}
     if "model_index.json" in has:
-        return "is a pipeline of diffusers (model_index.json), which makes images; quantkit converts models that write text"
+        return "is a pipeline of diffusers (model_index.json), which makes images; quantkit converts models of text"
     if "adapter_config.json" in has and not weights:
         return f"is a LoRA adapter{_base(path / 'adapter_config.json')}, not a model; {_MERGE} and give that"
     if "modules.json" in has:
