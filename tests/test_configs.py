@@ -224,7 +224,7 @@ def test_two_spellings_that_differ_are_said(parameters: dict[str, Any] | None, s
 def test_a_v3_that_does_not_say_how_it_routes() -> None:
     """transformers' class has no such key; without it llama.cpp takes V2's."""
     assert plan_only(without(V3, "scoring_func")).notes[0] == (
-        "config.json has no scoring_func, so llama.cpp routes by softmax; the models with a router bias are trained with "
+        "config.json has no scoring_func, so llama.cpp routes by softmax; models with a router bias are trained with "
         'sigmoid: add "scoring_func": "sigmoid"'
     )
     assert len(plan_only(V3).notes) == 1

@@ -234,7 +234,7 @@ def build(
     notes = [*rope.notes]
     if s.n_experts and s.router_bias and c.values.get("scoring_func") is None:
         notes.append(
-            "config.json has no scoring_func, so llama.cpp routes by softmax; the models with a router bias are trained "
+            "config.json has no scoring_func, so llama.cpp routes by softmax; models with a router bias are trained "
             'with sigmoid: add "scoring_func": "sigmoid"'
         )
     if stored is not None:
