@@ -11,6 +11,7 @@ import os
 import stat
 from pathlib import Path
 
+from .first_bytes import ENOUGH, not_the_file
 from .folders import Folder
 
 
@@ -99,11 +100,14 @@ _MARKS = (
 
 def text_within(path: Path, most: int) -> str | None:
     """A small regular file's text, None where there are more than `most` bytes. UTF-8, or what a byte-order mark says,
-    which is no part of the text. Raises OSError, UnicodeDecodeError."""
+    which is no part of the text. Raises OSError, for what is a pointer or a page in its place too, and
+    UnicodeDecodeError."""
     if "\0" in str(path):  # which open() does not call an OSError
         raise OSError(errno.EINVAL, "a name cannot hold a NUL")
     with open(open_regular(path), "rb") as f:
         data = f.read(most + 1)
+    if says := not_the_file(data[:ENOUGH]):
+        raise OSError(errno.EINVAL, f"it {says}")
     if len(data) > most:
         return None
     encoding = next((name for mark, name in _MARKS if data.startswith(mark)), "utf-8")

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from .errors import SourceError, UnsupportedError
+from .first_bytes import ENOUGH, not_the_file
 from .qtypes import REMOVED_TYPES, STORED_BY_ID, STORED_TYPES
 
 MAGIC = b"GGUF"
@@ -302,6 +303,8 @@ def parse_header(where: str, prefix: bytes, file_bytes: int) -> Header:
 def _read(c: _Cursor) -> Header:
     magic = c.take(4, "the magic")
     if magic != MAGIC:
+        if says := not_the_file(magic + c.file.read(ENOUGH)):
+            raise SourceError(f"{c.where}: {says}")
         hint = "; zeros at the start are what an interrupted llama-quantize leaves" if magic == bytes(4) else ""
         raise c.fail(f"it begins with {magic!r}, not {MAGIC!r}{hint}")
     version = c.number("<I", "the version")

@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .errors import ImatrixError, SourceError
+from .first_bytes import ENOUGH, not_the_file
 from .gguf_format import ARRAY, KV, U32, Header, array_head, decode, is_gguf, is_utf8, read_header
 
 _CHUNK = 1 << 20
@@ -192,6 +193,9 @@ def open_imatrix(typed: str) -> Imatrix:
         if is_gguf(path):
             return _open_gguf(typed, path)
         with path.open("rb") as f:
+            if says := not_the_file(f.read(ENOUGH)):
+                raise ImatrixError(f"{typed}: {says}")
+            f.seek(0)
             return _open_legacy(typed, path, f, size)
     except OSError as e:
         raise ImatrixError(f"{typed}: cannot be read: {e.strerror or e}") from None

@@ -6,20 +6,36 @@ the name of a known model, or the id of a repository that `hf download` has brou
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 from . import arch
+from .arch.beside import folder_name
 from .arch.known import MODELS
 from .arch.known import config as known_config
 from .arch.options import Options
+from .arch.tokenizer import PAD_KEY, token_id
 from .catalogue import Catalogue, Part, Tensor, is_quantizable, layer_of, output_order, role_of
-from .errors import SourceError, did_you_mean
-from .gguf_format import ALIGNMENT, STRING, U32, decode, is_other_alignment, is_utf8
+from .errors import SourceError, UnsupportedError, did_you_mean
+from .gguf_format import (
+    ALIGNMENT,
+    KV,
+    STRING,
+    U32,
+    array_head,
+    decode,
+    is_gguf,
+    is_other_alignment,
+    is_utf8,
+    kv,
+)
+from .pre_tokenizers import PRE_KEY, unknown_pre
 from .qtypes import IK_TYPES, STORED_TYPES
 from .sources.gguf_file import GgufFile, GgufHeaders, open_gguf
+from .sources.kinds import other_file, other_folder, other_gguf
 from .sources.remote import is_remote, open_remote
 from .sources.safetensors_dir import open_checkpoint, read_json
 
@@ -30,8 +46,10 @@ _MAX_TITLE = 200
 def open_model(source: str, options: Options | None = None) -> Catalogue:
     """The catalogue of whatever `source` names. Raises SourceError, with what was perhaps meant."""
     opts = options or Options()
+    if opts.pre is not None and not opts.recognize and (says := unknown_pre(opts.pre)):
+        raise SourceError(f"--pre: {says}")
     if is_remote(source):
-        return from_gguf(open_remote(source))
+        return from_gguf(open_remote(source), opts)
     path = _expand(source)
     if not is_utf8(str(path.absolute())):
         raise SourceError(f"{source!a}: the path gives the model its name, but is not UTF-8; rename the folder or file")
@@ -40,10 +58,12 @@ def open_model(source: str, options: Options | None = None) -> Catalogue:
             return _from_directory(path, opts)
         if path.is_file():
             if path.suffix == ".json":
-                return arch.build(path.resolve().parent.name or source, read_json(path), opts)
+                return arch.build(folder_name(_folder_of(path)) or source, read_json(path), opts)
+            if (says := other_file(path)) and not is_gguf(path):
+                raise UnsupportedError(f"{path}: {says}")
             if path.suffix == ".safetensors":
-                raise SourceError(f"{path}: is one shard of a checkpoint; give the directory: {path.resolve().parent}")
-            return from_gguf(open_gguf(path))
+                raise SourceError(f"{path}: is one shard of a checkpoint; give the directory: {_folder_of(path)}")
+            return from_gguf(open_gguf(path), opts)
     except OSError as e:
         raise SourceError(f"{source}: cannot be read: {e.strerror or e}") from None
     if source.lower() in MODELS:
@@ -66,12 +86,19 @@ def _expand(source: str) -> Path:
 
 
 def _from_directory(path: Path, options: Options) -> Catalogue:
+    if says := other_folder(path):
+        raise UnsupportedError(f"{path}: {says}")
     if not (path / "config.json").exists():
         ggufs = sorted(path.glob("*.gguf"))
         hint = f"; to read a GGUF, give the file: {ggufs[0]}" if ggufs else ""
         raise SourceError(f"{path}: has no config.json, so it is not a checkpoint directory{hint}")
     checkpoint = open_checkpoint(path.resolve())
-    return arch.build(checkpoint.path.name, checkpoint.config, options, checkpoint, checkpoint.tensors)
+    return arch.build(folder_name(checkpoint.path), checkpoint.config, options, checkpoint, checkpoint.tensors)
+
+
+def _folder_of(file: Path) -> Path:
+    """The folder a file is in; a file that is a link, as in Hugging Face's cache, is not followed."""
+    return Path(os.path.realpath(file.parent))
 
 
 def downloaded(repo: str) -> Path | None:
@@ -84,8 +111,9 @@ def downloaded(repo: str) -> Path | None:
         return None
 
 
-def from_gguf(file: GgufHeaders) -> Catalogue:
-    """The catalogue of a GGUF: its tensors as they are, sorted as llama-quantize sorts them."""
+def from_gguf(file: GgufHeaders, options: Options | None = None) -> Catalogue:
+    """The catalogue of a GGUF: its tensors as they are, sorted as llama-quantize sorts them. Raises SourceError for
+    what is no model, and for options that a GGUF cannot have."""
     kvs = {item.key: item for item in file.kvs}
 
     def text(key: str) -> str | None:
@@ -95,10 +123,13 @@ def from_gguf(file: GgufHeaders) -> Catalogue:
         return int(decode(kvs[key])) if key in kvs and kvs[key].type == U32 else None
 
     arch_name = text("general.architecture")
+    has_tokenizer = "tokenizer.ggml.tokens" in kvs
+    says = other_gguf(text("general.type"), arch_name, bool(file.infos), has_tokenizer)
+    if says and not (file.infos and arch_name and options is not None and options.any_kind):
+        raise UnsupportedError(f"{file.where}: {says}")
     if arch_name is None or not re.fullmatch(r"[\w.-]{1,64}", arch_name):
         what = "has no general.architecture" if arch_name is None else f"general.architecture is {arch_name!r:.60}"
-        kind = text("general.type")
-        raise SourceError(f"{file.where}: {what}; it is {f'an {kind}, not' if kind == 'imatrix' else 'not'} a model")
+        raise SourceError(f"{file.where}: {what}; it is not a model")
     if not file.infos:
         raise SourceError(f"{file.where}: has no tensors, only metadata; give the file that holds the weights")
     tensors = []
@@ -123,12 +154,48 @@ def from_gguf(file: GgufHeaders) -> Catalogue:
     dense = sorted(set(found) - set(moe))
     names = {t.name.rpartition(".attn_")[2] for t in tensors}
     layout = "k_b+v_b" if "k_b.weight" in names else "kv_b" if "kv_b.weight" in names else "as is"
+    if options is not None and options.layout_given and options.layout != layout:
+        raise SourceError(
+            f"{file.where}: --layout {options.layout} cannot be had from a GGUF, whose tensors stay as they are (here: "
+            f"{layout}); leave it out, or give the checkpoint"
+        )
+    out_kvs, notes = _with_options(file, kvs, options or Options())
+    notes = (*notes, f"it {says}") if says else notes
     name = text("general.name") or ""
     name = name if name.isprintable() and 0 < len(name) <= _MAX_TITLE else file.stem
     return Catalogue(
-        name, arch_name, layout, n_layers, tuple(dense), tuple(moe), tuple(tensors), file.kvs, True,
-        file if isinstance(file, GgufFile) else None, tuple(_notes(file)),
+        name, arch_name, layout, n_layers, tuple(dense), tuple(moe), tuple(tensors), out_kvs, True,
+        file if isinstance(file, GgufFile) else None, (*notes, *_notes(file)),
     )  # fmt: skip
+
+
+def _with_options(file: GgufHeaders, kvs: dict[str, KV], options: Options) -> tuple[tuple[KV, ...], tuple[str, ...]]:
+    """The keys of a GGUF with --pre and --pad-token, and notes. Raises SourceError where they mean nothing."""
+
+    def text(key: str) -> str | None:
+        return str(decode(kvs[key])) if key in kvs and kvs[key].type == STRING else None
+
+    kind = text("tokenizer.ggml.model")
+    wanted: list[KV] = []
+    if options.pre is not None and not options.recognize:
+        if kind != "gpt2":
+            what = "it has no tokenizer" if kind is None else f"its tokenizer, {kind!r:.60}, has no pre-tokenizer"
+            raise SourceError(f"{file.where}: --pre {options.pre} means nothing here: {what}; leave it out")
+        wanted.append(kv(PRE_KEY, STRING, options.pre))
+    if options.pad_token is not None:
+        tokens = kvs.get("tokenizer.ggml.tokens")
+        if tokens is None or array_head(tokens)[0] != "str":
+            what = f"--pad-token {options.pad_token!r:.60} means nothing here: it has no tokenizer"
+            raise SourceError(f"{file.where}: {what}; leave it out")
+        wanted.append(kv(PAD_KEY, U32, token_id(file.where, [str(t) for t in decode(tokens)], options.pad_token)))
+    changed = {item.key: item for item in wanted}
+    out = [changed.pop(item.key, item) for item in file.kvs]
+    pre = text(PRE_KEY)
+    if kind == "gpt2" and pre is not None and not any(item.key == PRE_KEY for item in wanted):
+        says = unknown_pre(pre)
+        if says:
+            return (*out, *changed.values()), (f"{PRE_KEY} is {pre!r:.60}: {says}; --pre names another",)
+    return (*out, *changed.values()), ()
 
 
 def _notes(file: GgufHeaders) -> Iterator[str]:
@@ -153,9 +220,9 @@ def describe_stored(catalogue: Catalogue) -> dict[str, tuple[int, int]]:
         for t in catalogue.tensors:
             n, nbytes = counts.get(t.source_type, (0, 0))
             counts[t.source_type] = (n + 1, nbytes + STORED_TYPES[t.source_type].row_bytes(t.n_cols) * t.n_rows)
-    stored = [*getattr(source, "tensors", {}).values(), *getattr(source, "scales", {}).values()]
-    for st in stored:
-        kind = f"{st.dtype} (scale)" if st.name.endswith("_scale_inv") else st.dtype
+    stored = [(st.dtype, st) for st in getattr(source, "tensors", {}).values()]
+    stored += [(f"{st.dtype} (scale)", st) for st in getattr(source, "scales", {}).values()]
+    for kind, st in stored:
         n, nbytes = counts.get(kind, (0, 0))
         counts[kind] = (n + 1, nbytes + st.nbytes)
     return dict(sorted(counts.items()))

@@ -15,6 +15,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from .errors import KernelError, did_you_mean
 from .marked_yaml import Marked
 from .patterns import LAYER_GROUPS, expand_braces, glob_regex, matcher, parse_layers
+from .pre_tokenizers import PRE_KEY, unknown_pre
 from .qtypes import FILE_TYPE_ALIASES, FILE_TYPES, INTEGER_TYPES, QTYPES, file_type, qtype
 
 _MAX_OVERRIDE = 127
@@ -127,6 +128,17 @@ def parse_override(key: str, text: str) -> Override:
     return Override(key, kind, number)
 
 
+def _good_metadata(value: dict[str, str]) -> dict[str, str]:
+    if PRE_KEY in value:
+        override = parse_override(PRE_KEY, value[PRE_KEY])
+        says = unknown_pre(str(override.value))
+        if override.type != "str":
+            says = f"is {override.type}, not str"
+        if says:
+            raise ValueError(f"{PRE_KEY}: {says}")
+    return value
+
+
 def _good_override(value: str) -> str:
     parse_override("", value)
     return value
@@ -204,13 +216,16 @@ class RecipeFile(BaseModel):
         description="Types by name, used as type: $NAME, and set from the command line with --set NAME=TYPE.",
         examples=[{"down": "IQ2_XXS"}],
     )
-    metadata: dict[
-        Annotated[str, AfterValidator(_good_key)],
-        Annotated[
-            str,
-            AfterValidator(_good_override),
-            WithJsonSchema({"type": "string", "pattern": "^(str|int|float|bool):"}),
+    metadata: Annotated[
+        dict[
+            Annotated[str, AfterValidator(_good_key)],
+            Annotated[
+                str,
+                AfterValidator(_good_override),
+                WithJsonSchema({"type": "string", "pattern": "^(str|int|float|bool):"}),
+            ],
         ],
+        AfterValidator(_good_metadata),
     ] = Field(
         default={},
         description="Metadata keys to set, as KEY: TYPE:VALUE, as llama-quantize's --override-kv: "

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -81,21 +81,27 @@ class Tools(NamedTuple):
 
     def convert(self, model: Path, out: Path, pre: str | None = "deepseek-v3") -> Path:
         """convert_hf_to_gguf.py --outtype bf16; unless `pre` is None, it is told the pre-tokenizer."""
+        self.convert_all([(model, out)], pre)
+        return out
+
+    def convert_all(self, models: Sequence[tuple[Path, Path]], pre: str | None = "deepseek-v3") -> None:
+        """The same for many models, each with its output, in one process: it takes long to start."""
         (python, script), env = toolchain.converter_command()
         code = (
             "import runpy, sys, pathlib\n"
-            "script, pre = sys.argv[1:3]; sys.argv = [script, *sys.argv[3:]]\n"
+            "script, pre, *paths = sys.argv[1:]\n"
             "sys.path[0] = str(pathlib.Path(script).parent)\n"
             "import conversion.base\n"
             "if pre: conversion.base.TextModel.get_vocab_base_pre = lambda self, tokenizer: pre\n"
-            "runpy.run_path(script, run_name='__main__')\n"
+            "for model, out in zip(paths[::2], paths[1::2]):\n"
+            "    sys.argv = [script, model, '--outtype', 'bf16', '--outfile', out]\n"
+            "    runpy.run_path(script, run_name='__main__')\n"
         )
-        command = [python, "-c", code, script, pre or "", str(model), "--outtype", "bf16", "--outfile", str(out)]
+        command = [python, "-c", code, script, pre or "", *(str(path) for pair in models for path in pair)]
         done = subprocess.run(
             command, env=os.environ | env, capture_output=True, text=True, errors="replace", check=False
         )
         assert done.returncode == 0, done.stderr[-3000:]
-        return out
 
 
 @pytest.fixture(scope="session")

@@ -28,7 +28,7 @@ from quantkit.catalogue import Catalogue, Part, SourceTensor
 from quantkit.errors import QuantkitError, SourceError, UnsupportedError
 from quantkit.gguf_format import STRING, TYPE_NAMES, decode
 from quantkit.models import open_model
-from quantkit.sources.safetensors_dir import SCALE_SUFFIX, open_checkpoint
+from quantkit.sources.safetensors_dir import open_checkpoint
 
 GET_CONFIG = "; get the model's own config.json"
 IS_IT = "; is this config.json the one of the checkpoint?"
@@ -331,9 +331,9 @@ ODD: list[tuple[str, dict[str, Any], type[QuantkitError], str]] = [
     ("scaling_text", {"rope_scaling": "yarn"}, SourceError, f"rope_scaling is 'yarn', not an object{GET_CONFIG}"),
     (
         "scaling_type",
-        {"rope_scaling": {**SCALING, "type": "linear"}},
+        {"rope_scaling": {**SCALING, "type": "llama3"}},
         UnsupportedError,
-        "rope_scaling has the type 'linear'; DeepSeek uses yarn",
+        "the rope scaling has the type 'llama3'; quantkit knows linear and yarn for deepseek2",
     ),
     (
         "scaling_factor",
@@ -441,13 +441,30 @@ def test_a_checkpoint_without_its_mtp_layer() -> None:
     assert with_headers(kept).notes == ()
 
 
-def test_more_layers_than_the_config_has() -> None:
-    """They are no MTP layers to be dropped in silence."""
-    more = stored(changed(TINY_V3, num_hidden_layers=5))
-    assert sentence(lambda: with_headers(more)) == (
-        "shard: tensor 'model.layers.4.input_layernorm.weight' [256] has no place in a deepseek2 model of 3 layers and "
-        f"1 for MTP{IS_IT}"
-    )
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        (
+            {"num_hidden_layers": 1},
+            "84 tensors of layers 1-3, as llama.cpp does: config.json has num_hidden_layers 1 and ",
+        ),
+        (
+            {"num_nextn_predict_layers": 0},
+            "32 tensors of layer 3, as llama.cpp does: config.json has num_hidden_layers 3 and ",
+        ),
+        (
+            {"num_nextn_predict_layers": None},
+            "32 tensors of layer 3, as llama.cpp does: config.json has num_hidden_layers 3 and ",
+        ),
+    ],
+)
+def test_layers_that_the_config_does_not_announce(changes: dict[str, Any], says: str) -> None:
+    """The converter drops every layer from num_hidden_layers on."""
+    c = with_headers(stored(TINY_V3), changed(TINY_V3, **changes))
+    n_mtp = changes.get("num_nextn_predict_layers", 1) or 0
+    assert c.notes == (f"left out: {says}num_nextn_predict_layers {n_mtp}",)
+    assert c.tensors == plan_only(changed(TINY_V3, **changes)).tensors
+    assert max(t.layer for t in c.tensors if t.layer is not None) == c.n_layers - 1
 
 
 def test_fewer_layers_than_the_config_has() -> None:
@@ -483,7 +500,7 @@ def test_a_tensor_too_many(name: str) -> None:
     tensors = stored(TINY_V3)
     tensors[name] = SourceTensor(name, "BF16", (7, 5), Path("shard"), 0, 0)
     assert sentence(lambda: with_headers(tensors)) == (
-        f"shard: tensor '{name}' [7, 5] has no place in a deepseek2 model of 3 layers and 1 for MTP{IS_IT}"
+        f"shard: tensor '{name}' [7, 5] has no place in a deepseek2 model of 3 layers{IS_IT}"
     )
 
 
@@ -545,7 +562,7 @@ def test_the_v2_family_from_disk(tmp_path: Path) -> None:
     folder = checkpoint(tmp_path / "V2", TINY_V2)
     c = open_model(str(folder), Options(pre="deepseek-v3"))
     assert c.tensors == plan_only(TINY_V2).tensors
-    assert not any(n.endswith(SCALE_SUFFIX) for n in open_checkpoint(folder).scales)
+    assert not open_checkpoint(folder).scales
 
 
 @pytest.mark.parametrize(
@@ -713,16 +730,45 @@ def test_a_tokenizer_that_is_none(tokenizer: Path, text: str) -> None:
     assert says.isprintable()
 
 
-@pytest.mark.parametrize("text", ["{", "[1]", '{"chat_template": [1]}', '{"chat_template": "\\ud800"}', "[" * 100_000])
-def test_a_tokenizer_config_that_is_none(tokenizer: Path, text: str) -> None:
-    (tokenizer / "tokenizer_config.json").write_text(text)
+@pytest.mark.parametrize("text", ['{"chat_template": [1]}', '{"chat_template": "\\ud800"}'])
+def test_a_chat_template_that_is_none(tokenizer: Path, text: str) -> None:
+    edit_json(tokenizer / "tokenizer_config.json", lambda c: c.update(json.loads(text)))
     says = sentence(lambda: tokenizer_kvs(tokenizer, 384, NAMED))
-    # between the two is what json or the gguf package says
+    # between the two is what the gguf package says
     assert says.startswith(
         f"{tokenizer}: the special tokens or chat template in tokenizer_config.json cannot be read: "
     )
-    assert says.endswith("; download it again")
     assert says.isprintable()
+    assert says.endswith("; download it again")
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("{", "cannot be read: Expecting property name enclosed in double quotes: line 1 column 2 (char 1)"),
+        ("[1]", "is [1], not an object"),
+        ("[" * 100_000, "cannot be read: maximum recursion depth exceeded"),
+    ],
+    ids=["brace", "list", "deep"],
+)
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"])
+def test_a_tokenizer_config_that_is_none(tokenizer: Path, name: str, text: str, says: str) -> None:
+    (tokenizer / name).write_text(text)
+    got = sentence(lambda: tokenizer_kvs(tokenizer, 384, NAMED))
+    # what json says may go on, in some releases of Python
+    assert got.startswith(f"{tokenizer / name}: {says}")
+    assert got.endswith("; download it again")
+
+
+def test_a_token_of_the_class_beyond_the_vocabulary(tokenizer: Path) -> None:
+    """Without a word on it, transformers adds the tokens of its class."""
+    edit_json(tokenizer / "tokenizer_config.json", lambda c: c.update(tokenizer_class="LlamaTokenizerFast"))
+    assert sentence(lambda: tokenizer_kvs(tokenizer, 384, NAMED)) == (
+        f"{tokenizer / 'tokenizer_config.json'}: says no unk_token, so transformers' LlamaTokenizer adds '<unk>' with "
+        "the id 384, but config.json's vocab_size is 384; download the model's own tokenizer_config.json"
+    )
+    edit_json(tokenizer / "tokenizer_config.json", lambda c: c.update(unk_token=None))
+    assert tokenizer_kvs(tokenizer, 384, NAMED)
 
 
 def test_a_negative_special_token(tokenizer: Path) -> None:

@@ -348,7 +348,7 @@ ODD: list[tuple[dict[str, Any], dict[str, Any], type[QuantkitError], str]] = [
         TINY_QWEN2,
         {"rope_scaling": TINY_LLAMA["rope_scaling"]},
         UnsupportedError,
-        "the rope scaling has the type 'llama3'; quantkit knows linear, yarn for qwen2",
+        "the rope scaling has the type 'llama3'; quantkit knows linear and yarn for qwen2",
     ),
     (
         TINY_LLAMA,

@@ -60,8 +60,10 @@ class Place:
         """bytes of a journal that tells of no rows"""
 
     def build(self, source: Path | str, *options: str | Path) -> subprocess.CompletedProcess[str]:
-        command = ["build", source, "-o", self.out, "-r", self.recipe, "--pre", "deepseek-v3", "-q", "-t", "2"]
-        return self.run(*command, *options)
+        command = ["build", source, "-o", self.out, "-r", self.recipe, "-q", "-t", "2"]
+        # a GGUF has its own
+        pre = [] if Path(source).suffix == ".gguf" else ["--pre", "deepseek-v3"]
+        return self.run(*command, *pre, *options)
 
     def fails(self, code: int, says: str, source: Path | str, *options: str | Path) -> None:
         """Build, and see nothing but this sentence, this exit code, and the folder as it was."""

@@ -145,8 +145,8 @@ def test_inspect_gguf(quantkit: Run, tiny_imatrix: Path, tiny_bf16: Path) -> Non
     assert "deepseek2.expert_count " in done.stdout
     assert re.search(r"^blk\.\{1-2\}\.ffn_up_exps\.weight +2 +256x256x4 +BF16 ", done.stdout, re.M)
     done = quantkit("inspect", tiny_imatrix)
-    assert done.returncode == 4
-    assert done.stderr == f"error: {tiny_imatrix}: has no general.architecture; it is an imatrix, not a model\n"
+    assert done.returncode == 5
+    assert done.stderr == (f"error: {tiny_imatrix}: is an importance matrix, not a model; give it with --imatrix\n")
 
 
 def test_demo(quantkit: Run, tmp_path: Path) -> None:

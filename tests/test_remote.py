@@ -246,7 +246,9 @@ def test_files_that_are_no_model(hub: Hub, tmp_path: Path) -> None:
     whole = model(tmp_path).read_bytes()
     (tmp_path / "cut.gguf").write_bytes(whole[:90])
     (tmp_path / "short.gguf").write_bytes(whole[:-100_000])
-    assert refusal(lambda: open_remote("hf://org/repo/page.gguf")).endswith("it begins with b'<!do', not b'GGUF'")
+    assert refusal(lambda: open_remote("hf://org/repo/page.gguf")).endswith(
+        "page.gguf: is a web page, not the file: download the file itself, not the page that shows it"
+    )
     assert refusal(lambda: open_remote("hf://org/repo/empty.gguf")).endswith("answers 416: the file is empty")
     assert "but the file ends at 90; it is truncated" in refusal(lambda: open_remote("hf://org/repo/cut.gguf"))
     assert f"but the file ends at {len(whole) - 100_000:,}; the file is truncated" in refusal(

@@ -777,18 +777,28 @@ def test_a_scale_may_lie_in_another_shard_than_its_weight(tmp_path: Path) -> Non
     assert open_checkpoint(checkpoint(tmp_path, shards)).scales["w"].file.name == "b.safetensors"
 
 
+READS = "quantkit reads FP8 (E4M3) and unquantized checkpoints: "
+ORIGINAL = "get the weights it was made from"
+CONVERT = f"convert it with convert_hf_to_gguf.py --outtype bf16 and give the GGUF, or {ORIGINAL}"
+
+
+def compressed(**weights: Any) -> dict[str, Any]:
+    groups = {"group_0": {"targets": ["Linear"], "weights": {"num_bits": 8, "type": "float", **weights}}}
+    return {"quant_method": "compressed-tensors", "format": "float-quantized", "config_groups": groups}
+
+
 BAD_QUANTIZATION: list[tuple[str, Any, type[QuantkitError], str]] = [
     (
         "another_method",
         {"quant_method": "gptq"},
         UnsupportedError,
-        "quantization_config is 'gptq' with fmt 'e4m3'; quantkit reads 'fp8' with 'e4m3', and unquantized checkpoints",
+        f"the checkpoint is quantized as GPTQ; {READS}{CONVERT}",
     ),
     (
         "another_format",
         {"quant_method": "fp8", "fmt": "e5m2"},
         UnsupportedError,
-        "quantization_config is 'fp8' with fmt 'e5m2'; quantkit reads 'fp8' with 'e4m3', and unquantized checkpoints",
+        f"the checkpoint is quantized as FP8 in the format 'e5m2'; {READS}{ORIGINAL}",
     ),
     ("no_object", "fp8", SourceError, "quantization_config is 'fp8', not an object"),
     (
@@ -803,7 +813,68 @@ BAD_QUANTIZATION: list[tuple[str, Any, type[QuantkitError], str]] = [
         SourceError,
         "weight_block_size is [1, 1, 1], not two positive integers",
     ),
-    ("block_null", {"weight_block_size": None}, SourceError, "weight_block_size is None, not two positive integers"),
+    (
+        "block_of_text",
+        {"weight_block_size": "128"},
+        SourceError,
+        "weight_block_size is '128', not two positive integers",
+    ),
+    (
+        "awq",
+        {"quant_method": "awq", "bits": 4, "group_size": 128},
+        UnsupportedError,
+        f"the checkpoint is quantized as AWQ of 4 bits; {READS}{ORIGINAL}",
+    ),
+    (
+        "bitsandbytes",
+        {"quant_method": "bitsandbytes", "load_in_4bit": True},
+        UnsupportedError,
+        f"the checkpoint is quantized as bitsandbytes; {READS}{ORIGINAL}",
+    ),
+    (
+        "bitsandbytes_of_old",
+        {"load_in_8bit": True},
+        UnsupportedError,
+        f"the checkpoint is quantized as bitsandbytes; {READS}{ORIGINAL}",
+    ),
+    ("mxfp4", {"quant_method": "mxfp4"}, UnsupportedError, f"the checkpoint is quantized as MXFP4; {READS}{CONVERT}"),
+    (
+        "a_method_of_tomorrow",
+        {"quant_method": "zip"},
+        UnsupportedError,
+        f"the checkpoint is quantized as 'zip'; {READS}{ORIGINAL}",
+    ),
+    ("no_method", {"quant_method": 7}, UnsupportedError, f"the checkpoint is quantized as 7; {READS}{ORIGINAL}"),
+    (
+        "modelopt_nvfp4",
+        {"quant_method": "modelopt", "quant_algo": "NVFP4"},
+        UnsupportedError,
+        f"the checkpoint is quantized as ModelOpt's 'NVFP4'; {READS}{CONVERT}",
+    ),
+    (
+        "compressed_pack",
+        {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {"g": {}}},
+        UnsupportedError,
+        f"the checkpoint is quantized as compressed-tensors in the format 'pack-quantized'; {READS}{CONVERT}",
+    ),
+    (
+        "compressed_int8",
+        compressed(type="int", strategy="channel"),
+        UnsupportedError,
+        f"the checkpoint is quantized as compressed-tensors of 8-bit 'int'; {READS}{CONVERT}",
+    ),
+    (
+        "compressed_tensor",
+        compressed(strategy="tensor"),
+        UnsupportedError,
+        f"the checkpoint is quantized as compressed-tensors with the strategy 'tensor'; {READS}{ORIGINAL}",
+    ),
+    (
+        "compressed_groups",
+        {"quant_method": "compressed-tensors", "format": "float-quantized", "config_groups": {"a": {}, "b": {}}},
+        UnsupportedError,
+        f"the checkpoint is quantized as compressed-tensors in 2 groups; {READS}{ORIGINAL}",
+    ),
     (
         "block_huge",
         {"weight_block_size": [1 << 31, 1]},
@@ -817,6 +888,81 @@ BAD_QUANTIZATION: list[tuple[str, Any, type[QuantkitError], str]] = [
 def test_bad_quantization_config(tmp_path: Path, value: Any, error: type[QuantkitError], says: str) -> None:
     checkpoint(tmp_path, FP8, {"quantization_config": value})
     assert sentence(lambda: open_checkpoint(tmp_path), error) == f"{tmp_path}/config.json: {says}"
+
+
+@pytest.mark.parametrize(
+    ("tensors", "quantization", "error", "says"),
+    [
+        pytest.param(
+            {"w": ("F8_E4M3", [130, 300]), "w_scale_inv": ("F32", [2, 3])},
+            {"weight_block_size": None},
+            SourceError,
+            "scale 'w_scale_inv' has the shape [2, 3], but a weight of [130, 300] with one a row needs [130, 1]; do "
+            "config.json and shards belong together?",
+            id="blocks_where_none_are_said",
+        ),
+        pytest.param(
+            {"x.weight": ("F8_E4M3", [4, 4]), "x.weight_scale": ("F32", [])},
+            {"quant_method": "fp8", "activation_scheme": "static"},
+            UnsupportedError,
+            "the scale of the FP8 weight 'x.weight' is 'x.weight_scale', where a checkpoint of its config.json has "
+            "'x.weight_scale_inv'; quantkit and llama.cpp's converter read that only: get the weights it was made "
+            "from, or FP8 with such scales",
+            id="static",
+        ),
+        pytest.param(
+            {"x.weight": ("F8_E4M3", [4, 4]), "x.scale": ("F32", [1, 1])},
+            {"quant_method": "fp8", "weight_block_size": [128, 128]},
+            UnsupportedError,
+            "the scale of the FP8 weight 'x.weight' is 'x.scale', where a checkpoint of its config.json has "
+            "'x.weight_scale_inv'; quantkit and llama.cpp's converter read that only: get the weights it was made "
+            "from, or FP8 with such scales",
+            id="deepseeks_own_names",
+        ),
+        pytest.param(
+            {"x.weight": ("F8_E4M3", [4, 4]), "x.weight_scale_inv": ("F32", [])},
+            {"quant_method": "modelopt", "quant_algo": "FP8"},
+            UnsupportedError,
+            "the scale of the FP8 weight 'x.weight' is 'x.weight_scale_inv', where a checkpoint of its config.json has "
+            "'x.weight_scale'; quantkit and llama.cpp's converter read that only: get the weights it was made from, or "
+            "FP8 with such scales",
+            id="modelopt_by_the_other_name",
+        ),
+        pytest.param(
+            {
+                "x.weight": ("F8_E4M3", [4, 4]), "x.weight_scale": ("F32", []),
+                "y.weight": ("F8_E4M3", [4, 4]), "y.weight_scale": ("F32", [4]),
+            },
+            {"quant_method": "modelopt", "quant_algo": "FP8"},
+            UnsupportedError,
+            "scale 'y.weight_scale' has the shape [4], and 'x.weight_scale' is a single number; quantkit reads a "
+            "checkpoint with either kind: get the weights it was made from",
+            id="of_tensors_and_of_rows",
+        ),
+        pytest.param(
+            {"x.qweight": ("I32", [4, 4]), "x.qzeros": ("I32", [1, 4]), "x.scales": ("F16", [1, 4])},
+            None,
+            UnsupportedError,
+            f"'x.qweight': the checkpoint is quantized as GPTQ or AWQ; {READS}{ORIGINAL}",
+            id="gptq_without_a_config",
+        ),
+    ],
+)  # fmt: skip
+def test_scales_of_another_scheme(
+    tmp_path: Path, tensors: Any, quantization: Any, error: type[QuantkitError], says: str
+) -> None:
+    config = {} if quantization is None else {"quantization_config": quantization}
+    checkpoint(tmp_path, {"model.safetensors": tensors}, config)
+    assert sentence(lambda: open_checkpoint(tmp_path), error) == f"{tmp_path / 'model.safetensors'}: {says}"
+
+
+def test_modelopts_own_file(tmp_path: Path) -> None:
+    """NVIDIA's FP4 releases of R1 have no quantization_config, but this."""
+    checkpoint(tmp_path, ONE)
+    (tmp_path / "hf_quant_config.json").write_text(json.dumps({"quantization": {"quant_algo": "NVFP4"}}))
+    assert sentence(lambda: open_checkpoint(tmp_path), UnsupportedError) == (
+        f"{tmp_path}/hf_quant_config.json: the checkpoint is quantized as ModelOpt's 'NVFP4'; {READS}{CONVERT}"
+    )
 
 
 @pytest.mark.parametrize("keep", [0, 7, 8, 1000, -1], ids=["all", "length", "header", "within_header", "last_byte"])

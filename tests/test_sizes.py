@@ -641,7 +641,7 @@ def test_table_of_some(place: Path) -> None:
 
 
 def test_table_of_a_dense_model(place: Path) -> None:
-    config = {k: v for k, v in factory.TINY_V3.items() if k not in ("n_routed_experts", "n_shared_experts")}
+    config = {**factory.TINY_V3, "n_routed_experts": None, "n_shared_experts": None}
     Path("tiny/config.json").write_text(json.dumps(config))
     Path("dense.yaml").write_text(RECIPE.replace("ffn_down_exps", "ffn_down").replace("moe[:1]", "dense[:1]"))
     lines = good("table", "tiny/config.json", "-r", "dense.yaml").splitlines()

@@ -7,6 +7,7 @@ Adding a family is a module like dense.py and a row in `FAMILIES`.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Protocol
 
 from ..catalogue import Catalogue, Source, SourceTensor
@@ -55,4 +56,9 @@ def build(
         raise UnsupportedError(
             f"{model}: config.json names the architecture {name or names!r:.80}; quantkit knows {', '.join(FAMILIES)}"
         )
-    return FAMILIES[name].build(model, config, options, source, stored)
+    made = FAMILIES[name].build(model, config, options, source, stored)
+    named = [o for o, v in (("--pre", options.pre), ("--pad-token", options.pad_token)) if v is not None]
+    if source is None and named and not options.recognize:
+        note = f"{' and '.join(named)} will count with the checkpoint: config.json alone has no tokenizer"
+        made = replace(made, notes=(*made.notes, note))
+    return made

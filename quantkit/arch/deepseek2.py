@@ -12,19 +12,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from ..catalogue import Catalogue, Part, Source, SourceTensor, Tensor
+from ..catalogue import Catalogue, Part, Source, SourceTensor, Tensor, ranges
 from ..errors import SourceError, UnsupportedError
 from ..gguf_format import BOOL, F32, KV, U32, kv
 from .config import Config
+from .defaults import default_theta, has_class, with_defaults
 from .general import general_kvs
 from .options import LAYOUTS, Options
-from .rope import rope_type, scaling_kvs
+from .rope import Rope, read_rope
 from .tensors import FILE_TYPE_BF16, MAX_HEADS, MAX_LAYERS, MAX_PARTS, assembled, check_stored, in_order, whole
 from .tokenizer import tokenizer_kvs
 
 ARCH = "deepseek2"
 _MOST = {"num_hidden_layers": MAX_LAYERS, "n_routed_experts": 4096, "num_attention_heads": MAX_HEADS}
-_KNOWN_TO_TRANSFORMERS = ("deepseek_v2", "deepseek_v3")
 _GATING = {"softmax": 1, "sigmoid": 2}
 
 
@@ -149,7 +149,7 @@ def _kv_b(s: Shape, blk: str, source: str, layout: str) -> Iterator[Tensor]:
     yield assembled(blk + "attn_v_b.weight", (s.kv_lora, s.v_head, s.n_heads), v_parts)
 
 
-def arch_kvs(c: Config, s: Shape, layout: str) -> list[KV]:
+def arch_kvs(c: Config, s: Shape, rope: Rope, layout: str) -> list[KV]:
     """The deepseek2.* keys, in the order the converter writes them."""
 
     def u32(key: str, value: int | None) -> None:
@@ -172,14 +172,7 @@ def arch_kvs(c: Config, s: Shape, layout: str) -> list[KV]:
     u32("attention.head_count", s.n_heads)
     # MLA runs as attention with one key/value head of the compressed width
     u32("attention.head_count_kv", 1 if mla else c.int_("num_key_value_heads", s.n_heads))
-    scaling = c.section("rope_scaling")
-    if scaling is not None:
-        if rope_type(scaling) != "yarn":
-            raise UnsupportedError(
-                f"{c.model}: config.json: rope_scaling has the type {rope_type(scaling)!r:.60}; DeepSeek uses yarn"
-            )
-        out += scaling_kvs(ARCH, scaling)
-    f32("rope.freq_base", c.float_("rope_theta", 10000.0))
+    out += rope.kvs(ARCH)
     f32("attention.layer_norm_rms_epsilon", c.float_("rms_norm_eps", 1e-6))
     if s.n_experts:
         u32("expert_count", s.n_experts)
@@ -195,7 +188,7 @@ def arch_kvs(c: Config, s: Shape, layout: str) -> list[KV]:
         u32("expert_gating_func", _GATING[scoring])
     # the configs that transformers has a class for have a head_dim, which makes the converter begin
     # these two here; Kimi-K2's has not
-    early = c.values.get("model_type") in _KNOWN_TO_TRANSFORMERS
+    early = has_class(c) or c.values.get("head_dim") is not None
     if early:
         lengths()
     u32("general.file_type", FILE_TYPE_BF16)
@@ -215,9 +208,9 @@ def arch_kvs(c: Config, s: Shape, layout: str) -> list[KV]:
     if c.flag("norm_topk_prob"):
         out.append(kv(f"{ARCH}.expert_weights_norm", BOOL, True))
     u32("rope.dimension_count", s.rope)
-    if scaling is not None and scaling.values.get("mscale_all_dim") is not None:
+    if rope.mscale_all_dim is not None:
         # for this arch the key is 0.1 * mscale_all_dim (llama.cpp pull request 17945)
-        f32("rope.scaling.yarn_log_multiplier", 0.1 * scaling.float_("mscale_all_dim"))
+        f32("rope.scaling.yarn_log_multiplier", 0.1 * rope.mscale_all_dim)
     return out
 
 
@@ -231,24 +224,28 @@ def build(
     """See quantkit.arch.build."""
     if options.layout not in LAYOUTS:
         raise UnsupportedError(f"layout '{options.layout}' is unknown; deepseek2 has {' and '.join(LAYOUTS)}")
-    c = Config(model, config)
+    c = Config(model, with_defaults(config))
     s = read_shape(c)
     if stored is not None and not s.router_bias:
         # V3's bias is known by topk_method; a checkpoint that has it anyway is believed
         s = s._replace(router_bias=any(n.endswith(".mlp.gate.e_score_correction_bias") for n in stored))
     out = in_order(model, tensors(s, options.layout))
-    notes = []
-    n_mtp = s.n_mtp
+    rope = read_rope(c, ARCH, ("linear", "yarn"), default_theta(c))
+    notes = [*rope.notes]
+    if s.n_experts and s.router_bias and c.values.get("scoring_func") is None:
+        notes.append(
+            "config.json has no scoring_func, so llama.cpp routes by softmax; models with a router bias are trained "
+            'with sigmoid: add "scoring_func": "sigmoid"'
+        )
     if stored is not None:
-        what = f"a {ARCH} model of {s.n_layers} layers and {n_mtp} for MTP"
-        mtp = range(s.n_layers, s.n_layers + n_mtp)
-        dropped = check_stored(model, what, out, stored, ("lm_head.weight",) if s.tied else (), mtp)
-        if dropped:
-            notes.append(f"left out: {dropped} tensors of the multi-token-prediction layer (MTP), as llama.cpp does")
-    elif n_mtp:
-        notes.append(f"left out: {n_mtp} multi-token-prediction layer (MTP), as llama.cpp does")
+        what = f"a {ARCH} model of {s.n_layers} layers"
+        left_out = check_stored(model, what, out, stored, ("lm_head.weight",) if s.tied else (), s.n_layers)
+        if left_out:
+            notes.append(_left_out(left_out, s))
+    elif s.n_mtp:
+        notes.append(f"left out: {s.n_mtp} multi-token-prediction layer (MTP), as llama.cpp does")
     kvs = general_kvs(ARCH, model, out, source)
-    kvs += arch_kvs(c, s, options.layout)
+    kvs += arch_kvs(c, s, rope, options.layout)
     kvs.append(kv("general.quantization_version", U32, 2))
     if source is not None:
         tokenizer, more = tokenizer_kvs(source.path, s.vocab, options)
@@ -260,3 +257,16 @@ def build(
         model, ARCH, options.layout, s.n_layers, dense, moe, tuple(out), tuple(kvs), source is not None, source,
         tuple(notes),
     )  # fmt: skip
+
+
+def _left_out(layers: list[int], s: Shape) -> str:
+    """The note on tensors that are left out, from the layer of each."""
+    n = len(layers)
+    if max(layers) < s.n_layers + s.n_mtp:
+        return f"left out: {n} tensors of the multi-token-prediction layer (MTP), as llama.cpp does"
+    found = set(layers)
+    where = f"layer{'s' if len(found) > 1 else ''} {ranges(found)}"
+    return (
+        f"left out: {n} tensors of {where}, as llama.cpp does: config.json has num_hidden_layers {s.n_layers} and "
+        f"num_nextn_predict_layers {s.n_mtp}"
+    )

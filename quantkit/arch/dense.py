@@ -15,10 +15,11 @@ from ..catalogue import Catalogue, Part, Source, SourceTensor, Tensor
 from ..errors import SourceError, UnsupportedError
 from ..gguf_format import BOOL, F32, KV, U32, kv
 from .config import Config
+from .defaults import DEFAULT_THETA, default_theta, with_defaults
 from .general import general_kvs
 from .made import WithMade
 from .options import Options
-from .rope import Llama3Scaling, llama3, rope_type, scaling_kvs
+from .rope import Llama3Scaling, Rope, llama3, read_rope
 from .tensors import FILE_TYPE_BF16, MAX_HEADS, MAX_LAYERS, MAX_PARTS, assembled, check_stored, in_order, whole
 from .tokenizer import flag, refuse_sentencepiece, tokenizer_kvs
 
@@ -44,9 +45,7 @@ class Shape(NamedTuple):
     """values of a head"""
     vocab: int
     tied: bool
-    scaling: Config | None
-    """of the rope: linear, yarn or llama3"""
-    theta: float
+    rope: Rope
     llama3: Llama3Scaling | None
 
 
@@ -77,20 +76,8 @@ def read_shape(c: Config, arch: str) -> Shape:
                 f"{c.model}: config.json: {key} is true; quantkit converts llama models without biases: convert it "
                 "with convert_hf_to_gguf.py --outtype bf16, and give the GGUF"
             )
-    # transformers 5 writes rope_parameters, with theta among them, where its elders wrote rope_scaling
-    scaling = c.section("rope_parameters") or c.section("rope_scaling")
-    theta = c.positive("rope_theta", 10000.0)
-    if scaling is not None:
-        theta = scaling.positive("rope_theta", theta)
-        kind = rope_type(scaling)
-        if kind in (None, "default"):
-            scaling = None
-        elif kind not in ("linear", "yarn") and (kind != "llama3" or arch != "llama"):
-            raise UnsupportedError(
-                f"{c.model}: config.json: the rope scaling has the type {kind!r:.60}; quantkit knows linear, yarn"
-                f"{' and llama3' if arch == 'llama' else ''} for {arch}"
-            )
-    is_llama3 = scaling is not None and rope_type(scaling) == "llama3"
+    kinds = ("linear", "yarn", "llama3") if arch == "llama" else ("linear", "yarn")
+    rope = read_rope(c, arch, kinds, default_theta(c))
     return Shape(
         arch=arch,
         n_layers=n_layers,
@@ -101,9 +88,8 @@ def read_shape(c: Config, arch: str) -> Shape:
         head=head,
         vocab=c.int_("vocab_size"),
         tied=c.flag("tie_word_embeddings"),
-        scaling=scaling,
-        theta=theta,
-        llama3=llama3(scaling, theta, head) if scaling is not None and is_llama3 else None,
+        rope=rope,
+        llama3=llama3(rope.scaling, rope.theta or DEFAULT_THETA, head) if rope.kind == "llama3" else None,
     )
 
 
@@ -154,9 +140,7 @@ def arch_kvs(c: Config, s: Shape) -> list[KV]:
     u32("feed_forward_length", s.ffn)
     u32("attention.head_count", s.n_heads)
     u32("attention.head_count_kv", s.n_kv_heads)
-    if s.scaling is not None and s.llama3 is None:
-        out += scaling_kvs(s.arch, s.scaling)
-    out.append(kv(f"{s.arch}.rope.freq_base", F32, s.theta))
+    out += s.rope.kvs(s.arch)
     out.append(kv(f"{s.arch}.attention.layer_norm_rms_epsilon", F32, c.float_("rms_norm_eps", 1e-6)))
     # LlamaConfig always has a head_dim, Qwen2Config only what config.json says
     if s.arch == "llama" or c.optional_int("head_dim") is not None:
@@ -177,8 +161,13 @@ def build(
     stored: Mapping[str, SourceTensor] | None,
 ) -> Catalogue:
     """See quantkit.arch.build."""
-    c = Config(model, config)
     arch = ARCHS[config["architectures"][0]]
+    if options.layout_given:
+        raise UnsupportedError(
+            f"{model}: --layout {options.layout} is of models with MLA (DeepSeek); {arch} has one layout only: "
+            "leave it out"
+        )
+    c = Config(model, with_defaults(config))
     s = read_shape(c, arch)
     if stored is not None and "lm_head.weight" in stored:
         s = s._replace(tied=False)  # the converter keeps one that is stored all the same
@@ -189,10 +178,11 @@ def build(
     kvs = general_kvs(arch, model, out, source)
     kvs += arch_kvs(c, s)
     kvs.append(kv("general.quantization_version", U32, 2))
-    notes: list[str] = []
+    notes = [*s.rope.notes]
     if source is not None:
-        tokenizer, notes = _tokenizer_kvs(source, s, options)
+        tokenizer, more = _tokenizer_kvs(source, s, options)
         kvs += tokenizer
+        notes += more
         if s.llama3 is not None:
             source = WithMade(source, {_ROPE_FREQS: (s.head // 2, s.llama3.factors)})
     layers = tuple(range(s.n_layers))

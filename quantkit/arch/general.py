@@ -8,11 +8,14 @@ from __future__ import annotations
 import logging
 import struct
 from collections.abc import Iterable
+from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 from ..catalogue import Source, Tensor
 from ..errors import SourceError
 from ..gguf_format import ARRAY, I32, KV, STRING, TYPE_NAMES, kv, kv_array
+from .beside import check_files, folder_name
 
 
 def general_kvs(arch: str, model: str, tensors: Iterable[Tensor], source: Source | None) -> list[KV]:
@@ -22,15 +25,16 @@ def general_kvs(arch: str, model: str, tensors: Iterable[Tensor], source: Source
         return [*head, kv("general.name", STRING, model)]
     import gguf
 
+    check_files(source.path)
     logging.getLogger("metadata").setLevel(logging.ERROR)
     total, shared, expert, n_experts = _count(tensors)
     try:
-        metadata = gguf.Metadata.load(None, source.path, None, total)
+        metadata = _metadata(source.path, total)
         repetition = gguf.Metadata.load_generation_config(source.path).get("repetition_penalty")
         if metadata.sampling_penalty_repeat is None and repetition is not None:
             metadata.sampling_penalty_repeat = repetition  # the package on PyPI does not read this name yet
         if metadata.name is None:
-            metadata.name = source.path.name or model
+            metadata.name = folder_name(source.path) or model
         if metadata.size_label is None:
             metadata.size_label = gguf.size_label(total, shared, expert, n_experts)
         writer = gguf.GGUFWriter(None, arch)
@@ -41,6 +45,22 @@ def general_kvs(arch: str, model: str, tensors: Iterable[Tensor], source: Source
             f"{source.path}: README.md or generation_config.json cannot be taken into the metadata: {one_line(e)}; "
             "mend or remove it"
         ) from None
+
+
+def _metadata(folder: Path, total: int) -> Any:
+    """A gguf.Metadata of a folder and its files."""
+    import gguf
+
+    metadata = gguf.Metadata.load(None, folder, None, total)
+    name = folder_name(folder)
+    if name == folder.name:
+        return metadata
+    card, params = gguf.Metadata.load_model_card(folder), gguf.Metadata.load_hf_parameters(folder)
+    named = gguf.Metadata.apply_metadata_heuristic(gguf.Metadata(), card, params, Path(name), total)
+    for field in fields(metadata):
+        if field.name.startswith("sampling_"):
+            setattr(named, field.name, getattr(metadata, field.name))
+    return named
 
 
 def one_line(error: Exception) -> str:

@@ -16,3 +16,7 @@ class Options(NamedTuple):
     """take `pre` only when the tokenizer is not recognized"""
     pad_token: str | None = None
     """the text or id of the padding token, in place of the tokenizer's own"""
+    any_kind: bool = False
+    """only to look: a GGUF that is no model (a LoRA adapter, a projector) is shown all the same"""
+    layout_given: bool = False
+    """`layout` was asked for, and is not the usual one for want of a word: where it cannot be had, that is an error"""

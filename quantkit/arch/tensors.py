@@ -45,11 +45,11 @@ def check_stored(
     wanted: Iterable[Tensor],
     stored: Mapping[str, SourceTensor],
     unused: Collection[str] = (),
-    mtp: range = range(0),
-) -> int:
+    beyond: int | None = None,
+) -> list[int]:
     """Check that the checkpoint has what the config promises, nothing else, in the promised shapes.
-    `what` says what the model is, for messages; tensors named in `unused` and those of the `mtp` layers
-    may be there. Returns how many belong to `mtp` layers."""
+    `what` says what the model is, for messages; tensors named in `unused` may be there, and those of the
+    layers from `beyond` on, if any may. Returns the layer of each of the latter."""
     needed: dict[str, tuple[int, ...]] = {p.source: p.shape for t in wanted for p in t.parts}
     for name, shape in needed.items():
         st = stored.get(name)
@@ -63,13 +63,13 @@ def check_stored(
             )
         if st.dtype not in _DTYPES:
             raise UnsupportedError(f"{st.file}: '{name}' is {st.dtype}; weights are read as F8_E4M3, BF16, F16 or F32")
-    n_mtp = 0
+    left_out = []
     for name in sorted(stored.keys() - needed.keys()):
         m = _LAYER.match(name)
-        if m and int(m.group(1)) in mtp:
-            n_mtp += 1
+        if m and beyond is not None and int(m.group(1)) >= beyond:
+            left_out.append(int(m.group(1)))
         elif not name.endswith(_DROPPED) and name not in unused:
             raise SourceError(
                 f"{stored[name].file}: tensor '{name}' {list(stored[name].shape)} has no place in {what}; {_IS_IT}"
             )
-    return n_mtp
+    return left_out

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from ..errors import SourceError, UnsupportedError
 from ..gguf_format import I32, KV, STRING, U32, kv, kv_array
+from .added_tokens import add_tokens
 from .general import from_writer, one_line
 from .options import Options
 
@@ -45,6 +46,7 @@ _ONLY_JSON = (
     "and quantkit reads byte-level BPE from tokenizer.json; convert the model with convert_hf_to_gguf.py --outtype "
     "bf16, and give the GGUF"
 )
+PAD_KEY = "tokenizer.ggml.padding_token_id"
 _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
 
 
@@ -89,6 +91,7 @@ def tokenizer_kvs(path: Path, n_vocab: int, options: Options) -> tuple[list[KV],
             raise UnsupportedError(f"{file}: is a {type(tokenizer.model).__name__} tokenizer; quantkit reads BPE ones")
         if tokenizer.model.byte_fallback:
             raise UnsupportedError(f"{file}: is a SentencePiece tokenizer (byte_fallback is true), {_ONLY_JSON}")
+        add_tokens(path, tokenizer, n_vocab)
         tokens, types = _vocabulary(file, tokenizer, n_vocab)
     except SourceError:
         raise
@@ -247,7 +250,7 @@ def _pre(file: Path, tokenizer: Any, bos: int | None, options: Options) -> str:
 def _pad_token(
     file: Path, kvs: list[KV], tokens: list[str], special: dict[str, int], asked: str | None
 ) -> tuple[list[KV], list[str]]:
-    key = "tokenizer.ggml.padding_token_id"
+    key = PAD_KEY
     pad, eos = special.get("pad"), special.get("eos")
     if asked is None:
         if pad is not None and pad == eos:
@@ -259,13 +262,16 @@ def _pad_token(
                 says += "which harms fine-tuning; --pad-token can name another"
             return kvs, [says]
         return kvs, []
-    if asked.isascii() and asked.isdecimal() and len(asked) < 20 and int(asked) < len(tokens):
-        new = int(asked)
-    elif asked in tokens:
-        new = tokens.index(asked)
-    else:
-        raise SourceError(f"{file}: --pad-token {asked!r:.60} is neither a token nor an id below {len(tokens):,}")
-    item = kv(key, U32, new)
+    item = kv(key, U32, token_id(str(file), tokens, asked))
     if any(k.key == key for k in kvs):
         return [item if k.key == key else k for k in kvs], []
     return [*kvs, item], []
+
+
+def token_id(where: str, tokens: Sequence[str], asked: str) -> int:
+    """The id that --pad-token names, as a number or by its text. Raises SourceError."""
+    if asked.isascii() and asked.isdecimal() and len(asked) < 20 and int(asked) < len(tokens):
+        return int(asked)
+    if asked in tokens:
+        return tokens.index(asked)
+    raise SourceError(f"{where}: --pad-token {asked!r:.60} is neither a token nor an id below {len(tokens):,}")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .files import MODEL, RECIPE, Command
-from .options import Size, layout_option
+from .options import Size, conversion, layout_option
 
 if TYPE_CHECKING:
     from quantkit.gpus import Gpus
@@ -87,12 +87,11 @@ def fit(
     import json
 
     from quantkit import offload, report
-    from quantkit.arch.options import Options
     from quantkit.models import open_model
     from quantkit.plan import make_plan
     from quantkit.recipe import load
 
-    catalogue = open_model(model, Options(layout))
+    catalogue = open_model(model, conversion(layout, None, None))
     if recipe is None and not all(t.parts and t.parts[0].source == t.name for t in catalogue.tensors):
         raise click.UsageError(f"{model} is not a GGUF, so --recipe must say which types it gets")
     plan = None if recipe is None else make_plan(catalogue, load(recipe))

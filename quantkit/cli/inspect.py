@@ -30,7 +30,7 @@ def inspect(source: str, every_tensor: bool, as_json: bool, pre: str | None) -> 
     from quantkit.sources.remote import is_remote
 
     # a tokenizer nobody knows is no reason not to look
-    catalogue = open_model(source, Options(pre=pre or "(not recognized)", recognize=pre is None))
+    catalogue = open_model(source, Options(pre=pre or "(not recognized)", recognize=pre is None, any_kind=True))
     paths = (
         [str(p) for p in catalogue.source.files]
         if catalogue.source

@@ -120,7 +120,9 @@ plan_first_options = together(
 def conversion(layout: str, pre: str | None, pad_token: str | None) -> Options:
     from quantkit.arch.options import Options
 
-    return Options(layout, pre, pad_token=pad_token)
+    context = click.get_current_context(silent=True)
+    given = context is not None and context.get_parameter_source("layout") is click.core.ParameterSource.COMMANDLINE
+    return Options(layout, pre, pad_token=pad_token, layout_given=given)
 
 
 def ready_kernels() -> None:

@@ -11,7 +11,7 @@ import click
 
 from . import transfer
 from .files import IMATRIX, MODEL, RECIPE, RECIPE_OUT, Group
-from .options import imatrix_of, json_option, layout_option, mixture_version_option, recipe_of, set_option
+from .options import conversion, imatrix_of, json_option, layout_option, mixture_version_option, recipe_of, set_option
 
 if TYPE_CHECKING:
     from quantkit.catalogue import Catalogue
@@ -124,7 +124,7 @@ def lint(
         tried[:] = wanted
         for model in wanted:
             if model not in opened:
-                opened[model] = _open(model, layout)
+                opened[model] = _open(model, layout, named=bool(models))
         return [opened[model] for model in wanted]
 
     found: list[Finding] = []
@@ -175,7 +175,8 @@ def explain(
     from quantkit.plan import make_plan, with_values
 
     rules, weights = recipe_of(name, sets), imatrix_of(imatrix)
-    plan = make_plan(_open(model or _references(rules)[0], layout), rules, weights, mixture_version)
+    described = _open(model or _references(rules)[0], layout, named=model is not None)
+    plan = make_plan(described, rules, weights, mixture_version)
     made = authoring.explain(plan, tensor)
     click.echo(json.dumps(made.to_json(), indent=1, ensure_ascii=False) if as_json else report.explanation_text(made))
     if weights is not None:  # a build would be refused for another tensor, perhaps
@@ -209,7 +210,7 @@ def diff(
     from quantkit.plan import make_plan
 
     a, b = recipe_of(before, ()), recipe_of(after, ())
-    catalogue = _open(model or _references(a)[0], layout)
+    catalogue = _open(model or _references(a)[0], layout, named=model is not None)
     made = authoring.diff(
         make_plan(catalogue, a, None, mixture_version), make_plan(catalogue, b, None, mixture_version)
     )
@@ -290,8 +291,9 @@ def _references(rules: Recipe) -> list[str]:
     return known
 
 
-def _open(model: str, layout: str) -> Catalogue:
-    from quantkit.arch.options import Options
+def _open(model: str, layout: str, named: bool) -> Catalogue:
+    """The model that was named, or one that stands for its arch, whose layout nobody asked for."""
     from quantkit.models import open_model
 
-    return open_model(model, Options(layout, pre="(not recognized)", recognize=True))
+    options = conversion(layout, None, None)._replace(pre="(not recognized)", recognize=True)
+    return open_model(model, options if named else options._replace(layout_given=False))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .files import LOCK, LOCK_OUT, MODEL, RECIPES, REPORT, Group, will_write
-from .options import layout_option
+from .options import conversion, layout_option
 
 if TYPE_CHECKING:
     from fractions import Fraction
@@ -207,9 +207,8 @@ def table_(model: str, recipes: tuple[str, ...], layout: str, form: str) -> None
     """
     from quantkit import size_report
     from quantkit import sizes as library
-    from quantkit.arch.options import Options
     from quantkit.models import open_model
 
-    catalogue = open_model(model, Options(layout))
+    catalogue = open_model(model, conversion(layout, None, None))
     rungs, notes = library.ladder(catalogue, recipes or ("all",))
     click.echo(size_report.ladder(catalogue.model, catalogue.layout, rungs, notes, form))

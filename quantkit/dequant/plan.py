@@ -16,8 +16,10 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any, NamedTuple
 
+from ..arch.beside import check_files
 from ..catalogue import SourceTensor
 from ..errors import SourceError
+from ..sources.quantization import MODELOPT_CONFIG
 from ..sources.safetensors_dir import DTYPE_BYTES, INDEX, SINGLE, Checkpoint
 from . import beside
 
@@ -110,6 +112,7 @@ def make_plan(source: Checkpoint, options: Options) -> Plan:
     if not any(t.dtype == FP8 for t in stored):
         dtypes = ", ".join(sorted({t.dtype for t in stored}))
         raise SourceError(f"{source.path}: there is nothing to dequantize, its tensors are {dtypes}; use it as it is")
+    check_files(source.path)
     kept = stored if options.keep_mtp else _main_layers(source, stored)
     # as readers meet them, who list a file's tensors by name
     kept.sort(key=lambda t: (t.file, t.name))
@@ -204,7 +207,7 @@ def _other_files(source: Checkpoint) -> _Others:
     """The files to copy, folders included, those of weights, which are not, and what is refused, with the reason.
     Raises SourceError for a file that cannot be read: better now than when all else is done."""
     carried, left_out, refused = [], [], []
-    read = {os.path.normpath(p) for p in (*source.files, source.path / CONFIG, source.path / INDEX)}
+    read = {os.path.normpath(p) for p in (*source.files, *(source.path / n for n in (CONFIG, INDEX, MODELOPT_CONFIG)))}
     for found in beside.files(source.path):
         if os.path.normpath(source.path / found.name) in read:
             continue

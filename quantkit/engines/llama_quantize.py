@@ -66,6 +66,8 @@ class LlamaQuantizeEngine:
         first = source.files[0]
         whole = len(work.layouts) == 1 and first.suffix == ".gguf" and QTYPES.get(_dtype(source, work)) is not None
         whole = whole and (len(source.files) == 1 or is_usual_name(first.name))
+        # it copies the source's keys: with --pre or --pad-token the output has others
+        whole = whole and getattr(source, "kvs", None) == work.plan.catalogue.kvs
         whole = whole and not any(map(is_other_alignment, work.plan.catalogue.kvs))  # llama-quantize keeps that key
         if whole and work.sink.is_empty:
             self._whole(work, source)

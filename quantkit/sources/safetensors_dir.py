@@ -4,10 +4,10 @@
     header = {name: {"dtype", "shape", "data_offsets": [begin, end]}, "__metadata__": {...}}
 
 Only headers are read here, and everything they claim is checked: against the file, the index and
-each other. FP8 weights (F8_E4M3) have their scales beside them as `<name>_scale_inv`, one for each
-block of 128 x 128, those at the edges partial; U8 scales are powers of two (F8_E8M0) where config.json
-has the scale_fmt "ue8m0". `metadata.total_size` of the index is not used: the
-official repository's is wrong.
+each other. FP8 weights (F8_E4M3) have their scales beside them, as DeepSeek has it by the name
+`<name>_scale_inv` and one for each block of 128 x 128, those at the edges partial (quantization.py has
+the other ways); U8 scales are powers of two (F8_E8M0) where config.json has the scale_fmt "ue8m0".
+`metadata.total_size` of the index is not used: the official repository's is wrong.
 """
 
 from __future__ import annotations
@@ -25,11 +25,13 @@ import numpy.typing as npt
 
 from ..catalogue import SourceTensor
 from ..errors import SourceError, UnsupportedError
+from ..first_bytes import ENOUGH, not_json, not_the_file
 from .files import Files, regular_size
+from .kinds import other_folder
+from .quantization import MODELOPT_CONFIG, other_scale, read_scheme, sorted_out
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-SCALE_SUFFIX = "_scale_inv"
 MAX_HEADER = 100_000_000
 MAX_NAME = 256
 MAX_DIMS = 8
@@ -49,9 +51,8 @@ class Checkpoint:
     def __init__(self, path: Path, config: Mapping[str, Any], tensors: dict[str, SourceTensor]) -> None:
         self.path = path
         self.config = config
-        self.block = weight_block(path, config)
-        self.tensors = {n: t for n, t in tensors.items() if not n.endswith(SCALE_SUFFIX)}
-        self.scales = {n.removesuffix(SCALE_SUFFIX): t for n, t in tensors.items() if n.endswith(SCALE_SUFFIX)}
+        self._scheme = read_scheme(path, config, _modelopt(path))
+        self.block, self.scales, self.tensors = sorted_out(self._scheme, tensors)
         if (config.get("quantization_config") or {}).get("scale_fmt") == "ue8m0":
             self.scales = {n: t._replace(dtype="F8_E8M0") if t.dtype == "U8" else t for n, t in self.scales.items()}
         self._check_scales()
@@ -109,38 +110,32 @@ class Checkpoint:
                 )
             want = tuple(-(-n // b) for n, b in zip(weight.shape, self.block, strict=True))
             if scale.shape != want:
+                each = f"in blocks of {self.block[0]}x{self.block[1]}"
+                if self.block[1] >= weight.shape[1] and self._scheme.block is None:
+                    each = f"with one a {'row' if self.block[0] == 1 else 'tensor'}"
                 raise SourceError(
                     f"{scale.file}: scale '{scale.name}' has the shape {list(scale.shape)}, but a weight of "
-                    f"{list(weight.shape)} in blocks of {self.block[0]}x{self.block[1]} needs {list(want)}; do "
-                    "config.json and shards belong together?"
+                    f"{list(weight.shape)} {each} needs {list(want)}; do config.json and shards belong together?"
                 )
         for name, weight in self.tensors.items():
             if weight.dtype == "F8_E4M3" and name not in self.scales:
+                wanted = f"{name}{self._scheme.suffix}"
+                if other := other_scale(name, self.tensors):
+                    raise UnsupportedError(
+                        f"{weight.file}: the scale of the FP8 weight '{name}' is '{other}', where a checkpoint of its "
+                        f"config.json has '{wanted}'; quantkit and llama.cpp's converter read that only: get the "
+                        "weights it was made from, or FP8 with such scales"
+                    )
                 raise SourceError(
-                    f"{weight.file}: '{name}' is F8_E4M3, but its scale '{name}{SCALE_SUFFIX}' is in no shard; the "
-                    "checkpoint is not whole: download it again"
+                    f"{weight.file}: '{name}' is F8_E4M3, but its scale '{wanted}' is in no shard; the checkpoint is "
+                    "not whole: download it again"
                 )
             if weight.dtype == "F8_E5M2":
                 raise UnsupportedError(f"{weight.file}: '{name}' is F8_E5M2; quantkit reads F8_E4M3")
 
 
-def weight_block(path: Path, config: Mapping[str, Any]) -> tuple[int, int]:
-    """The block size of FP8 weights that config.json states, 128 x 128 when it does not."""
-    quant = config.get("quantization_config")
-    if quant is None:
-        return (128, 128)
-    if not isinstance(quant, dict):
-        raise SourceError(f"{path}/config.json: quantization_config is {quant!r:.80}, not an object")
-    method, fmt = quant.get("quant_method", "fp8"), quant.get("fmt", "e4m3")
-    if method != "fp8" or fmt != "e4m3":
-        raise UnsupportedError(
-            f"{path}/config.json: quantization_config is {method!r:.80} with fmt {fmt!r:.80}; quantkit reads 'fp8' "
-            "with 'e4m3', and unquantized checkpoints"
-        )
-    block = quant.get("weight_block_size", [128, 128])
-    if not (isinstance(block, list) and len(block) == 2 and all(type(b) is int and 0 < b < 1 << 31 for b in block)):
-        raise SourceError(f"{path}/config.json: weight_block_size is {block!r:.80}, not two positive integers")
-    return (block[0], block[1])
+def _modelopt(path: Path) -> dict[str, Any] | None:
+    return read_json(path / MODELOPT_CONFIG) if (path / MODELOPT_CONFIG).is_file() else None
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -157,11 +152,18 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def parse_json(path: Path, raw: bytes) -> dict[str, Any]:
     """A JSON object that was read from a file. Raises SourceError."""
+    if says := not_json(raw[:ENOUGH]):
+        raise SourceError(f"{path}: {says}")
     return _object(f"{path}: is", raw, dict)
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
     """Open a checkpoint directory and check its headers. Raises SourceError for the first thing wrong."""
+    try:
+        if says := other_folder(path):
+            raise UnsupportedError(f"{path}: {says}")
+    except OSError as e:
+        raise SourceError(f"{path}: cannot be read: {e.strerror or e}") from None
     config = read_json(path / "config.json")
     try:
         if (path / INDEX).exists():
@@ -252,6 +254,9 @@ def read_shard(path: Path) -> dict[str, SourceTensor]:
     try:
         size = regular_size(path)
         with open(path, "rb") as f:
+            if says := not_the_file(f.read(ENOUGH)):
+                raise SourceError(f"{path}: {says}")
+            f.seek(0)
             head = f.read(8)
             if len(head) < 8:
                 raise SourceError(f"{path}: {size} bytes are too few for a safetensors file; download it again")

@@ -45,6 +45,7 @@ _SMALL = 1 << 27
 _BESIDE = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json", "chat_template.jinja", "chat_template.json", "model.safetensors.index.json", "README.md",
+    "hf_quant_config.json",
 )  # fmt: skip
 
 

@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import SourceError, UnsupportedError
+from ..first_bytes import ENOUGH, not_the_file
 from ..qtypes import REMOVED_TYPES, STORED_BY_ID, QType
 from .verdict import Finding, Findings
 
@@ -258,6 +259,8 @@ def read(path: Path, findings: Findings) -> Gguf | None:
 def _read(r: _Reader, path: Path, findings: Findings) -> Gguf:
     magic = r.take(4, "the magic")
     if magic != b"GGUF":
+        if says := not_the_file(magic + r.file.read(ENOUGH)):
+            raise SourceError(f"{path}: {says}")
         text = "zeros in place of the magic: an interrupted llama-quantize leaves that" if not any(magic) else "magic"
         raise _BrokenError(f"{text}: expected b'GGUF', found {magic!r}", 0)
     version = r.u32("the version")

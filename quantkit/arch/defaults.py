@@ -1,0 +1,60 @@
+"""What a config.json means that leaves a key out: the default of the model's class in transformers, which the converter
+reads it with.
+
+Only keys that have a meaning of their own when they are missing are here. Those without which no model can be described
+(hidden_size, …) stay required: a class's numbers for them are those of one model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from .config import Config
+
+DEFAULT_THETA = 10000.0
+#: config.json's model_type -> its keys that may be left out (transformers 4.57, configuration_*.py)
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "deepseek_v3": {
+        "first_k_dense_replace": 3,
+        "max_position_embeddings": 4096,
+        "n_group": 8,
+        "n_routed_experts": 256,
+        "n_shared_experts": 1,
+        "norm_topk_prob": True,
+        "num_experts_per_tok": 8,
+        "q_lora_rank": 1536,
+        "rms_norm_eps": 1e-6,
+        "routed_scaling_factor": 2.5,
+        "topk_group": 4,
+        "topk_method": "noaux_tc",  # of the model itself: the class has no other
+    },
+    "deepseek_v2": {
+        "first_k_dense_replace": 0,
+        "max_position_embeddings": 2048,
+        "n_routed_experts": 64,
+        "n_shared_experts": 2,
+        "q_lora_rank": 1536,
+        "rms_norm_eps": 1e-6,
+        "routed_scaling_factor": 1.0,
+    },
+    "llama": {"max_position_embeddings": 2048, "rms_norm_eps": 1e-6},
+    "qwen2": {"max_position_embeddings": 32768, "rms_norm_eps": 1e-6},
+}
+
+
+def has_class(c: Config) -> bool:
+    """Whether transformers has a class for the config's model_type; else the converter takes config.json as it is."""
+    kind = c.values.get("model_type")
+    return isinstance(kind, str) and kind in DEFAULTS
+
+
+def with_defaults(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The config with what its class adds. A null stays one."""
+    kind = config.get("model_type")
+    return {**DEFAULTS.get(kind, {}), **config} if isinstance(kind, str) else config
+
+
+def default_theta(c: Config) -> float | None:
+    """The base of the rope where config.json has none."""
+    return DEFAULT_THETA if has_class(c) else None
