@@ -91,7 +91,11 @@ def prepare(
     output_files.check(
         [*read, *_beside(catalogue)],
         [
-            Output(folder_of(out), "the folder of the unfinished build", is_folder=True),
+            *(
+                []
+                if os.path.islink(folder_of(out))
+                else [Output(folder_of(out), "the unfinished build", is_folder=True)]
+            ),
             *(Output(name, replace=force or name in finished) for name in names),
         ],
     )

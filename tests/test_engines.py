@@ -73,7 +73,8 @@ def build(
     **more: Any,
 ) -> Plan:
     weights = None if imatrix is None else open_imatrix(str(imatrix))
-    plan = make_plan(open_model(str(source), OPTIONS._replace(layout=layout)), recipe, weights)
+    options = OPTIONS._replace(layout=layout) if source.is_dir() else Options()
+    plan = make_plan(open_model(str(source), options), recipe, weights)
     ready = builds.prepare(plan, out, weights, **more)
     builds.run(ready, NativeEngine(slab_values), n_threads, progress)
     return plan

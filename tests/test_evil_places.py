@@ -280,11 +280,11 @@ def test_many_links_are_counted(scene: Scene, source: Path) -> None:
 
 @as_two_users
 def test_what_cannot_be_read_is_said_before_the_work(scene: Scene, source: Path) -> None:
-    (source / "tokenizer.json").chmod(0o600)
+    (source / "sub" / "code.py").chmod(0o600)
     place = scene.folder / "place"
     place.mkdir()
     os.chown(place, OTHER, OTHER)
-    sentence = f"{source / 'tokenizer.json'}: cannot be read: Permission denied; mend that, or move it away"
+    sentence = f"{source / 'sub' / 'code.py'}: cannot be read: Permission denied; mend that, or move it away"
     scene.refused(4, sentence, *command(source, place / "dst"), user=OTHER)
     assert list(place.iterdir()) == []
 
