@@ -185,21 +185,23 @@ def imatrix_status(t: Tensor, given: str, recipe: Recipe, imatrix: Weights | Non
     """How an importance matrix bears on a tensor of that type.
 
     used: it has an entry of the right size · missing: it has none, the tensor is quantized without ·
-    needed: it has none, and the type must have one · wrong size: the entry does not fit ·
+    needed: it has none, and the type must have one · wrong size: the entry does not fit, which no type excuses ·
     not used: the type has no use for it · without an imatrix: required or optional.
     """
-    qt = QTYPES[given]
-    if not qt.uses_imatrix or given == t.source_type:  # of the same type already: its blocks are copied
+    if given == t.source_type:  # of the same type already: its blocks are copied
+        return "not used"
+    n_mats = t.shape[2] if len(t.shape) > 2 else 1
+    fits = imatrix is None or t.name not in imatrix or imatrix.fits(t.name, t.n_cols, n_mats)
+    # llama-quantize: an entry of the wrong size is an error, but for token_embd, which does without
+    if not fits and t.role != "embedding":
+        return "wrong size"
+    if not QTYPES[given].uses_imatrix:
         return "not used"
     needs = must_have_weights(t.name, given, recipe.file_type)
     if imatrix is None:
         return "required" if needs or recipe.imatrix == "required" else "optional"
-    if t.name not in imatrix:
+    if t.name not in imatrix or not fits:
         return "needed" if needs else "missing"
-    n_mats = t.shape[2] if len(t.shape) > 2 else 1
-    if not imatrix.fits(t.name, t.n_cols, n_mats):
-        # llama-quantize: an entry of the wrong size is an error, but for token_embd, which does without
-        return ("needed" if needs else "missing") if t.role == "embedding" else "wrong size"
     return "used"
 
 
@@ -228,15 +230,17 @@ def check_imatrix(plan: Plan, given: bool) -> None:
                 "--imatrix FILE"
             )
         return
-    for status, what in (("wrong size", "an entry of the wrong size"), ("needed", "no entry")):
+    for status, what, which in (
+        ("wrong size", "an entry of the wrong size", ""),
+        ("needed", "no entry", " that must have one"),
+    ):
         bad = [t for t in plan.tensors if t.imatrix == status]
         if bad:
             t = bad[0]
             n_mats = t.tensor.shape[2] if len(t.tensor.shape) > 2 else 1
             raise ImatrixError(
-                f"the importance matrix has {what} for {len(bad)} tensor{'s' * (len(bad) > 1)} that must have one, the "
-                f"first '{t.tensor.name}' as {t.type} ({n_mats} x {t.tensor.n_cols} values); is it of this model and "
-                "layout?"
+                f"the importance matrix has {what} for {len(bad)} tensor{'s' * (len(bad) > 1)}{which}, the first "
+                f"'{t.tensor.name}' as {t.type} ({n_mats} x {t.tensor.n_cols} values); is it of this model and layout?"
             )
 
 

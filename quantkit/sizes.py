@@ -354,7 +354,7 @@ def ladder(catalogue: Catalogue, recipes: Sequence[str]) -> tuple[list[Rung], li
     rungs, notes = [], []
     loaded: list[tuple[str, Recipe]] = [(name, load(name)) for name in expand_recipes(recipes, Path())]
     for name, recipe in loaded:
-        if catalogue.arch not in recipe.arch:
+        if not recipe.is_for(catalogue.arch):
             continue
         try:
             plan = make_plan(catalogue, recipe)

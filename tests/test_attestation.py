@@ -113,7 +113,7 @@ def test_an_attestation_names_what_was_built_from_what(
     assert check(copied, other, tiny_imatrix, None, attested=attested).ok
     says = r"safetensors: sha256: expected [0-9a-f]{64}, found" if whole else r"expected none: it was not hashed whole"
     verdict = check(copied, other, tiny_imatrix, None, attested=attested, hash_source=True)
-    assert_found(verdict, "attestation", says)
+    assert_found(verdict, "source", says)
     assert verdict.findings.count == (1 if whole else 2)
     # and of the output
     factory.flip(copied, info_of(copied, GATE).offset + 20)
@@ -133,13 +133,36 @@ def test_an_attestation_of_something_else_is_caught(
     changed = plan_of(v3, MIX, tiny_imatrix)
     assert_found(
         check(sound, changed, tiny_imatrix, None, attested=attested),
-        "attestation",
+        "source",
         r"config\.json: (bytes|sha256): expected",
     )
     imatrix = factory.imatrix_for(sound_plan.catalogue, tmp_path / "other.gguf", seed=1)
     assert_found(
-        check(sound, sound_plan, imatrix, None, attested=attested), "attestation", r"imatrix\.gguf: sha256: expected"
+        check(sound, sound_plan, imatrix, None, attested=attested), "source", r"imatrix\.gguf: sha256: expected"
     )
+
+
+def test_other_sources_than_the_attested_are_no_damage(
+    sound: Path, copied: Path, sound_plan: Plan, tiny_imatrix: Path, v3: Path, tmp_path: Path
+) -> None:
+    """Nor are the rows and keys that differ from what they would give, for the file is as it was attested."""
+    manifest.write_json(tmp_path / "a.json", attest(sound_plan, tiny_imatrix, sound))
+    attested = attestation.read(tmp_path / "a.json")
+    factory.poke(v3, "model.layers.1.mlp.experts.2.up_proj.weight", 0, bytes(256 * 256))
+    factory.edit_json(v3 / "config.json", lambda c: c.update(rms_norm_eps=0.5))
+    other = plan_of(v3, MIX, tiny_imatrix)
+    verdict = check(sound, other, tiny_imatrix, "all", attested=attested)
+    assert {"source", "metadata", "row"} <= verdict.findings.counts().keys()
+    assert verdict.exit_code == 1
+    assert verdict.line().startswith(
+        "BUILT FROM OTHER FILES: it is the file of the attestation, but what was given as its source or importance "
+        "matrix is not what it was built from: 1 file, 52 tensors, "
+    )
+    # a file that is not the attested one is damaged all the same
+    factory.flip(copied, copied.stat().st_size - 40)
+    damaged = check(copied, other, tiny_imatrix, "all", attested=attested)
+    assert damaged.exit_code == 12
+    assert damaged.line().startswith("DAMAGED: ")
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,9 @@ from quantkit.imatrix import open_imatrix
 from quantkit.models import open_model
 from quantkit.recipe import load
 from quantkit.sources.safetensors_dir import open_checkpoint
+from quantkit.verify import attestation, manifest
 from quantkit.verify import gguf as verify_gguf
+from quantkit.verify.against_plan import read_plan
 from quantkit.verify.verdict import Findings
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"4d" * 32 + b"\nsize 7847602\n"
@@ -78,6 +80,14 @@ def test_everywhere_else(tmp_path: Path, head: bytes, says: str) -> None:
     assert sentence(lambda: load(str(recipe)), RecipeError) == f"{recipe}: cannot be read: it {says}"
     assert sentence(lambda: size_lock.read(lock), SourceError) == f"{lock}: cannot be read: it {says}"
     assert sentence(lambda: open_model(str(config)), SourceError) == f"{config}: {says}"
+
+
+@pytest.mark.parametrize(("head", "says"), [(POINTER, PULL), (PAGE, FETCH)], ids=["pointer", "page"])
+@pytest.mark.parametrize("read", [read_plan, manifest.read, attestation.read])
+def test_what_verify_compares_with(tmp_path: Path, read: Callable[[Path], Any], head: bytes, says: str) -> None:
+    path = tmp_path / "x.json"
+    path.write_bytes(head)
+    assert sentence(lambda: read(path), SourceError) == f"{path}: {says}"
 
 
 def test_on_the_command_line(quantkit: Run, tmp_path: Path, v3: Path) -> None:

@@ -4,6 +4,7 @@ build and verify say it, and refuse what a build would refuse with the same word
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -240,6 +241,34 @@ def test_another_models_matrix_is_refused_alike(quantkit: Run, tiny_v3: Path, ga
     # what was asked is answered all the same
     assert "the importance matrix has an entry for it" in said["explain"].stdout
     assert said["plan"].stdout == said["plan --json"].stdout == ""
+
+
+@pytest.mark.tools
+def test_an_entry_of_another_size_is_refused_for_every_type(
+    quantkit: Run, tools: Tools, tiny_v3: Path, tiny_bf16: Path, tmp_path: Path
+) -> None:
+    """Also where the type has no use for it, as llama-quantize does: the file would name the matrix all the same."""
+    entries = entries_of(tiny_v3)
+    name = "blk.0.attn_output.weight"
+    values, counts = entries[name]
+    entries[name] = (np.ones((1, 2 * values.shape[-1]), np.float32), counts)
+    other = gguf_imatrix(tmp_path / "other.gguf", entries)
+    for recipe in ("Q8_0", "F16", "Q4_K_M"):
+        type_ = {"Q4_K_M": "Q5_0"}.get(recipe, recipe)
+        sentence = (
+            "error: the importance matrix has an entry of the wrong size for 1 tensor, the first "
+            f"'{name}' as {type_} (1 x {values.shape[-1]} values); is it of this model and layout?\n"
+        )
+        common = ("--recipe", recipe, "--imatrix", other, "--pre", "deepseek-v3")
+        for args in (("plan", tiny_v3, *common), ("build", tiny_v3, "-o", tmp_path / "o.gguf", *common)):
+            said = quantkit(*args)
+            assert (said.returncode, said.stdout, said.stderr) == (6, "", sentence)
+        command = [tools.quantize, "--imatrix", other, tiny_bf16, tmp_path / "theirs.gguf", recipe]
+        theirs = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+        assert theirs.returncode != 0
+        assert f"is different from tensor size {values.shape[-1]} for {name}" in theirs.stdout + theirs.stderr
+    # BF16 quantizes nothing, so nothing asks for the entry
+    assert quantkit("plan", tiny_v3, "--recipe", "BF16", "--imatrix", other, "--pre", "deepseek-v3").returncode == 0
 
 
 def test_values_that_are_no_weights_are_refused_alike(quantkit: Run, tiny_v3: Path, tmp_path: Path) -> None:

@@ -487,7 +487,12 @@ STATUS = [
     # name, type, entries (None: no matrix given), recipe requires one, status
     (EXPS, "Q8_0", None, True, "not used"),
     (EXPS, "BF16", FITS, True, "not used"),
-    (EXPS, "Q8_0", WRONG, True, "not used"),
+    (EXPS, "Q8_0", FITS, True, "not used"),
+    (EXPS, "Q8_0", NONE, True, "not used"),
+    (EXPS, "BF16", WRONG, True, "not used"),
+    # no type excuses an entry that does not fit, as in llama-quantize
+    (EXPS, "Q8_0", WRONG, True, "wrong size"),
+    (EXPS, "F16", WRONG, False, "wrong size"),
     (EXPS, "Q4_K", None, False, "optional"),
     (EXPS, "Q4_K", None, True, "required"),
     (EXPS, "IQ1_S", None, False, "required"),
@@ -513,6 +518,7 @@ STATUS = [
     (EMBD, "Q4_K", FITS, False, "used"),
     # llama-quantize does without an entry for token_embd that does not fit
     (EMBD, "Q4_K", WRONG, False, "missing"),
+    (EMBD, "Q8_0", WRONG, False, "not used"),
     (EMBD, "IQ2_XXS", WRONG, False, "needed"),
 ]
 
@@ -611,7 +617,7 @@ def test_an_imatrix_of_another_model() -> None:
     plan = make_plan(tiny(), recipe, entries_for(tiny(), blk__2__ffn_up_exps=512, blk__0__attn_q_a=1))
     assert planned(plan, "blk.0.attn_q_a.weight").imatrix == "wrong size"
     assert refused(plan, given=True) == (
-        "the importance matrix has an entry of the wrong size for 2 tensors that must have one, the first "
+        "the importance matrix has an entry of the wrong size for 2 tensors, the first "
         "'blk.0.attn_q_a.weight' as Q4_K (1 x 256 values); is it of this model and layout?"
     )
 

@@ -630,6 +630,17 @@ def test_table(place: Path) -> None:
     assert lines[2].endswith("bits of routed experts")
 
 
+def test_table_has_the_recipes_for_any_arch(place: Path) -> None:
+    found = json.loads(good("table", "deepseek-r1", "--format", "json"))
+    assert {row["recipe"] for row in found["recipes"]} == set(shipped())
+    # by their aliases too, each once
+    some = json.loads(good("table", "deepseek-r1", "-r", "Q4_K", "-r", "15", "-r", "q5_k", "--format", "json"))
+    assert [(row["recipe"], row["tensor_bytes"]) for row in some["recipes"]] == [
+        ("Q4_K_M", 404_488_847_360),
+        ("Q5_K_M", 475_423_236_096),
+    ]
+
+
 def test_table_of_some(place: Path) -> None:
     found = json.loads(good("table", "tiny/config.json", "-r", "recipes/mine.yaml", "--format", "json"))
     assert found["model"] == "tiny"

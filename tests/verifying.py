@@ -134,5 +134,5 @@ def expert(path: Path, name: str, i: int) -> tuple[int, int]:
 def assert_found(verdict: Verdict, kind: str, says: str) -> None:
     """Not OK, and a finding of that kind says what the pattern does."""
     assert not verdict.ok
-    assert verdict.line().startswith("DAMAGED: ")
+    assert verdict.line().startswith("BUILT FROM OTHER FILES: " if kind == "source" else "DAMAGED: ")
     assert any(f.kind == kind and re.search(says, str(f)) for f in verdict.findings.kept()), verdict.text(50)

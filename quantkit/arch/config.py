@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..errors import SourceError
@@ -35,6 +35,15 @@ class Config:
 
     def optional_int(self, key: str) -> int | None:
         return None if self.values.get(key) is None else self.int_(key)
+
+    def first(self, keys: Sequence[str]) -> str | None:
+        """The first of some spellings of a key that is there, unless its value is null."""
+        key = next((k for k in keys if k in self.values), None)
+        return None if key is None or self.values[key] is None else key
+
+    def first_int(self, keys: Sequence[str], least: int = 1) -> int | None:
+        key = self.first(keys)
+        return None if key is None else self.int_(key, least=least)
 
     def float_(self, key: str, default: float | None = None) -> float:
         value = self.values.get(key)

@@ -15,17 +15,17 @@ from typing import Any, NamedTuple
 from ..catalogue import Catalogue, Part, Source, SourceTensor, Tensor, ranges
 from ..errors import SourceError, UnsupportedError
 from ..gguf_format import BOOL, F32, KV, U32, kv
+from .common import Common, common_kvs
 from .config import Config
 from .defaults import default_theta, has_class, with_defaults
 from .general import general_kvs
 from .options import LAYOUTS, Options
 from .rope import Rope, read_rope
-from .tensors import FILE_TYPE_BF16, MAX_HEADS, MAX_LAYERS, MAX_PARTS, assembled, check_stored, in_order, whole
+from .tensors import MAX_HEADS, MAX_LAYERS, MAX_PARTS, assembled, check_stored, in_order, whole
 from .tokenizer import tokenizer_kvs
 
 ARCH = "deepseek2"
 _MOST = {"num_hidden_layers": MAX_LAYERS, "n_routed_experts": 4096, "num_attention_heads": MAX_HEADS}
-_GATING = {"softmax": 1, "sigmoid": 2}
 
 
 class Shape(NamedTuple):
@@ -154,50 +154,27 @@ def arch_kvs(c: Config, s: Shape, rope: Rope, layout: str) -> list[KV]:
 
     def u32(key: str, value: int | None) -> None:
         if value is not None:
-            out.append(kv(key if "." in key and key.startswith("general") else f"{ARCH}.{key}", U32, value))
+            out.append(kv(f"{ARCH}.{key}", U32, value))
 
     def f32(key: str, value: float) -> None:
         out.append(kv(f"{ARCH}.{key}", F32, value))
 
-    def lengths() -> None:
-        u32("attention.key_length", s.kv_lora + s.rope if mla else s.nope + s.rope)
-        u32("attention.value_length", s.kv_lora if mla else s.v_head)
-
-    out: list[KV] = []
     mla = layout != "kv_b"
-    u32("block_count", s.n_layers)
-    u32("context_length", c.optional_int("max_position_embeddings"))
-    u32("embedding_length", s.hidden)
-    u32("feed_forward_length", s.ffn)
-    u32("attention.head_count", s.n_heads)
     # MLA runs as attention with one key/value head of the compressed width
-    u32("attention.head_count_kv", 1 if mla else c.int_("num_key_value_heads", s.n_heads))
-    out += rope.kvs(ARCH)
-    f32("attention.layer_norm_rms_epsilon", c.float_("rms_norm_eps", 1e-6))
-    if s.n_experts:
-        u32("expert_count", s.n_experts)
-    u32("expert_used_count", c.optional_int("num_experts_per_tok"))
-    u32("expert_group_count", c.optional_int("n_group"))
-    u32("expert_group_used_count", c.optional_int("topk_group"))
-    scoring = c.values.get("scoring_func")
-    if scoring is not None:
-        if not isinstance(scoring, str) or scoring not in _GATING:
-            raise UnsupportedError(
-                f"{c.model}: config.json: scoring_func is {scoring!r:.60}, not one of {list(_GATING)}"
-            )
-        u32("expert_gating_func", _GATING[scoring])
+    n_kv_heads = 1 if mla else c.int_("num_key_value_heads", s.n_heads)
+    lengths = (s.kv_lora + s.rope, s.kv_lora) if mla else (s.nope + s.rope, s.v_head)
     # the configs that transformers has a class for have a head_dim, which makes the converter begin
-    # these two here; Kimi-K2's has not
+    # these two among the common keys; Kimi-K2's has not
     early = has_class(c) or c.values.get("head_dim") is not None
-    if early:
-        lengths()
-    u32("general.file_type", FILE_TYPE_BF16)
+    common = Common(s.n_layers, s.hidden, s.ffn, s.n_heads, n_kv_heads, s.n_experts or None, lengths if early else None)
+    out = common_kvs(c, ARCH, common, rope)
     u32("leading_dense_block_count", s.first_dense if s.n_experts else s.n_layers)
     u32("vocab_size", s.vocab)
     u32("attention.q_lora_rank", s.q_lora)
     u32("attention.kv_lora_rank", s.kv_lora)
     if not early:
-        lengths()
+        u32("attention.key_length", lengths[0])
+        u32("attention.value_length", lengths[1])
     if mla:
         u32("attention.key_length_mla", s.nope + s.rope)
         u32("attention.value_length_mla", s.v_head)

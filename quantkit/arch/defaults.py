@@ -50,9 +50,10 @@ def has_class(c: Config) -> bool:
 
 
 def with_defaults(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The config with what its class adds. A null stays one."""
-    kind = config.get("model_type")
-    return {**DEFAULTS.get(kind, {}), **config} if isinstance(kind, str) else config
+    """The config with what its class adds, and what is in text_config on top. A null stays one."""
+    kind, inner = config.get("model_type"), config.get("text_config")
+    defaults = DEFAULTS.get(kind, {}) if isinstance(kind, str) else {}
+    return {**defaults, **config, **(inner if isinstance(inner, dict) else {})}
 
 
 def default_theta(c: Config) -> float | None:

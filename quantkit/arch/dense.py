@@ -13,14 +13,15 @@ from typing import Any, NamedTuple
 
 from ..catalogue import Catalogue, Part, Source, SourceTensor, Tensor
 from ..errors import SourceError, UnsupportedError
-from ..gguf_format import BOOL, F32, KV, U32, kv
+from ..gguf_format import BOOL, KV, U32, kv
+from .common import EXPERTS, Common, common_kvs
 from .config import Config
 from .defaults import DEFAULT_THETA, default_theta, with_defaults
 from .general import general_kvs
 from .made import WithMade
 from .options import Options
 from .rope import Llama3Scaling, Rope, llama3, read_rope
-from .tensors import FILE_TYPE_BF16, MAX_HEADS, MAX_LAYERS, MAX_PARTS, assembled, check_stored, in_order, whole
+from .tensors import MAX_HEADS, MAX_LAYERS, MAX_PARTS, assembled, check_stored, in_order, whole
 from .tokenizer import flag, refuse_sentencepiece, tokenizer_kvs
 
 #: config.json's architectures[0] -> llama.cpp's
@@ -130,26 +131,14 @@ def _rotated(name: str, source: str, shape: tuple[int, int], head: int) -> Tenso
 def arch_kvs(c: Config, s: Shape) -> list[KV]:
     """The keys of the arch, in the order the converter writes them."""
 
-    def u32(key: str, value: int) -> None:
-        out.append(kv(f"{s.arch}.{key}", U32, value))
-
-    out: list[KV] = []
-    u32("block_count", s.n_layers)
-    u32("context_length", c.int_("max_position_embeddings"))
-    u32("embedding_length", s.hidden)
-    u32("feed_forward_length", s.ffn)
-    u32("attention.head_count", s.n_heads)
-    u32("attention.head_count_kv", s.n_kv_heads)
-    out += s.rope.kvs(s.arch)
-    out.append(kv(f"{s.arch}.attention.layer_norm_rms_epsilon", F32, c.float_("rms_norm_eps", 1e-6)))
     # LlamaConfig always has a head_dim, Qwen2Config only what config.json says
-    if s.arch == "llama" or c.optional_int("head_dim") is not None:
-        u32("attention.key_length", s.head)
-        u32("attention.value_length", s.head)
-    out.append(kv("general.file_type", U32, FILE_TYPE_BF16))
+    has_lengths = s.arch == "llama" or c.optional_int("head_dim") is not None
+    lengths = (s.head, s.head) if has_lengths else None
+    common = Common(s.n_layers, s.hidden, s.ffn, s.n_heads, s.n_kv_heads, c.first_int(EXPERTS, least=0), lengths)
+    out = common_kvs(c, s.arch, common, s.rope)
     if s.arch == "llama":
-        u32("vocab_size", s.vocab)
-        u32("rope.dimension_count", s.head)
+        out.append(kv("llama.vocab_size", U32, s.vocab))
+        out.append(kv("llama.rope.dimension_count", U32, s.head))
     return out
 
 

@@ -27,6 +27,7 @@ _BOTH = (
 )
 _NESTED = ("full_attention", "sliding_attention")
 _LOCAL_THETAS = ("local_rope_theta", "rope_local_theta", "rope_theta_local", "swa_rope_theta", "rope_local_base_freq")
+_THETAS = ("global_rope_theta", "rope_global_theta", "rope_theta_global", "rope_theta", "rotary_emb_base")
 _CONTEXT = "original_max_position_embeddings"
 
 
@@ -72,7 +73,7 @@ def read_rope(c: Config, arch: str, kinds: tuple[str, ...], theta: float | None)
         with_context = {_CONTEXT: c.values[_CONTEXT], **inner.values}
         inner = Config(c.model, with_context, "" if _CONTEXT not in inner.values else inner.prefix)
     local = outer.section("sliding_attention")
-    local_key = None if nested else next((key for key in _LOCAL_THETAS if c.values.get(key) is not None), None)
+    local_key = None if nested else c.first(_LOCAL_THETAS)
     for place, key in ((inner, "partial_rotary_factor"), (c, "partial_rotary_factor")):
         if place.positive(key, 1.0) != 1:
             raise UnsupportedError(
@@ -83,11 +84,12 @@ def read_rope(c: Config, arch: str, kinds: tuple[str, ...], theta: float | None)
         local_theta: float | None = c.positive(local_key)
     else:
         local_theta = None if local is None or local.values.get("rope_theta") is None else local.positive("rope_theta")
-    own = inner.values.get("rope_theta") is not None
-    if own or nested:
-        theta = inner.positive("rope_theta") if own else None
-    elif c.values.get("rope_theta") is not None:
-        theta = c.positive("rope_theta")
+    # a null is the word that there is none
+    if nested or "rope_theta" in inner.values:
+        theta = None if inner.values.get("rope_theta") is None else inner.positive("rope_theta")
+    elif any(key in c.values for key in _THETAS):
+        theta_key = c.first(_THETAS)
+        theta = None if theta_key is None else c.positive(theta_key)
     # transformers 4 let the old name win in rope_scaling
     names = ("rope_type", "type") if new else ("type", "rope_type")
     kind = next((inner.values[key] for key in names if inner.values.get(key) is not None), None)

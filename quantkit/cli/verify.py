@@ -101,7 +101,8 @@ def verify(
     plan (--recipe and --source, or --plan): types, shapes, bytes, and the metadata. With --source and --imatrix:
     rows quantized again from the source by ggml itself, and compared bit for bit.
 
-    The last line is the verdict. Exit code 0 if all is well, 12 if anything was found.
+    The last line is the verdict. Exit code 0 if all is well, 1 if the file is sound but not what was asked for, 12 if
+    anything else was found.
 
     \b
     quantkit verify R1-UD-IQ1_S.gguf

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import SourceError
+from ..first_bytes import ENOUGH, not_the_file
 from ..imatrix import Imatrix
 from ..plan import Plan
 from ..qtypes import FILE_TYPES, QTYPES
@@ -44,7 +45,10 @@ def read_plan(path: Path) -> list[Expected]:
     try:
         if regular(path) > _MAX_PLAN:
             raise SourceError(f"{path}: too large for a plan (at most {_MAX_PLAN:,} bytes)")
-        tensors = json.loads(path.read_bytes())["tensors"]
+        raw = path.read_bytes()
+        if says := not_the_file(raw[:ENOUGH]):
+            raise SourceError(f"{path}: {says}")
+        tensors = json.loads(raw)["tensors"]
         made = [_entry(path, t["name"], t["shape"], t["type"], t["bytes"]) for t in tensors]
     except OSError as e:
         raise SourceError(f"{path}: cannot be read: {e.strerror or e}") from None

@@ -355,18 +355,18 @@ def compare_sources(
         for name, item in there.items():
             want = wanted.get(name)
             if want is None:
-                findings.add(Finding("attestation", name, f"is no {role} of the build"))
+                findings.add(Finding("source", name, f"is no {role} of the build"))
                 continue
             _compare_one(name, want, item, findings)
         for name in wanted.keys() - there.keys():
-            findings.add(Finding("attestation", name, f"is a {role} of the build, but not here"))
+            findings.add(Finding("source", name, f"is a {role} of the build, but not here"))
 
 
 def _compare_one(name: str, want: Mapping[str, Any], item: Mapping[str, Any], findings: Findings) -> None:
     a, b = want["annotations"].get("bytes"), item["annotations"]["bytes"]
     if a != b:
-        findings.add(Finding("attestation", name, "bytes", expected=str(a), found=str(b)))
+        findings.add(Finding("source", name, "bytes", expected=str(a), found=str(b)))
     for kind, sha in item["digest"].items():
         given = want["digest"].get(kind, "none: it was not hashed whole")
         if given != sha:
-            findings.add(Finding("attestation", name, kind, expected=given, found=sha))
+            findings.add(Finding("source", name, kind, expected=given, found=sha))

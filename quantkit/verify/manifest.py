@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import SourceError
+from ..first_bytes import ENOUGH, not_the_file
 from ..output_files import write_text
 from .gguf import Gguf, regular
 from .scan import Digests
@@ -52,7 +53,10 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
     try:
         if regular(path) > _MOST:
             raise SourceError(f"{path}: too large for {what} (at most {_MOST:,} bytes)")
-        value = json.loads(path.read_bytes())
+        raw = path.read_bytes()
+        if says := not_the_file(raw[:ENOUGH]):
+            raise SourceError(f"{path}: {says}")
+        value = json.loads(raw)
     except OSError as e:
         raise SourceError(f"{path}: cannot be read: {e.strerror or e}") from None
     except (ValueError, RecursionError) as e:

@@ -16,6 +16,7 @@ KEPT = 10_000
 
 KINDS = (
     "header", "layout", "padding", "length", "shards", "scale", "plan", "metadata", "row", "manifest", "attestation",
+    "source",
 )  # fmt: skip
 
 
@@ -90,6 +91,12 @@ class Findings:
             and all(text in ("type", "bytes") for kind, text in self._texts if kind == "plan")
         )
 
+    @property
+    def tell_of_other_sources(self) -> bool:
+        """Whether the file is as it was attested, and only what was given as its source or matrix is not: then rows and
+        keys that differ from those are no fault of the file."""
+        return self._counts["source"] > 0 and self.counts().keys() <= {"source", "plan", "metadata", "row"}
+
     def counts(self) -> dict[str, int]:
         """Findings of each kind that occurred."""
         return {kind: self._counts[kind] for kind in KINDS if self._counts[kind]}
@@ -135,7 +142,9 @@ class Verdict:
         """0, 1 for a sound file that is another than was asked for, DamageError's for a damaged one."""
         if self.ok:
             return 0
-        return 1 if self.findings.count == 0 or self.findings.tell_of_another_recipe else DamageError.exit_code
+        found = self.findings
+        sound = found.count == 0 or found.tell_of_another_recipe or found.tell_of_other_sources
+        return 1 if sound else DamageError.exit_code
 
     def line(self) -> str:
         """The verdict in one line."""
@@ -152,6 +161,11 @@ class Verdict:
                 f"ANOTHER RECIPE'S FILE: {self.findings.n_other_types:,} of {self.n_tensors:,} tensors have other "
                 f"types than {self.recipe or 'the plan'} gives them; the file is sound in itself: {what}; checked "
                 f"{', '.join(self.checked)}"
+            )
+        if self.findings.tell_of_other_sources:
+            return (
+                "BUILT FROM OTHER FILES: it is the file of the attestation, but what was given as its source or "
+                f"importance matrix is not what it was built from: {what}; checked {', '.join(self.checked)}"
             )
         total = self.findings.count
         kinds = ", ".join(f"{n:,} {kind}" for kind, n in self.findings.counts().items())
