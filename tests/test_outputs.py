@@ -4,6 +4,7 @@ no other output of the same run is written over, by whatever name, and nothing t
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -392,7 +393,8 @@ def test_names_that_are_no_files_names(world: World, case: Case, param: str) -> 
 
     for text in ("out/", f"{world.folder}/", f"{world.folder}/..", "."):
         assert says(text).startswith(f"{text}: is a directory; give the name of the file to make, such as ")
-    assert says("").startswith("an empty name: is a directory; give the name of the file to make, such as ")
+    assert re.fullmatch("(--[a-z-]+|[A-Z]+): is empty; give a name", says(""))
+    assert re.fullmatch("(--[a-z-]+|[A-Z]+): has a NUL in it, which no file's name has; give another", says("a\0b"))
     assert says("-") == "-: is no name of a file; give ./- if that is its name, or leave the option away to print"
     name = "ä" * 126 + ".yaml"
     added = {
