@@ -210,16 +210,8 @@ class Folder:
     def rename(self, name: str, to: Folder, new: str, replace: bool = True) -> None:
         """Give a file in this folder another name, in this one or another. Without `replace` nothing is replaced, and
         where the system can, that is one step. Raises OSError (FileExistsError)."""
-        libc = ctypes.CDLL(None, use_errno=True)
-        if not replace and hasattr(libc, "renameat2"):
-            if libc.renameat2(self.fd, os.fsencode(name), to.fd, os.fsencode(new), _RENAME_NOREPLACE) == 0:
-                return
-            code = ctypes.get_errno()
-            if code not in (errno.EINVAL, errno.ENOSYS):  # which say that the filesystem or the kernel cannot
-                raise OSError(code, os.strerror(code), new)
-        if not replace and to.look(new) is not None:
-            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), new)
-        os.replace(name, new, src_dir_fd=self.fd, dst_dir_fd=to.fd)
+        give = os.replace if replace else rename_to_new
+        give(name, new, src_dir_fd=self.fd, dst_dir_fd=to.fd)
 
     def require_same(self, name: str, fd: int) -> None:
         """Raises OutputError unless an open file has that name."""
@@ -252,6 +244,21 @@ class Folder:
     def sync(self) -> None:
         """Put the names in it on the disk. Raises OSError."""
         os.fsync(self.fd)
+
+
+def rename_to_new(name: str, new: str, *, src_dir_fd: int, dst_dir_fd: int) -> None:
+    """os.rename, but where something has the new name: then FileExistsError. Raises OSError."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if hasattr(libc, "renameat2"):
+        if libc.renameat2(src_dir_fd, os.fsencode(name), dst_dir_fd, os.fsencode(new), _RENAME_NOREPLACE) == 0:
+            return
+        code = ctypes.get_errno()
+        if code not in (errno.EINVAL, errno.ENOSYS):  # which say that the filesystem or the kernel cannot
+            raise OSError(code, os.strerror(code), new)
+    with suppress(FileNotFoundError):
+        os.stat(new, dir_fd=dst_dir_fd, follow_symlinks=False)
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), new)
+    os.rename(name, new, src_dir_fd=src_dir_fd, dst_dir_fd=dst_dir_fd)
 
 
 def _check_link(path: Path) -> None:
