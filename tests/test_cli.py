@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -128,6 +129,16 @@ def test_plan_to_a_closed_pipe(tmp_path: Path) -> None:
         ["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True, cwd=tmp_path, check=False
     )
     assert (done.stdout, done.stderr) == ('{\n "model"', "")
+
+
+def test_nobody_reads_standard_output(tmp_path: Path) -> None:
+    """Not a word, but not success either: a build ends before it has begun, say."""
+    ours, theirs = os.pipe()
+    os.close(ours)
+    command = [sys.executable, "-m", "quantkit", "recipe", "list"]
+    done = subprocess.run(command, stdout=theirs, stderr=subprocess.PIPE, text=True, cwd=tmp_path, check=False)
+    os.close(theirs)
+    assert (done.returncode, done.stderr) == (1, "")
 
 
 def test_inspect_checkpoint(quantkit: Run, tiny_v3: Path) -> None:

@@ -497,16 +497,21 @@ def test_updating_a_lock_is_by_design_and_another_file_is_not_one(world: World, 
     assert quantkit("sizes", "update", hand, *args, "--force").returncode == 0
 
 
-def test_the_summary_of_a_workflow_is_not_the_report(world: World, quantkit: Run, tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_there", [False, True])
+def test_the_summary_of_a_workflow_is_not_the_report(
+    world: World, quantkit: Run, tmp_path: Path, is_there: bool
+) -> None:
     summary = tmp_path / "summary.md"
-    summary.write_text("before\n")
+    if is_there:
+        summary.write_text("before\n")
     env = {"GITHUB_STEP_SUMMARY": str(summary)}
     done = quantkit("sizes", "check", world.of["lock"], "--format", "github", "-o", summary, "--force", env=env)
     assert (done.returncode, done.stderr) == (
         7,
         f"error: {summary}: is given to --output and $GITHUB_STEP_SUMMARY both; give each a name of its own\n",
     )
-    assert summary.read_text() == "before\n"
+    assert summary.exists() == is_there
+    assert not is_there or summary.read_text() == "before\n"
 
 
 def test_a_link_to_a_folder_is_that_folder(world: World, quantkit: Run, tmp_path: Path) -> None:
