@@ -270,7 +270,8 @@ def run(request: dict[str, Any]) -> None:
         os.setgid(request["user"])
         os.setuid(request["user"])
     os.environ.update(request["env"])
-    os.chdir(request.get("cwd", "."))
+    if "cwd" in request:
+        os.chdir(request["cwd"])
     sys.argv = ["quantkit", *request["args"]]
     if "root" in request:
         Recorder(
@@ -299,6 +300,7 @@ def run(request: dict[str, Any]) -> None:
 
 def serve() -> None:
     """Import what a build needs, once, and answer requests."""
+    import importlib.readers  # noqa: F401, for the recipes of the package: another user may not read the venv
     import pkgutil
     from importlib import import_module
 

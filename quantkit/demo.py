@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -273,7 +274,13 @@ def make_imatrix(path: Path, tensors: Mapping[str, tuple[int, ...]], seed: int =
 
 def prepare_folder(folder: Path) -> None:
     """An empty folder for the demo. Raises OutputError when there is something that is not the demo's."""
-    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / MARKER).exists())):
+    try:
+        others = os.path.lexists(folder) and any(folder.iterdir()) and not os.path.exists(folder / MARKER)
+    except NotADirectoryError:
+        others = True
+    except OSError as e:
+        raise OutputError(f"{folder}: cannot be read: {e.strerror or e}; choose another place with --dir") from None
+    if others:
         raise OutputError(f"{folder}: exists and was not made by quantkit demo; choose another place with --dir")
     if not is_utf8(str(folder)):
         raise OutputError(f"{str(folder)!a}: is not UTF-8, as a model's path must be; choose another place with --dir")

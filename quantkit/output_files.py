@@ -101,7 +101,7 @@ def check_folder_link(path: Path) -> None:
     """Raise OutputError for a folder's name that is a link to nothing."""
     if _leads_in_a_circle(path):
         raise OutputError(f"{path}: is a symbolic link that leads back to itself; remove it")
-    if path.is_symlink() and not path.exists():
+    if os.path.islink(path) and not os.path.exists(path):
         raise OutputError(
             f"{path}: is a symbolic link to {os.path.realpath(path)}, which is not there; make that, or remove the link"
         )

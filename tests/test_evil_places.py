@@ -16,6 +16,7 @@ from test_shards import model
 
 from quantkit import dequant
 from quantkit.dequant import Options
+from quantkit.dequant.beside import files
 from quantkit.dequant.decode import Native
 from quantkit.dequant.place import PART
 from quantkit.dequant.state import STATE
@@ -224,9 +225,6 @@ def test_links_out_of_the_model_are_not_copied(scene: Scene, source: Path) -> No
     (source / "inner").symlink_to("sub")
     (source / "inside.py").symlink_to("sub/code.py")
     os.link(source / "sub" / "code.py", source / "hard.py")
-    os.mkfifo(source / "pipe")
-    os.mkfifo(source / "sub" / "pipe")
-    (source / "to pipe").symlink_to("pipe")
     with (source / "huge").open("wb") as f:
         f.truncate(1 << 28)
     file, folder = scene.file, scene.kept
@@ -239,27 +237,26 @@ def test_links_out_of_the_model_are_not_copied(scene: Scene, source: Path) -> No
         f"{source / 'dangling'}: is a link to /nonexistent/x, {where}",
         f"{source / 'folder'}: is a link to {folder}, {where}",
         f"{source / 'inner'}: is a link to the folder sub; it is not copied",
-        f"{source / 'pipe'}: is a FIFO, not a file; it is not copied",
-        f"{source / 'sub/pipe'}: is a FIFO, not a file; it is not copied",
-        f"{source / 'to pipe'}: is a FIFO, not a file; it is not copied",
     ])  # fmt: skip
     assert (scene.folder / "dst" / "inside.py").read_text() == "pass\n"
     assert not (scene.folder / "dst" / "inside.py").is_symlink()
 
 
-@as_two_users
-def test_a_device_beside_the_weights(scene: Scene, source: Path) -> None:
-    (source / "zero").symlink_to("/dev/zero")
-    try:
-        os.mknod(source / "device", 0o20666, os.makedev(1, 5))
-    except PermissionError:
-        pytest.skip("devices cannot be made here")
-    names, warnings = beside(source, scene.folder / "dst", scene)
-    assert not {"zero", "device"} & names
-    assert warnings == [
-        f"{source / 'device'}: is a device, not a file; it is not copied",
-        f"{source / 'zero'}: is a link to /dev/zero, outside of the model's folder; it is not copied",
-    ]
+@pytest.mark.parametrize("name", ["pipe", "sub/pipe", "zero"])
+def test_what_is_no_file_beside_the_weights(scene: Scene, source: Path, name: str) -> None:
+    """The command refuses it, as every command does, before anything is done; to the library it is not to be copied."""
+    if name == "zero":
+        (source / name).symlink_to("/dev/zero")
+    else:
+        os.mkfifo(source / name)
+    what = "a device" if name == "zero" else "a FIFO"
+    sentence = f"{source / name}: is {what}, not a regular file; write it to a file first"
+    scene.refused(4, sentence, *command(source, scene.folder / "dst"))
+    assert not (scene.folder / "dst").exists()
+    refused = {each.name: each.refused for each in files(source) if each.refused}
+    assert refused[name] == (
+        "is a link to /dev/zero, outside of the model's folder" if name == "zero" else "is a FIFO, not a file"
+    )
 
 
 @pytest.mark.parametrize(("to", "words"), [("loop", "Too many levels of symbolic links"), ("missing", "No such file")])
@@ -280,11 +277,11 @@ def test_many_links_are_counted(scene: Scene, source: Path) -> None:
 
 @as_two_users
 def test_what_cannot_be_read_is_said_before_the_work(scene: Scene, source: Path) -> None:
-    (source / "tokenizer.json").chmod(0o600)
+    (source / "sub" / "code.py").chmod(0o600)
     place = scene.folder / "place"
     place.mkdir()
     os.chown(place, OTHER, OTHER)
-    sentence = f"{source / 'tokenizer.json'}: cannot be read: Permission denied; mend that, or move it away"
+    sentence = f"{source / 'sub' / 'code.py'}: cannot be read: Permission denied; mend that, or move it away"
     scene.refused(4, sentence, *command(source, place / "dst"), user=OTHER)
     assert list(place.iterdir()) == []
 
@@ -443,3 +440,27 @@ def test_inputs_that_are_something_else(scene: Scene, shards: Path, command: str
         assert path.name in done.err + done.out
         path.unlink()
         (scene.folder / "aside").rename(path)
+
+
+@pytest.mark.parametrize(
+    ("command", "code", "sentence"),
+    [
+        ("verify HERE/x.gguf", 4, "HERE/x.gguf: cannot be read: Permission denied"),
+        ("inspect HERE/config.json", 4, "HERE/config.json: cannot be read: Permission denied"),
+        ("plan HERE -r Q8_0", 4, "HERE: cannot be read: Permission denied"),
+        ("status HERE/x.gguf", 13, "HERE/x.gguf.partial: cannot be read: Permission denied"),
+        ("cache show HERE", 7, "HERE: cannot be read: Permission denied"),
+        ("cache prune HERE/c --max-size 1", 7, "HERE/c: cannot be read: Permission denied"),
+        ("demo --dir HERE", 7, "HERE: cannot be read: Permission denied; choose another place with --dir"),
+        ("demo --dir HERE/d", 7, "HERE/d: cannot be made: Permission denied"),
+        ("recipe new HERE/r.yaml", 7, "HERE: Permission denied; choose another place"),
+        ("recipe lint --only-recipes HERE/r.yaml", 3, "HERE/r.yaml: cannot be read: Permission denied"),
+    ],
+)
+@as_two_users
+def test_a_folder_that_is_closed(scene: Scene, command: str, code: int, sentence: str) -> None:
+    here = scene.folder / "closed"
+    here.mkdir(mode=0o700)
+    done = scene.run(*command.replace("HERE", str(here)).split(), user=OTHER)
+    assert (done.code, (done.err + done.out).strip()) == (code, f"error: {sentence.replace('HERE', str(here))}")
+    assert list(here.iterdir()) == []
