@@ -3,11 +3,11 @@
     python benchmarks/faults_child.py < requests
 
 A request is a line of JSON: {"args": […], "env": {…}, "stdout": FILE, "stderr": FILE}; with {"user": UID} it is run as
-that user; and, to watch what is done in a folder, {"root": FOLDER, "log": FILE, "kill_at": N, "kill": "before" |
-"after" | "half"}. The answers are two lines: the process, and its exit status, or minus the signal. The log is
-a pickle for each Event, in the order in which they took place; with `kill_at` the process kills itself at the Nth of
-them. "plant" is a defect to be found: files are not synced ("data"), only after the journal told of them ("order"), or
-names are not ("names").
+that user, with {"cwd": FOLDER} there; and, to watch what is done in a folder, {"root": FOLDER, "log": FILE, "kill_at":
+N, "kill": "before" | "after" | "half"}. The answers are two lines: the process, and its exit status, or minus the
+signal. The log is a pickle for each Event, in the order in which they took place; with `kill_at` the process kills
+itself at the Nth of them. "plant" is a defect to be found: files are not synced ("data"), only after the journal told
+of them ("order"), or names are not ("names").
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from quantkit import folders
 
 
 class Event(NamedTuple):
@@ -61,6 +63,8 @@ class Recorder:
                      "unlink", "remove", "mkdir", "rmdir", "copy_file_range", "sendfile"):  # fmt: skip
             self.real[name] = getattr(os, name)
             setattr(os, name, getattr(self, f"_{name}"))
+        self.real["rename_to_new"] = folders.rename_to_new
+        folders.rename_to_new = self._rename_to_new
 
     def path_of(self, path: Any, dir_fd: int | None = None) -> str | None:
         """The absolute path, if it is in the folder."""
@@ -193,10 +197,16 @@ class Recorder:
         self._sync("fdatasync", fd)
 
     def _replace(self, src: Any, dst: Any, *, src_dir_fd: int | None = None, dst_dir_fd: int | None = None) -> None:
+        self._renamed("replace", src, dst, src_dir_fd, dst_dir_fd)
+
+    def _rename_to_new(self, src: str, dst: str, *, src_dir_fd: int, dst_dir_fd: int) -> None:
+        self._renamed("rename_to_new", src, dst, src_dir_fd, dst_dir_fd)
+
+    def _renamed(self, how: str, src: Any, dst: Any, src_dir_fd: int | None, dst_dir_fd: int | None) -> None:
         old, new = self.path_of(src, src_dir_fd), self.path_of(dst, dst_dir_fd)
 
         def call() -> None:
-            self.real["replace"](src, dst, src_dir_fd=src_dir_fd, dst_dir_fd=dst_dir_fd)
+            self.real[how](src, dst, src_dir_fd=src_dir_fd, dst_dir_fd=dst_dir_fd)
 
         if old is None or new is None:
             return call()
@@ -260,6 +270,8 @@ def run(request: dict[str, Any]) -> None:
         os.setgid(request["user"])
         os.setuid(request["user"])
     os.environ.update(request["env"])
+    if "cwd" in request:
+        os.chdir(request["cwd"])
     sys.argv = ["quantkit", *request["args"]]
     if "root" in request:
         Recorder(
@@ -288,6 +300,7 @@ def run(request: dict[str, Any]) -> None:
 
 def serve() -> None:
     """Import what a build needs, once, and answer requests."""
+    import importlib.readers  # noqa: F401, for the recipes of the package: another user may not read the venv
     import pkgutil
     from importlib import import_module
 

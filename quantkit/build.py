@@ -47,6 +47,9 @@ class Build:
     identity: Mapping[str, str]
     """what the bytes depend on (quantkit.fingerprint)"""
     sources: Mapping[Path, fingerprint.FileStat]
+    replace: frozenset[Path]
+    """names under which a file may be replaced: all with --force, else those of shards that are the unfinished build's
+    own"""
     restart: bool
     begun: Journal | None
     """the journal of an unfinished build that this one goes on with"""
@@ -88,20 +91,17 @@ def prepare(
     _check_names(out, names)
     begun = _begun(out, identity, resume)
     finished = _finished(names, _told(out) if resume is False else begun, folder_of(out))
+    replace = frozenset(names if force else finished)
     output_files.check(
         [*read, *_beside(catalogue)],
         [
-            *(
-                []
-                if os.path.islink(folder_of(out))
-                else [Output(folder_of(out), "the unfinished build", is_folder=True)]
-            ),
-            *(Output(name, replace=force or name in finished) for name in names),
+            Output(folder_of(out), "the unfinished build", is_folder=True, only_compared=True),
+            *(Output(name, replace=name in replace) for name in names),
         ],
     )
     scratch = engine.scratch_bytes(plan) if engine is not None else 0
     _check_space(out, [file for file in files if file[0] not in finished], scratch)
-    return Build(plan, imatrix, files, out, identity, sources, resume is False, begun)
+    return Build(plan, imatrix, files, out, identity, sources, replace, resume is False, begun)
 
 
 def _begun(out: Path, identity: Mapping[str, str], resume: bool | None) -> Journal | None:
@@ -186,7 +186,9 @@ def run(build: Build, engine: Engine, n_threads: int, progress: Progress, cache:
     """Run an engine and give the files their names. Tensors that the cache has come from there, and those made are
     kept there. Returns how many values an earlier run had made. Raises what the engine raises; what was there under the
     names is then as it was, and the exception's `kept` says where the unfinished build is, if it is kept."""
-    partial = Partial(build.out, build.files, build.identity, lambda: fingerprint.check_unchanged(build.sources))
+    partial = Partial(
+        build.out, build.files, build.identity, lambda: fingerprint.check_unchanged(build.sources), build.replace
+    )
     try:
         if build.restart:
             abandoned.remove(build.out, [name for name, _ in build.files])

@@ -8,6 +8,7 @@ their permissions by the umask; in a cache that its group may write to, folders 
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import re
@@ -30,6 +31,10 @@ _STALE = 86_400
 _PATIENCE = 10.0
 
 
+def _no_cache(path: Path) -> str:
+    return f"{path}: is no folder of `quantkit build --cache`"
+
+
 class CacheFolder:
     """See the module. With `make` it is made where it is not there. Raises OutputError, which says why it cannot be
     used."""
@@ -45,7 +50,10 @@ class CacheFolder:
             self.objects, self.sources, self.tmp = (self._keep_open(self._sub(name, make)) for name in _SUBS)
         except OSError as e:
             self.close()
-            raise OutputError(f"{path}: no cache can be made there: {e.strerror or e}") from None
+            if not make and e.errno in (errno.ENOENT, errno.ENOTDIR):
+                raise OutputError(_no_cache(path)) from None
+            what = "no cache can be made there" if make else "cannot be read"
+            raise OutputError(f"{path}: {what}: {e.strerror or e}") from None
         except BaseException:
             self.close()
             raise
@@ -75,7 +83,7 @@ class CacheFolder:
         if info is not None and not stat.S_ISDIR(info.st_mode):
             raise OutputError(f"{self.path / name}: is {kind(info)}, where a cache has a folder; move it away")
         if info is None and not make:
-            raise OutputError(f"{self.path}: is no folder of `quantkit build --cache`")
+            raise OutputError(_no_cache(self.path))
         found = self.shelf(self.folder, name) if make else self.folder.sub(name)
         if not self.is_believed(found.info):
             by = found.info.st_uid

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -92,7 +93,17 @@ _SPECIAL = (
 
 def make_checkpoint(folder: Path, config: Mapping[str, Any] | None = None, seed: int = SEED, n_shards: int = 3) -> None:
     """Write a checkpoint to an existing empty folder: config.json, shards with index, tokenizer. One shard is in
-    memory at a time."""
+    memory at a time. Raises OutputError."""
+    from safetensors import SafetensorError
+
+    try:
+        _write_checkpoint(folder, config, seed, n_shards)
+    except (OSError, SafetensorError) as e:  # the latter's words have the system's
+        why = e.strerror if isinstance(e, OSError) and e.strerror else e
+        raise OutputError(f"{folder}: the checkpoint cannot be written: {why}") from None
+
+
+def _write_checkpoint(folder: Path, config: Mapping[str, Any] | None, seed: int, n_shards: int) -> None:
     from safetensors.torch import save_file
 
     cfg = dict(config or CONFIG)
@@ -217,7 +228,7 @@ def make_tokenizer(folder: Path, vocab_size: int) -> None:
     chat = [AddedToken(t, normalized=False, special=True) for t in ("<\uff5cUser\uff5c>", "<\uff5cAssistant\uff5c>")]
     tokenizer.add_special_tokens(chat)
     tokenizer.add_tokens([AddedToken(t, normalized=False, special=False) for t in ("<think>", "</think>")])
-    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), "utf-8")
     named = {"bos_token": _SPECIAL[0], "eos_token": _SPECIAL[1], "pad_token": _SPECIAL[1]}
     user, assistant = "<\uff5cUser\uff5c>", "<\uff5cAssistant\uff5c>"
     template = (
@@ -236,7 +247,7 @@ def make_tokenizer(folder: Path, vocab_size: int) -> None:
 
 def make_imatrix(path: Path, tensors: Mapping[str, tuple[int, ...]], seed: int = SEED) -> None:
     """An importance matrix, as llama-imatrix writes it, for tensors of these (ne) shapes: lognormal
-    activations, experts used unevenly. Stacked experts have a count each, other 3-D tensors one."""
+    activations, experts used unevenly. Stacked experts have a count each, other 3-D tensors one. Raises OutputError."""
     infos, blobs, at = [], [], 0
     for name in sorted(tensors):
         shape = tensors[name]
@@ -255,12 +266,21 @@ def make_imatrix(path: Path, tensors: Mapping[str, tuple[int, ...]], seed: int =
         kv("imatrix.chunk_count", U32, 64),
         kv("imatrix.chunk_size", U32, 512),
     ]
-    path.write_bytes(header_bytes(kvs, infos) + b"".join(blobs))
+    try:
+        path.write_bytes(header_bytes(kvs, infos) + b"".join(blobs))
+    except OSError as e:
+        raise OutputError(f"{path}: cannot be written: {e.strerror or e}") from None
 
 
 def prepare_folder(folder: Path) -> None:
     """An empty folder for the demo. Raises OutputError when there is something that is not the demo's."""
-    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / MARKER).exists())):
+    try:
+        others = os.path.lexists(folder) and any(folder.iterdir()) and not os.path.exists(folder / MARKER)
+    except NotADirectoryError:
+        others = True
+    except OSError as e:
+        raise OutputError(f"{folder}: cannot be read: {e.strerror or e}; choose another place with --dir") from None
+    if others:
         raise OutputError(f"{folder}: exists and was not made by quantkit demo; choose another place with --dir")
     if not is_utf8(str(folder)):
         raise OutputError(f"{str(folder)!a}: is not UTF-8, as a model's path must be; choose another place with --dir")

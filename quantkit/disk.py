@@ -41,15 +41,6 @@ def _reserve(fd: int, nbytes: int) -> None:
         raise OSError(ctypes.get_errno(), f"{os.strerror(ctypes.get_errno())}: {nbytes:,} bytes cannot be reserved")
 
 
-def sync(path: Path) -> None:
-    """Put a file's bytes, or the names in a folder, on the disk. Raises OSError."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
 def write_at(fd: int, data: bytes | memoryview, offset: int) -> None:
     """Write all of it. Raises OSError."""
     view = memoryview(data)

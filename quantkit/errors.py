@@ -38,10 +38,11 @@ class QuantkitError(Exception):
     exit_code = 1
 
     def __init__(self, message: object = "") -> None:
-        super().__init__("\n".join(map(_showable, str(message).split("\n"))))
+        super().__init__("\n".join(map(showable, str(message).split("\n"))))
 
 
-def _showable(line: str) -> str:
+def showable(line: str) -> str:
+    """A line of what a stranger may have written, as it may be shown."""
     if len(line) > _LINE_START + _LINE_END + 1:
         line = f"{line[:_LINE_START]}…{line[-_LINE_END:]}"
     return line if line.isprintable() else "".join(ch if ch.isprintable() else ascii(ch)[1:-1] for ch in line)

@@ -9,6 +9,7 @@ Before a file gets its final name, the name that it has is compared with what wa
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import secrets
@@ -23,6 +24,8 @@ from .errors import OutputError
 
 _CLOSED = os.O_CLOEXEC | os.O_NOFOLLOW
 _MAX_DEPTH = 64
+#: of Linux: fail where the new name is taken
+_RENAME_NOREPLACE = 1
 _KINDS = (
     (stat.S_ISLNK, "a symbolic link"), (stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a FIFO"),
     (stat.S_ISSOCK, "a socket"), (stat.S_ISCHR, "a device"), (stat.S_ISBLK, "a device"), (stat.S_ISREG, "a file"),
@@ -197,12 +200,18 @@ class Folder:
 
     # ------------------------------------------------------------ changing it
 
-    def give_name(self, name: str, fd: int, to: Folder, new: str) -> None:
+    def give_name(self, name: str, fd: int, to: Folder, new: str, replace: bool = True) -> None:
         """Rename a file to what it is called in the end: `fd` is what was written, and it is what gets the name.
-        Raises OSError, OutputError."""
+        Raises OSError (FileExistsError where something has the new name, unless `replace`), OutputError."""
         self.require_same(name, fd)
-        os.replace(name, new, src_dir_fd=self.fd, dst_dir_fd=to.fd)
+        self.rename(name, to, new, replace)
         to.require_same(new, fd)
+
+    def rename(self, name: str, to: Folder, new: str, replace: bool = True) -> None:
+        """Give a file in this folder another name, in this one or another. Without `replace` nothing is replaced, and
+        where the system can, that is one step. Raises OSError (FileExistsError)."""
+        give = os.replace if replace else rename_to_new
+        give(name, new, src_dir_fd=self.fd, dst_dir_fd=to.fd)
 
     def require_same(self, name: str, fd: int) -> None:
         """Raises OutputError unless an open file has that name."""
@@ -235,6 +244,21 @@ class Folder:
     def sync(self) -> None:
         """Put the names in it on the disk. Raises OSError."""
         os.fsync(self.fd)
+
+
+def rename_to_new(name: str, new: str, *, src_dir_fd: int, dst_dir_fd: int) -> None:
+    """os.rename, but where something has the new name: then FileExistsError. Raises OSError."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if hasattr(libc, "renameat2"):
+        if libc.renameat2(src_dir_fd, os.fsencode(name), dst_dir_fd, os.fsencode(new), _RENAME_NOREPLACE) == 0:
+            return
+        code = ctypes.get_errno()
+        if code not in (errno.EINVAL, errno.ENOSYS):  # which say that the filesystem or the kernel cannot
+            raise OSError(code, os.strerror(code), new)
+    with suppress(FileNotFoundError):
+        os.stat(new, dir_fd=dst_dir_fd, follow_symlinks=False)
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), new)
+    os.rename(name, new, src_dir_fd=src_dir_fd, dst_dir_fd=dst_dir_fd)
 
 
 def _check_link(path: Path) -> None:

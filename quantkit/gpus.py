@@ -46,7 +46,7 @@ def parse_gpus(text: str) -> Gpus:
     """One GPU, or so many alike. Raises ValueError with a sentence."""
     item = " ".join(text.lower().split())
     after = _COUNTED_AFTER.fullmatch(item)
-    m = _COUNTED.fullmatch(f"{after[2]}x{after[1]}" if after and _name(after[1]) in _GIB else item)
+    m = _COUNTED.fullmatch(f"{after[2]}x{after[1]}" if after and _is_one(after[1]) else item)
     if m is None or not 1 <= int(m[1] or 1) <= MOST_GPUS:
         raise ValueError(_wrong(text))
     n, what = int(m[1] or 1), m[2]
@@ -71,6 +71,10 @@ def parse_gpus(text: str) -> Gpus:
             f"{text!r}: no GPU has {int(number[1]):,} GiB (at most {_MOST_GIB}), nor is one known by that name{perhaps}"
         )
     raise ValueError(_wrong(text, did_you_mean(_name(what), _GIB) if re.search("[a-z]", what) else ""))
+
+
+def _is_one(text: str) -> bool:
+    return _name(text) in _GIB or _NUMBER.fullmatch(text) is not None
 
 
 def _name(text: str) -> str:

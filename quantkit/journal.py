@@ -33,6 +33,8 @@ _FIELDS = struct.Struct("<III16s")
 _RECORD = struct.Struct("<III16sI")
 #: bytes of the first line; R1's names 163 source files in 20 KB
 _MAX_HEAD = 1 << 24
+#: characters of a file's name
+_MAX_NAME = 255
 #: bytes that are read at all; R1's has 20 MB
 _MAX_BYTES = 1 << 30
 
@@ -130,7 +132,7 @@ def read(folder: Folder, owner: int | None = None) -> Journal | None:
                 f"{path}: is of journal version {version}, this quantkit reads {VERSION}; begin anew with --restart"
             )
         head = _head(said)
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise damaged from None
     records, at = [], end + 1
     while at + _RECORD.size <= len(raw):
@@ -151,7 +153,7 @@ def _head(said: dict[str, Any]) -> Head:
     numbers = [*(nbytes for _, nbytes in files), *(n for t in tensors for n in t[1:])]
     if not all(isinstance(word, str) for word in words) or not all(type(n) is int and n >= 0 for n in numbers):
         raise TypeError
-    if any(name in ("", ".", "..") or "/" in name or "\0" in name for name, _ in files):
+    if any(name in ("", ".", "..") or "/" in name or "\0" in name or len(name) > _MAX_NAME for name, _ in files):
         raise ValueError
     if any(t[3] >= len(files) for t in tensors):
         raise ValueError

@@ -19,8 +19,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from .disk import sync, write_at
+from .disk import write_at
 from .errors import OutputError
+from .folders import Folder
 
 #: bytes of a file's name where the filesystem does not say
 _NAME_MAX = 255
@@ -44,6 +45,9 @@ class Output(NamedTuple):
     """the longest that is added to the name while it is being made"""
     is_later: bool = False
     """what is written is perhaps not this name but others of the same option, checked when they are known"""
+    only_compared: bool = False
+    """compared with what is read and with the other outputs, no more: what writes there looks itself at what is there,
+    and says what to do"""
 
 
 def check(reads: Iterable[Path], outputs: Sequence[Output]) -> None:
@@ -53,11 +57,13 @@ def check(reads: Iterable[Path], outputs: Sequence[Output]) -> None:
     of_read = {_identity(path) for path in read}
     taken: dict[object, Output] = {}
     for output in outputs:
-        check_name(output)
+        if not output.only_compared:
+            check_name(output)
         if output.is_folder:
             _check_folder(output, read)
             continue
-        _check_place(output)
+        if not output.only_compared:
+            _check_place(output)
         if (identity := _identity(output.path)) in of_read:
             raise OutputError(f"{output.path}: is one of the files read and would be overwritten; choose another name")
         other = taken.setdefault(identity, output)
@@ -72,17 +78,15 @@ def check(reads: Iterable[Path], outputs: Sequence[Output]) -> None:
                     f"{inner.path}: {inner.option} is inside {folder.path}, which {folder.option} fills; give another"
                 )
     for output in outputs:
-        if not output.is_folder and not output.is_later:
+        if not (output.is_folder or output.is_later or output.only_compared):
             check_replaceable(output.path, output.replace)
 
 
 def check_replaceable(path: Path, replace: bool) -> None:
     """Raise OutputError for a name that is taken, unless by a regular file and that is to be replaced."""
     if path.is_symlink():
-        raise OutputError(
-            f"{path}: is a symbolic link, which is neither followed nor replaced; give the name it points to, "
-            f"{os.path.realpath(path)}, or remove it"
-        )
+        named = "" if _leads_in_a_circle(path) else f"give the name it points to, {os.path.realpath(path)}, or "
+        raise OutputError(f"{path}: is a symbolic link, which is neither followed nor replaced; {named}remove it")
     if not os.path.lexists(path):
         return
     if path.is_dir():
@@ -95,20 +99,28 @@ def check_replaceable(path: Path, replace: bool) -> None:
 
 def check_folder_link(path: Path) -> None:
     """Raise OutputError for a folder's name that is a link to nothing."""
-    if path.is_symlink() and not path.exists():
+    if _leads_in_a_circle(path):
+        raise OutputError(f"{path}: is a symbolic link that leads back to itself; remove it")
+    if os.path.islink(path) and not os.path.exists(path):
         raise OutputError(
             f"{path}: is a symbolic link to {os.path.realpath(path)}, which is not there; make that, or remove the link"
         )
+
+
+def _leads_in_a_circle(path: Path) -> bool:
+    try:
+        os.stat(path)
+    except OSError as e:
+        return e.errno == errno.ELOOP
+    return False
 
 
 def check_file_name(text: str, wanted: str, example: str) -> None:
     """Raise OutputError for a text that names a directory, or a stream, where a file is to be made."""
     if text == "-":
         raise OutputError("-: is no name of a file; give ./- if that is its name, or leave the option away to print")
-    if text == "" or text.endswith(os.sep) or os.path.basename(text) in (".", ".."):
-        raise OutputError(
-            f"{text or 'an empty name'}: is a directory; give {wanted}, such as {os.path.join(text, example)}"
-        )
+    if text.endswith(os.sep) or os.path.basename(text) in (".", ".."):
+        raise OutputError(f"{text}: is a directory; give {wanted}, such as {os.path.join(text, example)}")
 
 
 def files_of_folder(folder: Path) -> list[Path]:
@@ -124,37 +136,34 @@ def write_text(path: Path, text: str, replace: bool = False) -> None:
     renamed. Raises OutputError, where a file is there and not to be replaced too."""
     check_replaceable(path, replace)
     # short, whatever the name: that may have 255 bytes itself
-    temporary = path.with_name(f".quantkit-{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    temporary = f".quantkit-{os.getpid()}-{secrets.token_hex(4)}.tmp"
     # what is no UTF-8, of a file's name, is written as JSON escapes it
     data = text.encode("utf-8", "backslashreplace")
     try:
-        try:
-            fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        with Folder.hold(path.parent) as folder:
+            fd = folder.create(temporary)
             try:
                 write_at(fd, data, 0)
                 os.fsync(fd)
+                give_name(folder, temporary, fd, folder, path, replace)
+                folder.sync()
             finally:
                 os.close(fd)
-            _give_name(temporary, path, replace)
-            with suppress(OSError):  # a folder that may be written to, but not read
-                sync(path.parent)
-        finally:
-            temporary.unlink(missing_ok=True)
+                with suppress(FileNotFoundError):
+                    folder.unlink(temporary)
     except OSError as e:
         raise OutputError(f"{path}: cannot be written: {e.strerror or e}") from None
 
 
-def _give_name(temporary: Path, path: Path, replace: bool) -> None:
-    if not replace:
-        try:
-            os.link(temporary, path)  # unlike a rename, replaces nothing
-            return
-        except FileExistsError:
-            check_replaceable(path, replace)
-        except OSError:
-            pass  # no hard links here
+def give_name(source: Folder, name: str, fd: int, to: Folder, path: Path, replace: bool) -> None:
+    """Give a finished file, open as `fd`, the output's name `path` in folder `to`, by the rules of
+    `check_replaceable`: something may have come there since they were asked. Raises OutputError, OSError."""
     check_replaceable(path, replace)
-    os.replace(temporary, path)
+    try:
+        source.give_name(name, fd, to, path.name, replace)
+    except FileExistsError:  # it came just now
+        check_replaceable(path, replace)
+        raise
 
 
 # ---------------------------------------------------------------- one output
@@ -211,7 +220,8 @@ def _check_place(output: Output) -> None:
 def _check_folder(output: Output, read: Iterable[Path]) -> None:
     """A link to a folder is that folder; one to nothing is refused, and so is a folder with something in it that is
     read."""
-    check_folder_link(output.path)
+    if not output.only_compared:
+        check_folder_link(output.path)
     for path in read:
         if os.path.lexists(path) and _inside(path, output.path):
             raise OutputError(

@@ -11,7 +11,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
@@ -66,15 +66,18 @@ class Partial:
         files: Sequence[tuple[Path, FileLayout]],
         identity: Mapping[str, str],
         check_sources: Callable[[], None],
+        replace: Collection[Path] = (),
     ) -> None:
         """`files` are the names and layouts of the output; `check_sources` raises when a source has changed: then
-        no rows are told of and no file gets its name. Nothing is done before `start`."""
+        no rows are told of and no file gets its name. `replace`: the names under which a file may be replaced. Nothing
+        is done before `start`."""
         self.out, self.folder = out, folder_of(out)
         self.names = [name for name, _ in files]
         self.layouts = [layout for _, layout in files]
         self.places = places(self.layouts)
         self.identity = identity
         self.check_sources = check_sources
+        self._replace = replace
         self.n_kept = 0
         """values of tensors that an earlier run made"""
         self._by_number = list(self.places)
@@ -99,7 +102,7 @@ class Partial:
             self.above = self._hold_above()
             taken = take(self.out, {path.name for path in self.names})
             self._lock_fd, self.inside = taken.lock_fd, taken.folder
-            self.files = Files(self.inside, self.above, self.names, self.layouts)
+            self.files = Files(self.inside, self.above, self.names, self.layouts, self._replace)
             self._held += [self.inside, self.files]
             if restart:
                 clear(self.inside)

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from . import output_files
 from .copying import Opened, copy_range
 from .disk import create, read_at, write_at
 from .errors import OutputError
@@ -22,8 +23,13 @@ from .layout import FileLayout
 class Files:
     """The files of a build by number. `inside` is OUT.partial, `above` the output's folder."""
 
-    def __init__(self, inside: Folder, above: Folder, names: Sequence[Path], layouts: Sequence[FileLayout]) -> None:
+    def __init__(
+        self, inside: Folder, above: Folder, names: Sequence[Path], layouts: Sequence[FileLayout],
+        replace: Collection[Path],
+    ) -> None:  # fmt: skip
+        """`replace`: the names under which a file may be replaced."""
         self.inside, self.above, self.names, self.layouts = inside, above, names, layouts
+        self._replace = replace
         self.together = False
         """none gets its name before all do, since older files have the names"""
         self.fds: list[int] = []
@@ -116,9 +122,10 @@ class Files:
         scratch.give_name(name, fd, self.inside, self.names[i].name)
 
     def give_name(self, i: int) -> None:
-        """A file gets its final name, if it is still the one that was written. Raises OSError, OutputError."""
-        name = self.names[i].name
-        self.inside.give_name(name, self.fds[i], self.above, name)
+        """A file gets its final name, if it is still the one that was written. Raises OSError, and OutputError where
+        something else has the name, which it had not when the build began."""
+        path = self.names[i]
+        output_files.give_name(self.inside, path.name, self.fds[i], self.above, path, path in self._replace)
         self.final[i] = True
 
 

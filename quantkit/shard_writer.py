@@ -188,12 +188,12 @@ def _publish(made: Sequence[_Made], scratch: Folder, folder: Folder, force: bool
             for each in made:
                 if os.path.lexists(each.path):
                     output_files.check_replaceable(each.path, force)
-                    _move(each.path.name, folder, each.path.name, old)
+                    folder.rename(each.path.name, old, each.path.name, replace=False)
             for each in reversed(made):
                 now = scratch.look(each.temporary)
                 if now is None or not _is(now, each):
                     raise OutputError(f"{each.path}: its unfinished file was replaced; find out who writes there")
-                _move(each.temporary, scratch, each.path.name, folder)
+                scratch.rename(each.temporary, folder, each.path.name, replace=False)
         except BaseException:
             for each in made:
                 now = folder.look(each.path.name)
@@ -201,9 +201,5 @@ def _publish(made: Sequence[_Made], scratch: Folder, folder: Folder, force: bool
                     folder.unlink(each.path.name)
             for each in reversed(made):
                 if old.look(each.path.name) is not None:
-                    _move(each.path.name, old, each.path.name, folder)
+                    old.rename(each.path.name, folder, each.path.name, replace=False)
             raise
-
-
-def _move(name: str, source: Folder, new: str, to: Folder) -> None:
-    os.replace(name, new, src_dir_fd=source.fd, dst_dir_fd=to.fd)

@@ -85,8 +85,8 @@ def find(tool: str, explicit: Path | str | None = None) -> Path:
     _check_name(tool)
     if explicit is not None:
         path = Path(explicit).expanduser()
-        if not (path.is_file() and os.access(path, os.X_OK)):
-            problem = "is not executable" if path.is_file() else "is not there, or no file"
+        if not (os.path.isfile(path) and os.access(path, os.X_OK)):
+            problem = "is not executable" if os.path.isfile(path) else "is not there, or no file"
             raise ToolError(f"{tool}: {path} {problem}; give another path or none, and run: {INSTALL_COMMAND}")
         return path.absolute()
     if located := locate(tool):

@@ -66,7 +66,7 @@ class Scene:
     def refused(self, code: int, sentence: str, *args: str | Path, user: int | None = None) -> None:
         """`quantkit ARGS` ends with this code and just this sentence."""
         done = self.run(*args, user=user)
-        assert (done.code, done.err) == (code, f"error: {sentence}\n")
+        assert (done.code, done.err) == (code, f"error: {sentence}\n"), done.err
 
     # ------------------------------------------------------------ ways to harm
 

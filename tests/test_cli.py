@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -130,6 +131,16 @@ def test_plan_to_a_closed_pipe(tmp_path: Path) -> None:
     assert (done.stdout, done.stderr) == ('{\n "model"', "")
 
 
+def test_nobody_reads_standard_output(tmp_path: Path) -> None:
+    """Not a word, but not success either: a build ends before it has begun, say."""
+    ours, theirs = os.pipe()
+    os.close(ours)
+    command = [sys.executable, "-m", "quantkit", "recipe", "list"]
+    done = subprocess.run(command, stdout=theirs, stderr=subprocess.PIPE, text=True, cwd=tmp_path, check=False)
+    os.close(theirs)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
 def test_inspect_checkpoint(quantkit: Run, tiny_v3: Path) -> None:
     done = quantkit("inspect", tiny_v3, "--json")
     found = json.loads(done.stdout)
@@ -147,6 +158,27 @@ def test_inspect_gguf(quantkit: Run, tiny_imatrix: Path, tiny_bf16: Path) -> Non
     done = quantkit("inspect", tiny_imatrix)
     assert done.returncode == 5
     assert done.stderr == (f"error: {tiny_imatrix}: is an importance matrix, not a model; give it with --imatrix\n")
+
+
+def test_a_demo_of_a_recipe_whose_name_is_no_files_name(quantkit: Run, tmp_path: Path) -> None:
+    text = (Path(__file__).parents[1] / "recipes" / "UD-Q2_K_XL.yaml").read_text()
+    (tmp_path / "r.yaml").write_text(re.sub("^name: .*", 'name: "../a/b c"', text, flags=re.MULTILINE))
+    assert quantkit("demo", "-r", "r.yaml", cwd=tmp_path).returncode == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["quantkit-demo", "r.yaml"]
+    assert (tmp_path / "quantkit-demo" / "demo-a-b-c.gguf").is_file()
+
+
+def test_a_demo_without_space(tmp_path: Path) -> None:
+    """As on a full disk: no file may get longer."""
+    code = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
+    code += "from quantkit.cli import main; sys.argv = ['quantkit', 'demo']; main()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 7
+    assert "Traceback" not in done.stderr
+    assert done.stderr == (
+        "error: quantkit-demo/DeepSeek-V3-Demo: the checkpoint cannot be written: Error while serializing: I/O error: "
+        "File too large (os error 27)\n"
+    )
 
 
 def test_demo(quantkit: Run, tmp_path: Path) -> None:

@@ -248,6 +248,47 @@ def test_a_data_file_that_is_swapped_while_the_build_runs(scene: Scene, b: Build
     scene.require_untouched()
 
 
+@pytest.mark.parametrize("size", [None, 1 << 18])
+@pytest.mark.parametrize("force", [False, True])
+@pytest.mark.parametrize("what", ["a file", "a link"])
+def test_what_comes_to_the_outputs_name_while_the_build_runs(
+    scene: Scene, b: Builder, what: str, force: bool, size: int | None
+) -> None:
+    """It is not lost, but for a file with --force; what was built is kept, and gets its name by the same command."""
+    ready = b.ready(split_max_size=size, force=force)
+    path = ready.files[-1][0]
+
+    class Disturbed(NativeEngine):
+        def run(self, work: Work) -> None:
+            if what == "a file":
+                path.write_bytes(SECRET)
+            else:
+                scene.link(path)
+            super().run(work)
+
+    def go() -> None:
+        builds.run(ready, Disturbed(), 1, lambda _name, _n: None)
+
+    if what == "a file" and force:
+        go()
+        assert path.read_bytes() != SECRET
+        return
+    with pytest.raises(OutputError) as e:
+        go()
+    assert str(e.value) == (
+        f"{path}: exists; choose another name, or replace it with --force"
+        if what == "a file"
+        else f"{path}: is a symbolic link, which is neither followed nor replaced; give the name it points to, "
+        f"{scene.file}, or remove it"
+    )
+    assert path.read_bytes() == (SECRET if what == "a file" else scene.file.read_bytes())
+    scene.require_untouched()
+    path.unlink()
+    n_values = b.ready(split_max_size=size).plan.n_elements
+    assert b.run(b.ready(split_max_size=size)) == n_values  # nothing was made again
+    assert path.read_bytes()[:4] == b"GGUF"
+
+
 def test_a_folder_that_is_swapped_while_the_build_runs(scene: Scene, b: Builder, right: bytes) -> None:
     """The build goes on where it began; what has the folder's name now is another's, and stays."""
 

@@ -443,3 +443,27 @@ def test_inputs_that_are_something_else(scene: Scene, shards: Path, command: str
         assert path.name in done.err + done.out
         path.unlink()
         (scene.folder / "aside").rename(path)
+
+
+@pytest.mark.parametrize(
+    ("command", "code", "sentence"),
+    [
+        ("verify HERE/x.gguf", 4, "HERE/x.gguf: cannot be read: Permission denied"),
+        ("inspect HERE/config.json", 4, "HERE/config.json: cannot be read: Permission denied"),
+        ("plan HERE -r Q8_0", 4, "HERE: cannot be read: Permission denied"),
+        ("status HERE/x.gguf", 13, "HERE/x.gguf.partial: cannot be read: Permission denied"),
+        ("cache show HERE", 7, "HERE: cannot be read: Permission denied"),
+        ("cache prune HERE/c --max-size 1", 7, "HERE/c: cannot be read: Permission denied"),
+        ("demo --dir HERE", 7, "HERE: cannot be read: Permission denied; choose another place with --dir"),
+        ("demo --dir HERE/d", 7, "HERE/d: cannot be made: Permission denied"),
+        ("recipe new HERE/r.yaml", 7, "HERE: Permission denied; choose another place"),
+        ("recipe lint --only-recipes HERE/r.yaml", 3, "HERE/r.yaml: cannot be read: Permission denied"),
+    ],
+)
+@as_two_users
+def test_a_folder_that_is_closed(scene: Scene, command: str, code: int, sentence: str) -> None:
+    here = scene.folder / "closed"
+    here.mkdir(mode=0o700)
+    done = scene.run(*command.replace("HERE", str(here)).split(), user=OTHER)
+    assert (done.code, (done.err + done.out).strip()) == (code, f"error: {sentence.replace('HERE', str(here))}")
+    assert list(here.iterdir()) == []

@@ -4,6 +4,7 @@ no other output of the same run is written over, by whatever name, and nothing t
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -392,7 +393,8 @@ def test_names_that_are_no_files_names(world: World, case: Case, param: str) -> 
 
     for text in ("out/", f"{world.folder}/", f"{world.folder}/..", "."):
         assert says(text).startswith(f"{text}: is a directory; give the name of the file to make, such as ")
-    assert says("").startswith("an empty name: is a directory; give the name of the file to make, such as ")
+    assert re.fullmatch("(--[a-z-]+|[A-Z]+): is empty; give a name", says(""))
+    assert re.fullmatch("(--[a-z-]+|[A-Z]+): has a NUL in it, which no file's name has; give another", says("a\0b"))
     assert says("-") == "-: is no name of a file; give ./- if that is its name, or leave the option away to print"
     name = "ä" * 126 + ".yaml"
     added = {
@@ -495,16 +497,21 @@ def test_updating_a_lock_is_by_design_and_another_file_is_not_one(world: World, 
     assert quantkit("sizes", "update", hand, *args, "--force").returncode == 0
 
 
-def test_the_summary_of_a_workflow_is_not_the_report(world: World, quantkit: Run, tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_there", [False, True])
+def test_the_summary_of_a_workflow_is_not_the_report(
+    world: World, quantkit: Run, tmp_path: Path, is_there: bool
+) -> None:
     summary = tmp_path / "summary.md"
-    summary.write_text("before\n")
+    if is_there:
+        summary.write_text("before\n")
     env = {"GITHUB_STEP_SUMMARY": str(summary)}
     done = quantkit("sizes", "check", world.of["lock"], "--format", "github", "-o", summary, "--force", env=env)
     assert (done.returncode, done.stderr) == (
         7,
         f"error: {summary}: is given to --output and $GITHUB_STEP_SUMMARY both; give each a name of its own\n",
     )
-    assert summary.read_text() == "before\n"
+    assert summary.exists() == is_there
+    assert not is_there or summary.read_text() == "before\n"
 
 
 def test_a_link_to_a_folder_is_that_folder(world: World, quantkit: Run, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -625,6 +626,41 @@ def test_killed_and_gone_on_with(slow: Builder, quantkit: Run) -> None:
     assert quantkit("status", slow.out).stdout == (
         f"{slow.out}: complete, {len(resumed):,} bytes; `quantkit verify {slow.out}` checks it\n"
     )
+
+
+def test_status_of_a_strangers_journal(quantkit: Run, tmp_path: Path) -> None:
+    """Whatever another user has it say, it is shown a line for each thing, or called damaged."""
+    (tmp_path / "m.gguf.partial").mkdir()
+    sound: dict[str, Any] = {
+        "quantkit-journal": 2, "started": "now", "identity": {}, "files": [["m.gguf", 1]], "tensors": [["t", 1, 1, 0]],
+    }  # fmt: skip
+
+    def status(text: str) -> tuple[int, list[str]]:
+        line = text.encode()
+        (tmp_path / "m.gguf.partial" / "journal").write_bytes(b"%s %08x\n" % (line, zlib.crc32(line)))
+        done = quantkit("status", "m.gguf", cwd=tmp_path)
+        return done.returncode, (done.stdout + done.stderr).splitlines()
+
+    begun = [
+        "unfinished, in m.gguf.partial; begun now; nobody is at it: the same `quantkit build` goes on",
+        "on the disk for good: 0 of 1 bytes (0.0 %), 0 of 1 tensors whole",
+    ]
+    assert status(json.dumps(sound)) == (0, begun)
+    sound["identity"] = {"model": "a\nerror: b\x1b[2J", "source x\ny": "", "recipe": "r" * 5000}
+    code, lines = status(json.dumps(sound))
+    assert (code, lines[:3]) == (0, [*begun, r"  model     a\nerror: b\x1b[2J"])
+    assert lines[3].startswith("  recipe    rrr")
+    assert len(lines[3]) < 2000
+    assert lines[4:] == [r"  sources   1 file, x\ny first"]
+    damaged = "error: m.gguf.partial/journal: is damaged and cannot be gone on with; begin anew with --restart"
+    assert status(json.dumps({**sound, "files": [["n" * 256, 1]]})) == (13, [damaged])
+    assert status("[" * 100_000) == (13, [damaged])
+
+
+@pytest.mark.parametrize("out", [".", "/", "..", "a/.."])
+def test_status_of_a_folder(quantkit: Run, tmp_path: Path, out: str) -> None:
+    done = quantkit("status", out, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (7, f"error: {out}: is a directory; give the name of the file to make\n")
 
 
 def test_status_of_nothing(quantkit: Run, tmp_path: Path) -> None:

@@ -98,9 +98,6 @@ def _run() -> NoReturn:
     except (click.Abort, KeyboardInterrupt) as e:
         click.echo(f"interrupted; {_left(e)}", err=True)
         sys.exit(INTERRUPTED)
-    except BrokenPipeError:
-        # whoever read our output has gone: not an error
-        sys.exit(0)
     except (MemoryError, RuntimeError) as e:
         # after click.Abort, which is a RuntimeError too
         if not isinstance(e, MemoryError) and "can't start new thread" not in str(e):

@@ -31,7 +31,13 @@ if TYPE_CHECKING:
 
 @click.command(cls=Command)
 @source_options
-@click.option("-o", "--output", required=True, type=BUILT, help="The GGUF to make.")
+@click.option(
+    "-o",
+    "--output",
+    required=True,
+    type=BUILT,
+    help="The GGUF to make. A symbolic link is neither followed nor replaced.",
+)
 @click.option(
     "--engine",
     type=click.Choice(["native", "llama-quantize"]),

@@ -73,8 +73,5 @@ def prune(folder: Path, max_size: int) -> None:
 
 def _open(folder: Path, max_size: int) -> Cache:
     from quantkit.cache import Cache
-    from quantkit.errors import OutputError
 
-    if not (folder / "objects").is_dir():
-        raise OutputError(f"{folder}: is no folder of `quantkit build --cache`")
     return Cache(folder, max_size, make=False)

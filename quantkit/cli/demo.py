@@ -33,6 +33,7 @@ def demo(folder: Path, recipe: str, threads: int | None) -> None:
     from quantkit import demo as demos
     from quantkit import report
     from quantkit.arch.options import Options
+    from quantkit.clone import slug
     from quantkit.imatrix import open_imatrix
     from quantkit.models import describe_stored, open_model
     from quantkit.plan import make_plan
@@ -41,7 +42,7 @@ def demo(folder: Path, recipe: str, threads: int | None) -> None:
     ready_kernels()
     rules = load(recipe)
     demos.prepare_folder(folder)
-    checkpoint, imatrix, out = folder / demos.NAME, folder / "imatrix.gguf", folder / f"demo-{rules.name}.gguf"
+    checkpoint, imatrix, out = folder / demos.NAME, folder / "imatrix.gguf", folder / f"demo-{slug(rules.name)}.gguf"
     click.echo(f"1. a checkpoint as DeepSeek publishes them, with seeded random weights: {checkpoint}")
     demos.make_checkpoint(checkpoint)
     model = open_model(str(checkpoint), Options(pre=demos.PRE))

@@ -50,6 +50,7 @@ class Read(_Type):
         self.error, self.unless_given, self.name = error, unless_given, name
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        _check_text(value, param, self.error)
         return Path(value) if self._as_path else value
 
     def files(self, value: Any) -> Iterable[Path]:
@@ -79,6 +80,7 @@ class Written(_Type):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
         from quantkit.output_files import check_file_name
 
+        _check_text(value, param, "OutputError")
         if self._is_file and isinstance(value, str):
             check_file_name(value, self._wanted, self._example)
         return Path(value)
@@ -141,10 +143,22 @@ def will_write(*more: Output) -> None:
     check(reads, outputs)
 
 
+def _check_text(value: Any, param: click.Parameter | None, error: str) -> None:
+    """Raise an error of that class for what is no name at all: '', which would be the current folder and mostly is a
+    variable that was not set, or one with a NUL."""
+    from quantkit import errors
+
+    named = "the name" if param is None else _shown(param)
+    if value == "":
+        raise getattr(errors, error)(f"{named}: is empty; give a name")
+    if isinstance(value, str) and "\0" in value:
+        raise getattr(errors, error)(f"{named}: has a NUL in it, which no file's name has; give another")
+
+
 def _shown(param: click.Parameter) -> str:
     if isinstance(param, click.Option):
         return max(param.opts, key=len)
-    return param.make_metavar(click.get_current_context()).strip("[]")
+    return (param.metavar or param.name or "").upper().rstrip(".")
 
 
 def _refuse_special(paths: Iterable[Path], error: str) -> None:
@@ -285,15 +299,14 @@ def _of_build(out: Path, one: Output) -> Iterator[Output]:
     from quantkit.partial_folder import folder_of
 
     yield one._replace(is_later=True, suffix=".partial")
-    if not os.path.islink(folder_of(out)):  # which the build refuses
-        yield one._replace(path=folder_of(out), option="the unfinished build", is_folder=True)
+    yield one._replace(path=folder_of(out), option="the unfinished build", is_folder=True, only_compared=True)
 
 
 def _of_cache(folder: Path, one: Output) -> Iterator[Output]:
     """The folders of a cache. One that cannot be used is no error: the build goes on without it and says why."""
     for name in ("objects", "sources", "tmp"):
-        if not os.path.islink(folder / name):
-            yield one._replace(path=folder / name, is_folder=True)
+        yield one._replace(path=folder / name, is_folder=True, only_compared=True)
+    yield one._replace(path=folder / "lock", only_compared=True)
 
 
 def _of_demo(folder: Path, one: Output) -> Iterator[Output]:

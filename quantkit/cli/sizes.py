@@ -152,8 +152,8 @@ def check(file: str | None, tolerance: Fraction, form: str, output: Path | None,
     from quantkit.errors import QuantkitError
 
     summary = os.environ.get("GITHUB_STEP_SUMMARY") if form == "github" else None
-    if summary and os.path.isfile(summary):
-        will_write(output_files.Output(Path(summary), "$GITHUB_STEP_SUMMARY", replace=True))
+    if summary:  # which is appended to
+        will_write(output_files.Output(Path(summary), "$GITHUB_STEP_SUMMARY", only_compared=True))
     path = Path(file) if file is not None else library.default_lock()
     unreadable: QuantkitError | None = None
     try:

@@ -26,8 +26,10 @@ def status(out: Path, as_json: bool) -> None:
     quantkit status R1-UD-IQ1_S.gguf
     """
     from quantkit.errors import OutputError
+    from quantkit.output_files import Output, check_name
     from quantkit.partial_folder import folder_of, owner, peek
 
+    check_name(Output(out))
     found = peek(out)
     if found is None:
         if not out.is_file():
@@ -66,6 +68,8 @@ def _facts(found: Journal, out: Path, pid: int | None) -> dict[str, Any]:
 
 
 def _text(found: Journal, said: dict[str, Any], folder: Path) -> str:
+    from quantkit.errors import showable
+
     done, total = said["durable_bytes"], said["tensor_bytes"]
     pid = said["process"]
     at_work = "nobody is at it: the same `quantkit build` goes on" if pid is None else f"process {pid} is at it"
@@ -80,7 +84,7 @@ def _text(found: Journal, said: dict[str, Any], folder: Path) -> str:
     identity = found.head.identity
     lines += [f"  {name:9} {what}" for name, what in identity.items() if not name.startswith(("source ", "metadata "))]
     sources = [name for name in identity if name.startswith("source ")]
-    lines.append(
-        f"  sources   {len(sources)} file{'s' * (len(sources) != 1)}, {sources[0].removeprefix('source ')} first"
-    )
-    return "\n".join(lines)
+    if sources:
+        n = len(sources)
+        lines.append(f"  sources   {n} file{'s' * (n != 1)}, {sources[0].removeprefix('source ')} first")
+    return "\n".join(map(showable, lines))  # what a journal says may be another user's

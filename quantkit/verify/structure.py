@@ -42,7 +42,7 @@ class Set(NamedTuple):
 def paths_of(out: Path, findings: Findings) -> list[Path]:
     """The file, or every shard of the set that it belongs to: those that are there. Raises SourceError when
     `out` itself is not."""
-    if out.is_dir():
+    if os.path.isdir(out):
         found = sorted(p.name for p in out.glob("*.gguf"))
         hint = f", such as {out / found[0]}" if found else ""
         raise SourceError(f"{out}: is a directory; give a GGUF file{hint}")
