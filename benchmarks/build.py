@@ -22,12 +22,13 @@ from typing import NamedTuple
 
 from footprint import CONFIG, status
 
-from quantkit import demo, toolchain
-from quantkit.arch.options import Options
-from quantkit.exchange import tensor_type_file
-from quantkit.models import open_model
-from quantkit.plan import make_plan
-from quantkit.recipe import load
+from quantkit.authoring.interchange import tensor_type_file
+from quantkit.llama_cpp import toolchain
+from quantkit.model import demo
+from quantkit.model.families.options import Options
+from quantkit.model.open import open_model
+from quantkit.planning.plan import make_plan
+from quantkit.recipe.load import load
 
 
 class Run(NamedTuple):

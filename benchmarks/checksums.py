@@ -26,14 +26,15 @@ from pathlib import Path
 import numpy as np
 from footprint import CONFIG
 
-from quantkit import build as builds
-from quantkit import demo, journal
-from quantkit.arch.options import Options
-from quantkit.engines.native import SLAB_VALUES, NativeEngine
-from quantkit.models import open_model
-from quantkit.plan import make_plan
-from quantkit.qtypes import QTYPES
-from quantkit.recipe import load
+from quantkit.building import journal
+from quantkit.building import run as builds
+from quantkit.building.engines.native import SLAB_VALUES, NativeEngine
+from quantkit.gguf.types import QTYPES
+from quantkit.model import demo
+from quantkit.model.families.options import Options
+from quantkit.model.open import open_model
+from quantkit.planning.plan import make_plan
+from quantkit.recipe.load import load
 
 Checksum = Callable[[memoryview], "bytes | int"]
 BASE, OURS = "BLAKE2b-128", "XXH3-128 (xxhash)"

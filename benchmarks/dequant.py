@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 from footprint import CONFIG, status
 
-from quantkit import demo
+from quantkit.model import demo
 
 SYNC = "import os, pathlib, sys\nfor p in pathlib.Path(sys.argv[-1]).iterdir():\n fd = os.open(p, 0); os.fsync(fd)\n"
 

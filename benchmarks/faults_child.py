@@ -22,7 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from quantkit import folders
+from quantkit.base import folders
 
 
 class Event(NamedTuple):
@@ -308,7 +308,8 @@ def serve() -> None:
     import tqdm  # noqa: F401
 
     import quantkit
-    from quantkit import kernels, toolchain
+    from quantkit import kernels
+    from quantkit.llama_cpp import toolchain
 
     for module in pkgutil.walk_packages(quantkit.__path__, "quantkit."):
         if not module.name.endswith("__main__"):

@@ -10,7 +10,7 @@ from pathlib import Path
 from faults_kill import kill_at_rows
 from faults_site import ONE, SHARDS, FaultError, Row, Site, Way, check_said, files_of, require
 
-from quantkit.partial import folder_of
+from quantkit.building.unfinished import folder_of
 
 Damage = Callable[[Site, Path, random.Random], None]
 

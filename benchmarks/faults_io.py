@@ -17,7 +17,7 @@ from faults_calls import failing
 from faults_kill import disturbed, kill_at_rows
 from faults_site import ONE, SHARDS, FaultError, Row, Site, SkipError, Way, check_said, files_of, require
 
-from quantkit.partial import folder_of
+from quantkit.building.unfinished import folder_of
 
 #: what glibc says as it ends a process in such a case
 GLIBC = "cannot allocate"

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from faults_site import CACHED, ONE, SHARDS, Done, FaultError, Forked, Row, Site, Way, files_of, require
 
-from quantkit import partial_folder
+from quantkit.building import folder as partial_folder
 
 #: what has been seen, and how many of 100 kills come after it and before the next
 SEEN = {"start": 10, "folder": 20, "rows": 45, "all rows": 25}

@@ -21,9 +21,11 @@ from typing import IO, Any, NamedTuple
 from faults_child import events
 from gguf import GGUFReader
 
-from quantkit import demo, journal, partial_folder
-from quantkit.arch.options import Options
-from quantkit.models import open_model
+from quantkit.building import folder as partial_folder
+from quantkit.building import journal
+from quantkit.model import demo
+from quantkit.model.families.options import Options
+from quantkit.model.open import open_model
 
 RECIPE = (
     'name: r\narch: [deepseek2]\nfile_type: Q4_K_M\nrules:\n  - {match: "*_exps.weight", type: IQ2_XXS, why: t}\n'

@@ -18,9 +18,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from quantkit import demo
-from quantkit.arch.options import Options
-from quantkit.models import open_model
+from quantkit.model import demo
+from quantkit.model.families.options import Options
+from quantkit.model.open import open_model
 
 CONFIG = {
     **demo.CONFIG,

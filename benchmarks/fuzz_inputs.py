@@ -40,7 +40,7 @@ import fuzz_readers
 from fuzz_readers import Reader
 
 from quantkit import __version__
-from quantkit.errors import QuantkitError, RecipeError
+from quantkit.base.errors import QuantkitError, RecipeError
 
 MAX_SECONDS, MAX_STUCK = 5.0, 60.0
 MAX_MEMORY = 256 << 20

@@ -30,9 +30,10 @@ import laws
 import numpy as np
 import numpy.typing as npt
 
-from quantkit import kernels, toolchain
-from quantkit.errors import QuantkitError
-from quantkit.qtypes import QTYPES
+from quantkit import kernels
+from quantkit.base.errors import QuantkitError
+from quantkit.gguf.types import QTYPES
+from quantkit.llama_cpp import toolchain
 
 F32 = npt.NDArray[np.float32]
 U8 = npt.NDArray[np.uint8]

@@ -17,11 +17,9 @@ from typing import Any, NamedTuple
 import mutate
 from mutate import Piece, string, u32, u64
 
-from quantkit import clone, demo, size_lock
-from quantkit.arch.options import Options
-from quantkit.arch.tokenizer import tokenizer_kvs
-from quantkit.catalogue import Catalogue
-from quantkit.gguf_format import (
+from quantkit.authoring import clone
+from quantkit.authoring.sizes import lock
+from quantkit.gguf.header import (  # fmt: skip
     ARRAY,
     F32,
     I32,
@@ -36,13 +34,17 @@ from quantkit.gguf_format import (
     kv_array,
     pad,
     read_header,
-)  # fmt: skip
-from quantkit.imatrix import open_imatrix
-from quantkit.layout import lay_out, output_kvs
-from quantkit.models import describe_stored, open_model
-from quantkit.plan import make_plan
-from quantkit.recipe import load, mixture_recipe, parse, shipped
-from quantkit.sources.safetensors_dir import read_shard
+)
+from quantkit.model import demo
+from quantkit.model.catalogue import Catalogue
+from quantkit.model.families.options import Options
+from quantkit.model.families.tokenizer import tokenizer_kvs
+from quantkit.model.imatrix import open_imatrix
+from quantkit.model.open import describe_stored, open_model
+from quantkit.model.sources.safetensors_dir import read_shard
+from quantkit.planning.layout import lay_out, output_kvs
+from quantkit.planning.plan import make_plan
+from quantkit.recipe.load import load, mixture_recipe, parse, shipped
 
 CONFIG: dict[str, Any] = {
     **demo.CONFIG, "first_k_dense_replace": 1, "hidden_size": 256, "intermediate_size": 512, "kv_lora_rank": 256,
@@ -297,8 +299,8 @@ def readers(folder: Path) -> dict[str, Reader]:
         make_plan(target, load(str(put(folder / "r.yaml", raw))))
 
     def read_lock(raw: bytes) -> None:
-        for cell in size_lock.read(put(folder / "sizes.yaml", raw)).cells:
-            size_lock.ungroup(cell.tensors)
+        for cell in lock.read(put(folder / "sizes.yaml", raw)).cells:
+            lock.ungroup(cell.tensors)
 
     ggufs = [gguf_pieces(read_header(put(folder / "seed.gguf", raw)), raw) for raw in seed_ggufs()]
     im_pieces = gguf_pieces(read_header(put(folder / "seed.gguf", seed_imatrix())), seed_imatrix())

@@ -20,10 +20,11 @@ from pathlib import Path
 import laws
 import numpy as np
 
-from quantkit import kernels, toolchain
-from quantkit.errors import WeightError
+from quantkit import kernels
+from quantkit.base.errors import WeightError
+from quantkit.gguf.types import ABORT_WITHOUT_IMATRIX, QTYPES
 from quantkit.kernels import F32, U8
-from quantkit.qtypes import ABORT_WITHOUT_IMATRIX, QTYPES
+from quantkit.llama_cpp import toolchain
 
 SHAPE = (32, 4096 + 256)
 RECORD = Path(__file__).parent / "results" / "identity.md"

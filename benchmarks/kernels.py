@@ -18,8 +18,9 @@ from pathlib import Path
 import laws
 import numpy as np
 
-from quantkit import kernels, toolchain
-from quantkit.qtypes import ABORT_WITHOUT_IMATRIX, QTYPES
+from quantkit import kernels
+from quantkit.gguf.types import ABORT_WITHOUT_IMATRIX, QTYPES
+from quantkit.llama_cpp import toolchain
 
 ROUNDS = 7
 SECONDS = 0.15

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import time
 
-from quantkit.arch.known import MODELS
-from quantkit.arch.options import LAYOUTS, Options
-from quantkit.models import open_model
-from quantkit.plan import make_plan
-from quantkit.recipe import load, shipped
+from quantkit.model.families.known import MODELS
+from quantkit.model.families.options import LAYOUTS, Options
+from quantkit.model.open import open_model
+from quantkit.planning.plan import make_plan
+from quantkit.recipe.load import load, shipped
 
 
 def main() -> None:

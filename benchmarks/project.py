@@ -14,11 +14,12 @@ import time
 import laws
 import numpy as np
 
-from quantkit import kernels, toolchain
-from quantkit.models import open_model
-from quantkit.plan import make_plan
-from quantkit.qtypes import QTYPES
-from quantkit.recipe import load
+from quantkit import kernels
+from quantkit.gguf.types import QTYPES
+from quantkit.llama_cpp import toolchain
+from quantkit.model.open import open_model
+from quantkit.planning.plan import make_plan
+from quantkit.recipe.load import load
 
 SECONDS = 0.5
 SHAPE = (128, 4096)

@@ -25,14 +25,16 @@ from pathlib import Path
 
 from footprint import CONFIG
 
-from quantkit import build as builds
-from quantkit import demo, kernels, toolchain
-from quantkit.arch.options import Options
-from quantkit.engines.native import SLAB_VALUES, NativeEngine
-from quantkit.imatrix import Imatrix, open_imatrix
-from quantkit.models import open_model
-from quantkit.plan import Plan, make_plan
-from quantkit.recipe import load
+from quantkit import kernels
+from quantkit.building import run as builds
+from quantkit.building.engines.native import SLAB_VALUES, NativeEngine
+from quantkit.llama_cpp import toolchain
+from quantkit.model import demo
+from quantkit.model.families.options import Options
+from quantkit.model.imatrix import Imatrix, open_imatrix
+from quantkit.model.open import open_model
+from quantkit.planning.plan import Plan, make_plan
+from quantkit.recipe.load import load
 
 ALONE = """
 import sys, time

@@ -23,8 +23,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from quantkit import toolchain
-from quantkit.gguf_format import STRING, U32, header_bytes, kv, pad
+from quantkit.gguf.header import STRING, U32, header_bytes, kv, pad
+from quantkit.llama_cpp import toolchain
 
 _TENSOR_BYTES = 40_000_000
 #: runs a command and says on standard output what it took; a process of its own, since peak RSS is inherited

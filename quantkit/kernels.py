@@ -26,8 +26,8 @@ import numpy as np
 import numpy.typing as npt
 
 from . import __version__, _native
-from .errors import KernelError, WeightError, did_you_mean
-from .qtypes import ABORT_WITHOUT_IMATRIX, INTEGER_TYPES, QTYPES, QType, qtype
+from .base.errors import KernelError, WeightError, did_you_mean
+from .gguf.types import ABORT_WITHOUT_IMATRIX, INTEGER_TYPES, QTYPES, QType, qtype
 
 F32 = npt.NDArray[np.float32]
 U8 = npt.NDArray[np.uint8]

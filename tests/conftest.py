@@ -15,10 +15,11 @@ from typing import NamedTuple
 import factory
 import pytest
 
-from quantkit import kernels, toolchain
-from quantkit.arch.options import Options
-from quantkit.models import open_model
-from quantkit.plan import Plan
+from quantkit import kernels
+from quantkit.llama_cpp import toolchain
+from quantkit.model.families.options import Options
+from quantkit.model.open import open_model
+from quantkit.planning.plan import Plan
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from quantkit import demo
-from quantkit.gguf_format import KV, STRING, U32, header_bytes, kv, pad
+from quantkit.gguf.header import KV, STRING, U32, header_bytes, kv, pad
+from quantkit.model import demo
 
 #: a V3 in the exact layout, as small as 256-value blocks allow: 3 layers (1 dense), 4 experts
 TINY_V3: dict[str, Any] = {

@@ -30,10 +30,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from quantkit import kernels, toolchain
-from quantkit.errors import QuantkitError
+from quantkit import kernels
+from quantkit.base.errors import QuantkitError
+from quantkit.gguf.types import ABORT_WITHOUT_IMATRIX, QTYPES
 from quantkit.kernels import F32, U8
-from quantkit.qtypes import ABORT_WITHOUT_IMATRIX, QTYPES
+from quantkit.llama_cpp import toolchain
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY / "benchmarks"))

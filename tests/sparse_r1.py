@@ -7,8 +7,8 @@ import struct
 from math import prod
 from pathlib import Path
 
-from quantkit import demo
-from quantkit.arch.known import config
+from quantkit.model import demo
+from quantkit.model.families.known import config
 
 N_SHARDS = 163
 _BYTES = {"F8_E4M3": 1, "BF16": 2, "F32": 4}

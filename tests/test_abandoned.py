@@ -13,10 +13,11 @@ import pytest
 from conftest import Run
 from test_partial import Builder, EnoughError, N
 
-from quantkit import partial, partial_folder
-from quantkit.abandoned import finished_shards, whole_files
-from quantkit.errors import ResumeError
-from quantkit.gguf_format import read_header
+from quantkit.base.errors import ResumeError
+from quantkit.building import folder as partial_folder
+from quantkit.building import unfinished
+from quantkit.building.leftovers import finished_shards, whole_files
+from quantkit.gguf.header import read_header
 
 SMALL, LARGE = 1 << 18, 1 << 20
 
@@ -127,7 +128,7 @@ def test_a_whole_model_stays(b: Builder, monkeypatch: pytest.MonkeyPatch) -> Non
     def full(_folder: Path) -> None:
         raise OSError
 
-    monkeypatch.setattr(partial, "clear", full)
+    monkeypatch.setattr(unfinished, "clear", full)
     b.run(b.ready(split_max_size=SMALL))
     monkeypatch.undo()
     whole = finals(b)

@@ -14,9 +14,9 @@ from factory import checkpoint, dense_checkpoint, edit_json
 from test_configs import LLAMA, NAMED, QWEN2, V3
 from test_differential import fields
 
-from quantkit import demo
-from quantkit.gguf_format import decode
-from quantkit.models import open_model
+from quantkit.gguf.header import decode
+from quantkit.model import demo
+from quantkit.model.open import open_model
 
 #: ids 0 … 383 are in tokenizer.json, the rest of the vocabulary is not
 N_TOKENS, N_VOCAB = 384, 512

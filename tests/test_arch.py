@@ -19,16 +19,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models
 
-from quantkit import arch, demo
-from quantkit.arch.known import MODELS
-from quantkit.arch.known import config as known_config
-from quantkit.arch.options import Options
-from quantkit.arch.tokenizer import tokenizer_kvs
-from quantkit.catalogue import Catalogue, Part, SourceTensor
-from quantkit.errors import QuantkitError, SourceError, UnsupportedError
-from quantkit.gguf_format import STRING, TYPE_NAMES, decode
-from quantkit.models import open_model
-from quantkit.sources.safetensors_dir import open_checkpoint
+from quantkit.base.errors import QuantkitError, SourceError, UnsupportedError
+from quantkit.gguf.header import STRING, TYPE_NAMES, decode
+from quantkit.model import demo, families
+from quantkit.model.catalogue import Catalogue, Part, SourceTensor
+from quantkit.model.families.known import MODELS
+from quantkit.model.families.known import config as known_config
+from quantkit.model.families.options import Options
+from quantkit.model.families.tokenizer import tokenizer_kvs
+from quantkit.model.open import open_model
+from quantkit.model.sources.safetensors_dir import open_checkpoint
 
 GET_CONFIG = "; get the model's own config.json"
 IS_IT = "; is this config.json the one of the checkpoint?"
@@ -48,7 +48,7 @@ def changed(config: Mapping[str, Any], **changes: Any) -> dict[str, Any]:
 
 
 def plan_only(config: Mapping[str, Any], layout: str = "k_b+v_b") -> Catalogue:
-    return arch.build("m", config, Options(layout))
+    return families.build("m", config, Options(layout))
 
 
 # ---------------------------------------------------------------- known models
@@ -419,7 +419,7 @@ def stored(config: Mapping[str, Any]) -> dict[str, SourceTensor]:
 
 
 def with_headers(tensors: Mapping[str, SourceTensor], config: Mapping[str, Any] = TINY_V3) -> Catalogue:
-    return arch.build("m", config, Options(), None, tensors)
+    return families.build("m", config, Options(), None, tensors)
 
 
 def test_a_checkpoint_of_its_config() -> None:

@@ -20,22 +20,23 @@ from factory import TINY_LLAMA, TINY_QWEN2, TINY_V3, dense_checkpoint, dense_ten
 from test_differential import data, fields, llama_quantize
 from tokenizers import Tokenizer
 
-from quantkit import arch, toolchain
-from quantkit import build as builds
-from quantkit.arch.options import Options
-from quantkit.arch.rope import Llama3Scaling
-from quantkit.arch.tokenizer import _PROBE, PRE_TOKENIZERS
-from quantkit.catalogue import Catalogue, Part
-from quantkit.engines import Engine
-from quantkit.engines.llama_quantize import LlamaQuantizeEngine
-from quantkit.engines.native import NativeEngine
-from quantkit.errors import QuantkitError, SourceError, UnsupportedError, WeightError
-from quantkit.gguf_format import decode
-from quantkit.imatrix import open_imatrix
-from quantkit.models import describe_stored, open_model
-from quantkit.plan import make_plan
-from quantkit.recipe import Recipe, parse
-from quantkit.rows import RowReader
+from quantkit.base.errors import QuantkitError, SourceError, UnsupportedError, WeightError
+from quantkit.building import run as builds
+from quantkit.building.engines import Engine
+from quantkit.building.engines.llama_quantize import LlamaQuantizeEngine
+from quantkit.building.engines.native import NativeEngine
+from quantkit.building.rows import RowReader
+from quantkit.gguf.header import decode
+from quantkit.llama_cpp import toolchain
+from quantkit.model import families
+from quantkit.model.catalogue import Catalogue, Part
+from quantkit.model.families.options import Options
+from quantkit.model.families.rope import Llama3Scaling
+from quantkit.model.families.tokenizer import _PROBE, PRE_TOKENIZERS
+from quantkit.model.imatrix import open_imatrix
+from quantkit.model.open import describe_stored, open_model
+from quantkit.planning.plan import make_plan
+from quantkit.recipe.load import Recipe, parse
 
 NAMED = Options(pre="llama-bpe")
 LINEAR = {"type": "linear", "factor": 4.0}
@@ -168,7 +169,7 @@ def test_kimi_k2() -> None:
 
 
 def plan_only(config: Mapping[str, Any]) -> Catalogue:
-    return arch.build("m", config, Options())
+    return families.build("m", config, Options())
 
 
 def test_the_heads_of_q_and_k_are_interleaved() -> None:

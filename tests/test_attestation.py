@@ -28,12 +28,12 @@ from verifying import (
     rules,
 )
 
-from quantkit import toolchain
-from quantkit.errors import SourceError
-from quantkit.gguf_format import read_header
-from quantkit.imatrix import open_imatrix
-from quantkit.plan import Plan
-from quantkit.verify import attestation, manifest
+from quantkit.base.errors import SourceError
+from quantkit.gguf.header import read_header
+from quantkit.llama_cpp import toolchain
+from quantkit.model.imatrix import open_imatrix
+from quantkit.planning.plan import Plan
+from quantkit.verifying import attestation, manifest
 
 MINE = """name: mine
 arch: [deepseek2]

@@ -12,14 +12,15 @@ import yaml
 from click.testing import CliRunner, Result
 from conftest import Run
 
-from quantkit import authoring, recipe_docs, report
-from quantkit.catalogue import Catalogue
+from quantkit.authoring import report, review
+from quantkit.base.errors import RecipeError
 from quantkit.cli import cli
-from quantkit.errors import RecipeError
-from quantkit.models import open_model
-from quantkit.plan import Plan, make_plan
-from quantkit.recipe import Recipe, load, parse, shipped
-from quantkit.recipe_file import looks_like_recipe
+from quantkit.model.catalogue import Catalogue
+from quantkit.model.open import open_model
+from quantkit.planning.plan import Plan, make_plan
+from quantkit.recipe import docs
+from quantkit.recipe.load import Recipe, load, parse, shipped
+from quantkit.recipe.schema import looks_like_recipe
 
 BROKEN = Path(__file__).parent / "data" / "broken"
 EXPECTED = (BROKEN / "expected.txt").read_text("utf-8").splitlines()
@@ -31,7 +32,7 @@ def r1() -> Catalogue:
 
 
 def lint(name: str | Path, *models: Catalogue) -> list[str]:
-    return [f"{f.severity}: {f.message}" for f in authoring.lint(str(name), {}, lambda _recipe: list(models))]
+    return [f"{f.severity}: {f.message}" for f in review.lint(str(name), {}, lambda _recipe: list(models))]
 
 
 # ---------------------------------------------------------------- lint
@@ -98,7 +99,7 @@ def test_a_rule_that_says_what_the_mixture_says(r1: Catalogue) -> None:
 
 
 def steps(plan: Plan, name: str) -> list[tuple[str, str]]:
-    return [(s.place, s.outcome) for s in authoring.explain(plan, name).steps]
+    return [(s.place, s.outcome) for s in review.explain(plan, name).steps]
 
 
 def test_explain_walks_every_rule(r1: Catalogue) -> None:
@@ -114,7 +115,7 @@ def test_explain_walks_every_rule(r1: Catalogue) -> None:
     ]
     assert {outcome for _, outcome in every[:-2]} == {"another name"}
     assert steps(plan, "blk.8.ffn_down_exps.weight")[-1][1] == "matches too, but an earlier rule has taken it"
-    assert authoring.explain(plan, "blk.8.ffn_down_exps.weight").verdict == (
+    assert review.explain(plan, "blk.8.ffn_down_exps.weight").verdict == (
         "rows of 2048 divide into blocks of 256",
         "3,758,096,384 weights x 2.0625 bits = 968,884,224 bytes",
         "needs an importance matrix",
@@ -131,7 +132,7 @@ def test_explain_agrees_with_the_plan(r1: Catalogue) -> None:
 
 
 def test_explain_a_fallback_and_a_mixture(r1: Catalogue) -> None:
-    e = authoring.explain(make_plan(r1, load("Q4_K_M")), "blk.0.attn_k_b.weight")
+    e = review.explain(make_plan(r1, load("Q4_K_M")), "blk.0.attn_k_b.weight")
     assert [(s.match, s.type, s.outcome) for s in e.steps] == [
         ("mixture Q4_K_M", "Q4_K", "takes it: llama-quantize's own choice")
     ]
@@ -140,7 +141,7 @@ def test_explain_a_fallback_and_a_mixture(r1: Catalogue) -> None:
 
 
 def test_explain_what_is_never_quantized(r1: Catalogue) -> None:
-    e = authoring.explain(make_plan(r1, load("UD-IQ1_S")), "blk.3.ffn_gate_inp.weight")
+    e = review.explain(make_plan(r1, load("UD-IQ1_S")), "blk.3.ffn_gate_inp.weight")
     assert e.steps == ()
     assert report.explanation_text(e).splitlines() == [
         "blk.3.ffn_gate_inp.weight  7168x256, router, layer 3",
@@ -152,7 +153,7 @@ def test_explain_what_is_never_quantized(r1: Catalogue) -> None:
 
 def test_explain_of_no_tensor(r1: Catalogue) -> None:
     with pytest.raises(RecipeError) as e:
-        authoring.explain(make_plan(r1, load("UD-IQ1_S")), "blk.3.ffn_down_expert.weight")
+        review.explain(make_plan(r1, load("UD-IQ1_S")), "blk.3.ffn_down_expert.weight")
     assert str(e.value) == (
         "deepseek-r1 (k_b+v_b) has no tensor 'blk.3.ffn_down_expert.weight' (did you mean blk.3.ffn_down_exps.weight?)"
     )
@@ -163,7 +164,7 @@ def test_explain_of_no_tensor(r1: Catalogue) -> None:
 
 def test_diff_in_bytes(r1: Catalogue) -> None:
     a, b = make_plan(r1, load("UD-IQ1_S")), make_plan(r1, load("UD-IQ1_M"))
-    d = authoring.diff(a, b)
+    d = review.diff(a, b)
     assert len(d.changes) == 58
     assert {c.role for c in d.changes} == {"routed expert"}
     total = b.tensor_bytes - a.tensor_bytes
@@ -186,7 +187,7 @@ def test_diff_in_bytes(r1: Catalogue) -> None:
 
 def test_diff_of_the_same(r1: Catalogue) -> None:
     plan = make_plan(r1, load("Q6_K"))
-    d = authoring.diff(plan, plan)
+    d = review.diff(plan, plan)
     assert d.changes == ()
     assert "the same type for every tensor" in report.difference_text(d)
 
@@ -201,8 +202,8 @@ def as_editor(text: str) -> object:
 
 @pytest.fixture(scope="module")
 def validator() -> jsonschema.Draft202012Validator:
-    jsonschema.Draft202012Validator.check_schema(recipe_docs.schema())
-    return jsonschema.Draft202012Validator(recipe_docs.schema())
+    jsonschema.Draft202012Validator.check_schema(docs.schema())
+    return jsonschema.Draft202012Validator(docs.schema())
 
 
 @pytest.mark.parametrize("name", shipped())
@@ -236,9 +237,9 @@ def test_the_schema_finds_mistakes(
 
 def test_the_files_made_from_the_schema_are_current() -> None:
     folder = files("quantkit.recipes")
-    made = json.dumps(recipe_docs.schema(), indent=1) + "\n"
+    made = json.dumps(docs.schema(), indent=1) + "\n"
     assert folder.joinpath("recipe.schema.json").read_text("utf-8") == made
-    assert folder.joinpath("README.md").read_text("utf-8") == recipe_docs.page()
+    assert folder.joinpath("README.md").read_text("utf-8") == docs.page()
 
 
 def test_the_page_tells_the_truth_of_r1(r1: Catalogue) -> None:
@@ -254,9 +255,9 @@ def test_starters_are_sound(base: str, tmp_path: Path, r1: Catalogue) -> None:
     if load(base).file_type in ("F32", "F16", "BF16"):
         return
     path = tmp_path / "mine.yaml"
-    path.write_text(recipe_docs.starter(path, base, "deepseek-r1"), "utf-8")
+    path.write_text(docs.starter(path, base, "deepseek-r1"), "utf-8")
     assert lint(path, r1) == []
-    path.write_text(recipe_docs.copy_of(base, path), "utf-8")
+    path.write_text(docs.copy_of(base, path), "utf-8")
     assert lint(path, r1) == []
     assert load(str(path)).name == "mine"
     assert types(load(str(path)), r1) == types(load(base), r1)
@@ -272,7 +273,7 @@ def test_resolved_plans_alike(tmp_path: Path, r1: Catalogue) -> None:
         'rules:\n  - {match: "blk.*.ffn_down_exps.weight", layers: "moe[:2]", type: $down, why: "early: two"}\n'
     )
     recipe = parse(text, "mine.yaml", {"down": "Q3_K"})
-    again = parse(recipe_docs.resolved(recipe), "resolved.yaml")
+    again = parse(docs.resolved(recipe), "resolved.yaml")
     assert types(again, r1) == types(recipe, r1)
     assert (again.rules, again.metadata, again.arch) == (recipe.rules, recipe.metadata, recipe.arch)
     assert (again.file_type, again.imatrix, again.base) == ("IQ1_S", "required", None)
@@ -299,7 +300,7 @@ def test_new_lint_explain_diff_plan(quantkit: Run, tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (0, "mine.yaml written; next: quantkit recipe lint mine.yaml\n")
     first = (tmp_path / "mine.yaml").read_text("utf-8").splitlines()[0]
     assert first == "# yaml-language-server: $schema=recipe.schema.json"
-    assert json.loads(quantkit("recipe", "schema", cwd=tmp_path).stdout) == recipe_docs.schema()
+    assert json.loads(quantkit("recipe", "schema", cwd=tmp_path).stdout) == docs.schema()
     assert quantkit("recipe", "lint", "mine.yaml", "--strict", cwd=tmp_path).returncode == 0
     explained = quantkit(
         "recipe", "explain", "mine.yaml", "blk.3.ffn_down_exps.weight", "--set", "down=Q3_K", cwd=tmp_path
@@ -324,7 +325,7 @@ def test_new_writes_no_absolute_path(tmp_path: Path, monkeypatch: pytest.MonkeyP
     home = tmp_path / "home"
     for folder in ("mine", "theirs"):
         (home / folder).mkdir(parents=True)
-    (home / "theirs" / "low.yaml").write_text(recipe_docs.text_of("UD-IQ1_S").replace("name: UD-IQ1_S", "name: low"))
+    (home / "theirs" / "low.yaml").write_text(docs.text_of("UD-IQ1_S").replace("name: UD-IQ1_S", "name: low"))
     monkeypatch.chdir(home)
     new("mine/a.yaml", "--base", "theirs/low.yaml")
     new("mine/b.yaml", "--base", home / "theirs" / "low.yaml")
@@ -410,7 +411,7 @@ def test_every_recipe_is_taken_for_one(name: str, tmp_path: Path) -> None:
     text = "".join(line for line in shipped()[name].splitlines(keepends=True) if not line.startswith("#"))
     assert looks_like_recipe(text)
     assert looks_like_recipe(shipped()[name])
-    assert looks_like_recipe(recipe_docs.starter(tmp_path / "a.yaml", name, "deepseek-r1").partition("title")[2])
+    assert looks_like_recipe(docs.starter(tmp_path / "a.yaml", name, "deepseek-r1").partition("title")[2])
 
 
 @pytest.mark.parametrize(

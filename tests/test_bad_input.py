@@ -24,15 +24,15 @@ import pytest
 from conftest import Run
 from factory import TINY_V3, checkpoint, edit_json, edit_safetensors, gguf_file, legacy_imatrix, shard_of
 
-from quantkit import build as builds
-from quantkit import errors
-from quantkit.arch.options import Options
-from quantkit.engines.native import NativeEngine
-from quantkit.errors import OutputError, QuantkitError
-from quantkit.models import open_model
-from quantkit.plan import Plan, make_plan
-from quantkit.recipe import load, parse
-from quantkit.sources.safetensors_dir import open_checkpoint
+from quantkit.base import errors
+from quantkit.base.errors import OutputError, QuantkitError
+from quantkit.building import run as builds
+from quantkit.building.engines.native import NativeEngine
+from quantkit.model.families.options import Options
+from quantkit.model.open import open_model
+from quantkit.model.sources.safetensors_dir import open_checkpoint
+from quantkit.planning.plan import Plan, make_plan
+from quantkit.recipe.load import load, parse
 
 RECIPE = """\
 name: Small

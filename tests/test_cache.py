@@ -19,13 +19,13 @@ import pytest
 from conftest import Run
 from test_partial import OPTIONS, SLAB, recipe
 
-from quantkit import build as builds
-from quantkit.cache import Cache
-from quantkit.engines.native import NativeEngine
-from quantkit.errors import OutputError
-from quantkit.imatrix import open_imatrix
-from quantkit.models import open_model
-from quantkit.plan import make_plan
+from quantkit.base.errors import OutputError
+from quantkit.building import run as builds
+from quantkit.building.cache import Cache
+from quantkit.building.engines.native import NativeEngine
+from quantkit.model.imatrix import open_imatrix
+from quantkit.model.open import open_model
+from quantkit.planning.plan import make_plan
 
 
 def build(source: Path, out: Path, cache: Cache | None, imatrix: Path, type_: str = "IQ2_XXS", **more: Any) -> bytes:

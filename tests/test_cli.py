@@ -15,7 +15,7 @@ from conftest import Run
 
 from quantkit import __version__
 from quantkit.cli import cli
-from quantkit.recipe import shipped
+from quantkit.recipe.load import shipped
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
@@ -47,10 +47,10 @@ def test_readme_opens_with_two_commands() -> None:
 
 
 def test_readme_states_the_exact_sizes() -> None:
-    from quantkit.arch.options import Options
-    from quantkit.models import open_model
-    from quantkit.plan import make_plan
-    from quantkit.recipe import load
+    from quantkit.model.families.options import Options
+    from quantkit.model.open import open_model
+    from quantkit.planning.plan import make_plan
+    from quantkit.recipe.load import load
 
     catalogue = open_model("deepseek-r1", Options("kv_b"))
     rows = dict(re.findall(r"^\| (UD-\S+) \| [^|]+ \| ([0-9,]+) \|", README, re.M))
@@ -60,7 +60,7 @@ def test_readme_states_the_exact_sizes() -> None:
 
 
 def test_exit_codes_are_distinct_and_documented() -> None:
-    from quantkit import errors
+    from quantkit.base import errors
 
     kinds = [k for k in vars(errors).values() if isinstance(k, type) and issubclass(k, errors.QuantkitError)]
     codes = [k.exit_code for k in kinds]

@@ -15,17 +15,17 @@ from factory import gguf_file
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quantkit import models
-from quantkit.arch.options import Options
-from quantkit.catalogue import Catalogue, Tensor
-from quantkit.clone import Head, alternatives, clone, prove, slug, write
-from quantkit.errors import RecipeError
-from quantkit.gguf_format import KV, STRING, U32, header_bytes, kv, pad, read_header
-from quantkit.mixtures import facts, mixture_types
-from quantkit.plan import make_plan
-from quantkit.qtypes import FILE_TYPES, QTYPES, fit
-from quantkit.recipe import load, parse
-from quantkit.sources.gguf_file import open_gguf
+from quantkit.authoring.clone import Head, alternatives, clone, prove, slug, write
+from quantkit.base.errors import RecipeError
+from quantkit.gguf.header import KV, STRING, U32, header_bytes, kv, pad, read_header
+from quantkit.gguf.types import FILE_TYPES, QTYPES, fit
+from quantkit.model import open as models
+from quantkit.model.catalogue import Catalogue, Tensor
+from quantkit.model.families.options import Options
+from quantkit.model.sources.gguf_file import open_gguf
+from quantkit.planning.mixtures import facts, mixture_types
+from quantkit.planning.plan import make_plan
+from quantkit.recipe.load import load, parse
 
 R1 = models.open_model("deepseek-r1")
 LITE = models.open_model("deepseek-v2-lite")

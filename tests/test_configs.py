@@ -15,12 +15,12 @@ from factory import TINY_LLAMA, TINY_QWEN2, TINY_V2, TINY_V3
 from test_arch_dense import build, uniform
 from test_differential import data, fields
 
-from quantkit import arch
-from quantkit.arch.options import Options
-from quantkit.catalogue import Catalogue
-from quantkit.errors import SourceError, UnsupportedError
-from quantkit.gguf_format import decode
-from quantkit.models import open_model
+from quantkit.base.errors import SourceError, UnsupportedError
+from quantkit.gguf.header import decode
+from quantkit.model import families
+from quantkit.model.catalogue import Catalogue
+from quantkit.model.families.options import Options
+from quantkit.model.open import open_model
 
 NAMED = Options(pre="llama-bpe")
 #: as small as a model can be: what counts here is its keys
@@ -168,7 +168,7 @@ def test_the_converter_makes_the_same_file(converted: Path, tmp_path: Path, name
 
 
 def plan_only(config: Mapping[str, Any]) -> Catalogue:
-    return arch.build("m", config, Options())
+    return families.build("m", config, Options())
 
 
 @pytest.mark.parametrize(("name", "old"), [("v3", V3), ("v2", V2), ("llama", LLAMA)])

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quantkit import copying
-from quantkit.copying import Opened, copy_range, pieces, write_at
-from quantkit.errors import OutputError, SourceError
+from quantkit.base import copying
+from quantkit.base.copying import Opened, copy_range, pieces, write_at
+from quantkit.base.errors import OutputError, SourceError
 
 DATA = os.urandom(300_000)
 

@@ -30,10 +30,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from quantkit import kernels
-from quantkit.dequant import Options, make_plan, prepare, run
-from quantkit.dequant.checksum import joined
-from quantkit.dequant.decode import Decoder, Native, Torch
-from quantkit.errors import (
+from quantkit.base.errors import (
     KernelError,
     OutputError,
     QuantkitError,
@@ -42,8 +39,11 @@ from quantkit.errors import (
     UnsupportedError,
     WeightError,
 )
-from quantkit.sources.gguf_file import open_gguf
-from quantkit.sources.safetensors_dir import DTYPE_BYTES, open_checkpoint
+from quantkit.dequant import Options, make_plan, prepare, run
+from quantkit.dequant.checksum import joined
+from quantkit.dequant.decode import Decoder, Native, Torch
+from quantkit.model.sources.gguf_file import open_gguf
+from quantkit.model.sources.safetensors_dir import DTYPE_BYTES, open_checkpoint
 
 INDEX = "model.safetensors.index.json"
 STATE = ".quantkit-dequant.json"
@@ -537,7 +537,7 @@ def test_memory_is_bounded(tmp_path: Path) -> None:
         "import sys; from pathlib import Path\n"
         "from quantkit.dequant import Options, prepare, run\n"
         "from quantkit.dequant.decode import Native\n"
-        "from quantkit.sources.safetensors_dir import open_checkpoint\n"
+        "from quantkit.model.sources.safetensors_dir import open_checkpoint\n"
         "def status(key): return int(Path('/proc/self/status').read_text().split(key)[1].split()[0]) * 1024\n"
         "job = prepare(open_checkpoint(Path(sys.argv[1])), Path(sys.argv[2]), Options())\n"
         "before = status('VmRSS:')\n"

@@ -17,17 +17,17 @@ import pytest
 from conftest import Run, Tools
 from gguf import GGUFReader
 
-from quantkit import build as builds
-from quantkit.arch.options import Options
-from quantkit.engines import Engine
-from quantkit.engines.llama_quantize import LlamaQuantizeEngine
-from quantkit.engines.native import NativeEngine
-from quantkit.errors import ToolError
-from quantkit.imatrix import open_imatrix
-from quantkit.models import open_model
-from quantkit.plan import Plan, make_plan
-from quantkit.qtypes import QTYPES
-from quantkit.recipe import Recipe, load, parse
+from quantkit.base.errors import ToolError
+from quantkit.building import run as builds
+from quantkit.building.engines import Engine
+from quantkit.building.engines.llama_quantize import LlamaQuantizeEngine
+from quantkit.building.engines.native import NativeEngine
+from quantkit.gguf.types import QTYPES
+from quantkit.model.families.options import Options
+from quantkit.model.imatrix import open_imatrix
+from quantkit.model.open import open_model
+from quantkit.planning.plan import Plan, make_plan
+from quantkit.recipe.load import Recipe, load, parse
 
 pytestmark = pytest.mark.tools
 

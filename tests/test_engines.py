@@ -24,20 +24,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from quantkit import build as builds
 from quantkit import kernels
-from quantkit.arch.options import Options
-from quantkit.catalogue import Part, Tensor
-from quantkit.engines.llama_quantize import _batches
-from quantkit.engines.native import NativeEngine, slabs
-from quantkit.errors import KernelError, OutputError, QuantkitError, WeightError
-from quantkit.exchange import tensor_type_file
-from quantkit.gguf_format import STRING, U32, kv, read_header
-from quantkit.imatrix import open_imatrix
-from quantkit.models import open_model
-from quantkit.plan import Plan, Planned, make_plan
-from quantkit.qtypes import QTYPES
-from quantkit.recipe import Recipe, parse
+from quantkit.authoring.interchange import tensor_type_file
+from quantkit.base.errors import KernelError, OutputError, QuantkitError, WeightError
+from quantkit.building import run as builds
+from quantkit.building.engines.llama_quantize import _batches
+from quantkit.building.engines.native import NativeEngine, slabs
+from quantkit.gguf.header import STRING, U32, kv, read_header
+from quantkit.gguf.types import QTYPES
+from quantkit.model.catalogue import Part, Tensor
+from quantkit.model.families.options import Options
+from quantkit.model.imatrix import open_imatrix
+from quantkit.model.open import open_model
+from quantkit.planning.plan import Plan, Planned, make_plan
+from quantkit.recipe.load import Recipe, parse
 
 OPTIONS = Options(pre="deepseek-v3")
 

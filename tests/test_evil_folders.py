@@ -19,11 +19,11 @@ from evil import OTHER, SECRET, WHO, Harm, Scene, as_two_users, open_folder
 from faults_site import Server
 from test_partial import Builder, EnoughError, N
 
-from quantkit import build as builds
-from quantkit.cache import _TRAILER, MAGIC, Cache
-from quantkit.engines import Work
-from quantkit.engines.native import NativeEngine
-from quantkit.errors import OutputError
+from quantkit.base.errors import OutputError
+from quantkit.building import run as builds
+from quantkit.building.cache import _TRAILER, MAGIC, Cache
+from quantkit.building.engines import Work
+from quantkit.building.engines.native import NativeEngine
 
 RULES = (
     "name: r\narch: [deepseek2]\nfile_type: Q4_K_M\nrules:\n"
@@ -456,7 +456,7 @@ def test_the_lock_of_a_cache(scene: Scene, b: Builder, cache: Path, right: bytes
 def test_a_lock_that_another_process_holds(scene: Scene, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import fcntl
 
-    monkeypatch.setattr("quantkit.cache_folder._PATIENCE", 0.1)
+    monkeypatch.setattr("quantkit.building.cache_folder._PATIENCE", 0.1)
     with (cache / "lock").open() as f:
         fcntl.flock(f, fcntl.LOCK_EX)
         with pytest.raises(OutputError, match=r"/lock: has been held by another process for 0 seconds; nothing was"):

@@ -15,15 +15,15 @@ from faults_site import Server
 from test_shards import model
 
 from quantkit import dequant
+from quantkit.base.errors import OutputError, SourceError
 from quantkit.dequant import Options
 from quantkit.dequant.decode import Native
 from quantkit.dequant.place import PART
 from quantkit.dequant.state import STATE
-from quantkit.errors import OutputError, SourceError
-from quantkit.shard_writer import write
-from quantkit.sharding import Limits
-from quantkit.shards import open_set, plan_merge, plan_split
-from quantkit.sources.safetensors_dir import open_checkpoint
+from quantkit.gguf.shards import Limits
+from quantkit.gguf.split import open_set, plan_merge, plan_split
+from quantkit.gguf.split_writer import write
+from quantkit.model.sources.safetensors_dir import open_checkpoint
 
 SHARD_SIZE = 1_000_000
 

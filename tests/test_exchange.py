@@ -15,19 +15,19 @@ from conftest import Run, Tools
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quantkit import toolchain
-from quantkit.arch.options import Options
-from quantkit.catalogue import Catalogue
+from quantkit.authoring.clone import Head, write
+from quantkit.authoring.interchange import FORMATS, Imported, export, ggml_name, import_rules
+from quantkit.base.errors import QuantkitError, RecipeError
 from quantkit.cli import cli
-from quantkit.clone import Head, write
-from quantkit.errors import QuantkitError, RecipeError
-from quantkit.exchange import FORMATS, Imported, export, ggml_name, import_rules
-from quantkit.gguf_format import read_header
-from quantkit.mixtures import BASE_TYPES
-from quantkit.models import open_model
-from quantkit.plan import Plan, make_plan
-from quantkit.qtypes import QTYPES
-from quantkit.recipe import load, parse
+from quantkit.gguf.header import read_header
+from quantkit.gguf.types import QTYPES
+from quantkit.llama_cpp import toolchain
+from quantkit.model.catalogue import Catalogue
+from quantkit.model.families.options import Options
+from quantkit.model.open import open_model
+from quantkit.planning.mixtures import BASE_TYPES
+from quantkit.planning.plan import Plan, make_plan
+from quantkit.recipe.load import load, parse
 
 R1 = open_model("deepseek-r1")
 LITE = open_model("deepseek-v2-lite", Options("kv_b"))

@@ -12,7 +12,7 @@ from faults_kill import kills
 from faults_power import Disk, after_crash, kills_at_calls, planted, power_loss
 from faults_site import ONE, SMALL, Done, FaultError, Site, check_said
 
-from quantkit.partial_folder import folder_of
+from quantkit.building.folder import folder_of
 
 
 @pytest.fixture(scope="module")

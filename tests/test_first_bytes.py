@@ -12,19 +12,19 @@ import pytest
 from conftest import Run
 from factory import checkpoint
 
-from quantkit import size_lock
-from quantkit.arch.options import Options
+from quantkit.authoring.sizes import lock as size_lock
+from quantkit.base.errors import ImatrixError, QuantkitError, RecipeError, SourceError
 from quantkit.dequant.plan import Options as DequantOptions
 from quantkit.dequant.plan import make_plan as plan_dequant
-from quantkit.errors import ImatrixError, QuantkitError, RecipeError, SourceError
-from quantkit.imatrix import open_imatrix
-from quantkit.models import open_model
-from quantkit.recipe import load
-from quantkit.sources.safetensors_dir import open_checkpoint
-from quantkit.verify import attestation, manifest
-from quantkit.verify import gguf as verify_gguf
-from quantkit.verify.against_plan import read_plan
-from quantkit.verify.verdict import Findings
+from quantkit.model.families.options import Options
+from quantkit.model.imatrix import open_imatrix
+from quantkit.model.open import open_model
+from quantkit.model.sources.safetensors_dir import open_checkpoint
+from quantkit.recipe.load import load
+from quantkit.verifying import attestation, manifest
+from quantkit.verifying import gguf as verify_gguf
+from quantkit.verifying.against_plan import read_plan
+from quantkit.verifying.verdict import Findings
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"4d" * 32 + b"\nsize 7847602\n"
 PULL = (

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from factory import gguf_file
 
-from quantkit.arch.known import MODELS
-from quantkit.catalogue import Part, Tensor
-from quantkit.errors import QuantkitError, SourceError
-from quantkit.gguf_format import F32, I32, KV, STRING, U16, U32, U64, decode, kv
-from quantkit.models import open_model
-from quantkit.sources.gguf_file import open_gguf
+from quantkit.base.errors import QuantkitError, SourceError
+from quantkit.gguf.header import F32, I32, KV, STRING, U16, U32, U64, decode, kv
+from quantkit.model.catalogue import Part, Tensor
+from quantkit.model.families.known import MODELS
+from quantkit.model.open import open_model
+from quantkit.model.sources.gguf_file import open_gguf
 
 ARCH = [kv("general.architecture", STRING, "deepseek2"), kv("deepseek2.block_count", U32, 1)]
 

@@ -17,9 +17,9 @@ from factory import gguf_file
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quantkit import gguf_format
-from quantkit.errors import SourceError, UnsupportedError
-from quantkit.gguf_format import (
+from quantkit.base.errors import SourceError, UnsupportedError
+from quantkit.gguf import header as gguf_format
+from quantkit.gguf.header import (
     ARRAY,
     BOOL,
     F32,
@@ -46,7 +46,7 @@ from quantkit.gguf_format import (
     read_header,
     string_bytes,
 )
-from quantkit.qtypes import QTYPES
+from quantkit.gguf.types import QTYPES
 
 LIMITS = {
     U8: (0, 2**8 - 1), I8: (-(2**7), 2**7 - 1), U16: (0, 2**16 - 1), I16: (-(2**15), 2**15 - 1), U32: (0, 2**32 - 1),

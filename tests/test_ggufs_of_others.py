@@ -14,15 +14,15 @@ from conftest import Run, Tools
 from test_verify_damage import OPTIONS
 from verifying import build, check, plan_of
 
-from quantkit.clone import clone
-from quantkit.engines.llama_quantize import LlamaQuantizeEngine
-from quantkit.errors import SourceError, UnsupportedError
-from quantkit.gguf_format import KV, STRING, U32, header_bytes, kv, pad, read_header
-from quantkit.models import open_model
-from quantkit.plan import make_plan
-from quantkit.qtypes import IK_TYPES, STORED_TYPES
-from quantkit.recipe import load
-from quantkit.sources.gguf_file import open_gguf
+from quantkit.authoring.clone import clone
+from quantkit.base.errors import SourceError, UnsupportedError
+from quantkit.building.engines.llama_quantize import LlamaQuantizeEngine
+from quantkit.gguf.header import KV, STRING, U32, header_bytes, kv, pad, read_header
+from quantkit.gguf.types import IK_TYPES, STORED_TYPES
+from quantkit.model.open import open_model
+from quantkit.model.sources.gguf_file import open_gguf
+from quantkit.planning.plan import make_plan
+from quantkit.recipe.load import load
 
 Stored = list[tuple[str, tuple[int, ...], str, bytes]]
 

@@ -18,9 +18,9 @@ import pytest
 from factory import edit_json, write_safetensors
 from fuzz_readers import Reader
 
-from quantkit.errors import QuantkitError, RecipeError, SourceError, listed
-from quantkit.gguf_format import ARRAY, STRING, U8, read_header
-from quantkit.recipe import parse
+from quantkit.base.errors import QuantkitError, RecipeError, SourceError, listed
+from quantkit.gguf.header import ARRAY, STRING, U8, read_header
+from quantkit.recipe.load import parse
 
 CORPUS = sorted((Path(__file__).parent / "data" / "fuzz").iterdir())
 NAMES = (

@@ -15,10 +15,10 @@ from factory import gguf_file, legacy_imatrix
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quantkit import demo
-from quantkit.errors import ImatrixError
-from quantkit.gguf_format import ARRAY, I32, KV, STRING, U32, U64, kv, kv_array
-from quantkit.imatrix import Imatrix, open_imatrix
+from quantkit.base.errors import ImatrixError
+from quantkit.gguf.header import ARRAY, I32, KV, STRING, U32, U64, kv, kv_array
+from quantkit.model import demo
+from quantkit.model.imatrix import Imatrix, open_imatrix
 
 F32 = np.float32
 KVS = [

@@ -17,14 +17,14 @@ from test_imatrix import gguf_imatrix
 from verifying import OPTIONS, UP, build, check, plan_of
 
 from quantkit import kernels
-from quantkit.engines.llama_quantize import LlamaQuantizeEngine
-from quantkit.gaps import gap_notes, gap_warnings
-from quantkit.imatrix import Missing, open_imatrix
-from quantkit.models import open_model
-from quantkit.plan import make_plan, with_values
-from quantkit.qtypes import LOST_BY_32, LOST_WITHOUT_WEIGHTS, QTYPES, SPOILED_WITHOUT_WEIGHTS
-from quantkit.recipe import load
-from quantkit.verify.scan import zero_blocks
+from quantkit.building.engines.llama_quantize import LlamaQuantizeEngine
+from quantkit.gguf.types import LOST_BY_32, LOST_WITHOUT_WEIGHTS, QTYPES, SPOILED_WITHOUT_WEIGHTS
+from quantkit.model.imatrix import Missing, open_imatrix
+from quantkit.model.open import open_model
+from quantkit.planning.gaps import gap_notes, gap_warnings
+from quantkit.planning.plan import make_plan, with_values
+from quantkit.recipe.load import load
+from quantkit.verifying.scan import zero_blocks
 
 F32 = np.float32
 Entries = dict[str, tuple[np.ndarray, np.ndarray]]
@@ -313,7 +313,7 @@ def test_verify_tells_of_an_expert_of_zeros(tiny_v3: Path, gappy: Path, tmp_path
 def test_an_expert_that_is_zero_in_the_source_is_no_news(tiny_v3: Path, tmp_path: Path) -> None:
     plan = plan_of(tiny_v3, load("BF16"), None)
     bf16 = build(plan, tmp_path / "bf16.gguf")
-    from quantkit.gguf_format import read_header
+    from quantkit.gguf.header import read_header
 
     info = next(t for t in read_header(bf16).tensors if t.name == UP)
     blob = bytearray(bf16.read_bytes())

@@ -19,10 +19,11 @@ from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quantkit import _native, kernels, toolchain
+from quantkit import _native, kernels
+from quantkit.base.errors import KernelError, WeightError
 from quantkit.cli import cli
-from quantkit.errors import KernelError, WeightError
-from quantkit.qtypes import ABORT_WITHOUT_IMATRIX, INTEGER_TYPES, QTYPES
+from quantkit.gguf.types import ABORT_WITHOUT_IMATRIX, INTEGER_TYPES, QTYPES
+from quantkit.llama_cpp import toolchain
 
 F32 = npt.NDArray[np.float32]
 U8 = npt.NDArray[np.uint8]

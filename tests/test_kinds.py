@@ -12,10 +12,10 @@ import pytest
 from conftest import Run
 from factory import gguf_file
 
-from quantkit.errors import QuantkitError, SourceError, UnsupportedError
-from quantkit.gguf_format import STRING, kv, kv_array
-from quantkit.models import open_model
-from quantkit.sources.safetensors_dir import open_checkpoint
+from quantkit.base.errors import QuantkitError, SourceError, UnsupportedError
+from quantkit.gguf.header import STRING, kv, kv_array
+from quantkit.model.open import open_model
+from quantkit.model.sources.safetensors_dir import open_checkpoint
 
 CONVERT = "convert it with convert_hf_to_gguf.py --outtype bf16, and give the GGUF"
 MERGE = "merge it into that (peft's merge_and_unload, then save_pretrained) and give that"

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from quantkit.errors import SourceError
-from quantkit.labour import share_out
+from quantkit.base.errors import SourceError
+from quantkit.base.workers import share_out
 
 
 def running() -> list[str]:

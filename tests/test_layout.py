@@ -13,28 +13,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quantkit import layout
-from quantkit.arch.options import Options
-from quantkit.catalogue import Catalogue, Tensor
-from quantkit.errors import OutputError
-from quantkit.gguf_format import (
-    BOOL,
-    F32,
-    I32,
-    KV,
-    STRING,
-    U16,
-    U32,
-    decode,
-    kv,
-    kv_array,
-    read_header,
-)
-from quantkit.layout import FileLayout, file_names, lay_out, output_kvs
-from quantkit.models import open_model
-from quantkit.plan import Plan, Planned, make_plan
-from quantkit.qtypes import QTYPES
-from quantkit.recipe import Recipe, load, parse
+from quantkit.base.errors import OutputError
+from quantkit.gguf.header import BOOL, F32, I32, KV, STRING, U16, U32, decode, kv, kv_array, read_header
+from quantkit.gguf.types import QTYPES
+from quantkit.model.catalogue import Catalogue, Tensor
+from quantkit.model.families.options import Options
+from quantkit.model.open import open_model
+from quantkit.planning import layout
+from quantkit.planning.layout import FileLayout, file_names, lay_out, output_kvs
+from quantkit.planning.plan import Plan, Planned, make_plan
+from quantkit.recipe.load import Recipe, load, parse
 
 #: newer than the gguf package's reader
 UNKNOWN_TO_GGUF = ("Q2_0",)

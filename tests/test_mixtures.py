@@ -12,19 +12,19 @@ from typing import Any
 import pytest
 from conftest import Tools
 
-from quantkit import arch, demo
-from quantkit.arch.known import config as known_config
-from quantkit.arch.options import Options
-from quantkit.catalogue import Catalogue
-from quantkit.errors import RecipeError
-from quantkit.gguf_format import F32, STRING, U32, header_bytes, kv, pad
-from quantkit.imatrix import open_imatrix
-from quantkit.mixtures import BASE_TYPES, facts, mixture_types
-from quantkit.models import from_gguf, open_model
-from quantkit.plan import make_plan
-from quantkit.qtypes import FILE_TYPES, QTYPES, fit
-from quantkit.recipe import load, parse
-from quantkit.sources.gguf_file import open_gguf
+from quantkit.base.errors import RecipeError
+from quantkit.gguf.header import F32, STRING, U32, header_bytes, kv, pad
+from quantkit.gguf.types import FILE_TYPES, QTYPES, fit
+from quantkit.model import demo, families
+from quantkit.model.catalogue import Catalogue
+from quantkit.model.families.known import config as known_config
+from quantkit.model.families.options import Options
+from quantkit.model.imatrix import open_imatrix
+from quantkit.model.open import from_gguf, open_model
+from quantkit.model.sources.gguf_file import open_gguf
+from quantkit.planning.mixtures import BASE_TYPES, facts, mixture_types
+from quantkit.planning.plan import make_plan
+from quantkit.recipe.load import load, parse
 
 MODELS = [("deepseek-r1", "k_b+v_b"), ("deepseek-r1", "kv_b"), ("deepseek-v2-lite", "k_b+v_b"), ("deepseek-v2", "kv_b")]
 #: grouped heads, the 70B rule, rows that no 256-block divides
@@ -139,7 +139,7 @@ def test_every_mixture_of_dense_models(tools: Tools, tmp_path: Path, model: str)
 @pytest.mark.tools
 @pytest.mark.parametrize("config", [QWEN_05B, LLAMA_65B], ids=["tied", "65B"])
 def test_every_mixture_of_other_shapes(tools: Tools, tmp_path: Path, config: dict[str, Any]) -> None:
-    c = arch.build("m", config, Options())
+    c = families.build("m", config, Options())
     compare(tools, c, header_only(c, tmp_path / "model.gguf"))
 
 

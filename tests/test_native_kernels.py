@@ -17,9 +17,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quantkit import kernels, toolchain
-from quantkit.errors import QuantkitError
-from quantkit.qtypes import ABORT_WITHOUT_IMATRIX, QTYPES
+from quantkit import kernels
+from quantkit.base.errors import QuantkitError
+from quantkit.gguf.types import ABORT_WITHOUT_IMATRIX, QTYPES
+from quantkit.llama_cpp import toolchain
 
 F32 = npt.NDArray[np.float32]
 SETS = list(kernels.OWN)

@@ -18,15 +18,15 @@ from conftest import Tools
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quantkit import offload
-from quantkit.arch.options import Options
+from quantkit.base.errors import UnsupportedError
 from quantkit.cli.fit import GpuList, fit
-from quantkit.errors import UnsupportedError
-from quantkit.gguf_format import I32, STRING, U32, kv, kv_array
-from quantkit.models import open_model
-from quantkit.offload import GIB, Gpus, Layer, Weights
-from quantkit.plan import Plan, make_plan
-from quantkit.recipe import load
+from quantkit.gguf.header import I32, STRING, U32, kv, kv_array
+from quantkit.model.families.options import Options
+from quantkit.model.open import open_model
+from quantkit.planning import fit as offload
+from quantkit.planning.fit import GIB, Gpus, Layer, Weights
+from quantkit.planning.plan import Plan, make_plan
+from quantkit.recipe.load import load
 
 #: the table of the R1 dynamic quants' guide, January 2025: recipe -> (size in GB, layers on 24, 80 and 2x80 GB)
 PUBLISHED = {

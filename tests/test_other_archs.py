@@ -19,17 +19,18 @@ import pytest
 from conftest import Tools
 from test_mixtures import dry_run, our_types
 
-from quantkit import build as builds
-from quantkit import demo, toolchain
-from quantkit.engines.native import NativeEngine
-from quantkit.errors import RecipeError
-from quantkit.gguf_format import BOOL, F32, KV, STRING, U32, header_bytes, kv, kv_array, pad
-from quantkit.imatrix import open_imatrix
-from quantkit.mixtures import BASE_TYPES
-from quantkit.models import open_model
-from quantkit.plan import make_plan
-from quantkit.qtypes import QTYPES
-from quantkit.recipe import load
+from quantkit.base.errors import RecipeError
+from quantkit.building import run as builds
+from quantkit.building.engines.native import NativeEngine
+from quantkit.gguf.header import BOOL, F32, KV, STRING, U32, header_bytes, kv, kv_array, pad
+from quantkit.gguf.types import QTYPES
+from quantkit.llama_cpp import toolchain
+from quantkit.model import demo
+from quantkit.model.imatrix import open_imatrix
+from quantkit.model.open import open_model
+from quantkit.planning.mixtures import BASE_TYPES
+from quantkit.planning.plan import make_plan
+from quantkit.recipe.load import load
 
 pytestmark = pytest.mark.tools
 

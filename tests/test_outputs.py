@@ -14,10 +14,10 @@ import click
 import pytest
 from conftest import Run
 
+from quantkit.base.errors import OutputError
 from quantkit.cli import cli
 from quantkit.cli.files import Command, Read, Written
-from quantkit.errors import OutputError
-from quantkit.sharding import shard_name
+from quantkit.gguf.shards import shard_name
 
 BASE = """\
 name: base
@@ -420,7 +420,7 @@ def test_a_name_of_255_bytes_can_be_written(world: World, quantkit: Run, tmp_pat
 
 
 def test_a_report_is_replaced_whole_and_by_the_umask(tmp_path: Path) -> None:
-    from quantkit.output_files import write_text
+    from quantkit.base.outputs import write_text
 
     path = tmp_path / "r.txt"
     before = os.umask(0o027)
@@ -439,7 +439,7 @@ def test_a_disk_without_room_leaves_what_was_there(tmp_path: Path) -> None:
     import resource
     import signal
 
-    from quantkit.output_files import write_text
+    from quantkit.base.outputs import write_text
 
     path = tmp_path / "r.txt"
     write_text(path, "old\n")
@@ -535,7 +535,7 @@ def test_a_link_to_a_folder_is_that_folder(world: World, quantkit: Run, tmp_path
 
 
 def test_a_demo_writes_through_no_link(quantkit: Run, tmp_path: Path) -> None:
-    from quantkit.demo import MARKER, NAME
+    from quantkit.model.demo import MARKER, NAME
 
     folder, precious = tmp_path / "d", tmp_path / "precious"
     (folder / NAME).mkdir(parents=True)

@@ -23,20 +23,21 @@ from conftest import Run
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quantkit import build as builds
-from quantkit import fingerprint, journal, partial_folder
-from quantkit.arch.options import Options
-from quantkit.engines import Work
-from quantkit.engines.native import NativeEngine
-from quantkit.errors import InternalCheckError, OutputError, ResumeError, SourceError
-from quantkit.folders import Folder
-from quantkit.gguf_format import KV, STRING, U32, U64, kv, kv_array
-from quantkit.imatrix import open_imatrix
-from quantkit.journal import Head, Record, Rows
-from quantkit.models import open_model
-from quantkit.plan import make_plan
-from quantkit.recipe import parse
-from quantkit.sources.safetensors_dir import open_checkpoint
+from quantkit.base.errors import InternalCheckError, OutputError, ResumeError, SourceError
+from quantkit.base.folders import Folder
+from quantkit.building import folder as partial_folder
+from quantkit.building import identity, journal
+from quantkit.building import run as builds
+from quantkit.building.engines import Work
+from quantkit.building.engines.native import NativeEngine
+from quantkit.building.journal import Head, Record, Rows
+from quantkit.gguf.header import KV, STRING, U32, U64, kv, kv_array
+from quantkit.model.families.options import Options
+from quantkit.model.imatrix import open_imatrix
+from quantkit.model.open import open_model
+from quantkit.model.sources.safetensors_dir import open_checkpoint
+from quantkit.planning.plan import make_plan
+from quantkit.recipe.load import parse
 
 OPTIONS = Options(pre="deepseek-v3")
 SLAB = 1 << 14
@@ -410,25 +411,25 @@ def test_differences_of_metadata(tiny_v3: Path) -> None:
     plan = make_plan(open_model(str(tiny_v3), OPTIONS), recipe())
 
     def of(*kvs: KV) -> dict[str, str]:
-        return fingerprint.identity(plan, kvs, None, None)
+        return identity.identity(plan, kvs, None, None)
 
     name, long = kv("general.name", STRING, "a"), kv("general.license", STRING, "x" * 500)
     tokens = kv_array("tokenizer.ggml.tokens", STRING, ["a", "b"])
     was = of(name, long, tokens)
-    assert fingerprint.difference(was, of(name, long, tokens)) == ""
-    assert fingerprint.difference(was, of(name, tokens)) == (
-        f"metadata general.license was '{'x' * 59}… ({fingerprint.short(long.payload)}), is absent"
+    assert identity.difference(was, of(name, long, tokens)) == ""
+    assert identity.difference(was, of(name, tokens)) == (
+        f"metadata general.license was '{'x' * 59}… ({identity.short(long.payload)}), is absent"
     )
     others = kv_array("tokenizer.ggml.tokens", STRING, ["a", "c"])
-    assert fingerprint.difference(was, of(name, long, others)) == (
-        f"metadata tokenizer.ggml.tokens was 2 values ({fingerprint.short(tokens.payload)}), "
-        f"is 2 values ({fingerprint.short(others.payload)})"
+    assert identity.difference(was, of(name, long, others)) == (
+        f"metadata tokenizer.ggml.tokens was 2 values ({identity.short(tokens.payload)}), "
+        f"is 2 values ({identity.short(others.payload)})"
     )
     # another order, another type of the same value, and a journal without the keys: only the whole differs
     as_u64 = of(kv("a", U32, 0)), of(kv("a", U64, 0))
     without = {k: v for k, v in was.items() if not k.startswith("metadata ")}
     for one, two in ((was, of(long, name, tokens)), as_u64, (without, of(name))):
-        assert fingerprint.difference(one, two) == f"metadata was {one['metadata']}, is {two['metadata']}"
+        assert identity.difference(one, two) == f"metadata was {one['metadata']}, is {two['metadata']}"
 
 
 def test_a_source_that_changes_during_the_build(tiny_v3: Path, tiny_imatrix: Path, tmp_path: Path) -> None:

@@ -12,16 +12,16 @@ from typing import Any
 import factory
 import pytest
 
-from quantkit import arch
-from quantkit.arch.options import Options
-from quantkit.catalogue import Catalogue, Tensor, output_order
-from quantkit.errors import ImatrixError, RecipeError, UnsupportedError
-from quantkit.layout import lay_out, output_kvs
-from quantkit.models import open_model
-from quantkit.plan import Plan, Planned, check_imatrix, imatrix_status, make_plan
-from quantkit.qtypes import QTYPES
-from quantkit.recipe import Recipe, load, parse, shipped
-from quantkit.report import plan_text
+from quantkit.base.errors import ImatrixError, RecipeError, UnsupportedError
+from quantkit.gguf.types import QTYPES
+from quantkit.model import families
+from quantkit.model.catalogue import Catalogue, Tensor, output_order
+from quantkit.model.families.options import Options
+from quantkit.model.open import open_model
+from quantkit.planning.layout import lay_out, output_kvs
+from quantkit.planning.plan import Plan, Planned, check_imatrix, imatrix_status, make_plan
+from quantkit.planning.report import plan_text
+from quantkit.recipe.load import Recipe, load, parse, shipped
 
 PUBLISHED = json.loads((Path(__file__).parent / "data" / "published_quants.json").read_text("utf-8"))["files"]
 RECIPES = [f["recipe"] for f in PUBLISHED]
@@ -38,7 +38,7 @@ def r1_plan(recipe: str, layout: str = "kv_b") -> Plan:
 
 
 def tiny(config: Mapping[str, Any] = factory.TINY_V3, layout: str = "k_b+v_b") -> Catalogue:
-    return arch.build("Tiny", config, Options(layout=layout))
+    return families.build("Tiny", config, Options(layout=layout))
 
 
 def rules(*lines: str, head: str = "arch: [deepseek2]\nfile_type: Q4_K_M") -> Recipe:

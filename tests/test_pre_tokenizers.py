@@ -15,15 +15,15 @@ from conftest import Run, Tools
 from test_arch_dense import NAMED, build, mixture
 from test_differential import data, fields, llama_quantize
 
-from quantkit import toolchain
-from quantkit.arch.options import Options
-from quantkit.arch.tokenizer import PRE_TOKENIZERS
-from quantkit.engines.llama_quantize import LlamaQuantizeEngine
-from quantkit.errors import RecipeError, SourceError, UnsupportedError
-from quantkit.gguf_format import STRING, decode, header_bytes, kv, read_header
-from quantkit.models import open_model
-from quantkit.pre_tokenizers import PRE_KEY, PRE_NAMES, unknown_pre
-from quantkit.recipe import parse
+from quantkit.base.errors import RecipeError, SourceError, UnsupportedError
+from quantkit.building.engines.llama_quantize import LlamaQuantizeEngine
+from quantkit.gguf.header import STRING, decode, header_bytes, kv, read_header
+from quantkit.gguf.pre_tokenizers import PRE_KEY, PRE_NAMES, unknown_pre
+from quantkit.llama_cpp import toolchain
+from quantkit.model.families.options import Options
+from quantkit.model.families.tokenizer import PRE_TOKENIZERS
+from quantkit.model.open import open_model
+from quantkit.recipe.load import parse
 
 #: loads files with the library of the tools, and says of each whether that went well
 _LOAD = """
@@ -137,9 +137,9 @@ def test_a_gguf_gets_another_pre_tokenizer_and_padding(tools: Tools, tiny_bf16: 
     values = {item.key: decode(item) for item in made.kvs if item.key in (PRE_KEY, PAD)}
     assert values == {PRE_KEY: "deepseek-llm", PAD: 382}
     assert [i.key for i in made.kvs] == [i.key for i in open_model(str(tiny_bf16)).kvs]
-    from quantkit import build as builds
-    from quantkit.engines.native import NativeEngine
-    from quantkit.plan import make_plan
+    from quantkit.building import run as builds
+    from quantkit.building.engines.native import NativeEngine
+    from quantkit.planning.plan import make_plan
 
     files = []
     for i, engine in enumerate((NativeEngine(), LlamaQuantizeEngine(tools.quantize))):

@@ -8,9 +8,9 @@ import gguf
 import numpy as np
 import pytest
 
-from quantkit import kernels, toolchain
-from quantkit.errors import KernelError
-from quantkit.qtypes import (
+from quantkit import kernels
+from quantkit.base.errors import KernelError
+from quantkit.gguf.types import (
     ABORT_WITHOUT_IMATRIX,
     FILE_TYPES,
     IK_TYPES,
@@ -21,6 +21,7 @@ from quantkit.qtypes import (
     fit,
     qtype,
 )
+from quantkit.llama_cpp import toolchain
 
 WRITABLE = [name for name in QTYPES if name not in INTEGER_TYPES]
 

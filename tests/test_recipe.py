@@ -10,15 +10,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quantkit.arch.known import MODELS
-from quantkit.arch.options import LAYOUTS, Options
-from quantkit.errors import RecipeError
-from quantkit.models import open_model
-from quantkit.patterns import LAYER_GROUPS, expand_braces, glob_regex, parse_layers, pick_layers
-from quantkit.plan import make_plan, must_have_weights
-from quantkit.qtypes import FILE_TYPES, QTYPES
-from quantkit.recipe import Recipe, load, mixture_recipe, parse, parse_sets, shipped
-from quantkit.recipe_file import Rule
+from quantkit.base.errors import RecipeError
+from quantkit.gguf.types import FILE_TYPES, QTYPES
+from quantkit.model.families.known import MODELS
+from quantkit.model.families.options import LAYOUTS, Options
+from quantkit.model.open import open_model
+from quantkit.planning.plan import make_plan, must_have_weights
+from quantkit.recipe.load import Recipe, load, mixture_recipe, parse, parse_sets, shipped
+from quantkit.recipe.schema import Rule
+from quantkit.recipe.selectors import LAYER_GROUPS, expand_braces, glob_regex, parse_layers, pick_layers
 
 HEAD = "name: r\narch: [deepseek2]\nfile_type: Q4_K_M\nrules:\n"
 GOOD = HEAD + '  - {match: "*.weight", type: Q4_K, why: t}\n'

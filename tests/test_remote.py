@@ -18,11 +18,11 @@ from conftest import Run
 from factory import gguf_file
 from huggingface_hub import constants
 
-from quantkit.errors import SourceError
-from quantkit.gguf_format import I32, KV, STRING, U16, U32, kv, kv_array
-from quantkit.models import open_model
-from quantkit.sources.gguf_file import open_gguf
-from quantkit.sources.remote import FIRST_BYTES, is_remote, open_remote
+from quantkit.base.errors import SourceError
+from quantkit.gguf.header import I32, KV, STRING, U16, U32, kv, kv_array
+from quantkit.model.open import open_model
+from quantkit.model.sources.gguf_file import open_gguf
+from quantkit.model.sources.remote import FIRST_BYTES, is_remote, open_remote
 
 ARCH = [kv("general.architecture", STRING, "deepseek2"), kv("deepseek2.block_count", U32, 1)]
 DATA = 9 << 20

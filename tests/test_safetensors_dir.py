@@ -19,10 +19,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from quantkit.catalogue import SourceTensor
-from quantkit.errors import QuantkitError, SourceError, UnsupportedError
-from quantkit.sources.files import Files
-from quantkit.sources.safetensors_dir import DTYPE_BYTES, INDEX, MAX_HEADER, open_checkpoint, read_shard
+from quantkit.base.errors import QuantkitError, SourceError, UnsupportedError
+from quantkit.model.catalogue import SourceTensor
+from quantkit.model.sources.files import Files
+from quantkit.model.sources.safetensors_dir import DTYPE_BYTES, INDEX, MAX_HEADER, open_checkpoint, read_shard
 
 TENSOR = {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}
 

@@ -19,12 +19,12 @@ from factory import gguf_file
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quantkit.errors import DamageError, OutputError, QuantkitError, SourceError
-from quantkit.folders import Folder
-from quantkit.gguf_format import F32, I32, KV, STRING, U16, U32, U64, header_bytes, kv, kv_array, pad, read_header
-from quantkit.shard_writer import check_output, write
-from quantkit.sharding import Limits, groups
-from quantkit.shards import OutputFile, open_set, plan_merge, plan_split
+from quantkit.base.errors import DamageError, OutputError, QuantkitError, SourceError
+from quantkit.base.folders import Folder
+from quantkit.gguf.header import F32, I32, KV, STRING, U16, U32, U64, header_bytes, kv, kv_array, pad, read_header
+from quantkit.gguf.shards import Limits, groups
+from quantkit.gguf.split import OutputFile, open_set, plan_merge, plan_split
+from quantkit.gguf.split_writer import check_output, write
 
 KVS = [
     kv("general.architecture", STRING, "llama"),

@@ -22,16 +22,17 @@ from conftest import Run
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quantkit import size_lock, size_report, sizes
-from quantkit.arch.known import MODELS
-from quantkit.arch.options import Options
+from quantkit.authoring.sizes import compare, report
+from quantkit.authoring.sizes import lock as size_lock
+from quantkit.authoring.sizes.lock import Cell, Key, Lock, Matrix
+from quantkit.base.errors import OutputError, RecipeError, SourceError
 from quantkit.cli import cli
-from quantkit.errors import OutputError, RecipeError, SourceError
-from quantkit.gguf_format import STRING, kv
-from quantkit.models import open_model
-from quantkit.qtypes import QTYPES
-from quantkit.recipe import shipped
-from quantkit.size_lock import Cell, Key, Lock, Matrix
+from quantkit.gguf.header import STRING, kv
+from quantkit.gguf.types import QTYPES
+from quantkit.model.families.known import MODELS
+from quantkit.model.families.options import Options
+from quantkit.model.open import open_model
+from quantkit.recipe.load import shipped
 
 ROOT = Path(__file__).parent.parent
 #: tensor data of the files published in January 2025, in bytes
@@ -167,7 +168,7 @@ def test_the_default_is_all_on_r1(place: Path) -> None:
 
 def test_all_recipes_on_all_models_in_seconds(place: Path) -> None:
     begin = time.process_time()
-    lock = sizes.make_lock(Matrix(recipes=["all"], models=["all"]), place)
+    lock = compare.make_lock(Matrix(recipes=["all"], models=["all"]), place)
     assert time.process_time() - begin < 10
     assert {c.cell.recipe for c in lock.cells} == set(shipped())
     shapes = {MODELS[c.cell.model] for c in lock.cells}
@@ -264,11 +265,11 @@ def test_a_change_of_type_alone_is_a_drift(locked: Path) -> None:
 def test_tolerance_is_a_share_of_the_bytes_before(locked: Path) -> None:
     change("rules:\n", ONE_TENSOR)
     lock = size_lock.read(locked)
-    (first, _) = sizes.compare(lock, locked).changes
+    (first, _) = compare.compare(lock, locked).changes
     assert first.before is not None
     exact = Fraction(first.delta, first.before.tensor_bytes)
-    assert sizes.compare(lock, locked, exact).changes[0].status == "tolerated"
-    assert sizes.compare(lock, locked, exact * Fraction(999_999, 1_000_000)).changes[0].status == "moved"
+    assert compare.compare(lock, locked, exact).changes[0].status == "tolerated"
+    assert compare.compare(lock, locked, exact * Fraction(999_999, 1_000_000)).changes[0].status == "moved"
     text = good("check", "--tolerance", "5%")
     assert ": tolerated: " in text
     assert text.endswith("\n2 sizes as in quantkit-sizes.yaml, 2 within the tolerance of 5 %\n")
@@ -440,8 +441,8 @@ def test_wrong_recipes(place: Path, recipe: str, error: str) -> None:
 
 
 def test_globs_of_shipped_recipes(place: Path) -> None:
-    assert sizes.expand_recipes(["ud-iq1_*", "UD-iq1_s"], place) == [n for n in shipped() if n.startswith("UD-IQ1_")]
-    assert sizes.expand_recipes(["all"], place) == list(shipped())
+    assert compare.expand_recipes(["ud-iq1_*", "UD-iq1_s"], place) == [n for n in shipped() if n.startswith("UD-IQ1_")]
+    assert compare.expand_recipes(["all"], place) == list(shipped())
 
 
 # ---------------------------------------------------------------- forms of the report
@@ -464,7 +465,7 @@ def workflow_command(line: str) -> tuple[str, dict[str, str], str]:
 
 @given(words, words)
 def test_workflow_commands_carry_any_text(title: str, message: str) -> None:
-    line = size_report.command("error", {"file": "a", "title": title}, message)
+    line = report.command("error", {"file": "a", "title": title}, message)
     assert workflow_command(line.replace("\x85", "").replace("\u2028", "")) is not None
     assert "\n" not in line
     assert "\r" not in line
@@ -509,8 +510,8 @@ def test_github_without_a_rule(place: Path) -> None:
 
 def test_github_says_what_it_does_not_show() -> None:
     keys = [Key(recipe=f"r{i}", model="m", layout="kv_b") for i in range(12)]
-    changes = tuple(sizes.Change(k, "vanished", Cell(cell=k), None, (), "gone", "") for k in keys)
-    *commands, hidden, _ = size_report.github(sizes.Comparison("f", Fraction(0), changes)).splitlines()
+    changes = tuple(compare.Change(k, "vanished", Cell(cell=k), None, (), "gone", "") for k in keys)
+    *commands, hidden, _ = report.github(compare.Comparison("f", Fraction(0), changes)).splitlines()
     assert [workflow_command(c)[1]["title"] for c in commands] == [f"sizes: {k}" for k in keys]
     assert hidden == "GitHub shows 10 annotations a step: 2 more are in this log and the summary"
 
@@ -579,8 +580,8 @@ def test_junit(locked: Path) -> None:
 
 def test_junit_of_names_that_xml_cannot_hold() -> None:
     key = Key(recipe="a\x01<b>", model="m\ufffe &", layout="kv_b")
-    changes = (sizes.Change(key, "vanished", Cell(cell=key), None, (), "gone \x00", ""),)
-    text = size_report.junit(sizes.Comparison("f", Fraction(0), changes), "2025-01-27T12:00:00")
+    changes = (compare.Change(key, "vanished", Cell(cell=key), None, (), "gone \x00", ""),)
+    text = report.junit(compare.Comparison("f", Fraction(0), changes), "2025-01-27T12:00:00")
     root = Xml.fromstring(text)
     validate_junit(root)
     assert root.find("testsuite/testcase").attrib["classname"] == "sizes.a\ufffd<b>"  # type: ignore[union-attr]

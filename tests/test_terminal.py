@@ -21,10 +21,10 @@ from conftest import Run
 from faults_site import Server
 from test_outputs import commands
 
+from quantkit.base.errors import QuantkitError
 from quantkit.cli import cli
 from quantkit.cli.files import Read, Written
-from quantkit.errors import QuantkitError
-from quantkit.gguf_format import STRING, U32, kv
+from quantkit.gguf.header import STRING, U32, kv
 
 QUANTKIT = [sys.executable, "-m", "quantkit"]
 #: a run of each command that prints, in a folder with what `place` makes

@@ -12,10 +12,10 @@ import pytest
 from conftest import Tools
 from gguf import GGUFReader
 
-from quantkit.arch.options import Options
-from quantkit.arch.tokenizer import tokenizer_kvs
-from quantkit.gguf_format import decode
-from quantkit.models import open_model
+from quantkit.gguf.header import decode
+from quantkit.model.families.options import Options
+from quantkit.model.families.tokenizer import tokenizer_kvs
+from quantkit.model.open import open_model
 
 
 def real_tokenizer(folder: Path) -> Path:

@@ -15,11 +15,13 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from quantkit import kernels, toolchain, toolchain_install
+from quantkit import kernels
+from quantkit.base.errors import ToolError
 from quantkit.cli import cli
 from quantkit.cli.doctor import doctor
 from quantkit.cli.toolchain import toolchain as toolchain_group
-from quantkit.errors import ToolError
+from quantkit.llama_cpp import install as toolchain_install
+from quantkit.llama_cpp import toolchain
 
 TOOL = "llama-quantize"
 

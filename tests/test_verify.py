@@ -30,24 +30,25 @@ from verifying import (
     set_key,
 )
 
-from quantkit import kernels, toolchain
-from quantkit.engines.llama_quantize import LlamaQuantizeEngine
-from quantkit.engines.native import NativeEngine
-from quantkit.errors import ImatrixError, KernelError, SourceError
-from quantkit.exchange import tensor_type_file
-from quantkit.gguf_format import STRING, U32, TensorInfo, kv, read_header
-from quantkit.imatrix import open_imatrix
-from quantkit.models import open_model
-from quantkit.plan import Plan
-from quantkit.qtypes import INTEGER_TYPES, QTYPES
-from quantkit.recipe import load
-from quantkit.verify.against_plan import read_plan
-from quantkit.verify.derive import e4m3_values, to_bf16
-from quantkit.verify.ggml import Ggml
-from quantkit.verify.rederive import Rows, choose, parse_sample
-from quantkit.verify.run import Request, verify
-from quantkit.verify.scan import bad_blocks
-from quantkit.verify.verdict import KEPT_EACH, Finding, Findings, Verdict
+from quantkit import kernels
+from quantkit.base.errors import ImatrixError, KernelError, SourceError
+from quantkit.building.engines.llama_quantize import LlamaQuantizeEngine
+from quantkit.building.engines.native import NativeEngine
+from quantkit.gguf.header import STRING, U32, TensorInfo, kv, read_header
+from quantkit.gguf.types import INTEGER_TYPES, QTYPES
+from quantkit.llama_cpp import toolchain
+from quantkit.llama_cpp.tensor_types import tensor_type_file
+from quantkit.model.imatrix import open_imatrix
+from quantkit.model.open import open_model
+from quantkit.planning.plan import Plan
+from quantkit.recipe.load import load
+from quantkit.verifying.against_plan import read_plan
+from quantkit.verifying.derive import e4m3_values, to_bf16
+from quantkit.verifying.ggml import Ggml
+from quantkit.verifying.rederive import Rows, choose, parse_sample
+from quantkit.verifying.run import Request, verify
+from quantkit.verifying.scan import bad_blocks
+from quantkit.verifying.verdict import KEPT_EACH, Finding, Findings, Verdict
 
 # ---------------------------------------------------------------- sound files
 
@@ -142,7 +143,7 @@ def test_what_llama_quantize_itself_makes_passes(
 ) -> None:
     made = plan_of(tiny_v3, load("UD-IQ1_S"), tiny_imatrix)
     types = tmp_path / "types"
-    types.write_text(tensor_type_file(made.tensors))
+    types.write_text(tensor_type_file((t.tensor.name, t.type) for t in made.tensors if t.tensor.quantizable))
     out = tmp_path / "out.gguf"
     subprocess.run(
         [tools.quantize, "--imatrix", tiny_imatrix, "--tensor-type-file", types, tiny_bf16, out, "IQ1_S"],

@@ -31,10 +31,10 @@ from verifying import (
     set_key,
 )
 
-from quantkit.gguf_format import BOOL, KV, STRING, U16, U32, TensorInfo, header_bytes, kv, read_header
-from quantkit.models import open_model
-from quantkit.plan import Plan
-from quantkit.verify import manifest
+from quantkit.gguf.header import BOOL, KV, STRING, U16, U32, TensorInfo, header_bytes, kv, read_header
+from quantkit.model.open import open_model
+from quantkit.planning.plan import Plan
+from quantkit.verifying import manifest
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ from conftest import Run
 from factory import gguf_file
 from verifying import MIX, check, plan_of, poke, rules
 
-from quantkit.gguf_format import F32, KV, STRING, U32, kv, kv_array
-from quantkit.recipe import load
+from quantkit.gguf.header import F32, KV, STRING, U32, kv, kv_array
+from quantkit.recipe.load import load
 
 DATA = ((32, 4), "F32", np.ones(128, np.float32).tobytes())
 ARCH = kv("general.architecture", STRING, "llama")
@@ -52,7 +52,7 @@ def test_one_type_only(sound: Path, tiny_v3: Path, tiny_imatrix: Path) -> None:
 
 def test_another_recipes_file_that_is_damaged_is_damaged(copied: Path, tiny_v3: Path, tiny_imatrix: Path) -> None:
     """A byte of a row, in a tensor of another type than asked."""
-    from quantkit.gguf_format import read_header
+    from quantkit.gguf.header import read_header
 
     output = next(t for t in read_header(copied).tensors if t.name == "output.weight")
     poke(copied, output.offset + 3, b"\x55")
@@ -63,8 +63,8 @@ def test_another_recipes_file_that_is_damaged_is_damaged(copied: Path, tiny_v3: 
 
 
 def test_another_models_file_is_not_another_recipes(sound: Path, tiny_imatrix: Path) -> None:
-    from quantkit.models import open_model
-    from quantkit.plan import make_plan
+    from quantkit.model.open import open_model
+    from quantkit.planning.plan import make_plan
 
     verdict = check(sound, make_plan(open_model("deepseek-v2-lite"), load("Q8_0")), None, None)
     assert verdict.exit_code == 12

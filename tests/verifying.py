@@ -7,20 +7,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from quantkit import build as builds
-from quantkit.arch.options import Options
-from quantkit.engines import Engine
-from quantkit.engines.native import NativeEngine
-from quantkit.gguf_format import KV, TensorInfo, header_bytes, read_header
-from quantkit.imatrix import open_imatrix
-from quantkit.models import open_model
-from quantkit.plan import Plan, make_plan
-from quantkit.recipe import Recipe, parse
-from quantkit.verify.against_plan import expected_of
-from quantkit.verify.ggml import Ggml
-from quantkit.verify.rederive import Rows, parse_sample
-from quantkit.verify.run import Outcome, Request, verify
-from quantkit.verify.verdict import Verdict
+from quantkit.building import run as builds
+from quantkit.building.engines import Engine
+from quantkit.building.engines.native import NativeEngine
+from quantkit.gguf.header import KV, TensorInfo, header_bytes, read_header
+from quantkit.model.families.options import Options
+from quantkit.model.imatrix import open_imatrix
+from quantkit.model.open import open_model
+from quantkit.planning.plan import Plan, make_plan
+from quantkit.recipe.load import Recipe, parse
+from quantkit.verifying.against_plan import expected_of
+from quantkit.verifying.ggml import Ggml
+from quantkit.verifying.rederive import Rows, parse_sample
+from quantkit.verifying.run import Outcome, Request, verify
+from quantkit.verifying.verdict import Verdict
 
 OPTIONS = Options(pre="deepseek-v3")
 

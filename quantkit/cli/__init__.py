@@ -13,7 +13,7 @@ from typing import NoReturn
 import click
 
 from quantkit import __version__
-from quantkit.errors import QuantkitError
+from quantkit.base.errors import QuantkitError
 
 from . import build, cache, demo, dequant, doctor, fit, inspect, plan, recipe, shards, sizes, status, toolchain, verify
 from .files import Group

@@ -23,10 +23,10 @@ from .options import (
 )
 
 if TYPE_CHECKING:
-    from quantkit.build import Build
-    from quantkit.cache import Cache
-    from quantkit.engines import Engine
-    from quantkit.verify.attestation import Asked, Evidence
+    from quantkit.building.cache import Cache
+    from quantkit.building.engines import Engine
+    from quantkit.building.run import Build
+    from quantkit.verifying.attestation import Asked, Evidence
 
 
 @click.command(cls=Command)
@@ -119,15 +119,15 @@ def build(
         raise click.UsageError("--hash-source needs --attest")
     if binary is not None and engine != "llama-quantize":
         raise click.UsageError("--llama-quantize needs --engine llama-quantize")
-    from quantkit import report
-    from quantkit.abandoned import finished_shards
-    from quantkit.build import prepare
-    from quantkit.cache import Cache
-    from quantkit.errors import OutputError
-    from quantkit.gaps import gap_warnings
-    from quantkit.models import open_model
-    from quantkit.output_files import Output
-    from quantkit.plan import make_plan
+    from quantkit.base.errors import OutputError
+    from quantkit.base.outputs import Output
+    from quantkit.building.cache import Cache
+    from quantkit.building.leftovers import finished_shards
+    from quantkit.building.run import prepare
+    from quantkit.model.open import open_model
+    from quantkit.planning import report
+    from quantkit.planning.gaps import gap_warnings
+    from quantkit.planning.plan import make_plan
 
     ready_kernels()
     rules = recipe_of(recipe, sets)
@@ -162,8 +162,8 @@ def build(
             click.echo(f"warning: {e}; the build goes on without a cache", err=True)
     run_with_progress(ready, chosen, threads or default_threads(), quiet, cache)
     if attest is not None and evidence is not None:
-        from quantkit.recipe import parse_sets
-        from quantkit.verify.attestation import Asked
+        from quantkit.recipe.load import parse_sets
+        from quantkit.verifying.attestation import Asked
 
         asked = Asked(
             recipe, rules.text, parse_sets(sets), mixture_version, layout, pre, pad_token, split_max_size,
@@ -174,7 +174,7 @@ def build(
 
 def gather_evidence(ready: Build, quiet: bool) -> Evidence:
     """What the build is made from, as it is now: its small files and headers hashed."""
-    from quantkit.verify.attestation import gather
+    from quantkit.verifying.attestation import gather
 
     assert ready.plan.catalogue.source is not None
     bars = Bars(quiet)
@@ -188,9 +188,9 @@ def write_attestation(
     path: Path, ready: Build, asked: Asked, evidence: Evidence, whole: bool, force: bool, quiet: bool
 ) -> None:
     """Hash what was made, and with `whole` all of the source, and write the statement."""
-    from quantkit.toolchain import GGML_VERSION
-    from quantkit.verify.attestation import statement
-    from quantkit.verify.manifest import write_json
+    from quantkit.llama_cpp.toolchain import GGML_VERSION
+    from quantkit.verifying.attestation import statement
+    from quantkit.verifying.manifest import write_json
 
     bars = Bars(quiet)
     try:
@@ -205,9 +205,9 @@ def write_attestation(
 
 def make_engine(name: str, binary: str | None) -> Engine:
     """The engine by name, with the tools it needs found."""
-    from quantkit import toolchain
-    from quantkit.engines.llama_quantize import LlamaQuantizeEngine
-    from quantkit.engines.native import NativeEngine
+    from quantkit.building.engines.llama_quantize import LlamaQuantizeEngine
+    from quantkit.building.engines.native import NativeEngine
+    from quantkit.llama_cpp import toolchain
 
     if name == "native":
         return NativeEngine()
@@ -216,7 +216,7 @@ def make_engine(name: str, binary: str | None) -> Engine:
 
 def run_with_progress(ready: Build, engine: Engine, n_threads: int, quiet: bool, cache: Cache | None = None) -> None:
     """Run a build with one progress bar, in weights, and say what was made."""
-    from quantkit import build as builds
+    from quantkit.building import run as builds
 
     start = time.monotonic()
     n = ready.plan.n_elements

@@ -13,7 +13,7 @@ from .files import CACHE, FOLDER, Group
 from .options import Size
 
 if TYPE_CHECKING:
-    from quantkit.cache import Cache
+    from quantkit.building.cache import Cache
 
 
 @click.group(cls=Group)
@@ -58,7 +58,7 @@ def prune(folder: Path, max_size: int) -> None:
     \b
     quantkit cache prune ~/quantkit-cache --max-size 50G
     """
-    from quantkit.errors import OutputError
+    from quantkit.base.errors import OutputError
 
     opened = _open(folder, max_size)
     before = opened.entries()
@@ -72,6 +72,6 @@ def prune(folder: Path, max_size: int) -> None:
 
 
 def _open(folder: Path, max_size: int) -> Cache:
-    from quantkit.cache import Cache
+    from quantkit.building.cache import Cache
 
     return Cache(folder, max_size, make=False)

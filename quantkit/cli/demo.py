@@ -29,15 +29,15 @@ def demo(folder: Path, recipe: str, threads: int | None) -> None:
     quantkit demo
     quantkit demo --recipe UD-Q2_K_XL --dir /tmp/demo
     """
-    from quantkit import build as builds
-    from quantkit import demo as demos
-    from quantkit import report
-    from quantkit.arch.options import Options
-    from quantkit.clone import slug
-    from quantkit.imatrix import open_imatrix
-    from quantkit.models import describe_stored, open_model
-    from quantkit.plan import make_plan
-    from quantkit.recipe import load
+    from quantkit.authoring.clone import slug
+    from quantkit.building import run as builds
+    from quantkit.model import demo as demos
+    from quantkit.model.families.options import Options
+    from quantkit.model.imatrix import open_imatrix
+    from quantkit.model.open import describe_stored, open_model
+    from quantkit.planning import report
+    from quantkit.planning.plan import make_plan
+    from quantkit.recipe.load import load
 
     ready_kernels()
     rules = load(recipe)

@@ -80,7 +80,7 @@ def dequant(
     """
     from quantkit.dequant import Options, prepare
     from quantkit.dequant.decode import Native, Torch
-    from quantkit.sources.safetensors_dir import open_checkpoint
+    from quantkit.model.sources.safetensors_dir import open_checkpoint
 
     ready_kernels()
     job = prepare(open_checkpoint(source), output, Options(dtype, shard_size, mtp == "keep"), restart)
@@ -98,8 +98,8 @@ def dequant(
 
 def _check_names(job: Job) -> None:
     """Raises OutputError where a name is too long with what is added to it while the file is made."""
+    from quantkit.base.outputs import check_length
     from quantkit.dequant.place import PART
-    from quantkit.output_files import check_length
 
     for name in [*(shard.name for shard in job.plan.shards), *(name for name, _ in job.plan.carried)]:
         check_length(job.dst / name, f".{PART}")

@@ -55,7 +55,8 @@ def examine() -> dict[str, Any]:
     """All that the doctor looks at, as plain data: the keys of `doctor --json`."""
     import platform
 
-    from quantkit import __version__, toolchain
+    from quantkit import __version__
+    from quantkit.llama_cpp import toolchain
 
     from .toolchain import describe
 
@@ -112,8 +113,8 @@ def _installed_version(distribution: str) -> str | None:
 
 def _kernels(problem: Callable[[str, str, str], None]) -> tuple[dict[str, str], dict[str, str | None]]:
     """The kernel used for each type, and the ggml of the wheel; tells `problem` of what is not there."""
-    from quantkit import toolchain
-    from quantkit.errors import KernelError
+    from quantkit.base.errors import KernelError
+    from quantkit.llama_cpp import toolchain
 
     ggml: dict[str, str | None] = {"path": None, "version": None}
     try:
@@ -168,8 +169,8 @@ def _cpu_model() -> str:
 
 def _disks() -> dict[str, dict[str, Any]]:
     """Free bytes where we are and of the cache; without what cannot be looked into."""
-    from quantkit import toolchain
-    from quantkit.errors import ToolError
+    from quantkit.base.errors import ToolError
+    from quantkit.llama_cpp import toolchain
 
     found = {}
     with suppress(OSError):  # a current directory that was removed

@@ -2,7 +2,7 @@
 
 Every argument and option that names a file or a folder has one of these types, and every command is a `Command`, which
 looks at all of them before its function is called: what is read must be no pipe or device, and nothing that is written
-may be something that is read, or another output (quantkit.output_files). So a new option cannot forget it. Names that a
+may be something that is read, or another output (quantkit.base.outputs). So a new option cannot forget it. Names that a
 command only knows later, such as those of shards, it gives to `will_write`.
 """
 
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 if TYPE_CHECKING:
-    from quantkit.output_files import Output
+    from quantkit.base.outputs import Output
 
     _Type = click.ParamType[Any]
 else:
@@ -44,7 +44,7 @@ class Read(_Type):
         name: str = "file",
         is_judged: bool = False,
     ) -> None:
-        """`error` is the class of quantkit.errors for a pipe or device; `unless_given` stands for no value; where
+        """`error` is the class of quantkit.base.errors for a pipe or device; `unless_given` stands for no value; where
         `is_judged` the command looks at each file itself, and does without a pipe or device that it can spare."""
         self._files, self._as_path, self.is_judged = files, as_path, is_judged
         self.error, self.unless_given, self.name = error, unless_given, name
@@ -78,7 +78,7 @@ class Written(_Type):
         self.unless_given = unless_given
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
-        from quantkit.output_files import check_file_name
+        from quantkit.base.outputs import check_file_name
 
         _check_text(value, param, "OutputError")
         if self._is_file and isinstance(value, str):
@@ -89,7 +89,7 @@ class Written(_Type):
         return () if self._files is None else self._files(value)
 
     def outputs(self, value: Path, option: str, replace: bool) -> Iterable[Output]:
-        from quantkit.output_files import Output, check_folder_link, check_name
+        from quantkit.base.outputs import Output, check_folder_link, check_name
 
         one = Output(value, option, replace, example=self._example)
         if not self._is_file and value.name:  # before anything is looked for there
@@ -122,7 +122,7 @@ class Command(click.Command):
                     outputs += param.type.outputs(one, _shown(param), replace)
         ctx.meta[_KEY] = (reads, outputs)
         if outputs:
-            from quantkit.output_files import check
+            from quantkit.base.outputs import check
 
             check(reads, outputs)
         return super().invoke(ctx)
@@ -136,7 +136,7 @@ class Group(click.Group):
 
 def will_write(*more: Output) -> None:
     """Check further outputs of the command at work, and all again beside these. Raises OutputError."""
-    from quantkit.output_files import check
+    from quantkit.base.outputs import check
 
     reads, outputs = click.get_current_context().meta[_KEY]
     outputs += more
@@ -146,7 +146,7 @@ def will_write(*more: Output) -> None:
 def _check_text(value: Any, param: click.Parameter | None, error: str) -> None:
     """Raise an error of that class for what is no name at all: '', which would be the current folder and mostly is a
     variable that was not set, or one with a NUL."""
-    from quantkit import errors
+    from quantkit.base import errors
 
     named = "the name" if param is None else _shown(param)
     if value == "":
@@ -164,8 +164,8 @@ def _shown(param: click.Parameter) -> str:
 def _refuse_special(paths: Iterable[Path], error: str) -> None:
     """Raise an error of that class for a pipe, socket or device, whose reading may never end, and for a name that no
     file can have."""
-    from quantkit import errors
-    from quantkit.disk import special
+    from quantkit.base import errors
+    from quantkit.base.files import special
 
     for path in paths:
         try:
@@ -183,7 +183,7 @@ def _refuse_special(paths: Iterable[Path], error: str) -> None:
 
 def _of_gguf(value: str) -> Iterator[Path]:
     """A GGUF and the other shards of its set."""
-    from quantkit.sharding import split_name
+    from quantkit.gguf.shards import split_name
 
     path = Path(value)
     yield path
@@ -198,7 +198,7 @@ def _of_gguf(value: str) -> Iterator[Path]:
 
 def _of_model(value: str) -> Iterator[Path]:
     """Everything behind a SOURCE: the files of a checkpoint's folder, or of a GGUF."""
-    from quantkit.output_files import files_of_folder
+    from quantkit.base.outputs import files_of_folder
 
     path = Path(value)
     with suppress(RuntimeError):  # ~name of nobody
@@ -212,7 +212,7 @@ def _of_model(value: str) -> Iterator[Path]:
     elif is_there:
         yield from _of_gguf(str(path))
     elif value.count("/") == 1 and not value.startswith((".", "~", "/")) and "://" not in value:
-        from quantkit.models import downloaded
+        from quantkit.model.open import downloaded
 
         found = downloaded(value)
         if found is not None:
@@ -220,7 +220,7 @@ def _of_model(value: str) -> Iterator[Path]:
 
 
 def _of_recipe(value: str) -> Iterable[Path]:
-    from quantkit.recipe import files_of
+    from quantkit.recipe.load import files_of
 
     return files_of(value)
 
@@ -243,15 +243,15 @@ def _of_lock(value: str) -> Iterator[Path]:
 
 
 def _lock_path(path: Path) -> Path:
-    from quantkit.sizes import default_lock
+    from quantkit.authoring.sizes.compare import default_lock
 
     return default_lock() if path == _DEFAULT else path
 
 
 def _behind_lock(given: Path) -> Iterator[Path]:
-    from quantkit.errors import QuantkitError
-    from quantkit.size_lock import read
-    from quantkit.sizes import is_path
+    from quantkit.authoring.sizes.compare import is_path
+    from quantkit.authoring.sizes.lock import read
+    from quantkit.base.errors import QuantkitError
 
     path = _lock_path(given)
 
@@ -296,7 +296,7 @@ FOLDER = Read(_nothing, as_path=True)
 
 def _of_build(out: Path, one: Output) -> Iterator[Output]:
     """OUT, or shards whose names `prepare` knows and checks, and the folder where they are made."""
-    from quantkit.partial_folder import folder_of
+    from quantkit.building.folder import folder_of
 
     yield one._replace(is_later=True, suffix=".partial")
     yield one._replace(path=folder_of(out), option="the unfinished build", is_folder=True, only_compared=True)
@@ -311,7 +311,7 @@ def _of_cache(folder: Path, one: Output) -> Iterator[Output]:
 
 def _of_demo(folder: Path, one: Output) -> Iterator[Output]:
     """What a demo made before and makes again; that the folder is a demo's its marker says."""
-    from quantkit import demo
+    from quantkit.model import demo
 
     for inside in (folder, folder / demo.NAME):
         with suppress(OSError):
@@ -322,7 +322,7 @@ def _of_demo(folder: Path, one: Output) -> Iterator[Output]:
 
 def _of_update(given: Path, one: Output) -> Iterator[Output]:
     """A sizes lock is read and written by design. What is there and is none is replaced with --force only."""
-    from quantkit.size_lock import is_lock
+    from quantkit.authoring.sizes.lock import is_lock
 
     path = _lock_path(given)
     yield one._replace(path=path, replace=one.replace or is_lock(path))

@@ -10,7 +10,7 @@ from .files import MODEL, RECIPE, Command
 from .options import Size, conversion, layout_option
 
 if TYPE_CHECKING:
-    from quantkit.gpus import Gpus
+    from quantkit.planning.gpus import Gpus
 
     _GpusParam = click.ParamType[tuple[Gpus, ...]]
 else:
@@ -23,7 +23,7 @@ class GpuList(_GpusParam):
     name = "gpus"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[Gpus, ...]:
-        from quantkit.gpus import parse_gpus
+        from quantkit.planning.gpus import parse_gpus
 
         try:
             return tuple(parse_gpus(item) for item in str(value).split(","))
@@ -86,22 +86,22 @@ def fit(
     """
     import json
 
-    from quantkit import offload, report
-    from quantkit.models import open_model
-    from quantkit.plan import make_plan
-    from quantkit.recipe import load
+    from quantkit.model.open import open_model
+    from quantkit.planning import fit, report
+    from quantkit.planning.plan import make_plan
+    from quantkit.recipe.load import load
 
     catalogue = open_model(model, conversion(layout, None, None))
     if recipe is None and not all(t.parts and t.parts[0].source == t.name for t in catalogue.tensors):
         raise click.UsageError(f"{model} is not a GGUF, so --recipe must say which types it gets")
     plan = None if recipe is None else make_plan(catalogue, load(recipe))
-    weights = offload.weigh(catalogue, plan, context, cache_type)
+    weights = fit.weigh(catalogue, plan, context, cache_type)
     common = ["-c", str(context)]
     if cache_type != "f16":
         common += ["-ctk", cache_type, "-ctv", cache_type]
-    answers = [offload.answer(weights, gpus, reserve, common) for gpus in vram]
+    answers = [fit.answer(weights, gpus, reserve, common) for gpus in vram]
     if as_json:
-        click.echo(json.dumps(offload.to_json(weights, answers, ram), indent=1, ensure_ascii=False))
+        click.echo(json.dumps(fit.to_json(weights, answers, ram), indent=1, ensure_ascii=False))
     else:
         about = f"KV cache of {context:,} tokens in {cache_type}"
         click.echo(report.fit_text(weights, answers, about, ram))

@@ -24,10 +24,10 @@ def inspect(source: str, every_tensor: bool, as_json: bool, pre: str | None) -> 
     quantkit inspect R1-UD-IQ1_S-00001-of-00003.gguf
     quantkit inspect DeepSeek-R1/ --json | jq .stored
     """
-    from quantkit import report
-    from quantkit.arch.options import Options
-    from quantkit.models import describe_stored, open_model
-    from quantkit.sources.remote import is_remote
+    from quantkit.model.families.options import Options
+    from quantkit.model.open import describe_stored, open_model
+    from quantkit.model.sources.remote import is_remote
+    from quantkit.planning import report
 
     # a tokenizer nobody knows is no reason not to look
     catalogue = open_model(source, Options(pre=pre or "(not recognized)", recognize=pre is None, any_kind=True))

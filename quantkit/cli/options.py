@@ -13,9 +13,9 @@ import click
 from .files import IMATRIX, MODEL, RECIPE
 
 if TYPE_CHECKING:
-    from quantkit.arch.options import Options
-    from quantkit.imatrix import Imatrix
-    from quantkit.recipe import Recipe
+    from quantkit.model.families.options import Options
+    from quantkit.model.imatrix import Imatrix
+    from quantkit.recipe.load import Recipe
 
 if TYPE_CHECKING:
     _IntParam = click.ParamType[int]
@@ -118,7 +118,7 @@ plan_first_options = together(
 
 
 def conversion(layout: str, pre: str | None, pad_token: str | None) -> Options:
-    from quantkit.arch.options import Options
+    from quantkit.model.families.options import Options
 
     context = click.get_current_context(silent=True)
     given = context is not None and context.get_parameter_source("layout") is click.core.ParameterSource.COMMANDLINE
@@ -127,7 +127,8 @@ def conversion(layout: str, pre: str | None, pad_token: str | None) -> Options:
 
 def ready_kernels() -> None:
     """Tell the kernels of the toolchain, and raise KernelError when the environment asks for some that are not here."""
-    from quantkit import kernels, toolchain
+    from quantkit import kernels
+    from quantkit.llama_cpp import toolchain
 
     kernels.use_pinned_library(toolchain.ggml_library())
     kernels.check_choice()
@@ -135,13 +136,13 @@ def ready_kernels() -> None:
 
 def recipe_of(name: str, sets: Sequence[str]) -> Recipe:
     """The recipe by name or path, with --set's."""
-    from quantkit.recipe import load, parse_sets
+    from quantkit.recipe.load import load, parse_sets
 
     return load(name, parse_sets(sets))
 
 
 def imatrix_of(path: str | None) -> Imatrix | None:
-    from quantkit.imatrix import open_imatrix
+    from quantkit.model.imatrix import open_imatrix
 
     return None if path is None else open_imatrix(path)
 

@@ -40,10 +40,10 @@ def plan(
     """
     from pathlib import Path
 
-    from quantkit import layout as layouts
-    from quantkit import report
-    from quantkit.models import open_model
-    from quantkit.plan import make_plan, with_values
+    from quantkit.model.open import open_model
+    from quantkit.planning import layout as layouts
+    from quantkit.planning import report
+    from quantkit.planning.plan import make_plan, with_values
 
     rules = recipe_of(recipe, sets)
     weights = imatrix_of(imatrix)

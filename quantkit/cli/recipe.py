@@ -14,8 +14,8 @@ from .files import IMATRIX, MODEL, RECIPE, RECIPE_OUT, Group
 from .options import conversion, imatrix_of, json_option, layout_option, mixture_version_option, recipe_of, set_option
 
 if TYPE_CHECKING:
-    from quantkit.catalogue import Catalogue
-    from quantkit.recipe import Recipe
+    from quantkit.model.catalogue import Catalogue
+    from quantkit.recipe.load import Recipe
 
 _MODEL_HELP = "The model to try it on: a name, config.json, checkpoint or GGUF.  [default: one of the recipe's arch]"
 _model_option = click.option("-m", "--model", type=MODEL, metavar="SOURCE", help=_MODEL_HELP)
@@ -43,8 +43,8 @@ def list_(as_json: bool) -> None:
     quantkit recipe list
     quantkit recipe list --json | jq -r '.[].name'
     """
-    from quantkit import report
-    from quantkit.recipe import load, shipped
+    from quantkit.authoring import report
+    from quantkit.recipe.load import load, shipped
 
     every = [load(name) for name in shipped()]
     if as_json:
@@ -68,11 +68,11 @@ def show(name: str, resolved: bool, sets: tuple[str, ...]) -> None:
     quantkit recipe show UD-IQ1_S
     quantkit recipe show mine.yaml --resolved --set down=Q2_K
     """
-    from quantkit import recipe_docs
-    from quantkit.recipe import text_of
+    from quantkit.recipe import docs
+    from quantkit.recipe.load import text_of
 
     made = recipe_of(name, sets)
-    click.echo(recipe_docs.resolved(made) if resolved or sets else text_of(name), nl=False)
+    click.echo(docs.resolved(made) if resolved or sets else text_of(name), nl=False)
 
 
 @recipe.command()
@@ -105,10 +105,10 @@ def lint(
     quantkit recipe lint recipes/*.yaml --model deepseek-v2-lite --strict
     quantkit recipe lint --only-recipes $(git ls-files '*.yaml')
     """
-    from quantkit.authoring import Finding
-    from quantkit.authoring import lint as check
-    from quantkit.errors import RecipeError
-    from quantkit.recipe import is_recipe, parse_sets
+    from quantkit.authoring.review import Finding
+    from quantkit.authoring.review import lint as check
+    from quantkit.base.errors import RecipeError
+    from quantkit.recipe.load import is_recipe, parse_sets
 
     if only_recipes:
         given, names = names, tuple(name for name in names if not _is_yaml(name) or is_recipe(Path(name)))
@@ -171,13 +171,13 @@ def explain(
     quantkit recipe explain UD-IQ1_S blk.3.ffn_down_exps.weight
     quantkit recipe explain Q4_K_M blk.0.attn_k_b.weight --model deepseek-v2-lite
     """
-    from quantkit import authoring, report
-    from quantkit.plan import make_plan, with_values
+    from quantkit.authoring import report, review
+    from quantkit.planning.plan import make_plan, with_values
 
     rules, weights = recipe_of(name, sets), imatrix_of(imatrix)
     described = _open(model or _references(rules)[0], layout, named=model is not None)
     plan = make_plan(described, rules, weights, mixture_version)
-    made = authoring.explain(plan, tensor)
+    made = review.explain(plan, tensor)
     click.echo(json.dumps(made.to_json(), indent=1, ensure_ascii=False) if as_json else report.explanation_text(made))
     if weights is not None:  # a build would be refused for another tensor, perhaps
         with_values(plan, weights)
@@ -206,14 +206,12 @@ def diff(
     quantkit recipe diff UD-IQ1_S UD-IQ1_M
     quantkit recipe diff Q4_K_M mine.yaml --model deepseek-v2-lite --json | jq .bytes
     """
-    from quantkit import authoring, report
-    from quantkit.plan import make_plan
+    from quantkit.authoring import report, review
+    from quantkit.planning.plan import make_plan
 
     a, b = recipe_of(before, ()), recipe_of(after, ())
     catalogue = _open(model or _references(a)[0], layout, named=model is not None)
-    made = authoring.diff(
-        make_plan(catalogue, a, None, mixture_version), make_plan(catalogue, b, None, mixture_version)
-    )
+    made = review.diff(make_plan(catalogue, a, None, mixture_version), make_plan(catalogue, b, None, mixture_version))
     if as_json:
         click.echo(json.dumps(made.to_json(), indent=1, ensure_ascii=False))
     else:
@@ -238,17 +236,14 @@ def new(path: Path, base: str, source: str | None, force: bool) -> None:
     quantkit recipe new mine.yaml
     quantkit recipe new mine.yaml --from UD-Q2_K_XL
     """
-    from quantkit import recipe_docs
-    from quantkit.errors import OutputError
-    from quantkit.output_files import write_text
-    from quantkit.recipe import load, parse
+    from quantkit.base.errors import OutputError
+    from quantkit.base.outputs import write_text
+    from quantkit.recipe import docs
+    from quantkit.recipe.load import load, parse
 
     if path.suffix not in (".yaml", ".yml"):
         raise OutputError(f"{path}: a recipe's file ends in .yaml")
-    if source is not None:
-        text = recipe_docs.copy_of(source, path)
-    else:
-        text = recipe_docs.starter(path, base, _references(load(base))[0])
+    text = docs.copy_of(source, path) if source is not None else docs.starter(path, base, _references(load(base))[0])
     parse(text, path.name, folder=path.parent)
     write_text(path, text, force)
     typed = f"./{path}" if str(path).startswith("-") else str(path)
@@ -264,9 +259,9 @@ def schema(form: str) -> None:
     quantkit recipe schema > recipe.schema.json
     quantkit recipe schema --format markdown | less
     """
-    from quantkit import recipe_docs
+    from quantkit.recipe import docs
 
-    text = json.dumps(recipe_docs.schema(), indent=1) + "\n" if form == "json" else recipe_docs.page()
+    text = json.dumps(docs.schema(), indent=1) + "\n" if form == "json" else docs.page()
     click.echo(text, nl=False)
 
 
@@ -280,8 +275,8 @@ def _is_yaml(name: str) -> bool:
 
 def _references(rules: Recipe) -> list[str]:
     """A known model of each arch a recipe is for."""
-    from quantkit.arch.known import REFERENCES
-    from quantkit.errors import UnsupportedError
+    from quantkit.base.errors import UnsupportedError
+    from quantkit.model.families.known import REFERENCES
 
     known = [model for arch, model in REFERENCES.items() if rules.is_for(arch)]
     if not known:
@@ -293,7 +288,7 @@ def _references(rules: Recipe) -> list[str]:
 
 def _open(model: str, layout: str, named: bool) -> Catalogue:
     """The model that was named, or one that stands for its arch, whose layout nobody asked for."""
-    from quantkit.models import open_model
+    from quantkit.model.open import open_model
 
     options = conversion(layout, None, None)._replace(pre="(not recognized)", recognize=True)
     return open_model(model, options if named else options._replace(layout_given=False))

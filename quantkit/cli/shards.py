@@ -15,7 +15,7 @@ from .files import GGUF, MERGED, PREFIX, Command
 from .options import Size, together
 
 if TYPE_CHECKING:
-    from quantkit.shards import OutputFile, ShardSet
+    from quantkit.gguf.split import OutputFile, ShardSet
 
 #: --force, --dry-run, --quiet, --json
 _common = together(
@@ -59,9 +59,9 @@ def split(
     quantkit split R1.gguf R1 --max-size 50G
     quantkit split R1-00001-of-00003.gguf small/R1 --max-size 10G --dry-run
     """
-    from quantkit.shard_writer import check_output
-    from quantkit.sharding import DEFAULT_MAX_TENSORS, Limits
-    from quantkit.shards import open_set, plan_split
+    from quantkit.gguf.shards import DEFAULT_MAX_TENSORS, Limits
+    from quantkit.gguf.split import open_set, plan_split
+    from quantkit.gguf.split_writer import check_output
 
     if max_size is not None and max_tensors is not None:
         raise click.UsageError("give --max-size or --max-tensors, not both")
@@ -96,8 +96,8 @@ def merge(
     quantkit merge R1-00001-of-00003.gguf R1.gguf
     quantkit merge R1-00001-of-00003.gguf R1.gguf --gguf-split-compat
     """
-    from quantkit.shard_writer import check_output
-    from quantkit.shards import open_set, plan_merge
+    from quantkit.gguf.split import open_set, plan_merge
+    from quantkit.gguf.split_writer import check_output
 
     model = open_set(first)
     files = (plan_merge(model, output, gguf_split_compat),)
@@ -134,7 +134,7 @@ def _make(model: ShardSet, files: Sequence[OutputFile], force: bool, dry_run: bo
 
 def _write(model: ShardSet, files: Sequence[OutputFile], force: bool, quiet: bool) -> dict[str, int]:
     """Write the files with a progress bar, in bytes."""
-    from quantkit.shard_writer import write
+    from quantkit.gguf.split_writer import write
 
     n = sum(piece.nbytes for file in files for piece in file.ranges)
     with open_bar(n, "B", quiet) as bar:

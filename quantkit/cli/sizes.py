@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from fractions import Fraction
     from pathlib import Path
 
-    from quantkit.size_lock import Lock
+    from quantkit.authoring.sizes.lock import Lock
 
     _FractionParam = click.ParamType[Fraction]
 else:
@@ -80,19 +80,20 @@ def update(
     quantkit sizes update
     quantkit sizes update quantkit-sizes.yaml -r 'UD-*' -r recipes/mine.yaml -m deepseek-r1 -m deepseek-v2
     """
-    from quantkit import size_lock, size_report
-    from quantkit import sizes as library
+    from quantkit.authoring.sizes import compare as library
+    from quantkit.authoring.sizes import lock
+    from quantkit.authoring.sizes import report as size_report
 
     path = file if file is not None else library.default_lock()
     old = _old_lock(path, needed=not (recipes and models))
-    was = old.matrix if old is not None else size_lock.Matrix(recipes=["all"], models=["deepseek-r1"])
-    matrix = size_lock.Matrix(
+    was = old.matrix if old is not None else lock.Matrix(recipes=["all"], models=["deepseek-r1"])
+    matrix = lock.Matrix(
         recipes=[library.relative_recipe(r, path.parent) for r in recipes] or was.recipes,
         models=[library.relative_model(m, path.parent) for m in models] or was.models,
         layouts=list(layouts) or was.layouts,
     )
     new = library.make_lock(matrix, path.parent)
-    size_lock.write(new, path)
+    lock.write(new, path)
     for cell in new.cells:
         if cell.error is not None:
             click.echo(f"warning: {cell.cell} cannot be planned, and is locked so: {cell.error}", err=True)
@@ -102,8 +103,8 @@ def update(
 
 def _old_lock(path: Path, needed: bool) -> Lock | None:
     """The lock that is there; a damaged one is an error only where its matrix is needed."""
-    from quantkit.errors import SourceError
-    from quantkit.size_lock import read
+    from quantkit.authoring.sizes.lock import read
+    from quantkit.base.errors import SourceError
 
     if not path.exists():
         return None
@@ -147,17 +148,19 @@ def check(file: str | None, tolerance: Fraction, form: str, output: Path | None,
     from datetime import datetime, timezone
     from pathlib import Path
 
-    from quantkit import output_files, size_lock, size_report
-    from quantkit import sizes as library
-    from quantkit.errors import QuantkitError
+    from quantkit.authoring.sizes import compare as library
+    from quantkit.authoring.sizes import lock
+    from quantkit.authoring.sizes import report as size_report
+    from quantkit.base import outputs
+    from quantkit.base.errors import QuantkitError
 
     summary = os.environ.get("GITHUB_STEP_SUMMARY") if form == "github" else None
     if summary:  # which is appended to
-        will_write(output_files.Output(Path(summary), "$GITHUB_STEP_SUMMARY", only_compared=True))
+        will_write(outputs.Output(Path(summary), "$GITHUB_STEP_SUMMARY", only_compared=True))
     path = Path(file) if file is not None else library.default_lock()
     unreadable: QuantkitError | None = None
     try:
-        found = library.compare(size_lock.read(path), path, tolerance)
+        found = library.compare(lock.read(path), path, tolerance)
     except QuantkitError as e:
         if form == "text" and output is None:
             raise
@@ -165,7 +168,7 @@ def check(file: str | None, tolerance: Fraction, form: str, output: Path | None,
     when = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%S")
     report = size_report.render(found, form, when)
     if output is not None:
-        output_files.write_text(output, report + "\n", force)
+        outputs.write_text(output, report + "\n", force)
         report = size_report.text(found)
     click.echo(report)
     if summary:
@@ -205,9 +208,9 @@ def table_(model: str, recipes: tuple[str, ...], layout: str, form: str) -> None
     quantkit sizes table deepseek-r1 --layout kv_b
     quantkit sizes table deepseek-r1 -r 'UD-*' --format markdown
     """
-    from quantkit import size_report
-    from quantkit import sizes as library
-    from quantkit.models import open_model
+    from quantkit.authoring.sizes import compare as library
+    from quantkit.authoring.sizes import report as size_report
+    from quantkit.model.open import open_model
 
     catalogue = open_model(model, conversion(layout, None, None))
     rungs, notes = library.ladder(catalogue, recipes or ("all",))

@@ -11,7 +11,7 @@ import click
 from .files import PATH, Command
 
 if TYPE_CHECKING:
-    from quantkit.journal import Journal
+    from quantkit.building.journal import Journal
 
 
 @click.command(cls=Command)
@@ -25,9 +25,9 @@ def status(out: Path, as_json: bool) -> None:
     \b
     quantkit status R1-UD-IQ1_S.gguf
     """
-    from quantkit.errors import OutputError
-    from quantkit.output_files import Output, check_name
-    from quantkit.partial_folder import folder_of, owner, peek
+    from quantkit.base.errors import OutputError
+    from quantkit.base.outputs import Output, check_name
+    from quantkit.building.folder import folder_of, owner, peek
 
     check_name(Output(out))
     found = peek(out)
@@ -44,7 +44,7 @@ def status(out: Path, as_json: bool) -> None:
 
 def _facts(found: Journal, out: Path, pid: int | None) -> dict[str, Any]:
     """What is known of an unfinished build."""
-    from quantkit.journal import durable
+    from quantkit.building.journal import durable
 
     head = found.head
     rows = list(zip(durable(found), head.tensors, strict=True))
@@ -68,7 +68,7 @@ def _facts(found: Journal, out: Path, pid: int | None) -> dict[str, Any]:
 
 
 def _text(found: Journal, said: dict[str, Any], folder: Path) -> str:
-    from quantkit.errors import showable
+    from quantkit.base.errors import showable
 
     done, total = said["durable_bytes"], said["tensor_bytes"]
     pid = said["process"]

@@ -15,7 +15,7 @@ import sys
 from contextlib import suppress
 from typing import Any, TextIO
 
-from quantkit.errors import OutputError
+from quantkit.base.errors import OutputError
 
 #: control characters but \n and \t, those that turn the direction of writing, line ends that are not, lone surrogates
 _UNSAFE = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")

@@ -38,8 +38,8 @@ def install(jobs: int | None, force: bool) -> None:
     """
     from tqdm import tqdm
 
-    from quantkit import toolchain as tools
-    from quantkit.toolchain_install import install as install_tools
+    from quantkit.llama_cpp import toolchain as tools
+    from quantkit.llama_cpp.install import install as install_tools
 
     bar: tqdm[Any] | None = None
 
@@ -94,8 +94,8 @@ def list_(as_json: bool) -> None:
 
 def describe() -> dict[str, Any]:
     """What is where, as plain data: the keys of `toolchain list --json`."""
-    from quantkit import toolchain as tools
-    from quantkit.errors import ToolError
+    from quantkit.base.errors import ToolError
+    from quantkit.llama_cpp import toolchain as tools
 
     rows = []
     for tool in tools.TOOLS:

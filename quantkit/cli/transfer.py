@@ -45,10 +45,10 @@ def from_gguf(source: str, output: Path | None, name: str | None, force: bool, a
     quantkit recipe from-gguf R1-UD-IQ1_S-00001-of-00003.gguf -o my.yaml
     quantkit recipe from-gguf hf://unsloth/DeepSeek-R1-GGUF/DeepSeek-R1-UD-IQ1_S/DeepSeek-R1-UD-IQ1_S-00001-of-00003.gguf
     """
-    from quantkit import models
-    from quantkit.clone import clone
-    from quantkit.sources.gguf_file import open_gguf
-    from quantkit.sources.remote import is_remote, open_remote
+    from quantkit.authoring.clone import clone
+    from quantkit.model import open as models
+    from quantkit.model.sources.gguf_file import open_gguf
+    from quantkit.model.sources.remote import is_remote, open_remote
 
     file = open_remote(source) if is_remote(source) else open_gguf(Path(source))
     made = clone(models.from_gguf(file), source, file.stem, name)
@@ -92,13 +92,13 @@ def import_(
     quantkit recipe import types.txt --format tensor-types --model deepseek-r1 --file-type Q4_K_M
     quantkit recipe import R1.recipe --format thireus --model deepseek-r1 --map iq4_ks=IQ4_XS -o R1.yaml
     """
-    from quantkit.clone import slug
-    from quantkit.disk import text_within
-    from quantkit.errors import RecipeError, did_you_mean
-    from quantkit.exchange import import_rules
-    from quantkit.models import open_model
-    from quantkit.qtypes import FILE_TYPES
-    from quantkit.qtypes import file_type as known_file_type
+    from quantkit.authoring.clone import slug
+    from quantkit.authoring.interchange import import_rules
+    from quantkit.base.errors import RecipeError, did_you_mean
+    from quantkit.base.files import text_within
+    from quantkit.gguf.types import FILE_TYPES
+    from quantkit.gguf.types import file_type as known_file_type
+    from quantkit.model.open import open_model
 
     if file_type is not None and known_file_type(file_type) is None:
         raise click.BadParameter(f"unknown file type '{file_type}'{did_you_mean(file_type, FILE_TYPES)}")
@@ -137,18 +137,18 @@ def export(recipe: str, form: str, model: str, layout: str, output: Path | None,
     quantkit recipe export UD-IQ1_S --format tensor-types --model deepseek-r1 -o types.txt
     quantkit recipe export UD-IQ1_S --format custom-q --model deepseek-r1
     """
-    from quantkit import exchange
-    from quantkit.models import open_model
-    from quantkit.plan import make_plan
-    from quantkit.recipe import load
+    from quantkit.authoring import interchange
+    from quantkit.model.open import open_model
+    from quantkit.planning.plan import make_plan
+    from quantkit.recipe.load import load
 
     plan = make_plan(open_model(model, conversion(layout, None, None)), load(recipe))
-    made = exchange.export(plan, form)
+    made = interchange.export(plan, form)
     _give(made.text, output, force, [f"note: {n}" for n in made.notes], False, {})
 
 
 def _renaming(text: str) -> tuple[str, str]:
-    from quantkit.qtypes import qtype
+    from quantkit.gguf.types import qtype
 
     before, _, after = text.partition("=")
     if not before or not after:
@@ -158,7 +158,7 @@ def _renaming(text: str) -> tuple[str, str]:
 
 def _give(text: str, output: Path | None, force: bool, said: list[str], as_json: bool, facts: dict[str, Any]) -> None:
     """Print or write the text; what is said with it goes to standard error, unless it is part of the JSON."""
-    from quantkit.output_files import write_text
+    from quantkit.base.outputs import write_text
 
     if output is not None:
         write_text(output, text, force)

@@ -24,11 +24,11 @@ from .options import (
 )
 
 if TYPE_CHECKING:
-    from quantkit.catalogue import Catalogue
-    from quantkit.plan import Plan
-    from quantkit.recipe import Recipe
-    from quantkit.verify.attestation import Asked, Attested
-    from quantkit.verify.rederive import Rows
+    from quantkit.model.catalogue import Catalogue
+    from quantkit.planning.plan import Plan
+    from quantkit.recipe.load import Recipe
+    from quantkit.verifying.attestation import Asked, Attested
+    from quantkit.verifying.rederive import Rows
 
 
 @click.command(cls=Command)
@@ -109,10 +109,10 @@ def verify(
     quantkit verify R1-UD-IQ1_S.gguf --recipe UD-IQ1_S --source DeepSeek-R1/ --imatrix imatrix.gguf --sample 1%
     quantkit verify R1-UD-IQ1_S.gguf --write-manifest R1.json
     """
-    from quantkit.verify import against_plan, attestation
-    from quantkit.verify import manifest as manifests
-    from quantkit.verify.run import Request
-    from quantkit.verify.run import verify as run
+    from quantkit.verifying import against_plan, attestation
+    from quantkit.verifying import manifest as manifests
+    from quantkit.verifying.run import Request
+    from quantkit.verifying.run import verify as run
 
     attested = None if attestation_file is None else attestation.read(attestation_file)
     _check_usage(recipe, plan_file, source, sample, hash_source, sets, attested)
@@ -125,7 +125,7 @@ def verify(
     rules = recipe_of(recipe, sets) if recipe else _attested_recipe(attested) if attested and source else None
     model = None
     if source is not None:
-        from quantkit.models import open_model
+        from quantkit.model.open import open_model
 
         model = open_model(source, conversion(layout, pre, pad_token))
     made = _plan(model, rules, weights, mixture_version)
@@ -184,8 +184,8 @@ def _check_agrees(ctx: click.Context, asked: Asked) -> None:
 
 def _attested_recipe(attested: Attested) -> Recipe:
     """The recipe whose text an attestation has."""
-    from quantkit.errors import RecipeError
-    from quantkit.recipe import parse
+    from quantkit.base.errors import RecipeError
+    from quantkit.recipe.load import parse
 
     asked = attested.asked
     try:
@@ -195,7 +195,7 @@ def _attested_recipe(attested: Attested) -> Recipe:
 
 
 def _plan(model: Catalogue | None, rules: Recipe | None, weights: Any, mixture_version: str) -> Plan | None:
-    from quantkit.plan import make_plan, with_values
+    from quantkit.planning.plan import make_plan, with_values
 
     if model is None or rules is None:
         return None
@@ -207,9 +207,9 @@ def _rows(model: Catalogue | None, weights: Any, sample: str | None, seed: int) 
     """What rows to derive again; None for none. Raises UsageError, SourceError, ImatrixError, KernelError."""
     if model is None or sample == "none" or (sample is None and model.source is None):
         return None
-    from quantkit import toolchain
-    from quantkit.verify.ggml import Ggml
-    from quantkit.verify.rederive import Rows, check_source, parse_sample
+    from quantkit.llama_cpp import toolchain
+    from quantkit.verifying.ggml import Ggml
+    from quantkit.verifying.rederive import Rows, check_source, parse_sample
 
     try:
         chosen = parse_sample(sample or "1%")

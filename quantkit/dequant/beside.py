@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from ..errors import SourceError
-from ..folders import kind
+from ..base.errors import SourceError
+from ..base.folders import kind
 
 _BLOB = re.compile("[0-9a-f]{40}|[0-9a-f]{64}")
 

@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from .. import kernels
-from ..catalogue import SourceTensor
-from ..errors import InternalCheckError, KernelError, WeightError
+from ..base.errors import InternalCheckError, KernelError, WeightError
+from ..model.catalogue import SourceTensor
 
 if TYPE_CHECKING:
     import torch

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ..errors import OutputError
-from ..folders import Folder, who
+from ..base.errors import OutputError
+from ..base.folders import Folder, who
 
 #: suffix of a file that is being written
 PART = ".quantkit-part"

@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any, NamedTuple
 
-from ..arch.beside import check_files
-from ..catalogue import SourceTensor
-from ..errors import SourceError
-from ..sources.quantization import MODELOPT_CONFIG
-from ..sources.safetensors_dir import DTYPE_BYTES, INDEX, SINGLE, Checkpoint
+from ..base.errors import SourceError
+from ..model.catalogue import SourceTensor
+from ..model.families.beside import check_files
+from ..model.sources.quantization import MODELOPT_CONFIG
+from ..model.sources.safetensors_dir import DTYPE_BYTES, INDEX, SINGLE, Checkpoint
 from . import beside
 
 FP8 = "F8_E4M3"

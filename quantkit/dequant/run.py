@@ -22,12 +22,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from ..copying import Opened, copy_range
-from ..disk import read_at, write_at
-from ..errors import OutputError, ResumeError
-from ..folders import Folder
-from ..labour import share_out
-from ..sources.safetensors_dir import DTYPE_BYTES, INDEX, Checkpoint
+from ..base.copying import Opened, copy_range
+from ..base.errors import OutputError, ResumeError
+from ..base.files import read_at, write_at
+from ..base.folders import Folder
+from ..base.workers import share_out
+from ..model.sources.safetensors_dir import DTYPE_BYTES, INDEX, Checkpoint
 from .beside import open_to_copy
 from .checksum import joined
 from .decode import Decoder, refuse

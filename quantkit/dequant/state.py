@@ -17,9 +17,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from .. import __version__
-from ..errors import OutputError, ResumeError, SourceError
-from ..folders import Folder
-from ..sources.safetensors_dir import INDEX, MAX_HEADER, Checkpoint, parse_json
+from ..base.errors import OutputError, ResumeError, SourceError
+from ..base.folders import Folder
+from ..model.sources.safetensors_dir import INDEX, MAX_HEADER, Checkpoint, parse_json
 from .place import PART, place_of
 from .plan import CONFIG, Plan
 

@@ -1,0 +1,64 @@
+"""Recipes as text for people: tables of them, why a tensor gets its type, and where two differ."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ..base.text import shape_text, table
+from ..model.catalogue import family_of, ranges
+from ..recipe.load import Recipe
+from .review import Change, Difference, Explanation
+
+
+def recipes_text(recipes: Sequence[Recipe]) -> str:
+    """A table of recipes: those with rules of their own, then the mixtures."""
+    rows = [[r.name, r.title, r.imatrix if r.imatrix == "required" else "", ", ".join(r.arch)] for r in recipes]
+    return table(rows, ["recipe", "title", "imatrix", "for"])
+
+
+def explanation_text(e: Explanation) -> str:
+    """The rules that were asked about a tensor, and what came of it."""
+    t = e.planned.tensor
+    where = "" if t.layer is None else f", layer {t.layer}"
+    parts = [f"{t.name}  {shape_text(t.shape)}, {t.role}{where}"]
+    if e.steps:
+        rows = [[s.place, s.match, s.layers or "", s.type, s.outcome] for s in e.steps]
+        parts.append(table(rows, ["rule", "match", "layers", "type", "outcome"]))
+    parts.append("\n".join([f"-> {e.planned.type}", *(f"   {line}" for line in e.verdict)]))
+    return "\n\n".join(parts)
+
+
+def difference_text(d: Difference, every_tensor: bool = False) -> str:
+    """Two recipes on a model: what changed, by tensor and by role."""
+    a, b = d.before, d.after
+    parts = [f"{a.catalogue.model} (layout {a.catalogue.layout}): {a.recipe.name} -> {b.recipe.name}"]
+    groups: dict[tuple[str, ...], list[Change]] = {}
+    for c in d.changes:
+        name = c.name if every_tensor else family_of(c.name)
+        groups.setdefault((name, c.before.type, c.after.type), []).append(c)
+    rows = []
+    for (name, before, after), some in groups.items():
+        layers = [c.before.tensor.layer for c in some if c.before.tensor.layer is not None]
+        shown = name.replace("blk.*.", f"blk.{{{ranges(layers)}}}.") if len(some) > 1 else some[0].name
+        nbytes = sum(c.nbytes for c in some)
+        rows.append(
+            [shown, str(len(some)), before, after, f"{nbytes:+,}", f"{nbytes / 2**30:+,.3f}", some[0].after.rule]
+        )
+    if rows:
+        head = ["tensor", "n", a.recipe.name, b.recipe.name, "bytes", "GiB", "by"]
+        parts.append(table(rows, head, right=(1, 4, 5)))
+    else:
+        parts.append("the same type for every tensor")
+    rows = [_role_row(r.role, r.n_elements, r.before, r.after) for r in d.roles]
+    rows.append(_role_row("all", a.n_elements, a.tensor_bytes, b.tensor_bytes))
+    head = ["role", f"{a.recipe.name}, bytes", f"{b.recipe.name}, bytes", "difference", "GiB", "%", "bits", "bits"]
+    parts.append(table(rows, head, right=range(1, 8)))
+    return "\n\n".join(parts)
+
+
+def _role_row(role: str, n: int, before: int, after: int) -> list[str]:
+    more = after - before
+    return [
+        role, f"{before:,}", f"{after:,}", f"{more:+,}" if more else "=", f"{more / 2**30:+,.3f}" if more else "=",
+        f"{100 * more / before:+.2f}" if more else "=", f"{8 * before / n:.2f}", f"{8 * after / n:.2f}",
+    ]  # fmt: skip

@@ -1,0 +1,218 @@
+"""What the author of a recipe asks: is it sound, why does this tensor get that type, what do two recipes differ in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from ..base.errors import RecipeError, UnsupportedError, did_you_mean
+from ..gguf.types import QTYPES, VERSIONS
+from ..model.catalogue import ROLES, Catalogue
+from ..planning.plan import Plan, Planned, make_plan, mixture_choice
+from ..planning.rules import match_rules
+from ..recipe.load import Recipe, load
+
+# ---------------------------------------------------------------- lint
+
+
+class Finding(NamedTuple):
+    """One thing lint has to say."""
+
+    severity: str
+    """error: a plan would be refused; warning: it would be made, but not as its author may think"""
+    message: str
+    """begins with file:line and the place in the recipe"""
+    model: str
+    """on which it was found; '' for what holds on any"""
+
+
+def lint(
+    name: str, sets: Mapping[str, str], models: Callable[[Recipe], list[Catalogue]], version: str = VERSIONS[0]
+) -> list[Finding]:
+    """All that is wrong with a recipe, by itself and on models: `models` gives those to try it on."""
+    try:
+        recipe = load(name, sets)
+    except RecipeError as e:
+        return [Finding("error", line, "") for line in str(e).split("\n")]
+    found: list[Finding] = []
+    try:
+        catalogues = models(recipe)
+    except UnsupportedError as e:
+        return [Finding("error", str(e), "")]
+    for catalogue in catalogues:
+        try:
+            warnings = make_plan(catalogue, recipe, None, version).warnings
+        except (RecipeError, UnsupportedError) as e:
+            found += [Finding("error", line, catalogue.model) for line in str(e).split("\n")]
+        else:
+            found += [Finding("warning", line, catalogue.model) for line in warnings]
+    return found
+
+
+# ---------------------------------------------------------------- explain
+
+
+class Step(NamedTuple):
+    """A rule, and what it has to say about a tensor."""
+
+    place: str
+    match: str
+    layers: str | None
+    type: str
+    outcome: str
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """How a tensor comes by its type."""
+
+    planned: Planned
+    steps: tuple[Step, ...]
+    verdict: tuple[str, ...]
+    """what the shape made of it, and what it means for the importance matrix"""
+
+    def to_json(self) -> dict[str, Any]:
+        t = self.planned
+        return {
+            "tensor": t.tensor.name,
+            "shape": list(t.tensor.shape),
+            "role": t.tensor.role,
+            "layer": t.tensor.layer,
+            "requested": t.requested,
+            "type": t.type,
+            "bytes": t.nbytes,
+            "rule": t.rule,
+            "why": t.why,
+            "imatrix": t.imatrix,
+            "steps": [s._asdict() for s in self.steps],
+            "verdict": list(self.verdict),
+        }
+
+
+def explain(plan: Plan, name: str) -> Explanation:
+    """Walk the rules for one tensor. Raises RecipeError when the model has no tensor of that name."""
+    by_name = {t.tensor.name: t for t in plan.tensors}
+    if name not in by_name:
+        raise RecipeError(
+            f"{plan.catalogue.model} ({plan.catalogue.layout}) has no tensor '{name:.100}'{did_you_mean(name, by_name)}"
+        )
+    planned = by_name[name]
+    t, recipe = planned.tensor, plan.recipe
+    if not t.quantizable:
+        return Explanation(planned, (), (f"stays {t.source_type}: {planned.why}; no rule is asked",))
+    steps = []
+    taken = False
+    for i, m in enumerate(match_rules(plan.catalogue, recipe)):
+        if not m.rule.matcher().match(name):
+            outcome = "another name"
+        elif m.layers is not None and t.layer not in m.layers:
+            outcome = f"another layer: {m.rule.layers} is {_layers(m.layers)} here"
+        elif taken:
+            outcome = "matches too, but an earlier rule has taken it"
+        else:
+            outcome = f"takes it: {m.rule.why}"
+            taken = True
+        steps.append(Step(recipe.place("rules", i), m.rule.match, m.rule.layers, m.rule.type, outcome))
+    if recipe.mixture is not None:
+        choice = mixture_choice(plan.catalogue, recipe, planned.imatrix in ("used", "missing"), plan.mixture_version)
+        outcome = "not asked: a rule has taken it" if taken else "takes it: llama-quantize's own choice"
+        steps.append(Step(recipe.place("otherwise"), f"mixture {recipe.mixture}", None, choice[name], outcome))
+    asked, given = QTYPES[planned.requested], QTYPES[planned.type]
+    if planned.fell_back:
+        shape = f"rows of {t.n_cols} do not divide into blocks of {asked.block}: {given.name} in place of {asked.name}"
+    else:
+        shape = f"rows of {t.n_cols} divide into blocks of {given.block}"
+    size = f"{t.n_elements:,} weights x {given.bits:g} bits = {planned.nbytes:,} bytes"
+    return Explanation(planned, tuple(steps), (shape, size, _IMATRIX[planned.imatrix]))
+
+
+_IMATRIX = {
+    "used": "the importance matrix has an entry for it",
+    "missing": "the importance matrix has no entry for it: quantized without",
+    "needed": "the importance matrix has no entry for it, and the type must have one",
+    "wrong size": "the importance matrix's entry does not fit its shape",
+    "not used": "the type has no use for an importance matrix",
+    "required": "needs an importance matrix",
+    "optional": "an importance matrix helps, and is not required",
+}
+
+
+def _layers(layers: frozenset[int]) -> str:
+    some = sorted(layers)
+    if not some:
+        return "none"
+    return f"{some[0]}-{some[-1]}" if some == list(range(some[0], some[-1] + 1)) else ", ".join(map(str, some))
+
+
+# ---------------------------------------------------------------- diff
+
+
+class Change(NamedTuple):
+    """A tensor that two plans decide differently."""
+
+    name: str
+    role: str
+    before: Planned
+    after: Planned
+
+    @property
+    def nbytes(self) -> int:
+        return self.after.nbytes - self.before.nbytes
+
+
+class RoleShare(NamedTuple):
+    """What two plans spend on a role."""
+
+    role: str
+    n_elements: int
+    before: int
+    after: int
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Two recipes on one model."""
+
+    before: Plan
+    after: Plan
+    changes: tuple[Change, ...]
+    roles: tuple[RoleShare, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        def total(p: Plan) -> dict[str, Any]:
+            return {"recipe": p.recipe.name, "tensor_bytes": p.tensor_bytes, "bpw": round(p.bpw, 4), "types": p.types()}
+
+        return {
+            "model": self.before.catalogue.model,
+            "layout": self.before.catalogue.layout,
+            "before": total(self.before),
+            "after": total(self.after),
+            "bytes": self.after.tensor_bytes - self.before.tensor_bytes,
+            "roles": [r._asdict() for r in self.roles],
+            "changes": [
+                {
+                    "name": c.name,
+                    "role": c.role,
+                    "before": c.before.type,
+                    "after": c.after.type,
+                    "bytes": c.nbytes,
+                    "rule_before": c.before.rule,
+                    "rule_after": c.after.rule,
+                }
+                for c in self.changes
+            ],
+        }
+
+
+def diff(before: Plan, after: Plan) -> Difference:
+    """What differs between two plans of one model, tensor by tensor and by role."""
+    pairs = list(zip(before.tensors, after.tensors, strict=True))
+    changes = tuple(Change(a.tensor.name, a.tensor.role, a, b) for a, b in pairs if a.type != b.type)
+    roles = []
+    for role in ROLES:
+        some = [(a, b) for a, b in pairs if a.tensor.role == role]
+        if some:
+            elements = sum(a.tensor.n_elements for a, _ in some)
+            roles.append(RoleShare(role, elements, sum(a.nbytes for a, _ in some), sum(b.nbytes for _, b in some)))
+    return Difference(before, after, changes, tuple(roles))

@@ -1,0 +1,384 @@
+"""Sizes of recipes x models: planned, locked, compared; and the ladder of recipes for one model.
+
+Each model is opened once a layout, each recipe read once. A cell where the recipe is not for the
+model's arch is left out; one where the recipe's rules cannot work on the model is kept with the
+error, so that it does not go unseen.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from fractions import Fraction
+from pathlib import Path
+from typing import NamedTuple
+
+from ...base.errors import KernelError, QuantkitError, RecipeError, did_you_mean
+from ...gguf.types import QTYPES
+from ...model.catalogue import ROLES, Catalogue
+from ...model.families.known import MODELS
+from ...model.families.options import Options
+from ...model.open import open_model
+from ...planning.layout import lay_out, output_kvs
+from ...planning.plan import Plan, Planned, make_plan
+from ...recipe.load import Recipe, load, shipped, shipped_name
+from .lock import DEFAULT_NAMES, Cell, Key, Lock, Matrix, group_name, groups, layer_and_rest, ungroup
+
+# ---------------------------------------------------------------- the matrix
+
+
+def is_path(recipe: str) -> bool:
+    """Whether a recipe is given as a path (or a glob of paths), not as the name of a shipped one."""
+    return recipe.endswith((".yaml", ".yml")) or "/" in recipe or os.sep in recipe
+
+
+def _is_glob(text: str) -> bool:
+    return any(c in text for c in "*?[")
+
+
+def relative_recipe(recipe: str, folder: Path) -> str:
+    """A recipe as typed in the current directory, as the lock in `folder` stores it."""
+    return Path(os.path.relpath(os.path.expanduser(recipe), folder)).as_posix() if is_path(recipe) else recipe
+
+
+def relative_model(model: str, folder: Path) -> str:
+    """A model as typed in the current directory, as the lock in `folder` stores it."""
+    path = os.path.expanduser(model)
+    return Path(os.path.relpath(path, folder)).as_posix() if os.path.exists(path) else model
+
+
+def expand_recipes(given: Sequence[str], folder: Path) -> list[str]:
+    """Names of shipped recipes and paths relative to `folder`, without repeats. Raises RecipeError
+    where a glob finds nothing."""
+    known = list(shipped())
+    out: list[str] = []
+    for item in given:
+        if is_path(item):
+            found = [item]
+            if _is_glob(item) and not os.path.exists(folder / item):
+                found = sorted(Path(p).as_posix() for p in glob.glob(item, root_dir=folder, recursive=True))
+                if not found:
+                    raise RecipeError(f"no file in {folder} matches '{item}'")
+        elif item == "all" or _is_glob(item):
+            found = known if item == "all" else [n for n in known if fnmatchcase(n.lower(), item.lower())]
+            if not found:
+                raise RecipeError(f"no shipped recipe matches '{item}'; there are {', '.join(known)}")
+        else:
+            found = [shipped_name(item) or item]
+            if found[0] not in known:
+                raise RecipeError(
+                    f"no shipped recipe is called '{item}'{did_you_mean(item, known)}; there are {', '.join(known)}; "
+                    "a recipe of your own is given as a path ending in .yaml"
+                )
+        out += [name for name in found if name not in out]
+    return out
+
+
+def expand_models(given: Sequence[str]) -> list[str]:
+    """Models without repeats; `all` is every known model, releases of one shape once."""
+    out: list[str] = []
+    for item in given:
+        by_shape: dict[str, str] = {}
+        for name, shape in MODELS.items():
+            by_shape.setdefault(shape, name)
+        out += [m for m in (by_shape.values() if item == "all" else [item]) if m not in out]
+    return out
+
+
+class Broken(NamedTuple):
+    """A recipe, a model or a lock that cannot be read."""
+
+    what: str
+    """as the lock has it"""
+    error: QuantkitError
+    file: str
+    """the recipe's or lock's file, relative to the current directory, or '' when there is none"""
+
+
+class _Planned(NamedTuple):
+    key: Key
+    plan: Plan | None
+    error: str
+
+
+def _recipes(matrix: Matrix, folder: Path, broken: list[Broken] | None) -> Iterator[tuple[str, Recipe]]:
+    done: set[str] = set()
+    for given in matrix.recipes:
+        with _collected(broken, given, ""):
+            for name in expand_recipes([given], folder):
+                path = str(folder / name) if is_path(name) else name
+                if name not in done:
+                    done.add(name)
+                    with _collected(broken, name, _relative(Path(path)) if is_path(name) else ""):
+                        yield name, load(path)
+
+
+@contextmanager
+def _collected(broken: list[Broken] | None, what: str, file: str) -> Iterator[None]:
+    """Put an error into a list, if there is one, and go on."""
+    try:
+        yield
+    except QuantkitError as e:
+        if broken is None:
+            raise
+        broken.append(Broken(what, e, file))
+
+
+def _plans(matrix: Matrix, folder: Path, broken: list[Broken] | None = None) -> Iterator[_Planned]:
+    """The cells of a matrix, in the order of the lock. A recipe or a model that cannot be read raises QuantkitError,
+    or is noted in `broken` and passed over."""
+    recipes = list(_recipes(matrix, folder, broken))
+    for model in expand_models(matrix.models):
+        catalogues: list[Catalogue] = []
+        with _collected(broken, model, ""):
+            for layout in dict.fromkeys(matrix.layouts):
+                here = folder / model
+                catalogue = open_model(str(here) if os.path.exists(here) else model, Options(layout))
+                if not any(c.layout == catalogue.layout or c.tensors == catalogue.tensors for c in catalogues):
+                    catalogues.append(catalogue)
+        for catalogue in catalogues:
+            for name, recipe in recipes:
+                if recipe.is_for(catalogue.arch):
+                    key = Key(recipe=name, model=model, layout=catalogue.layout)
+                    try:
+                        yield _Planned(key, make_plan(catalogue, recipe), "")
+                    except QuantkitError as e:
+                        yield _Planned(key, None, str(e))
+
+
+def _cell(key: Key, plan: Plan) -> Cell:
+    by_role: Counter[str] = Counter()
+    for t in plan.tensors:
+        by_role[t.tensor.role] += t.nbytes
+    order = [*ROLES, *sorted(by_role.keys() - set(ROLES))]
+    whole = plan.catalogue.kvs_complete
+    return Cell(
+        cell=key,
+        elements=plan.n_elements,
+        tensor_bytes=plan.tensor_bytes,
+        file_bytes=sum(f.nbytes for f in lay_out(plan, output_kvs(plan, None))) if whole else None,
+        roles={role: by_role[role] for role in order if role in by_role},
+        types=plan.types(),
+        tensors=groups((t.tensor.name, t.type) for t in plan.tensors),
+    )
+
+
+def _failed(key: Key, error: str) -> Cell:
+    """The cell of a plan that cannot be: its first error, without the line, which moves with any comment."""
+    return Cell(cell=key, error=re.sub(r"(\.ya?ml):\d+", r"\1", error.partition("\n")[0]))
+
+
+def make_lock(matrix: Matrix, folder: Path) -> Lock:
+    """The lock of a matrix; relative paths in it start at `folder`. Raises QuantkitError."""
+    cells = [_failed(key, error) if plan is None else _cell(key, plan) for key, plan, error in _plans(matrix, folder)]
+    if not cells:
+        raise RecipeError(
+            f"no recipe of {', '.join(matrix.recipes)} is for a model of {', '.join(matrix.models)}: nothing to lock"
+        )
+    return Lock(matrix=matrix, cells=cells)
+
+
+# ---------------------------------------------------------------- what moved
+
+
+class Move(NamedTuple):
+    """Tensors of one kind that changed their type, in one word."""
+
+    tensors: str
+    n: int
+    before: str | None
+    """None: there was no such tensor"""
+    after: str | None
+    """None: there is no such tensor now"""
+    nbytes: int | None
+    """bytes now less bytes before; None where the shape of then is not known"""
+    rule: str
+    """file:line rules[i] that decides now"""
+
+
+class Change(NamedTuple):
+    """A cell of the lock against the plan of now."""
+
+    key: Key
+    status: str
+    """same | moved | tolerated | new | vanished | failed (planned before, not now) | planned (not before)"""
+    before: Cell | None
+    after: Cell | None
+    moves: tuple[Move, ...]
+    detail: str
+    """what `moves` does not say"""
+    file: str
+    """the recipe's file, relative to the current directory, or '' when it is not there"""
+
+    @property
+    def drifted(self) -> bool:
+        return self.status not in ("same", "tolerated")
+
+    @property
+    def delta(self) -> int:
+        return (self.after.tensor_bytes if self.after else 0) - (self.before.tensor_bytes if self.before else 0)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All cells of a lock and of its matrix."""
+
+    file: str
+    """the lock"""
+    tolerance: Fraction
+    changes: tuple[Change, ...]
+    broken: tuple[Broken, ...] = ()
+    n_skipped: int = 0
+    """cells of the lock that were not compared, since their recipe or model is among `broken`"""
+
+    @property
+    def drifted(self) -> tuple[Change, ...]:
+        return tuple(c for c in self.changes if c.drifted)
+
+
+def compare(lock: Lock, path: Path, tolerance: Fraction = Fraction(0)) -> Comparison:
+    """Plan the matrix of the lock in file `path` anew and compare. A cell whose tensor bytes moved by at
+    most `tolerance` (a share of the bytes before; 0: no change of any kind) is tolerated. A recipe or a model
+    that cannot be read is part of the comparison, and its cells are not."""
+    old = {cell.cell: cell for cell in lock.cells}
+    changes = []
+    broken: list[Broken] = []
+    for key, plan, error in _plans(lock.matrix, path.parent, broken):
+        before = old.pop(key, None)
+        after = _failed(key, error) if plan is None else _cell(key, plan)
+        change = _change(key, before, after, plan, error, tolerance)
+        changes.append(change._replace(file=_file_of(key, path.parent)))
+    unread = {b.what for b in broken}
+    skipped = [key for key in old if key.recipe in unread or key.model in unread]
+    for key, before in old.items():
+        if key in skipped:
+            continue
+        detail = "the matrix has no such cell now: the recipe or the model has gone, or has another arch"
+        changes.append(Change(key, "vanished", before, None, (), detail, _file_of(key, path.parent)))
+    return Comparison(os.path.relpath(path), tolerance, tuple(changes), tuple(broken), len(skipped))
+
+
+def unreadable(path: Path, tolerance: Fraction, error: QuantkitError) -> Comparison:
+    """The comparison with a lock that cannot be read: only that."""
+    return Comparison(os.path.relpath(path), tolerance, (), (Broken(str(path), error, _relative(path)),))
+
+
+def _relative(path: Path) -> str:
+    return Path(os.path.relpath(path)).as_posix() if os.path.isfile(path) else ""
+
+
+def _file_of(key: Key, folder: Path) -> str:
+    return _relative(folder / key.recipe if is_path(key.recipe) else Path("recipes") / f"{key.recipe}.yaml")
+
+
+def _change(key: Key, before: Cell | None, after: Cell, plan: Plan | None, error: str, tolerance: Fraction) -> Change:
+    if before is None:
+        return Change(key, "new", None, after, (), error or "the lock has no such cell", "")
+    if before == after:
+        return Change(key, "same", before, after, (), "", "")
+    if plan is None:
+        was = "it could be planned before" if before.error is None else "it could not be planned before either"
+        return Change(key, "failed", before, after, (), f"{error} ({was})", "")
+    if before.error is not None:
+        return Change(key, "planned", before, after, (), f"it could not be planned before: {before.error}", "")
+    moves = _moves(before.tensors, plan.tensors)
+    details = []
+    if before.elements != after.elements:
+        details.append(f"the model has {after.elements:,} elements, and had {before.elements:,}")
+    elif before.tensor_bytes != after.tensor_bytes and not moves:
+        details.append("no tensor has another type: the shapes of the model changed")
+    if before.file_bytes != after.file_bytes:
+        was, now = (f"{n:,} bytes" if n is not None else "not known" for n in (before.file_bytes, after.file_bytes))
+        details.append(f"the file: {was} before, {now} now")
+    within = 0 < tolerance >= Fraction(abs(after.tensor_bytes - before.tensor_bytes), max(before.tensor_bytes, 1))
+    return Change(key, "tolerated" if within else "moved", before, after, moves, "; ".join(details), "")
+
+
+def _moves(before: Mapping[str, str], now: Sequence[Planned]) -> tuple[Move, ...]:
+    """What changed its type, appeared or vanished: the same change by the same rule in several layers is one."""
+    old = ungroup(before)
+    found: dict[tuple[str, str | None, str | None, str], tuple[list[int | None], list[int | None]]] = {}
+
+    def add(name: str, was: str | None, is_: str | None, rule: str, nbytes: int | None) -> None:
+        layer, rest = layer_and_rest(name)
+        layers, sizes = found.setdefault((rest, was, is_, rule), ([], []))
+        layers.append(layer)
+        sizes.append(nbytes)
+
+    for t in now:
+        was = old.pop(t.tensor.name, None)
+        if was != t.type:
+            then: int | None = 0
+            if was is not None:
+                try:
+                    then = QTYPES[was].row_bytes(t.tensor.n_cols) * t.tensor.n_rows
+                except KernelError:  # of that type it had another shape
+                    then = None
+            add(t.tensor.name, was, t.type, t.rule, None if then is None else t.nbytes - then)
+    for name, was in old.items():
+        add(name, was, None, "", None)
+    moves = []
+    for (rest, was, is_, rule), (layers, sizes) in found.items():
+        numbers = [i for i in layers if i is not None]
+        known = [n for n in sizes if n is not None]
+        name = group_name(numbers, rest) if numbers else rest
+        moves.append(Move(name, len(layers), was, is_, sum(known) if len(known) == len(sizes) else None, rule))
+    return tuple(moves)
+
+
+# ---------------------------------------------------------------- the ladder
+
+
+class Rung(NamedTuple):
+    """A recipe on a model."""
+
+    recipe: str
+    title: str
+    tensor_bytes: int
+    bpw: float
+    role: str
+    """whose bits `bits` are: routed expert, or dense ffn where the model has no experts"""
+    bits: float | None
+    """bits a weight of these"""
+
+
+def ladder(catalogue: Catalogue, recipes: Sequence[str]) -> tuple[list[Rung], list[str]]:
+    """The recipes on one model, smallest first; and a sentence for each that cannot be planned. Recipes
+    that are not for the model's arch are left out unless none is left."""
+    rungs, notes = [], []
+    loaded: list[tuple[str, Recipe]] = [(name, load(name)) for name in expand_recipes(recipes, Path())]
+    for name, recipe in loaded:
+        if not recipe.is_for(catalogue.arch):
+            continue
+        try:
+            plan = make_plan(catalogue, recipe)
+        except QuantkitError as e:
+            notes.append(f"{name} cannot be planned: {e}")
+            continue
+        rungs.append(_rung(name, plan))
+    if not rungs and not notes:
+        raise RecipeError(
+            f"{catalogue.model} is a {catalogue.arch}, and no recipe of {', '.join(n for n, _ in loaded)} is for that"
+        )
+    return sorted(rungs, key=lambda r: (r.tensor_bytes, r.recipe)), notes
+
+
+def _rung(name: str, plan: Plan) -> Rung:
+    for role in ("routed expert", "dense ffn"):
+        of = [t for t in plan.tensors if t.tensor.role == role]
+        if of:
+            bits = 8 * sum(t.nbytes for t in of) / sum(t.tensor.n_elements for t in of)
+            return Rung(name, plan.recipe.title, plan.tensor_bytes, plan.bpw, role, bits)
+    return Rung(name, plan.recipe.title, plan.tensor_bytes, plan.bpw, "", None)
+
+
+def default_lock() -> Path:
+    """The lock in the current directory: the first of the default names that is there, else the first."""
+    there = [Path(name) for name in DEFAULT_NAMES if Path(name).is_file()]
+    return there[0] if there else Path(DEFAULT_NAMES[0])

@@ -1,0 +1,253 @@
+"""Finished tensors kept from build to build, by what they are made of: another recipe re-quantizes only what differs.
+
+    DIR/objects/ab/KEY        a tensor's data, then SHA-256 of it and of KEY | u64 its bytes | "qkcache2"
+    DIR/sources/FILE.json     digests of source tensors, for a file of that path, inode, size and time, and of these
+    DIR/tmp/                  what is being written
+    DIR/lock                  held while entries are removed
+
+KEY is SHA-256 over the type, the shape, the source's rows by content (dtype, scales, and how the rows are dealt), the
+importance values, and the version of the kernels; the tensor's name is not in it. Reading a source for its digests is
+done once for each of its files. Any number of processes may use one folder: entries appear whole by rename, are read
+through an open file that outlives its removal, and what arrived is compared with their digest before it is used.
+quantkit.building.cache_folder says whose entries are believed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import struct
+import threading
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .. import kernels
+from ..base.copying import Opened, copy_range
+from ..base.errors import OutputError, QuantkitError, SourceError
+from ..base.files import read_at
+from ..model.catalogue import Source, SourceTensor
+from ..planning.plan import Plan, Planned
+from . import identity, journal
+from .cache_folder import CacheFolder
+from .engines import Weights
+from .unfinished import Partial
+
+MAGIC = b"qkcache2"
+_TRAILER = struct.Struct("<32sQ8s")
+_CHUNK = 1 << 22
+#: bytes of a memo that are read at all; one of R1's files names 600 tensors
+_MAX_MEMO = 1 << 26
+
+
+class Cache:
+    """See the module. Raises OutputError, which says why, when the folder cannot be used; without `make` also when it
+    is not there."""
+
+    def __init__(self, folder: Path, max_bytes: int, make: bool = True) -> None:
+        self.folder, self.max_bytes = folder, max_bytes
+        self.n_found = self.n_kept = self.n_corrupt = 0
+        """tensors that came from here, that were put here, that were here but not as they should be"""
+        self.bytes_found = 0
+        self._counting = threading.Lock()
+        self.failure = ""
+        """the first reason why something could not be read or kept; the build does not end for it"""
+        self._disk = CacheFolder(folder, make)
+
+    def _failed(self, what: Path, e: Exception) -> None:
+        if isinstance(e, OSError):
+            named = e.filename if isinstance(e.filename, str) and os.path.isabs(e.filename) else what
+            self.failure = self.failure or f"{named}: {e.strerror or e}"
+        else:
+            self.failure = self.failure or str(e)
+
+    # ------------------------------------------------------------ what a tensor is made of
+
+    def keys(
+        self, plan: Plan, wanted: Iterable[str], weights: Weights | None, n_threads: int,
+        progress: Callable[[str, int], None] = lambda _name, _n: None,
+    ) -> dict[str, str]:  # fmt: skip
+        """The keys of the tensors named. Reads those source tensors whose digest is not known yet; `progress` is
+        called with names and bytes."""
+        source = plan.catalogue.source
+        assert source is not None
+        names = set(wanted)
+        tensors = [t for t in plan.tensors if t.tensor.name in names]
+        digests = self._digests(source, {p.source for t in tensors for p in t.tensor.parts}, n_threads, progress)
+        with ThreadPoolExecutor(n_threads) as pool:
+            return dict(
+                pool.map(lambda t: (t.tensor.name, _key(t, source.block, digests, weights)), tensors)
+            )  # fmt: skip
+
+    def _digests(
+        self, source: Source, names: set[str], n_threads: int, progress: Callable[[str, int], None]
+    ) -> dict[str, str]:
+        known: dict[str, str] = {}
+        memos: dict[Path, str] = {}
+        before: dict[Path, identity.FileStat] = {}
+        for file in {source.tensor(n).file for n in names}:
+            s = before[file] = identity.stat_of(file)
+            memos[file] = f"{identity.short(str(file.resolve()), repr(s))}.json"
+            known.update({n: d for n, d in self._read_memo(memos[file]).items() if n in names})
+        missing = [source.tensor(n) for n in sorted(names - known.keys())]
+
+        def digest(st: SourceTensor) -> tuple[SourceTensor, str]:
+            found = _digest(source, st)
+            progress(st.name, st.nbytes)
+            return st, found
+
+        fresh: dict[Path, dict[str, str]] = {}
+        with ThreadPoolExecutor(n_threads) as pool:
+            for st, found in pool.map(digest, missing):
+                known[st.name] = found
+                fresh.setdefault(st.file, {})[st.name] = found
+        try:  # without its memo the next build reads the source again, no more
+            for file, found_there in fresh.items():
+                if identity.stat_of(file) == before[file]:
+                    self._write_memo(memos[file], {**self._read_memo(memos[file]), **found_there})
+        except (OSError, OutputError) as e:
+            self._failed(self.folder / "sources", e)
+        return known
+
+    def _read_memo(self, name: str) -> dict[str, str]:
+        """The digests that a memo holds, none when it is not there, damaged or another's."""
+        path = self.folder / "sources" / name
+        try:
+            with open(self._disk.sources.open(name), "rb") as f:
+                self._disk.require_believed(f.fileno(), path)
+                found = json.loads(f.read(_MAX_MEMO))
+            digests, check = found["digests"], found["check"]
+        except (OSError, OutputError) as e:
+            if not isinstance(e, FileNotFoundError):
+                self._failed(path, e)
+            return {}
+        except (ValueError, KeyError, TypeError, RecursionError):
+            return {}
+        if not isinstance(digests, dict) or check != _memo_check(name, digests):
+            return {}
+        return {k: v for k, v in digests.items() if isinstance(k, str) and isinstance(v, str)}
+
+    def _write_memo(self, name: str, digests: dict[str, str]) -> None:
+        """Raises OSError, OutputError."""
+        with self._disk.made() as (temporary, f):
+            f.write(json.dumps({"digests": digests, "check": _memo_check(name, digests)}).encode())
+            f.flush()
+            self._disk.tmp.give_name(temporary, f.fileno(), self._disk.sources, name)
+
+    # ------------------------------------------------------------ entries
+
+    def fill(self, key: str, name: str, partial: Partial) -> bool:
+        """Put a tensor from the cache into an unfinished build, if it is here and sound."""
+        path = self._disk.path_of(key)
+        try:
+            fd = self._disk.open_entry(key)
+        except (OSError, OutputError) as e:
+            self._failed(path, e)
+            return False
+        if fd is None:
+            return False
+        try:
+            rows = self._copied(fd, key, name, partial)
+            if rows is None:
+                with self._counting:
+                    self.n_corrupt += 1
+                with suppress(OSError):
+                    self._disk.drop(key)
+                return False
+            with suppress(OSError):
+                os.utime(fd)  # used now: the last to be evicted
+        except (OSError, SourceError) as e:
+            self._failed(path, e)
+            return False
+        finally:
+            os.close(fd)
+        for row, n, found in rows:
+            partial.note(name, row, n, found)
+        with self._counting:
+            self.n_found += 1
+            self.bytes_found += partial.target(name)[1].n_rows * partial.target(name)[1].row_bytes
+        return True
+
+    def _copied(self, fd: int, key: str, name: str, partial: Partial) -> list[tuple[int, int, bytes]] | None:
+        """Copy an entry to its place: row, number and digest of the rows; None where it is not sound. What is compared
+        is what has arrived, since the entry's owner may write to it meanwhile. Raises OSError, QuantkitError."""
+        fd_out, place = partial.target(name)
+        nbytes = place.n_rows * place.row_bytes
+        if os.fstat(fd).st_size != nbytes + _TRAILER.size:
+            return None
+        copy_range(Opened(fd, self._disk.path_of(key)), 0, Opened(fd_out, partial.folder), place.offset, nbytes)
+        digest, step = hashlib.sha256(), max(1, _CHUNK // place.row_bytes)
+        rows = []
+        for row in range(0, place.n_rows, step):
+            n = min(step, place.n_rows - row)
+            raw = read_at(fd_out, n * place.row_bytes, place.offset + row * place.row_bytes)
+            digest.update(raw)
+            rows.append((row, n, journal.digest(raw)))
+        digest.update(key.encode())
+        return rows if read_at(fd, _TRAILER.size, nbytes) == _TRAILER.pack(digest.digest(), nbytes, MAGIC) else None
+
+    def keep(self, key: str, name: str, partial: Partial) -> None:
+        """Keep a tensor that a build has on the disk."""
+        fd, place = partial.target(name)
+        nbytes = place.n_rows * place.row_bytes
+        if nbytes + _TRAILER.size > self.max_bytes:
+            return
+        try:
+            if self._disk.has(key):
+                return
+            with self._disk.made() as (temporary, f):
+                out = f.fileno()
+                path = self._disk.tmp.path / temporary
+                copy_range(Opened(fd, partial.folder), place.offset, Opened(out, path), 0, nbytes)
+                digest = hashlib.sha256()
+                for at in range(0, nbytes, _CHUNK):
+                    digest.update(read_at(out, min(_CHUNK, nbytes - at), at))
+                digest.update(key.encode())  # so that no entry is taken for another
+                os.pwrite(out, _TRAILER.pack(digest.digest(), nbytes, MAGIC), nbytes)
+                self._disk.put(temporary, out, key)
+            self.n_kept += 1
+            self.evict()
+        except (OSError, QuantkitError) as e:
+            self._failed(self.folder, e)
+
+    def entries(self) -> list[tuple[float, int, Path]]:
+        """When each was used last, its bytes, its path; the longest unused first."""
+        return self._disk.entries()
+
+    def evict(self) -> None:
+        """Remove what was not used longest until the size is kept. Raises OSError, OutputError."""
+        self._disk.evict(self.max_bytes)
+
+
+def _key(planned: Planned, block: tuple[int, int], digests: dict[str, str], weights: Weights | None) -> str:
+    t = planned.tensor
+    h = hashlib.sha256()
+    made_of: list[Any] = [kernels.version(), planned.type, t.source_type, t.quantizable, t.shape, block]
+    made_of += [(digests[p.source], p[1:]) for p in t.parts]
+    h.update(repr(made_of).encode())
+    if weights is not None and planned.imatrix == "used":
+        for mat in range(t.shape[2] if len(t.shape) > 2 else 1):
+            h.update(np.ascontiguousarray(weights.weights(t.name, mat, t.n_cols)).tobytes())
+    return h.hexdigest()
+
+
+def _digest(source: Source, st: SourceTensor) -> str:
+    """SHA-256 of a source tensor: its dtype, shape and bytes, and its scales."""
+    h = hashlib.sha256(repr((st.dtype, st.shape)).encode())
+    buffer = np.empty(min(_CHUNK, st.nbytes), np.uint8)
+    for at in range(0, st.nbytes, _CHUNK):
+        some = buffer[: min(_CHUNK, st.nbytes - at)]
+        source.read(st, at, some)
+        h.update(some.data)
+    if st.dtype == "F8_E4M3":
+        h.update(np.ascontiguousarray(source.scale(st.name), np.float32).tobytes())
+    return h.hexdigest()
+
+
+def _memo_check(name: str, digests: Any) -> str:
+    return identity.short(name, json.dumps(digests, sort_keys=True))

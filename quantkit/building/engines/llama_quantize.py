@@ -1,0 +1,271 @@
+"""The llama-quantize engine: drives the stock binary, one anchored rule a tensor, and checks what it did.
+
+A GGUF source that becomes one file is quantized in one run, as a person would. Anything else goes
+piece by piece: a GGUF with the model's hyperparameters and a few tensors, as BF16, is quantized with
+the whole importance matrix, and their bytes are put in their place. llama-quantize reads only the
+hyperparameters, so it takes such files, and the bytes are those of a run on the whole model. Scratch
+space is a piece (its largest tensor, or BATCH_BYTES), never the model.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+from collections import deque
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+
+from ... import kernels
+from ...base.errors import OutputError, SourceError, ToolError
+from ...base.files import read_at
+from ...base.folders import Folder
+from ...gguf.header import KV, Header, TensorInfo, header_bytes, is_other_alignment, pad, read_header_of
+from ...gguf.shards import is_usual_name
+from ...gguf.types import FILE_TYPES, QTYPES
+from ...llama_cpp.tensor_types import tensor_type_file
+from ...model.catalogue import Source, Tensor
+from ...planning.layout import FileLayout
+from ...planning.plan import Plan, Planned
+from ..rows import RowReader
+from . import Work
+
+_LINE = re.compile(r"^\[\s*(\d+)/\s*(\d+)\]\s+(\S+)\s+- \[")
+_SLAB_VALUES = 1 << 20
+#: scratch for tensors that go through one run together; starting it costs seconds (IQ1_S sorts its
+#: grid anew each time), so small tensors share a run, and a larger one has its own
+BATCH_BYTES = 4 << 30
+_COPY_BYTES = 1 << 24
+_LAST_WORDS = 6
+#: names in the scratch folder
+_PIECE, _MADE, _RULES = "piece.gguf", "made.gguf", "tensor-types.txt"
+
+
+class LlamaQuantizeEngine:
+    """See the module. `binary` is the llama-quantize to drive."""
+
+    name = "llama-quantize"
+
+    def __init__(self, binary: Path, batch_bytes: int = BATCH_BYTES) -> None:
+        self.binary = binary
+        self.batch_bytes = batch_bytes
+
+    def scratch_bytes(self, plan: Plan) -> int:
+        stored = [QTYPES[t.tensor.source_type].row_bytes(t.tensor.n_cols) * t.tensor.n_rows for t in plan.tensors]
+        piece = min(sum(stored), max(self.batch_bytes, *stored))
+        return piece + min(piece, plan.tensor_bytes)
+
+    def run(self, work: Work) -> None:
+        source = work.plan.catalogue.source
+        assert source is not None
+        first = source.files[0]
+        whole = len(work.layouts) == 1 and first.suffix == ".gguf" and QTYPES.get(_dtype(source, work)) is not None
+        whole = whole and (len(source.files) == 1 or is_usual_name(first.name))
+        # it copies the source's keys: with --pre or --pad-token the output has others
+        whole = whole and getattr(source, "kvs", None) == work.plan.catalogue.kvs
+        whole = whole and not any(map(is_other_alignment, work.plan.catalogue.kvs))  # llama-quantize keeps that key
+        if whole and work.sink.is_empty:
+            self._whole(work, source)
+        else:
+            self._piecewise(work, source)
+
+    def _whole(self, work: Work, source: Source) -> None:
+        layout = work.layouts[0]
+        work.sink.give_up_rows()
+        self._quantize(work, source.path, [p.planned for p in layout.tensors])
+        with self._opened(work.scratch) as made:
+            self._check_whole(layout, made, work.scratch)
+        work.sink.adopt(_MADE)
+
+    def _check_whole(self, layout: FileLayout, made: BinaryIO, scratch: Folder) -> None:
+        """Raises ToolError unless a whole file has the planned tensors and header."""
+        header = self._header(made, scratch)
+        got = {t.name: t for t in header.tensors}
+        for p in layout.tensors:
+            self._check(p.planned, got.get(p.planned.tensor.name))
+        made.seek(0)
+        if made.read(len(layout.header)) != layout.header or header.file_bytes != layout.nbytes:
+            raise ToolError(
+                f"llama-quantize wrote other metadata than planned ({header.file_bytes:,} bytes in all, planned "
+                f"{layout.nbytes:,}); is {self.binary} a llama-quantize of another version?"
+            )
+
+    def _piecewise(self, work: Work, source: Source) -> None:
+        reader = RowReader(source)
+        hparams = [
+            item for item in work.plan.catalogue.kvs
+            if item.key == "general.architecture" or item.key.startswith(f"{work.plan.catalogue.arch}.")
+        ]  # fmt: skip
+        scratch = work.scratch
+        missing = [t for t in work.plan.tensors if not work.sink.has(t.tensor.name, 0, t.tensor.n_rows)]
+        for planned in _batches(missing, self.batch_bytes):
+            _write_piece(scratch, planned, hparams, reader)
+            changes = any(t.tensor.quantizable and t.tensor.source_type != t.type for t in planned)
+            if changes:
+                self._quantize(work, scratch.for_a_program() / _PIECE, planned)
+                scratch.unlink(_PIECE)
+            else:
+                os.replace(_PIECE, _MADE, src_dir_fd=scratch.fd, dst_dir_fd=scratch.fd)
+                for t in planned:
+                    work.progress(t.tensor.name, t.tensor.n_elements)
+            with self._opened(scratch) as made:
+                got = {t.name: t for t in self._header(made, scratch).tensors}
+                for t in planned:
+                    _copy(made, self._check(t, got.get(t.tensor.name)).offset, work, t)
+            scratch.unlink(_MADE)
+
+    def _quantize(self, work: Work, source: Path, tensors: Sequence[Planned]) -> None:
+        """One run of the binary, to _MADE; reports its progress, and its failure with its own last words."""
+        scratch, folder = work.scratch, work.scratch.for_a_program()
+        scratch.remove(_RULES)
+        with open(scratch.create(_RULES), "w") as f:
+            f.write(tensor_type_file((t.tensor.name, t.type) for t in tensors if t.tensor.quantizable))
+        command = [str(self.binary)]
+        if work.imatrix is not None:
+            command += ["--imatrix", work.imatrix.typed]
+        if any(t.tensor.quantizable and not QTYPES[t.tensor.source_type].is_float for t in tensors):
+            command.append("--allow-requantize")
+        base = work.plan.recipe.file_type
+        if base in ("F32", "F16", "BF16"):
+            # with a float as its base type llama-quantize ignores every rule without a word
+            command += ["--override-kv", f"general.file_type=int:{FILE_TYPES[base]}"]
+            base = "Q8_0"
+        for override in work.plan.recipe.metadata:
+            command += ["--override-kv", override.text]
+        command += ["--tensor-type-file", str(folder / _RULES), str(source), str(folder / _MADE)]
+        command += [base, str(work.n_threads)]
+        last = deque[str](maxlen=_LAST_WORDS)
+        sizes = {t.tensor.name: t.tensor.n_elements for t in tensors}
+        at_work = 0
+        try:
+            process = subprocess.Popen(
+                command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+                text=True, errors="replace", start_new_session=True, pass_fds=(scratch.fd,),
+            )  # fmt: skip
+        except OSError as e:
+            raise ToolError(f"{self.binary}: cannot be run: {e.strerror or e}") from None
+        assert process.stdout is not None
+        try:
+            for line in process.stdout:
+                if line.strip("= \n"):
+                    last.append(line.rstrip().replace(str(folder), str(scratch.path)))
+                m = _LINE.match(line)  # a tensor begins, the one before is done
+                if m:
+                    work.progress(m[3], at_work)
+                    at_work = sizes.get(m[3], 0)
+            code = process.wait()
+        except BaseException:
+            process.kill()
+            process.wait()
+            raise
+        finally:
+            process.stdout.close()
+        if code != 0:
+            how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
+            words = "its last words:\n  " + "\n  ".join(last) if last else "it said nothing"
+            raise ToolError(f"{self.binary} {how}; {words}")
+        work.progress(tensors[-1].tensor.name, at_work)
+
+    def _opened(self, scratch: Folder) -> BinaryIO:
+        """What a run has made. Raises ToolError where there is nothing, OutputError for something else than a file."""
+        try:
+            return open(scratch.open(_MADE), "rb")
+        except OSError:
+            raise self._no_llama_quantize("made no file") from None
+
+    def _header(self, made: BinaryIO, scratch: Folder) -> Header:
+        """Raises ToolError for a file that is no GGUF."""
+        try:
+            return read_header_of(made, scratch.path / _MADE)
+        except SourceError as e:
+            raise self._no_llama_quantize(f"made no sound GGUF ({e})") from None
+
+    def _no_llama_quantize(self, what: str) -> ToolError:
+        return ToolError(f"{self.binary} ended without an error, but {what}; is it a llama-quantize?")
+
+    def _check(self, planned: Planned, info: TensorInfo | None) -> TensorInfo:
+        t = planned.tensor
+        if info is None or info.type != planned.type or info.nbytes != planned.nbytes:
+            what = "left out" if info is None else f"made {info.type} of {info.nbytes:,} bytes"
+            raise ToolError(
+                f"llama-quantize {what} for '{t.name}', but the plan says {planned.type} of {planned.nbytes:,}; is "
+                f"{self.binary} a llama-quantize of another version?"
+            )
+        return info
+
+
+def _batches(tensors: Sequence[Planned], limit: int) -> Iterator[list[Planned]]:
+    """Consecutive tensors that together, as the converter would store them, stay within the limit;
+    a larger one goes alone."""
+    batch: list[Planned] = []
+    size = 0
+    for planned in tensors:
+        t = planned.tensor
+        n = QTYPES[t.source_type].row_bytes(t.n_cols) * t.n_rows
+        if batch and size + n > limit:
+            yield batch
+            batch, size = [], 0
+        batch.append(planned)
+        size += n
+    if batch:
+        yield batch
+
+
+def _write_piece(scratch: Folder, tensors: Sequence[Planned], hparams: Sequence[KV], reader: RowReader) -> None:
+    """A GGUF with these tensors, as a converter would store them or as the source GGUF does."""
+    infos, at = [], 0
+    for planned in tensors:
+        t = planned.tensor
+        infos.append((t.name, t.shape, t.source_type, at))
+        at += pad(QTYPES[t.source_type].row_bytes(t.n_cols) * t.n_rows)
+    try:
+        with open(scratch.create(_PIECE), "wb") as f:
+            f.write(header_bytes(hparams, infos))
+            for planned in tensors:
+                for raw in _stored_rows(planned.tensor, reader):
+                    f.write(raw.data)
+                f.write(bytes(pad(f.tell()) - f.tell()))
+    except OSError as e:
+        path = scratch.path / _PIECE
+        raise OutputError(f"{path}: writing a piece for llama-quantize failed: {e.strerror or e}") from None
+
+
+def _stored_rows(t: Tensor, reader: RowReader) -> Iterator[npt.NDArray[np.uint8]]:
+    """A tensor's rows in its source type, a slab at a time."""
+    qt = QTYPES[t.source_type]
+    step = max(1, _SLAB_VALUES // t.n_cols)
+    for part in t.parts:
+        for row in range(0, part.out_rows, step):
+            n = min(step, part.out_rows - row)
+            if reader.source.tensor(part.source).dtype == qt.name and not part.transposed:
+                raw = np.empty((n, qt.row_bytes(t.n_cols)), np.uint8)
+                reader.raw(part, row, raw)
+                yield raw
+            else:
+                rows = np.empty((n, t.n_cols), np.float32)
+                reader.rows(t, part, row, rows)
+                yield kernels.quantize(rows, qt.name)
+
+
+def _dtype(source: Source, work: Work) -> str:
+    part = work.plan.tensors[0].tensor.parts[0]
+    return source.tensor(part.source).dtype
+
+
+def _copy(made: BinaryIO, offset: int, work: Work, planned: Planned) -> None:
+    """Give a tensor's bytes to the sink."""
+    t = planned.tensor
+    row_bytes = QTYPES[planned.type].row_bytes(t.n_cols)
+    step = max(1, _COPY_BYTES // row_bytes)
+    for row in range(0, t.n_rows, step):
+        n = min(step, t.n_rows - row)
+        raw = np.frombuffer(bytearray(read_at(made.fileno(), n * row_bytes, offset + row * row_bytes)), np.uint8)
+        if raw.size != n * row_bytes:
+            ends = row + raw.size // row_bytes
+            raise ToolError(f"{work.scratch.path / _MADE}: ended within '{t.name}', row {ends}")
+        work.sink.put(t.name, row, raw.reshape(n, row_bytes))

@@ -1,0 +1,161 @@
+"""The native engine: one pass from the source's bytes to quantized blocks.
+
+Work is cut into slabs: consecutive rows of one part of one tensor (an expert, a head, a matrix), at
+most SLAB_VALUES values. A worker reads a slab's stored bytes, quantizes them with its expert's
+slice of the importance matrix, and gives the blocks to the sink. The system is told which bytes come next, so
+that a cold disk reads them while the cores are at work. Where quantkit has a kernel of its
+own that is one call, in which a few rows at a time become float32; else the slab becomes float32
+first. A worker needs a few buffers of a slab's size and nothing else, so memory is threads x slab
+whatever the tensor's size. Rows are independent, so results do not depend on slab size or threads.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from ... import kernels
+from ...base.errors import KernelError, WeightError
+from ...base.workers import share_out
+from ...gguf.types import QTYPES
+from ...model.catalogue import Part
+from ...planning.plan import Plan, Planned
+from ..rows import RowReader
+from . import Work
+
+#: values of a slab: 4 MiB as float32, in reach of L2/L3, large beside a call's overhead
+SLAB_VALUES = 1 << 20
+#: stored bytes that are asked for ahead of the slab at work, and at least a slab a worker
+AHEAD_BYTES = 64 << 20
+
+
+class Slab(NamedTuple):
+    """Rows row…row+n_rows of a part; they begin at row `out_row` of the tensor."""
+
+    planned: Planned
+    part: Part
+    row: int
+    n_rows: int
+    out_row: int
+
+
+def slabs(planned: Planned, slab_values: int = SLAB_VALUES) -> Iterator[Slab]:
+    """The slabs of a tensor, in order."""
+    tensor = planned.tensor
+    step = max(1, slab_values // tensor.n_cols)
+    # a slab has one expert's slice of the importance matrix
+    rows_per_mat = tensor.shape[1] if len(tensor.shape) > 1 else 1
+    out_row = 0
+    for part in tensor.parts:
+        row = 0
+        while row < part.out_rows:
+            n = min(step, part.out_rows - row, rows_per_mat - out_row % rows_per_mat)
+            yield Slab(planned, part, row, n, out_row)
+            row += n
+            out_row += n
+
+
+class _Worker:
+    """A thread's buffers and the steps of a slab."""
+
+    def __init__(self, work: Work) -> None:
+        self.work = work
+        assert work.plan.catalogue.source is not None
+        self.reader = RowReader(work.plan.catalogue.source)
+        self.rows = np.empty(0, np.float32)
+        self.blocks = np.empty(0, np.uint8)
+        self.weights = np.empty(0, np.float32)
+        self.weights_of = ("", 0)
+
+    def do(self, slab: Slab) -> None:
+        planned = slab.planned
+        tensor, qt = planned.tensor, QTYPES[planned.type]
+        n_cols = tensor.n_cols
+        row_bytes = qt.row_bytes(n_cols)
+        blocks = self._blocks(slab.n_rows * row_bytes).reshape(slab.n_rows, row_bytes)
+        st = self.reader.source.tensor(slab.part.source)
+        if st.dtype == planned.type and not qt.is_float:
+            self.reader.raw(slab.part, slab.row, blocks)
+            if not kernels.is_valid(blocks, qt.name):
+                raise WeightError(
+                    f"{st.file}: '{st.name}' has {qt.name} blocks whose scale is NaN or Inf in rows {slab.out_row} to "
+                    f"{slab.out_row + slab.n_rows - 1}; the file is damaged, get it again"
+                )
+        else:
+            weights = self._weights(slab)
+            if not self.reader.quantize(tensor, slab.part, slab.row, qt.name, weights, blocks):
+                self._by_way_of_f32(slab, qt.name, weights, blocks)
+        self.work.sink.put(tensor.name, slab.out_row, blocks)
+        self.work.progress(tensor.name, slab.n_rows * n_cols)
+
+    def _by_way_of_f32(
+        self, slab: Slab, qtype: str, weights: npt.NDArray[np.float32] | None, blocks: npt.NDArray[np.uint8]
+    ) -> None:
+        tensor = slab.planned.tensor
+        rows = self._rows(slab.n_rows * tensor.n_cols).reshape(slab.n_rows, tensor.n_cols)
+        self.reader.rows(tensor, slab.part, slab.row, rows)
+        try:
+            kernels.quantize(rows, qtype, weights, out=blocks)
+        except (WeightError, KernelError) as e:
+            last = slab.out_row + slab.n_rows - 1
+            raise type(e)(f"'{tensor.name}', rows {slab.out_row} to {last}: {e}") from None
+
+    def _weights(self, slab: Slab) -> npt.NDArray[np.float32] | None:
+        """The importance of a slab's columns, as kernels.quantize has it; read once for slabs that share it."""
+        planned = slab.planned
+        if planned.imatrix != "used" or self.work.imatrix is None:
+            return None
+        tensor = planned.tensor
+        mat = slab.out_row // tensor.shape[1] if len(tensor.shape) > 2 else 0
+        if self.weights_of != (tensor.name, mat):
+            self.weights = self.work.imatrix.weights(tensor.name, mat, tensor.n_cols)
+            self.weights_of = (tensor.name, mat)
+        return self.weights
+
+    def _rows(self, n: int) -> npt.NDArray[np.float32]:
+        if self.rows.size < n:
+            self.rows = np.empty(n, np.float32)
+        return self.rows[:n]
+
+    def _blocks(self, n: int) -> npt.NDArray[np.uint8]:
+        if self.blocks.size < n:
+            self.blocks = np.empty(n, np.uint8)
+        return self.blocks[:n]
+
+
+def _announced(every: Iterator[Slab], work: Work) -> Iterator[Slab]:
+    """The same slabs; the stored bytes of those that come next have been asked for."""
+    assert work.plan.catalogue.source is not None
+    reader = RowReader(work.plan.catalogue.source)
+    ahead: deque[tuple[Slab, int]] = deque()
+    asked = 0
+    for slab in every:
+        n = reader.will_need(slab.planned.tensor, slab.part, slab.row, slab.n_rows)
+        ahead.append((slab, n))
+        asked += n
+        while asked > AHEAD_BYTES and len(ahead) > work.n_threads:
+            done, n = ahead.popleft()
+            asked -= n
+            yield done
+    yield from (slab for slab, _ in ahead)
+
+
+class NativeEngine:
+    """See the module."""
+
+    name = "native"
+
+    def __init__(self, slab_values: int = SLAB_VALUES) -> None:
+        self.slab_values = slab_values
+
+    def scratch_bytes(self, plan: Plan) -> int:
+        return 0
+
+    def run(self, work: Work) -> None:
+        every = (s for planned in work.plan.tensors for s in slabs(planned, self.slab_values))
+        missing = (s for s in every if not work.sink.has(s.planned.tensor.name, s.out_row, s.n_rows))
+        share_out(_announced(missing, work), work.n_threads, lambda: _Worker(work).do)

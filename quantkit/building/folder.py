@@ -1,0 +1,175 @@
+"""The folder of an unfinished build: OUT.partial, beside the output.
+
+OUT.partial/lock        held by the process at work, with its number
+OUT.partial/journal     what the build is, and the rows that are on the disk for good (quantkit.building.journal)
+OUT.partial/NAME.gguf   a file of the output: header first, full length, rows at their place as they come
+OUT.partial/scratch/    of an engine; emptied
+
+The folder and all in it belong to the user who builds, and only that user writes in it: what is found there decides
+which bytes the output gets. Others may read it (`quantkit status`).
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+from collections.abc import Collection
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+from ..base.errors import OutputError, ResumeError
+from ..base.folders import Folder, kind, same, who
+from . import journal
+from .journal import Journal
+
+LOCK, SCRATCH = "lock", "scratch"
+#: nobody but the owner may put anything into it, whatever the umask
+_MODE = 0o755
+_ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)
+
+
+def folder_of(out: Path) -> Path:
+    """The folder of an unfinished build of `out`."""
+    return out.with_name(f"{out.name}.partial")
+
+
+def held_folder(out: Path, own: bool) -> Folder | None:
+    """The folder of an unfinished build of `out`, if there is one; `own`: of this user. Raises OutputError for a link
+    under its name, or another user's folder, and OSError."""
+    path = folder_of(out)
+    try:
+        folder = Folder.hold(path, follow=False)
+    except OSError as e:
+        if os.path.islink(path):
+            raise OutputError(_no_build(path, "is a symbolic link")) from None
+        if e.errno in _ABSENT:
+            return None
+        raise
+    if own and not folder.is_own:
+        by = folder.info.st_uid
+        folder.close()
+        raise OutputError(f"{path}: belongs to {who(by)}, not to you; have it moved away, or give another output")
+    return folder
+
+
+def _no_build(path: Path, what: str) -> str:
+    return f"{path}: {what} and is no unfinished build of quantkit; move it away, or give another output"
+
+
+def peek(out: Path, own: bool = False) -> Journal | None:
+    """The journal of an unfinished build of `out`, if there is one; `own`: of this user. Raises ResumeError, and
+    OutputError for a folder that cannot be an unfinished build."""
+    try:
+        folder = held_folder(out, own)
+    except OSError as e:
+        raise ResumeError(f"{folder_of(out)}: cannot be read: {e.strerror or e}") from None
+    if folder is None:
+        return None
+    with folder:
+        return journal.read(folder, folder.own if own else None)
+
+
+def owner(out: Path) -> int | None:
+    """The process that is building `out` now, 0 when it cannot be told, None when there is none."""
+    try:
+        with Folder.hold(folder_of(out), follow=False) as folder:
+            fd = folder.open(LOCK)
+    except (OSError, OutputError):
+        return None
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        said = os.read(fd, 32).strip()
+        return int(said) if said.isdigit() else 0
+    finally:
+        os.close(fd)
+    return None
+
+
+class Taken(NamedTuple):
+    """The folder of an unfinished build, held by this process against others."""
+
+    folder: Folder
+    lock_fd: int
+
+    def close(self) -> None:
+        os.close(self.lock_fd)
+        self.folder.close()
+
+
+def take(out: Path, ours: Collection[str]) -> Taken:
+    """Make the folder if it is not there, and take its lock. `ours` are the names of files of the build that may be in
+    it. Raises ResumeError while another process has it, OutputError for a folder that cannot be made or is another's,
+    and OSError."""
+    path = folder_of(out)
+    while True:
+        try:
+            with suppress(FileExistsError):
+                path.mkdir(_MODE)
+            folder = held_folder(out, own=True)
+        except OSError as e:
+            raise OutputError(f"{path}: cannot be made: {e.strerror or e}; choose another place") from None
+        if folder is None:
+            info = os.stat(path, follow_symlinks=False) if os.path.lexists(path) else None
+            if info is None:
+                continue  # whoever had it has finished
+            raise OutputError(f"{path}: is {kind(info)}; move it away, or give another output")
+        try:
+            fd = _locked(out, folder, ours)
+        except BaseException:
+            folder.close()
+            raise
+        if fd is not None:
+            return Taken(folder, fd)
+        folder.close()  # whoever held it has finished and removed the folder: once more
+
+
+def _locked(out: Path, folder: Folder, ours: Collection[str]) -> int | None:
+    """The descriptor that holds the lock of a folder, None where the folder is no longer there."""
+    _check_ours(folder, {LOCK, journal.NAME, SCRATCH, *ours})
+    folder.close_to_others()
+    try:
+        fd = _open_lock(folder)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        by = os.read(fd, 32).decode("ascii", "replace").strip()
+        os.close(fd)
+        raise ResumeError(
+            f"{out}: is being built by process {by or 'unknown'}; wait for it, or give another output"
+        ) from None
+    with suppress(OSError):
+        there = folder.look(LOCK)
+        if there is not None and same(os.fstat(fd), there) and folder.is_still(folder.path):
+            os.ftruncate(fd, 0)
+            os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+            return fd
+    os.close(fd)
+    return None
+
+
+def _open_lock(folder: Folder) -> int:
+    while True:
+        try:
+            return folder.open(LOCK, os.O_RDWR, owner=folder.own, alone=True)
+        except FileNotFoundError:
+            with suppress(FileExistsError):
+                return folder.create(LOCK)
+
+
+def _check_ours(folder: Folder, ours: set[str]) -> None:
+    """Raises OutputError when what has the folder's name is another's: it would be emptied."""
+    there = set(folder.names())
+    if there - ours and not there & {LOCK, journal.NAME}:
+        raise OutputError(_no_build(folder.path, f"holds '{min(there - ours)}'"))
+
+
+def clear(folder: Folder) -> None:
+    """Remove everything but the lock, the journal last. Raises OSError."""
+    for name in sorted(folder.names(), key=lambda n: n == journal.NAME):
+        if name != LOCK:
+            folder.remove(name)

@@ -1,0 +1,116 @@
+"""What a build is made of, in words that can be compared: a build goes on only with the same of everything.
+
+Each entry is a name and a line for a person, with a short digest where a name says too little. Sources are known by
+size, time and header, not by their content: reading 688 GB to go on would cost what going on is to save.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Mapping
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import NamedTuple
+
+from .. import kernels
+from ..base.errors import SourceError
+from ..gguf.header import ARRAY, KV, array_head, decode
+from ..planning.plan import Plan
+
+_HEAD_BYTES = 1 << 16
+_CHUNK = 1 << 22
+#: before the names of metadata keys
+_KEY = "metadata "
+_MAX_VALUE = 80
+
+
+class FileStat(NamedTuple):
+    """By what a change of a file is noticed."""
+
+    nbytes: int
+    mtime_ns: int
+    inode: int
+
+
+def short(*parts: bytes | str) -> str:
+    """12 hex digits of SHA-256 over the parts."""
+    h = hashlib.sha256()
+    for p in parts:
+        raw = p.encode("utf-8", "surrogateescape") if isinstance(p, str) else p
+        h.update(len(raw).to_bytes(8, "little") + raw)
+    return h.hexdigest()[:12]
+
+
+def stat_of(path: Path) -> FileStat:
+    """Raises SourceError when the file is gone."""
+    try:
+        s = os.stat(path)
+    except OSError as e:
+        raise SourceError(f"{path}: cannot be read any more: {e.strerror or e}") from None
+    return FileStat(s.st_size, s.st_mtime_ns, s.st_ino)
+
+
+def check_unchanged(before: Mapping[Path, FileStat]) -> None:
+    """Raises SourceError when a file is not what it was."""
+    for path, was in before.items():
+        now = stat_of(path)
+        if now != was:
+            what = f"had {was.nbytes:,} bytes and has {now.nbytes:,}" if now.nbytes != was.nbytes else "was written to"
+            raise SourceError(
+                f"{path}: changed during the build: it {what}; put it back as it was, or begin anew with --restart"
+            )
+
+
+def identity(plan: Plan, kvs: Iterable[KV], split_max_size: int | None, imatrix: Path | None) -> dict[str, str]:
+    """Everything that the bytes of a build depend on. Raises SourceError or OSError for files that are gone."""
+    catalogue = plan.catalogue
+    assert catalogue.source is not None
+    items = list(kvs)
+    types = [f"{t.tensor.name} {t.type}" for t in plan.tensors]
+    rows = [repr((t.tensor.name, t.tensor.shape, t.tensor.parts)) for t in plan.tensors]
+    out = {
+        "recipe": f"{plan.recipe.name} (types {short(*types)})",
+        "model": f"{catalogue.arch}, {len(types)} tensors (rows {short(*rows)})",
+        "metadata": short(*(b"%s %d %s" % (i.key.encode(), i.type, i.payload) for i in items)),
+        "layout": f"{catalogue.layout}, "
+        + ("one file" if split_max_size is None else f"shards of at most {split_max_size:,} bytes"),
+        "imatrix": "none" if imatrix is None else f"{imatrix.name} (sha256 {_content(imatrix)})",
+        "kernels": kernels.version(),
+    }
+    for path in catalogue.source.files:
+        s = stat_of(path)
+        when = datetime.fromtimestamp(s.mtime_ns / 1e9, timezone.utc).isoformat(sep=" ")[:23]
+        with open(path, "rb") as f:
+            head = f.read(_HEAD_BYTES)
+        out[f"source {path.name}"] = f"{s.nbytes:,} bytes of {when} (head {short(head, str(s.mtime_ns))})"
+    return out | {_KEY + i.key: _value(i) for i in items}
+
+
+def _value(item: KV) -> str:
+    """A key's value: itself where it is short, else how it begins or how much it is, and a digest."""
+    digest = short(item.payload)
+    if item.type == ARRAY:
+        return f"{array_head(item)[1]:,} values ({digest})"
+    text = repr(decode(item))
+    return text if len(text) <= _MAX_VALUE else f"{text[: _MAX_VALUE - 20]}… ({digest})"
+
+
+def _content(path: Path) -> str:
+    h = hashlib.sha256()
+    with open(path, "rb") as f:
+        while chunk := f.read(_CHUNK):
+            h.update(chunk)
+    return h.hexdigest()[:12]
+
+
+def difference(was: Mapping[str, str], now: Mapping[str, str]) -> str:
+    """What differs, in words, '' when nothing does. Metadata is named key by key where both sides have the keys."""
+    names = [n for n in {**was, **now} if was.get(n) != now.get(n)]
+    keys = [n for n in names if n.startswith(_KEY)]
+    if len(keys) == len(names):  # the keys are only to say where `metadata` differs
+        return ""
+    by_key = keys and all(any(n.startswith(_KEY) for n in side) for side in (was, now))
+    names = [n for n in names if (n != "metadata" if by_key else n not in keys)]
+    shown = [f"{n} was {was.get(n, 'absent')}, is {now.get(n, 'absent')}" for n in names[:3]]
+    return "; ".join(shown) + (f"; and {len(names) - 3} more" if len(names) > 3 else "")

@@ -1,0 +1,99 @@
+"""The shards that an unfinished build has finished, when another begins anew in its place with other names.
+
+They have their names in the output's folder already, and the new build would leave them there: half a model that
+nothing tells of any more. So they go, but only what that build's own journal shows to be its own.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection
+from pathlib import Path
+
+from ..base.errors import OutputError, ResumeError, SourceError
+from ..base.files import read_at
+from ..base.folders import Folder, same
+from ..gguf.header import read_header_of
+from ..planning.layout import file_names
+from . import journal as journals
+from .folder import held_folder, take
+from .journal import Journal, digest, durable
+
+
+def whole_files(journal: Journal) -> set[str]:
+    """The names of the files all of whose rows are on the disk by what the journal tells."""
+    there = zip(durable(journal), journal.head.tensors, strict=True)
+    short = {file for n, (_, n_rows, _, file) in there if n < n_rows}
+    return {name for i, (name, _) in enumerate(journal.head.files) if i not in short}
+
+
+def finished_shards(out: Path, kept: Collection[Path] = ()) -> list[Path]:
+    """The shards, but for `kept`, that the unfinished build of `out` has finished: named as its shards are, whole by
+    its journal, of the tensors and length that it tells of, and with the bytes of the most rows that it tells of at
+    once. None when all of its shards are there: they are a model."""
+    try:
+        with Folder.hold(out.absolute().parent) as above:
+            return [out.with_name(name) for name, _ in _finished(out, above, kept)]
+    except (OSError, ResumeError, OutputError):
+        return []
+
+
+def _finished(out: Path, above: Folder, kept: Collection[Path]) -> list[tuple[str, os.stat_result]]:
+    """Their names in the output's folder, and which files they are. Raises ResumeError, OutputError, OSError."""
+    folder = held_folder(out, own=True)
+    if folder is None:
+        return []
+    with folder:
+        journal = journals.read(folder, folder.own)
+        if journal is None:
+            return []
+        whole = whole_files(journal)
+        names = [path.name for path in file_names(out, len(journal.head.files), split=True)]
+        if names != [name for name, _ in journal.head.files]:
+            return []
+        found = [
+            (name, _if_its(above, name, folder.own, journal, i)) for i, name in enumerate(names)
+            if name in whole and folder.look(name) is None
+        ]  # fmt: skip
+    its = [(name, info) for name, info in found if info is not None]
+    return [(name, info) for name, info in its if out.with_name(name) not in kept] if len(its) < len(names) else []
+
+
+def _if_its(above: Folder, name: str, owner: int, journal: Journal, file: int) -> os.stat_result | None:
+    """Which file has a name, if it has what a journal tells of it."""
+    tensors = {i: t for i, t in enumerate(journal.head.tensors) if t[3] == file}
+    records = [r for r in journal.records if r.tensor in tensors]
+    try:
+        with open(above.open(name, owner=owner), "rb") as f:
+            header = read_header_of(f, above.path / name)
+            stored = {t.name: t for t in header.tensors}
+            told = [(name, n_rows * row_bytes) for name, n_rows, row_bytes, _ in tensors.values()]
+            if (
+                header.file_bytes != journal.head.files[file][1]
+                or [(t.name, t.nbytes) for t in header.tensors] != told
+                or not records
+            ):
+                return None
+            most = max(records, key=lambda r: r.n_rows * tensors[r.tensor][2])
+            tensor, _, row_bytes, _ = tensors[most.tensor]
+            raw = read_at(f.fileno(), most.n_rows * row_bytes, stored[tensor].offset + most.row * row_bytes)
+            return os.fstat(f.fileno()) if digest(raw) == most.digest else None
+    except (SourceError, OutputError, OSError):
+        return None
+
+
+def remove(out: Path, kept: Collection[Path]) -> None:
+    """Remove the finished shards of the unfinished build of `out`, but for `kept`, while no other process has it.
+    Raises ResumeError, OutputError, OSError."""
+    if not finished_shards(out, kept):
+        return
+    taken = take(out, ())
+    try:
+        with Folder.hold(out.absolute().parent) as above:
+            for name, info in _finished(out, above, kept):  # of the journal that is there now
+                now = above.look(name)
+                if now is not None and same(now, info):
+                    above.unlink(name)
+            above.sync()
+    finally:
+        taken.close()

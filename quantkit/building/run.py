@@ -1,0 +1,227 @@
+"""A build, from plan to finished files: every check before the first byte, then an engine, then the names.
+
+Files are made in OUT.partial (quantkit.building.unfinished) and get their own names only when they are whole and on
+disk; what a build that ends early leaves there, the next one goes on with.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..base import outputs
+from ..base.errors import (
+    InternalCheckError,
+    KernelError,
+    OutputError,
+    ResumeError,
+    SourceError,
+    UnsupportedError,
+    WeightError,
+)
+from ..base.outputs import Output
+from ..gguf.types import IK_TYPES, QTYPES
+from ..model.catalogue import Catalogue
+from ..model.imatrix import Imatrix
+from ..planning.layout import FileLayout, file_names, lay_out, output_kvs
+from ..planning.plan import Plan, with_values
+from . import identity as fingerprint
+from . import leftovers
+from .cache import Cache
+from .engines import Engine, Progress, Work
+from .folder import folder_of, peek
+from .journal import Journal
+from .unfinished import Partial
+
+
+@dataclass(frozen=True)
+class Build:
+    """A build that has been checked and can run."""
+
+    plan: Plan
+    imatrix: Imatrix | None
+    files: tuple[tuple[Path, FileLayout], ...]
+    out: Path
+    identity: Mapping[str, str]
+    """what the bytes depend on (quantkit.building.identity)"""
+    sources: Mapping[Path, fingerprint.FileStat]
+    replace: frozenset[Path]
+    """names under which a file may be replaced: all with --force, else those of shards that are the unfinished build's
+    own"""
+    restart: bool
+    begun: Journal | None
+    """the journal of an unfinished build that this one goes on with"""
+
+    @property
+    def file_bytes(self) -> int:
+        return sum(layout.nbytes for _, layout in self.files)
+
+
+def prepare(
+    plan: Plan,
+    out: Path,
+    imatrix: Imatrix | None = None,
+    split_max_size: int | None = None,
+    force: bool = False,
+    allow_requantize: bool = False,
+    engine: Engine | None = None,
+    resume: bool | None = None,
+) -> Build:
+    """Check everything that can be checked before the first byte. `engine` is the one that will run, for
+    the scratch space it needs. An unfinished build of the same output is gone on with; `resume` True asks for one,
+    False begins anew. Raises the error of what is wrong: ImatrixError, SourceError, OutputError, ResumeError,
+    UnsupportedError."""
+    catalogue = plan.catalogue
+    if catalogue.source is None:
+        raise SourceError(
+            f"{catalogue.model}: only the {'header' if catalogue.kvs_complete else 'config'} is known, there are no "
+            "weights to build from; give a checkpoint directory or a GGUF"
+        )
+    read = [*catalogue.source.files, *([imatrix.path] if imatrix else [])]
+    sources = {path: fingerprint.stat_of(path) for path in read}
+    plan = with_values(plan, imatrix)
+    _check_requantize(catalogue, plan, allow_requantize)
+    kvs = output_kvs(plan, imatrix)
+    layouts = lay_out(plan, kvs, split_max_size)
+    names = file_names(out, len(layouts), split_max_size is not None)
+    files = tuple(zip(names, layouts, strict=True))
+    identity = fingerprint.identity(plan, kvs, split_max_size, imatrix.path if imatrix else None)
+    _check_names(out, names)
+    begun = _begun(out, identity, resume)
+    finished = _finished(names, _told(out) if resume is False else begun, folder_of(out))
+    replace = frozenset(names if force else finished)
+    outputs.check(
+        [*read, *_beside(catalogue)],
+        [
+            Output(folder_of(out), "the unfinished build", is_folder=True, only_compared=True),
+            *(Output(name, replace=name in replace) for name in names),
+        ],
+    )
+    scratch = engine.scratch_bytes(plan) if engine is not None else 0
+    _check_space(out, [file for file in files if file[0] not in finished], scratch)
+    return Build(plan, imatrix, files, out, identity, sources, replace, resume is False, begun)
+
+
+def _begun(out: Path, identity: Mapping[str, str], resume: bool | None) -> Journal | None:
+    """The unfinished build to go on with. Raises ResumeError when it is of something else."""
+    if resume is False:
+        return None
+    found = peek(out, own=True)
+    if found is None or not found.records:
+        if resume:
+            raise ResumeError(f"{out}: there is no unfinished build to go on with; leave --resume away to begin one")
+        return None
+    differs = fingerprint.difference(found.head.identity, identity)
+    if differs:
+        raise ResumeError(
+            f"{folder_of(out)}: is an unfinished build of something else: {differs}; begin anew with --restart, "
+            "or give another output"
+        )
+    return found
+
+
+def _told(out: Path) -> Journal | None:
+    """What is there when a build begins anew: shards that it has finished are its own, and may be replaced."""
+    try:
+        return peek(out, own=True)
+    except ResumeError:
+        return None
+
+
+def _finished(names: tuple[Path, ...], begun: Journal | None, folder: Path) -> set[Path]:
+    """The files of an unfinished build that have their names already: all their rows are in its journal."""
+    if begun is None:
+        return set()
+    its = leftovers.whole_files(begun)
+    return {path for path in names if path.name in its and not os.path.lexists(folder / path.name)}
+
+
+def _check_space(out: Path, files: Sequence[tuple[Path, FileLayout]], scratch: int) -> None:
+    """Raises OutputError when what is still to be written has no room."""
+    need, free = 0, shutil.disk_usage(out.parent).free
+    for name, layout in files:
+        try:
+            there = os.stat(folder_of(out) / name.name, follow_symlinks=False).st_blocks * 512
+        except OSError:
+            there = 0
+        need += max(0, layout.nbytes - there)
+    if need + scratch > free:
+        also = f" and its making {scratch:,} more" if scratch else ""
+        raise OutputError(
+            f"{out.parent}: the output needs {need:,} bytes{also}, but {free:,} are free; free "
+            f"{need + scratch - free:,} more, or choose another place"
+        )
+
+
+def _check_requantize(catalogue: Catalogue, plan: Plan, allowed: bool) -> None:
+    for t in plan.tensors:
+        if t.tensor.source_type in IK_TYPES:
+            raise UnsupportedError(
+                f"{catalogue.model}: '{t.tensor.name}' is {t.tensor.source_type}, a type that only ik_llama.cpp can "
+                "read; build from the original model"
+            )
+        stored = QTYPES[t.tensor.source_type]
+        if not stored.is_float and stored.block > 1 and t.type != stored.name and not allowed:
+            raise UnsupportedError(
+                f"{catalogue.model}: '{t.tensor.name}' is already {stored.name}; quantizing it again to {t.type} loses "
+                "quality: build from the original, or allow it with --allow-requantize"
+            )
+
+
+def _check_names(out: Path, names: Sequence[Path]) -> None:
+    """Names that can be, before anything is looked for under them. Raises OutputError."""
+    outputs.check((), [Output(out, is_later=True, suffix=".partial"), *(Output(n, is_later=True) for n in names)])
+
+
+def _beside(catalogue: Catalogue) -> list[Path]:
+    """What else of a checkpoint is read: its config, its tokenizer, and all that lies with them."""
+    assert catalogue.source is not None
+    folder = catalogue.source.path
+    return outputs.files_of_folder(folder) if folder.is_dir() else []
+
+
+def run(build: Build, engine: Engine, n_threads: int, progress: Progress, cache: Cache | None = None) -> int:
+    """Run an engine and give the files their names. Tensors that the cache has come from there, and those made are
+    kept there. Returns how many values an earlier run had made. Raises what the engine raises; what was there under the
+    names is then as it was, and the exception's `kept` says where the unfinished build is, if it is kept."""
+    partial = Partial(
+        build.out, build.files, build.identity, lambda: fingerprint.check_unchanged(build.sources), build.replace
+    )
+    try:
+        if build.restart:
+            leftovers.remove(build.out, [name for name, _ in build.files])
+        partial.start(build.restart, n_threads, progress)
+        layouts = tuple(layout for _, layout in build.files)
+        with partial.committing():
+            if cache is not None:
+                _use(cache, build, partial, n_threads, progress)
+            engine.run(Work(build.plan, layouts, partial, build.imatrix, n_threads, progress, partial.scratch))
+        partial.finish()
+    except BaseException as e:
+        # with weights or kernels as they are, the same command would end here again
+        in_vain = isinstance(e, (WeightError, KernelError, UnsupportedError, InternalCheckError))
+        kept = partial.give_up(keep=not in_vain)
+        said = (
+            OutputError(f"{build.out}: {e.strerror or e}; mend that and build again") if isinstance(e, OSError) else e
+        )
+        said.kept = kept  # type: ignore[attr-defined]
+        raise said from said.__cause__
+    return partial.n_kept
+
+
+def _use(cache: Cache, build: Build, partial: Partial, n_threads: int, progress: Progress) -> None:
+    """Fill what the cache has, and have it keep what is made."""
+    sizes = {t.tensor.name: t.tensor.n_elements for t in build.plan.tensors}
+    wanted = [t.tensor.name for t in build.plan.tensors if not partial.has(t.tensor.name, 0, t.tensor.n_rows)]
+    keys = cache.keys(build.plan, wanted, build.imatrix, n_threads)
+    with ThreadPoolExecutor(n_threads) as pool:
+        for name, found in zip(wanted, pool.map(lambda n: cache.fill(keys[n], n, partial), wanted), strict=True):
+            if found:
+                partial.have_whole(name)
+                progress(name, sizes[name])
+                del keys[name]
+    partial.on_whole = lambda name: cache.keep(keys[name], name, partial) if name in keys else None

@@ -1,0 +1,205 @@
+"""The files that shards.py plans, made: checked against what is there, copied, and given their names together.
+
+They are made in a hidden folder beside the output, under names that end in `.part`, and each gets its
+header last. When all are whole and on disk they get their own names, the first shard last: without it the others are
+not taken for a model. What ends the work before that leaves the output as it was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from ..base import outputs as output_files
+from ..base.copying import Opened, Progress, copy_range, write_at
+from ..base.errors import OutputError, SourceError
+from ..base.folders import Folder, same, who
+from ..base.outputs import Output
+from .split import Input, OutputFile, ShardSet
+
+
+def check_output(model: ShardSet, files: Sequence[OutputFile], force: bool = False) -> None:
+    """Raises OutputError for a place that cannot be written to, names that are taken, or too little space."""
+    folder = files[0].path.parent
+    outputs = [Output(file.path, replace=force, suffix=".part") for file in files]
+    output_files.check([source.path for source in model.inputs], outputs)
+    need, free = sum(file.nbytes for file in files), shutil.disk_usage(folder).free
+    if need > free:
+        raise OutputError(
+            f"{folder}: the output needs {need:,} bytes, but {free:,} are free; free {need - free:,} more, or choose "
+            "another place"
+        )
+
+
+def write(
+    model: ShardSet, files: Sequence[OutputFile], progress: Progress | None = None, force: bool = False
+) -> dict[str, int]:
+    """Make the files and give them their names. Returns the bytes moved by each way of copying.
+
+    Raises SourceError if a file of the set has changed since its header was read, OutputError for what cannot
+    be written, or if without `force` a name was taken meanwhile. The output is then as it was before.
+    """
+    how: dict[str, int] = {}
+    try:
+        with Folder.hold(files[0].path.absolute().parent) as folder, _scratch(folder) as scratch:
+            with _Sources(model.inputs) as sources:
+                made = [_write_file(scratch, file, sources, how, progress) for file in files]
+                for each in made:
+                    _sync(scratch, each)
+                sources.check_all()
+            _publish(made, scratch, folder, force)
+            folder.sync()
+    except OSError as e:
+        raise OutputError(f"{files[0].path}: {e.strerror or e}; nothing was changed: mend that and try again") from None
+    return how
+
+
+class _Made(NamedTuple):
+    """A file in the hidden folder. It keeps its name till it gets that of `path`, and is told by `info`."""
+
+    temporary: str
+    path: Path
+    info: os.stat_result
+
+
+@contextlib.contextmanager
+def _scratch(folder: Folder) -> Iterator[Folder]:
+    """A new folder in the output's, that only this user may write to."""
+    name = f".quantkit-shards-{secrets.token_hex(8)}"
+    os.mkdir(name, 0o700, dir_fd=folder.fd)
+    scratch = folder.sub(name)
+    try:
+        if not scratch.is_own:
+            raise OutputError(f"{scratch.path}: was replaced by {who(scratch.info.st_uid)}; choose another place")
+        yield scratch
+    finally:
+        with contextlib.suppress(OSError):
+            for each in scratch.names():
+                scratch.remove(each)
+            os.rmdir(name, dir_fd=folder.fd)
+        scratch.close()
+
+
+def _write_file(
+    scratch: Folder, file: OutputFile, sources: _Sources, how: dict[str, int], progress: Progress | None
+) -> _Made:
+    temporary = f"{file.path.name}.part"
+    fd = scratch.create(temporary)
+    try:
+        target = Opened(fd, file.path)  # messages name what was asked for
+        os.ftruncate(fd, file.nbytes)
+        for piece in file.ranges:
+            moved = _Moved(fd, piece.dst_offset, progress)
+            way = copy_range(sources.open(piece.file), piece.src_offset, target, piece.dst_offset, piece.nbytes, moved)
+            how[way] = how.get(way, 0) + piece.nbytes
+        write_at(target, 0, file.header)
+        return _Made(temporary, file.path, os.fstat(fd))
+    finally:
+        os.close(fd)
+
+
+def _is(info: os.stat_result, made: _Made) -> bool:
+    """Whether that is the file that was written, and as it was then: a number of a removed file may be given again."""
+    return same(info, made.info) and (info.st_size, info.st_mtime_ns) == (made.info.st_size, made.info.st_mtime_ns)
+
+
+def _sync(scratch: Folder, made: _Made) -> None:
+    """Raises OutputError when it is not the file that was written."""
+    fd = scratch.open(made.temporary)
+    try:
+        if not _is(os.fstat(fd), made):
+            raise OutputError(f"{made.path}: its unfinished file was replaced by another; find out who writes there")
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+class _Moved:
+    """Progress of a range: has the kernel start to write what was copied, so that syncing has little left to do."""
+
+    def __init__(self, fd: int, offset: int, progress: Progress | None) -> None:
+        self._fd, self._at, self._progress = fd, offset, progress
+
+    def __call__(self, nbytes: int) -> None:
+        # on dirty pages this begins their writing and does not wait; only clean ones would be dropped
+        os.posix_fadvise(self._fd, self._at, nbytes, os.POSIX_FADV_DONTNEED)
+        self._at += nbytes
+        if self._progress is not None:
+            self._progress(nbytes)
+
+
+class _Sources:
+    """The files of a set, one open at a time. Each must be the one whose header was read, before and after."""
+
+    def __init__(self, inputs: Sequence[Input]) -> None:
+        self._inputs = inputs
+        self._file = -1
+        self._fd = -1
+
+    def __enter__(self) -> _Sources:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._close()
+
+    def open(self, file: int) -> Opened:
+        source = self._inputs[file]
+        if file != self._file:
+            self._close()
+            try:
+                self._fd = os.open(source.path, os.O_RDONLY | os.O_NONBLOCK)
+            except OSError as e:
+                raise SourceError(f"{source.path}: cannot be opened: {e.strerror or e}") from None
+            self._file = file
+            self._check(source, os.fstat(self._fd))
+            os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+        return Opened(self._fd, source.path)
+
+    def check_all(self) -> None:
+        """Raises SourceError if a file is not what it was when its header was read."""
+        for source in self._inputs:
+            try:
+                self._check(source, os.stat(source.path))
+            except OSError as e:
+                raise SourceError(f"{source.path}: went away while it was read: {e.strerror or e}") from None
+
+    def _check(self, source: Input, now: os.stat_result) -> None:
+        if (now.st_size, now.st_mtime_ns, now.st_ino) != (source.nbytes, source.mtime_ns, source.inode):
+            raise SourceError(f"{source.path}: has changed since its header was read; try again when it is complete")
+
+    def _close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+        self._file = self._fd = -1
+
+
+def _publish(made: Sequence[_Made], scratch: Folder, folder: Folder, force: bool) -> None:
+    """Rename all, or none: files that are replaced are kept until the new ones have their names.
+
+    The first shard goes first and comes last, so that at no moment new and old shards look like one model."""
+    os.mkdir("replaced", dir_fd=scratch.fd)
+    with scratch.sub("replaced") as old:
+        try:
+            for each in made:
+                if os.path.lexists(each.path):
+                    output_files.check_replaceable(each.path, force)
+                    folder.rename(each.path.name, old, each.path.name, replace=False)
+            for each in reversed(made):
+                now = scratch.look(each.temporary)
+                if now is None or not _is(now, each):
+                    raise OutputError(f"{each.path}: its unfinished file was replaced; find out who writes there")
+                scratch.rename(each.temporary, folder, each.path.name, replace=False)
+        except BaseException:
+            for each in made:
+                now = folder.look(each.path.name)
+                if now is not None and _is(now, each):
+                    folder.unlink(each.path.name)
+            for each in reversed(made):
+                if old.look(each.path.name) is not None:
+                    old.rename(each.path.name, folder, each.path.name, replace=False)
+            raise

@@ -1,0 +1,260 @@
+"""What the output holds: its tensors by GGUF name, and the source rows each is made from. Pure data.
+
+A `Catalogue` is built from headers or from config.json alone (quantkit.model.families), so a 671 B model
+is planned with no weights on disk. Shapes of output tensors are in GGUF (ne) order, fastest
+dimension first; shapes of source tensors are row-major, as their files have them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from ..gguf.header import KV
+
+#: what a tensor does in the model, in the order tables show them
+ROLES = (
+    "embedding",
+    "output",
+    "attention",
+    "dense ffn",
+    "shared expert",
+    "routed expert",
+    "router",
+    "norm",
+    "other",
+)
+
+
+class Part(NamedTuple):
+    """Consecutive rows of an output tensor, and where they come from: `n_rows` rows of the 2-D (or
+    1-D) source tensor `source`, beginning at row `row`; if `transposed`, the output rows are the
+    columns of that rectangle. If `interleave` is k > 1, the rows are dealt in turn from k equal
+    runs of source rows: the first of each run, then the second of each, and so on."""
+
+    source: str
+    shape: tuple[int, ...]
+    row: int
+    n_rows: int
+    transposed: bool = False
+    interleave: int = 1
+
+    @property
+    def out_rows(self) -> int:
+        """How many rows of the output tensor this part makes."""
+        return self.shape[-1] if self.transposed else self.n_rows
+
+    def source_row(self, row: int) -> int:
+        """The row of the source that becomes row `row` of a part that is not transposed."""
+        run, at = row % self.interleave, row // self.interleave
+        return self.row + run * (self.n_rows // self.interleave) + at
+
+
+class Tensor(NamedTuple):
+    """A tensor of the output file."""
+
+    name: str
+    shape: tuple[int, ...]
+    """ne order: shape[0] values a row"""
+    role: str
+    layer: int | None
+    quantizable: bool
+    """False for norms, router, biases: they keep `source_type`, as llama-quantize has it"""
+    source_type: str
+    """the ggml type it has before quantization: in the source GGUF, or in the BF16 file a converter would write"""
+    parts: tuple[Part, ...] = ()
+
+    @property
+    def n_cols(self) -> int:
+        return self.shape[0]
+
+    @property
+    def n_rows(self) -> int:
+        return prod(self.shape[1:])
+
+    @property
+    def n_elements(self) -> int:
+        return prod(self.shape)
+
+
+class SourceTensor(NamedTuple):
+    """A tensor as a checkpoint file stores it."""
+
+    name: str
+    dtype: str
+    """safetensors' names (F8_E4M3, BF16, F16, F32, …) or a ggml type's"""
+    shape: tuple[int, ...]
+    """row-major"""
+    file: Path
+    offset: int
+    """of its first byte, from the start of the file"""
+    nbytes: int
+
+
+class Source(Protocol):
+    """Where the weights are: their stored bytes, and the scales that FP8 weights have."""
+
+    @property
+    def path(self) -> Path: ...
+    @property
+    def files(self) -> tuple[Path, ...]: ...
+    @property
+    def block(self) -> tuple[int, int]: ...
+    def tensor(self, name: str) -> SourceTensor: ...
+    def read(self, tensor: SourceTensor, start: int, out: npt.NDArray[np.uint8]) -> None: ...
+    def will_need(self, tensor: SourceTensor, start: int, nbytes: int) -> None: ...
+    def scale(self, name: str) -> npt.NDArray[np.float32]: ...
+
+
+@dataclass(frozen=True)
+class Catalogue:
+    """The output's tensors, sorted as llama-quantize sorts them, with what the model is."""
+
+    model: str
+    arch: str
+    layout: str
+    """k_b+v_b (current, 1086 tensors for R1), kv_b (2025, 1025), or 'as is' for a GGUF source"""
+    n_layers: int
+    dense_layers: tuple[int, ...]
+    moe_layers: tuple[int, ...]
+    tensors: tuple[Tensor, ...]
+    kvs: tuple[KV, ...]
+    """metadata as a BF16 GGUF of the model has it, general.file_type included"""
+    kvs_complete: bool
+    """False when planned from a config alone: the tokenizer is not known, file sizes lack it"""
+    source: Source | None = None
+    notes: tuple[str, ...] = field(default=())
+
+    def layer_groups(self) -> Mapping[str, tuple[int, ...]]:
+        """The layer numbers of each named group that a recipe's `layers` may slice."""
+        n = self.n_layers
+        # use_more_bits of src/llama-quant.cpp, integer division included
+        more = tuple(i for i in range(n) if i < n // 8 or i >= 7 * n // 8 or (i - n // 8) % 3 == 2)
+        every = tuple(range(n))
+        return {"all": every, "dense": self.dense_layers, "moe": self.moe_layers, "more_bits": more}
+
+
+_FAMILY = re.compile(r"^blk\.\d+\.")
+_BLOCK = re.compile(r"blk\.\s*([+-]?\d+)\.")
+
+
+def layer_of(name: str) -> int | None:
+    """The layer number in a GGUF tensor name (blk.N.…), or None."""
+    m = _BLOCK.match(name)
+    return int(m.group(1)) if m else None
+
+
+def family_of(name: str) -> str:
+    """A tensor's name with * for its layer: blk.*.attn_q_a.weight."""
+    return _FAMILY.sub("blk.*.", name)
+
+
+def ranges(numbers: Iterable[int]) -> str:
+    """3,4,5,8 as '3-5,8'."""
+    out: list[list[int]] = []
+    for n in sorted(numbers):
+        if out and n == out[-1][1] + 1:
+            out[-1][1] = n
+        else:
+            out.append([n, n])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in out)
+
+
+def output_order(name: str) -> tuple[int, bytes]:
+    """The sort key of llama-quantize's output: layer (none first), then the name's bytes.
+    Source: src/llama-model-loader.h, weight_name_comparer."""
+    layer = layer_of(name)
+    return (-1 if layer is None else layer, name.encode())
+
+
+#: parts of names that llama-quantize never quantizes (src/llama-quant.cpp, tensor_allows_quantization)
+_NEVER = (
+    "_norm.weight",
+    "ffn_gate_inp.weight",
+    "ffn_gate_tid2eid.weight",
+    "altup",
+    "laurel",
+    "per_layer_model_proj",
+    "ssm_conv1d",
+    "shortconv.conv.weight",
+    "indexer.k_proj.weight",
+    "indexer.q_proj.weight",
+    "time_mix_first.weight",
+    "time_mix_w0.weight",
+    "time_mix_w1.weight",
+    "time_mix_w2.weight",
+    "time_mix_v0.weight",
+    "time_mix_v1.weight",
+    "time_mix_v2.weight",
+    "time_mix_a0.weight",
+    "time_mix_a1.weight",
+    "time_mix_a2.weight",
+    "time_mix_g1.weight",
+    "time_mix_g2.weight",
+    "time_mix_decay_w1.weight",
+    "time_mix_decay_w2.weight",
+    "time_mix_lerp_fused.weight",
+    "attn_rel_b.weight",
+    ".position_embd",
+    "sam.pos_embd",
+    "sam.neck.",
+    "sam.net_",
+    ".rel_pos",
+    ".patch_embd",
+    ".patch_merger",
+    "a.rvq.codebook",
+    "mm.a.code_embd",
+)
+
+
+#: and of those of glm5-next
+_NEVER_IN_GLM5_NEXT = (
+    "hc_",
+    "indexer.attn_q_b",
+    "indexer.attn_k",
+    "indexer.proj",
+    "indexer_compressor_gate",
+    "indexer_compressor_ape",
+    "ssm_f_a.weight",
+    "ssm_f_b.weight",
+    "ssm_g_a.weight",
+    "ssm_g_b.weight",
+    "ssm_beta.weight",
+    "attn_kv_a_mqa.weight",
+    "attn_k_b.weight",
+    "attn_v_b.weight",
+)
+
+
+def is_quantizable(name: str, shape: tuple[int, ...], arch: str = "") -> bool:
+    """Whether llama-quantize would quantize a tensor of that name and (ne) shape at all, in a model of that arch."""
+    n_dims = max((i + 1 for i, n in enumerate(shape) if n > 1), default=1)
+    if n_dims < 2 or not name.endswith("weight"):
+        return False
+    if name in ("position_embd.weight", "token_types.weight"):
+        return False
+    return not any(part in name for part in (*_NEVER, *(_NEVER_IN_GLM5_NEXT if arch == "glm5-next" else ())))
+
+
+_ROLE_OF = (
+    (re.compile(r"token_embd\.|per_layer_token_embd\."), "embedding"),
+    (re.compile(r"output\.weight$"), "output"),
+    (re.compile(r".*_norm\.(weight|bias)$"), "norm"),
+    (re.compile(r".*\.(ffn_gate_inp|exp_probs_b)"), "router"),
+    (re.compile(r".*\.ffn_\w+_exps\."), "routed expert"),
+    (re.compile(r".*\.ffn_\w+_shexp\."), "shared expert"),
+    (re.compile(r".*\.ffn_"), "dense ffn"),
+    (re.compile(r".*\.attn_"), "attention"),
+)
+
+
+def role_of(name: str) -> str:
+    """What a tensor does, from its GGUF name."""
+    return next((role for pattern, role in _ROLE_OF if pattern.match(name)), "other")

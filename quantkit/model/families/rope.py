@@ -1,0 +1,196 @@
+"""The rope: where config.json says it, its scaling as keys (linear, yarn) and as a tensor (llama3).
+
+    rope_scaling, rope_theta                          until transformers 4
+    rope_parameters, with rope_theta inside           since transformers 5; it counts where both are there
+    rope_parameters.full_attention, .sliding_attention, each with a rope_theta
+
+Source: llama.cpp's conversion/base.py, TextModel.__init__ and set_gguf_parameters, and conversion/llama.py,
+generate_extra_tensors.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from ...base.errors import UnsupportedError
+from ...gguf.header import F32, I32, KV, STRING, U32, kv, kv_array
+from .config import Config
+
+_BOTH = (
+    "config.json has rope_parameters (transformers 5) and rope_scaling (before), and they differ: rope_parameters was "
+    "taken, as llama.cpp does"
+)
+_NESTED = ("full_attention", "sliding_attention")
+_LOCAL_THETAS = ("local_rope_theta", "rope_local_theta", "rope_theta_local", "swa_rope_theta", "rope_local_base_freq")
+_THETAS = ("global_rope_theta", "rope_global_theta", "rope_theta_global", "rope_theta", "rotary_emb_base")
+_CONTEXT = "original_max_position_embeddings"
+
+
+class Rope(NamedTuple):
+    """What config.json says of the rope."""
+
+    kind: str | None
+    """linear, yarn or llama3; None where nothing is scaled"""
+    scaling: Config
+    """the section with the numbers of the scaling; empty where there is none"""
+    theta: float | None
+    """the base of the frequencies; None where neither config.json nor its class has one"""
+    local_theta: float | None
+    """of layers with a sliding window"""
+    sections: tuple[int, ...]
+    """values of a head that each of up to four coordinates rotates"""
+    mscale_all_dim: float | None
+    notes: tuple[str, ...]
+
+    def kvs(self, arch: str) -> Iterator[KV]:
+        """The rope keys in the middle of an arch's keys: scaling, sections, bases."""
+        if self.kind in ("linear", "yarn"):
+            yield from _scaling_kvs(arch, self.kind, self.scaling)
+        if self.sections:
+            yield kv_array(f"{arch}.rope.dimension_sections", I32, (*self.sections, 0, 0, 0, 0)[:4])
+        if self.theta is not None:
+            yield kv(f"{arch}.rope.freq_base", F32, self.theta)
+        if self.local_theta is not None:
+            yield kv(f"{arch}.rope.freq_base_swa", F32, self.local_theta)
+
+
+def read_rope(c: Config, arch: str, kinds: tuple[str, ...], theta: float | None) -> Rope:
+    """The rope of a config. `kinds` are those of scaling that llama.cpp has for the arch, `theta` is the base where
+    config.json has none. Raises SourceError, UnsupportedError for another kind or heads rotated in part."""
+    notes = (_BOTH,) if _differ(c.values) else ()
+    new = "rope_parameters" in c.values
+    outer = c.section("rope_parameters" if new else "rope_scaling") or Config(c.model, {})
+    nested = any(key in outer.values for key in _NESTED)
+    # the layers with a window of attention have a section beside that of the others
+    inner = outer.section("full_attention") if "full_attention" in outer.values else outer
+    inner = inner or Config(c.model, {})
+    if not nested and _CONTEXT in c.values:
+        with_context = {_CONTEXT: c.values[_CONTEXT], **inner.values}
+        inner = Config(c.model, with_context, "" if _CONTEXT not in inner.values else inner.prefix)
+    local = outer.section("sliding_attention")
+    local_key = None if nested else c.first(_LOCAL_THETAS)
+    for place, key in ((inner, "partial_rotary_factor"), (c, "partial_rotary_factor")):
+        if place.positive(key, 1.0) != 1:
+            raise UnsupportedError(
+                f"{c.model}: config.json: {place.prefix}{key} is {place.float_(key):g}: heads of {arch} are rotated "
+                "whole in llama.cpp"
+            )
+    if local_key is not None:
+        local_theta: float | None = c.positive(local_key)
+    else:
+        local_theta = None if local is None or local.values.get("rope_theta") is None else local.positive("rope_theta")
+    # a null is the word that there is none
+    if nested or "rope_theta" in inner.values:
+        theta = None if inner.values.get("rope_theta") is None else inner.positive("rope_theta")
+    elif any(key in c.values for key in _THETAS):
+        theta_key = c.first(_THETAS)
+        theta = None if theta_key is None else c.positive(theta_key)
+    # transformers 4 let the old name win in rope_scaling
+    names = ("rope_type", "type") if new else ("type", "rope_type")
+    kind = next((inner.values[key] for key in names if inner.values.get(key) is not None), None)
+    if kind == "default":
+        kind = None
+    if kind is not None and kind not in kinds:
+        shown = f"{', '.join(kinds[:-1])} and {kinds[-1]}"
+        raise UnsupportedError(
+            f"{c.model}: config.json: the rope scaling has the type {kind!r:.60}; quantkit knows {shown} for {arch}"
+        )
+    mscale = outer.values.get("mscale_all_dim")
+    return Rope(
+        kind,
+        inner,
+        theta,
+        local_theta,
+        _sections(outer),
+        None if mscale is None else outer.float_("mscale_all_dim"),
+        notes,
+    )
+
+
+def _differ(values: Mapping[str, Any]) -> bool:
+    """Whether a config says two things of its rope, in the old spelling and in the new one."""
+    new, old = values.get("rope_parameters"), values.get("rope_scaling")
+    if "rope_parameters" not in values or not isinstance(old, dict):
+        return False
+
+    kinds = []
+    for section in (new if isinstance(new, dict) else {}, old):
+        kinds.append(section.get("rope_type") or section.get("type") or "default")
+    if kinds[0] != kinds[1] or not isinstance(new, dict):
+        return kinds[0] != kinds[1]
+    return any(old[key] != new[key] for key in (old.keys() & new.keys()) - {"type", "rope_type"})
+
+
+def _sections(outer: Config) -> tuple[int, ...]:
+    value = outer.values.get("mrope_section")
+    if value is None:
+        return ()
+    if not isinstance(value, list) or not all(type(n) is int and 0 <= n < 1 << 16 for n in value):
+        raise outer.fail("mrope_section", f"is {value!r:.60}, not a list of integers")
+    return tuple(value)
+
+
+def _scaling_kvs(arch: str, kind: str, scaling: Config) -> Iterator[KV]:
+    """The rope.scaling.* keys of a linear or yarn section."""
+    prefix = f"{arch}.rope.scaling."
+    yield kv(prefix + "type", STRING, kind)
+    yield kv(prefix + "factor", F32, scaling.float_("factor"))
+    if kind != "yarn":
+        return
+    yield kv(prefix + "original_context_length", U32, scaling.int_(_CONTEXT))
+    for keys, ours in (
+        (("extrapolation_factor",), "yarn_ext_factor"),
+        (("attention_factor", "attn_factor"), "yarn_attn_factor"),
+        (("beta_fast",), "yarn_beta_fast"),
+        (("beta_slow",), "yarn_beta_slow"),
+    ):
+        key = next((k for k in keys if k in scaling.values), None)
+        if key is not None and scaling.values[key] is not None:
+            yield kv(prefix + ours, F32, scaling.float_(key))
+
+
+class Llama3Scaling(NamedTuple):
+    """The llama3 kind: each frequency of the rope is divided by a factor of its own."""
+
+    theta: float
+    head: int
+    """values of a head, all of them rotated"""
+    factor: float
+    low: float
+    high: float
+    context: int
+    """of the training before the stretch"""
+
+    def factors(self) -> npt.NDArray[np.float32]:
+        """float32 [head / 2]: rope_freqs.weight. 1 where waves are short, `factor` where they are long,
+        between the two in the middle. By torch, as in a converter: the power of another library may
+        differ in the last bit."""
+        import torch
+
+        frequencies = 1.0 / (self.theta ** (torch.arange(0, self.head, 2, dtype=torch.float32) / self.head))
+        wavelengths = 2 * math.pi / frequencies
+        smooth = (self.context / wavelengths - self.low) / (self.high - self.low)
+        between = 1 / ((1 - smooth) / self.factor + smooth)
+        stretched = torch.where(wavelengths > self.context / self.low, self.factor, between)
+        out: npt.NDArray[np.float32] = torch.where(wavelengths < self.context / self.high, 1.0, stretched).numpy()
+        return out
+
+
+def llama3(scaling: Config, theta: float, head: int) -> Llama3Scaling:
+    """A llama3 section, checked. Raises SourceError when a value is missing or makes no wavelengths."""
+    out = Llama3Scaling(
+        theta,
+        head,
+        scaling.positive("factor", 8.0),
+        scaling.positive("low_freq_factor", 1.0),
+        scaling.positive("high_freq_factor", 4.0),
+        scaling.int_(_CONTEXT, 8192),
+    )
+    if out.low >= out.high:
+        raise scaling.fail("high_freq_factor", f"is {out.high:g}, not above low_freq_factor, {out.low:g}")
+    return out

@@ -1,0 +1,117 @@
+"""Plan -> files, offsets, header bytes, exact sizes. Pure: no I/O, so headers are written before any weight is read.
+
+The keys are what llama-quantize writes: those of the source in order, then general.quantization_version
+and general.file_type, the metadata of the recipe, then what it records of the importance matrix. Split files are what
+llama-gguf-split makes of the whole file (quantkit.gguf.shards). Source: src/llama-quant.cpp.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+from ..base.errors import OutputError
+from ..gguf.header import BOOL, F32, KV, STRING, U32, header_bytes, is_other_alignment, kv, pad
+from ..gguf.shards import MAX_SHARDS, Limits, check_prefix, groups, shard_name, split_kvs
+from ..gguf.types import FILE_TYPES
+from .plan import Plan, Planned
+
+GGML_QUANT_VERSION = 2
+_MAX_VALUE = 127
+#: as llama-quantize writes the values of --override-kv
+_OVERRIDE_TYPES = {"str": STRING, "int": U32, "float": F32, "bool": BOOL}
+
+
+class ImatrixFacts(Protocol):
+    """What the metadata says of an importance matrix."""
+
+    @property
+    def typed(self) -> str: ...
+    @property
+    def datasets(self) -> tuple[str, ...]: ...
+    @property
+    def n_chunks(self) -> int: ...
+    @property
+    def entries(self) -> Mapping[str, object]: ...
+
+
+class Placed(NamedTuple):
+    """A tensor with its place: `offset` from the start of its file."""
+
+    planned: Planned
+    offset: int
+
+
+@dataclass(frozen=True)
+class FileLayout:
+    """One output file."""
+
+    header: bytes
+    tensors: tuple[Placed, ...]
+    nbytes: int
+    """exact, padding included"""
+
+
+def output_kvs(plan: Plan, imatrix: ImatrixFacts | None) -> tuple[KV, ...]:
+    """The keys of the output. Of another alignment nothing is kept: llama-quantize copies the key, aligns to 32 all the
+    same, and so breaks the file wherever its header does not happen to end at a multiple."""
+    moved = ("general.quantization_version", "general.file_type")
+    out = [item for item in plan.catalogue.kvs if item.key not in moved and not is_other_alignment(item)]
+    added = [
+        kv("general.quantization_version", U32, GGML_QUANT_VERSION),
+        kv("general.file_type", U32, FILE_TYPES[plan.recipe.file_type]),
+    ]
+    added += [kv(o.key, _OVERRIDE_TYPES[o.type], o.value) for o in plan.recipe.metadata]
+    if imatrix is not None:
+        added.append(kv("quantize.imatrix.file", STRING, _cut(imatrix.typed)))
+        if imatrix.datasets:
+            added.append(kv("quantize.imatrix.dataset", STRING, _cut(imatrix.datasets[0])))
+        added.append(kv("quantize.imatrix.entries_count", U32, len(imatrix.entries)))
+        if imatrix.n_chunks > 0:
+            added.append(kv("quantize.imatrix.chunks_count", U32, imatrix.n_chunks))
+    # setting a key that is there removes it first and appends it
+    replaced = {item.key for item in added}
+    return tuple([item for item in out if item.key not in replaced] + added)
+
+
+def _cut(text: str) -> bytes:
+    """llama-quantize keeps 127 bytes of a string it records."""
+    return text.encode()[:_MAX_VALUE]
+
+
+def lay_out(plan: Plan, kvs: Sequence[KV], split_max_size: int | None = None) -> tuple[FileLayout, ...]:
+    """The output files, in order. `split_max_size` in bytes of tensor data a shard, None for one file;
+    a tensor above it has a shard of its own. Raises OutputError for more shards than can be numbered."""
+    if split_max_size is None:
+        return (_file(kvs, plan.tensors),)
+    cut = groups([t.nbytes for t in plan.tensors], Limits(max_bytes=split_max_size))
+    if len(cut) > MAX_SHARDS:
+        raise OutputError(f"--split-max-size {split_max_size:,} makes {len(cut):,} shards, more than {MAX_SHARDS:,}")
+    out = []
+    for no, (start, stop) in enumerate(cut):
+        own = split_kvs(no, len(cut), len(plan.tensors))
+        out.append(_file([*kvs, *own] if no == 0 else own, plan.tensors[start:stop]))
+    return tuple(out)
+
+
+def _file(kvs: Sequence[KV], tensors: Iterable[Planned]) -> FileLayout:
+    infos, offsets, at = [], [], 0
+    for t in tensors:
+        infos.append((t.tensor.name, t.tensor.shape, t.type, at))
+        offsets.append((t, at))
+        at += pad(t.nbytes)
+    header = header_bytes(kvs, infos)
+    placed = tuple(Placed(t, len(header) + offset) for t, offset in offsets)
+    return FileLayout(header, placed, len(header) + at)
+
+
+def file_names(out: Path, n_files: int, split: bool) -> tuple[Path, ...]:
+    """OUT itself, or PREFIX-00001-of-0000N.gguf with llama.cpp's numbering. Raises OutputError for an OUT that
+    is numbered already."""
+    if not split:
+        return (out,)
+    check_prefix(out)
+    prefix = out.name.removesuffix(".gguf")
+    return tuple(out.with_name(shard_name(prefix, i, n_files)) for i in range(n_files))

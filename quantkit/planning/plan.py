@@ -1,0 +1,266 @@
+"""Catalogue x Recipe -> Plan: the type of every tensor, the rule that chose it, its bytes.
+
+A plan is pure data. Which rule takes which tensor, and what is wrong with rules, is in rules.py.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, Protocol
+
+from ..base.errors import ImatrixError, KernelError, RecipeError, UnsupportedError
+from ..gguf.types import (
+    ABORT_WITHOUT_IMATRIX,
+    LOST_BY_32,
+    LOST_WITHOUT_WEIGHTS,
+    QTYPES,
+    SPOILED_WITHOUT_WEIGHTS,
+    STORED_TYPES,
+    VERSIONS,
+    fit,
+)
+from ..model.catalogue import Catalogue, Tensor
+from ..model.imatrix import Imatrix
+from ..recipe.load import Recipe
+from .gaps import Gap, gap_notes, gap_warnings
+from .mixtures import facts, mixture_types
+from .rules import claim
+
+
+class Weights(Protocol):
+    """What a plan needs to know of an importance matrix."""
+
+    def __contains__(self, name: str) -> bool: ...
+    def fits(self, name: str, n_cols: int, n_mats: int) -> bool: ...
+
+
+class Planned(NamedTuple):
+    """A tensor with its decision."""
+
+    tensor: Tensor
+    type: str
+    """the type it gets"""
+    requested: str
+    """the type asked for; another than `type` where the shape does not allow it"""
+    nbytes: int
+    rule: str
+    """file:line rules[i], or '' for a tensor that is never quantized"""
+    why: str
+    imatrix: str
+    """used | missing | needed | wrong size | not used | required | optional; see `imatrix_status`"""
+
+    @property
+    def fell_back(self) -> bool:
+        return self.type != self.requested
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every tensor of the output with its decision, in the order of the file."""
+
+    catalogue: Catalogue
+    recipe: Recipe
+    tensors: tuple[Planned, ...]
+    warnings: tuple[str, ...]
+    mixture_version: str = VERSIONS[0]
+    """whose choices `otherwise: mixture` means, and whose fallbacks: current, or 2025 for files made till March 2026"""
+    gaps: tuple[Gap, ...] = ()
+    """what the importance matrix leaves out, once its values have been read (`with_values`)"""
+
+    @property
+    def tensor_bytes(self) -> int:
+        return sum(t.nbytes for t in self.tensors)
+
+    @property
+    def n_elements(self) -> int:
+        return sum(t.tensor.n_elements for t in self.tensors)
+
+    @property
+    def bpw(self) -> float:
+        """Bits a weight as llama.cpp prints it: all tensor bytes over all elements."""
+        return 8 * self.tensor_bytes / self.n_elements
+
+    def types(self) -> dict[str, int]:
+        """Tensors of each type, in the order of ggml's ids."""
+        counts = Counter(t.type for t in self.tensors)
+        return {name: counts[name] for name in sorted(counts, key=lambda n: STORED_TYPES[n].id)}
+
+    def to_json(self, file_bytes: int | None) -> dict[str, Any]:
+        """The plan as plain values; shapes in GGUF (ne) order. `file_bytes` comes from the layout."""
+        c = self.catalogue
+        return {
+            "model": c.model,
+            "arch": c.arch,
+            "layout": c.layout,
+            "recipe": self.recipe.name,
+            "mixture_version": self.mixture_version,
+            "tensors": [
+                {
+                    "name": t.tensor.name,
+                    "shape": list(t.tensor.shape),
+                    "type": t.type,
+                    "requested": t.requested,
+                    "bytes": t.nbytes,
+                    "rule": t.rule,
+                    "why": t.why,
+                    "role": t.tensor.role,
+                    "imatrix": t.imatrix,
+                }
+                for t in self.tensors
+            ],
+            "totals": {
+                "tensors": len(self.tensors),
+                "elements": self.n_elements,
+                "tensor_bytes": self.tensor_bytes,
+                "file_bytes": file_bytes,
+                "bpw": round(self.bpw, 4),
+                "types": self.types(),
+            },
+            "metadata_complete": c.kvs_complete,
+            "warnings": [*self.warnings, *gap_warnings(self.gaps)],
+            "notes": [*c.notes, *gap_notes(self.gaps)],
+            "imatrix_gaps": [g.to_json() for g in self.gaps],
+        }
+
+
+def make_plan(
+    catalogue: Catalogue, recipe: Recipe, imatrix: Weights | None = None, mixture_version: str = VERSIONS[0]
+) -> Plan:
+    """Decide every tensor. Raises RecipeError for rules that cannot work on this model, all of them
+    at once, and UnsupportedError when the recipe is not for this arch."""
+    if not recipe.is_for(catalogue.arch):
+        raise UnsupportedError(
+            f"{recipe.place('arch')}: the recipe is for {', '.join(recipe.arch)}, but {catalogue.model} is a "
+            f"{catalogue.arch}"
+        )
+    others = mixture_choice(catalogue, recipe, imatrix is not None, mixture_version)
+    claims, warnings = claim(catalogue, recipe, others)
+    places = [recipe.place("rules", i) for i in range(len(recipe.rules))]
+    by_mixture = recipe.place("otherwise")
+    planned = []
+    for t, index in zip(catalogue.tensors, claims, strict=True):
+        if not t.quantizable:
+            nbytes = STORED_TYPES[t.source_type].row_bytes(t.n_cols) * t.n_rows
+            why = "never quantized: norms, router and biases are small and sensitive"
+            planned.append(Planned(t, t.source_type, t.source_type, nbytes, "", why, "not used"))
+            continue
+        if index is None:
+            asked, place, why = QTYPES[others[t.name]], by_mixture, "llama-quantize's own choice"
+        else:
+            rule = recipe.rules[index]
+            asked, place, why = QTYPES[rule.type], places[index], rule.why
+        try:
+            given = fit(asked, t.n_cols, mixture_version)
+        except KernelError as e:
+            at = place if index is None else recipe.place("rules", index, "type")
+            raise RecipeError(f"{at}: '{t.name}': {e}; give it another type in a rule before") from None
+        if given is not asked:
+            why += f" ({asked.name} needs rows of {asked.block}s, these have {t.n_cols}: {given.name})"
+        status = imatrix_status(t, given.name, recipe, imatrix)
+        nbytes = given.row_bytes(t.n_cols) * t.n_rows
+        planned.append(Planned(t, given.name, asked.name, nbytes, place, why, status))
+    if recipe.imatrix == "optional" and imatrix is None:
+        needs = [t for t in planned if t.imatrix == "required"]
+        if needs:
+            more = f", as {'does' if len(needs) == 2 else 'do'} {len(needs) - 1} more" if len(needs) > 1 else ""
+            warnings.append(
+                f"{recipe.place('imatrix')}: {needs[0].type} for '{needs[0].tensor.name}' needs an importance matrix"
+                f"{more}; say imatrix: required"
+            )
+    return Plan(catalogue, recipe, tuple(planned), tuple(warnings), mixture_version)
+
+
+def mixture_choice(catalogue: Catalogue, recipe: Recipe, has_imatrix: bool, version: str) -> dict[str, str]:
+    """What `otherwise: mixture NAME` gives each quantizable tensor; nothing without it. The mixture sees
+    the whole model, also the tensors that rules take, so a rule changes no type but its own tensors'."""
+    if recipe.mixture is None:
+        return {}
+    numbers = facts(catalogue, has_imatrix or recipe.imatrix == "required", version)
+    types = mixture_types(recipe.mixture, catalogue.tensors, numbers)
+    return dict(zip((t.name for t in catalogue.tensors if t.quantizable), types, strict=True))
+
+
+def imatrix_status(t: Tensor, given: str, recipe: Recipe, imatrix: Weights | None) -> str:
+    """How an importance matrix bears on a tensor of that type.
+
+    used: it has an entry of the right size · missing: it has none, the tensor is quantized without ·
+    needed: it has none, and the type must have one · wrong size: the entry does not fit, which no type excuses ·
+    not used: the type has no use for it · without an imatrix: required or optional.
+    """
+    if given == t.source_type:  # of the same type already: its blocks are copied
+        return "not used"
+    n_mats = t.shape[2] if len(t.shape) > 2 else 1
+    fits = imatrix is None or t.name not in imatrix or imatrix.fits(t.name, t.n_cols, n_mats)
+    # llama-quantize: an entry of the wrong size is an error, but for token_embd, which does without
+    if not fits and t.role != "embedding":
+        return "wrong size"
+    if not QTYPES[given].uses_imatrix:
+        return "not used"
+    needs = must_have_weights(t.name, given, recipe.file_type)
+    if imatrix is None:
+        return "required" if needs or recipe.imatrix == "required" else "optional"
+    if t.name not in imatrix or not fits:
+        return "needed" if needs else "missing"
+    return "used"
+
+
+def must_have_weights(name: str, given: str, file_type: str) -> bool:
+    """Whether llama-quantize refuses that type without weights. token_embd and output are excused,
+    but for types that abort it (src/llama-quant.cpp, tensor_requires_imatrix)."""
+    if name in ("token_embd.weight", "output.weight", "per_layer_token_embd.weight"):
+        return given in ABORT_WITHOUT_IMATRIX
+    return QTYPES[given].needs_imatrix or (given == "Q2_K" and file_type == "Q2_K_S")
+
+
+def check_imatrix(plan: Plan, given: bool) -> None:
+    """Raise ImatrixError when a build of the plan would lack weights it must have."""
+    if not given:
+        if plan.recipe.imatrix == "required":
+            raise ImatrixError(
+                f"the recipe {plan.recipe.name} requires an importance matrix; give one with --imatrix FILE "
+                "(llama-imatrix makes them, and published quantizations often come with theirs)"
+            )
+        needs = [t for t in plan.tensors if t.imatrix == "required"]
+        if needs:
+            more = len(needs) - 1
+            others = f", as {'does' if more == 1 else 'do'} {more} more" if more else ""
+            raise ImatrixError(
+                f"'{needs[0].tensor.name}' as {needs[0].type} needs an importance matrix{others}; give one with "
+                "--imatrix FILE"
+            )
+        return
+    for status, what, which in (
+        ("wrong size", "an entry of the wrong size", ""),
+        ("needed", "no entry", " that must have one"),
+    ):
+        bad = [t for t in plan.tensors if t.imatrix == status]
+        if bad:
+            t = bad[0]
+            n_mats = t.tensor.shape[2] if len(t.tensor.shape) > 2 else 1
+            raise ImatrixError(
+                f"the importance matrix has {what} for {len(bad)} tensor{'s' * (len(bad) > 1)}{which}, the first "
+                f"'{t.tensor.name}' as {t.type} ({n_mats} x {t.tensor.n_cols} values); is it of this model and layout?"
+            )
+
+
+def with_values(plan: Plan, imatrix: Imatrix | None) -> Plan:
+    """The plan after all that a build checks of an importance matrix: what the plan needs is there, and every value,
+    which is read, is a weight. `gaps` says what it leaves out. Raises ImatrixError."""
+    check_imatrix(plan, imatrix is not None)
+    if imatrix is None:
+        return plan
+    found = imatrix.check()
+    gaps = []
+    for t in plan.tensors:
+        if t.imatrix != "used" or t.tensor.name not in found:
+            continue
+        shape = t.tensor.shape
+        n_mats = shape[2] if len(shape) > 2 else 1
+        what = found[t.tensor.name].of(t.tensor.n_cols, n_mats, 32 if t.type in LOST_BY_32 else QTYPES[t.type].block)
+        lossy = t.type in LOST_WITHOUT_WEIGHTS or t.type in SPOILED_WITHOUT_WEIGHTS
+        zeros, n_blocks = (what.zeros, what.n_zero_blocks) if lossy else ((), 0)
+        if what.unseen or zeros or n_blocks:
+            is_expert = t.tensor.role == "routed expert"
+            gaps.append(Gap(t.tensor.name, t.type, is_expert, n_mats, what.unseen, zeros, n_blocks))
+    return replace(plan, gaps=tuple(gaps))

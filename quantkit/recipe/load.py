@@ -1,0 +1,333 @@
+"""Recipes: YAML files of ordered rules, first match wins, each with its reason. Read, checked, resolved.
+
+    name: UD-IQ1_S
+    title: DeepSeek-R1 dynamic 1.58-bit
+    arch: [deepseek2]
+    file_type: IQ1_S            # general.file_type, and the base type given to llama-quantize
+    imatrix: required           # required | optional
+    rules:
+      - {match: "blk.*.ffn_down_exps.weight", layers: "moe[:6]", type: IQ2_XXS, why: "…"}
+
+`RecipeFile` (schema.py) is what a file may hold; `Recipe` is what it comes to: its base's rules
+behind its own, variables replaced by types. Errors end in their place: file:line rules[i].key: what,
+and what was perhaps meant.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from ..base.errors import RecipeError, did_you_mean, listed
+from ..base.files import text_within
+from ..gguf.types import FILE_TYPES, QTYPES, file_type
+from .schema import SCHEMA_FILE, Override, RecipeFile, Rule, known_type, looks_like_recipe, messages, parse_override
+from .yaml_lines import Marked, read
+
+_MAX_BYTES = 1 << 20
+#: among a recipe's archs: it is for every one
+ANY_ARCH = "any"
+SCHEMA_LINE = f"# yaml-language-server: $schema={SCHEMA_FILE}"
+
+
+# ---------------------------------------------------------------- what it comes to
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A checked recipe, its base and variables resolved."""
+
+    name: str
+    title: str
+    description: str
+    arch: tuple[str, ...]
+    file_type: str
+    imatrix: str
+    """required | optional"""
+    mixture: str | None
+    """the llama.cpp mixture that decides for tensors no rule matches"""
+    rules: tuple[Rule, ...]
+    """its own, then its base's; every type a ggml type"""
+    n_own: int
+    """how many of the rules are its own"""
+    variables: Mapping[str, str]
+    metadata: tuple[Override, ...]
+    base: str | None
+    text: str = field(repr=False, compare=False)
+    """as it was read"""
+    base_text: tuple[str, str] | None = field(repr=False, compare=False)
+    """its base's, and the name of its file"""
+    _own: Marked = field(repr=False, compare=False)
+    _base: Marked | None = field(repr=False, compare=False)
+
+    def is_for(self, arch: str) -> bool:
+        """Whether it is for models of that arch."""
+        return arch in self.arch or ANY_ARCH in self.arch
+
+    def place(self, *path: str | int) -> str:
+        """'file:line rules[i].key' of something in this recipe or in its base."""
+        if self._base is not None and path:
+            if path[0] == "rules" and len(path) > 1 and isinstance(path[1], int) and path[1] >= self.n_own:
+                return self._base.place("rules", path[1] - self.n_own, *path[2:])
+            if path[0] not in self._own.value and path[0] in self._base.value:
+                return self._base.place(*path)
+        return self._own.place(*path)
+
+
+def parse(
+    text: str,
+    file: str,
+    sets: Mapping[str, str] | None = None,
+    folder: Path | None = None,
+    base_text: tuple[str, str] | None = None,
+) -> Recipe:
+    """A recipe from its text; `file` is for messages, `sets` are --set's, a base is looked for in
+    `folder` unless its text and name are given. Raises RecipeError with file, line, place and suggestion."""
+    own, given = _read(text, file)
+    if given.base is None:
+        base_text = None
+    elif base_text is None:
+        base_text = _base_text(own, given.base, folder)
+    if base_text is None:
+        return _resolve(own, given, None, None, sets or {}, text, None)
+    base, below = _read(*base_text)
+    if below.base is not None:
+        raise RecipeError(
+            f"{own.place('base')}: {given.base} has a base itself, {below.base}; one level is allowed: copy its rules"
+        )
+    return _resolve(own, given, base, below, sets or {}, text, base_text)
+
+
+def _read(text: str, file: str) -> tuple[Marked, RecipeFile]:
+    marked = read(text, file)
+    if not isinstance(marked.value, dict):
+        raise RecipeError(f"{file}:1 a recipe is a mapping with name, arch, file_type and rules")
+    given, wrong = None, []
+    try:
+        given = RecipeFile.model_validate(marked.value)
+    except ValidationError as e:
+        wrong = list(messages(e, marked))
+    if "base" not in marked.value:
+        wrong += [f"{marked.place(key)}: is missing" for key in ("arch", "file_type") if key not in marked.value]
+        if not marked.value.get("rules", []) and marked.value.get("otherwise") is None:
+            wrong.append(f"{marked.place('rules')}: {'is empty' if 'rules' in marked.value else 'is missing'}")
+    if given is None or wrong:
+        raise RecipeError(listed(wrong))
+    return marked, given
+
+
+def _base_text(own: Marked, name: str, folder: Path | None) -> tuple[str, str]:
+    """The text of a recipe's base, and the name of its file."""
+    try:
+        return _text(name, folder)
+    except RecipeError as e:
+        raise RecipeError(f"{own.place('base')}: {e}") from None
+
+
+def _resolve(
+    own: Marked,
+    given: RecipeFile,
+    base: Marked | None,
+    below: RecipeFile | None,
+    sets: Mapping[str, str],
+    text: str,
+    base_text: tuple[str, str] | None,
+) -> Recipe:
+    layers = (given,) if below is None else (given, below)
+    variables = {k: v for one in reversed(layers) for k, v in one.vars.items()}
+    for name, value in sets.items():
+        if name not in variables:
+            have = f"; it has {', '.join(variables)}" if variables else "; it has none"
+            raise RecipeError(
+                f"--set {name}: {given.name} has no variable '{name}'{did_you_mean(name, variables)}{have}"
+            )
+        try:
+            variables[name] = known_type(value)
+        except ValueError as e:
+            raise RecipeError(f"--set {name}: {e}") from None
+    metadata = {k: parse_override(k, v) for one in reversed(layers) for k, v in one.metadata.items()}
+    otherwise = next((one.otherwise for one in layers if one.otherwise), None)
+    recipe = Recipe(
+        name=given.name,
+        title=given.title,
+        description=given.description,
+        arch=tuple(next((one.arch for one in layers if one.arch), ())),
+        file_type=next((one.file_type for one in layers if one.file_type), ""),
+        imatrix=next((one.imatrix for one in layers if one.imatrix), "optional"),
+        mixture=otherwise.removeprefix("mixture ") if otherwise else None,
+        rules=tuple(rule for one in layers for rule in one.rules),
+        n_own=len(given.rules),
+        variables=variables,
+        metadata=tuple(metadata.values()),
+        base=given.base,
+        text=text,
+        base_text=base_text,
+        _own=own,
+        _base=base,
+    )
+    wrong, rules, used = [], [], set()
+    for i, written in enumerate(recipe.rules):
+        rule = written
+        if rule.type.startswith("$"):
+            name = rule.type[1:]
+            used.add(name)
+            if name not in variables:
+                wrong.append(
+                    f"{recipe.place('rules', i, 'type')}: no variable '{name}'{did_you_mean(name, variables)}; "
+                    "define it under vars"
+                )
+                continue
+            rule = rule.model_copy(update={"type": variables[name]})
+        if QTYPES.get(recipe.file_type, QTYPES["Q8_0"]).is_float and rule.type != recipe.file_type:
+            wrong.append(
+                f"{recipe.place('rules', i, 'type')}: {rule.type} cannot be had with file_type {recipe.file_type}: "
+                "llama-quantize then ignores all rules; give a quantized file_type"
+            )
+        rules.append(rule)
+    if not wrong:
+        unused = [name for name in variables if name not in used]
+        wrong = [f"{recipe.place('vars', name)}: no rule uses the variable '{name}'" for name in unused]
+    if wrong:
+        raise RecipeError(listed(wrong))
+    return Recipe(**{**recipe.__dict__, "rules": tuple(rules)})
+
+
+# ---------------------------------------------------------------- by name or path
+
+#: llama-quantize refuses these without an importance matrix, whatever the model
+_MIXTURES_WITH_IMATRIX = frozenset(
+    {"Q2_K_S", "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "IQ3_XXS", "IQ3_XS"}
+)
+
+
+def mixture_recipe(name: str) -> str:
+    """The text of the recipe that is llama.cpp's mixture of that name and nothing else."""
+    return (
+        f"{SCHEMA_LINE}\n"
+        f"# what llama-quantize itself chooses: quantkit plan deepseek-r1 --recipe {name}\n"
+        f"name: {name}\n"
+        f"title: llama.cpp's {name}\n"
+        f"arch: [{ANY_ARCH}]\n"
+        f"file_type: {name}\n"
+        f"imatrix: {'required' if name in _MIXTURES_WITH_IMATRIX else 'optional'}\n"
+        f"otherwise: mixture {name}\n"
+    )
+
+
+def shipped() -> dict[str, str]:
+    """Names of the recipes that come with quantkit, and their texts: the files, then every mixture of
+    llama.cpp that no file describes."""
+    found = {
+        item.name.removesuffix(".yaml"): item.read_text("utf-8")
+        for item in files("quantkit.recipes").iterdir()
+        if item.name.endswith(".yaml")
+    }
+    out = dict(sorted(found.items()))
+    out.update({name: mixture_recipe(name) for name in FILE_TYPES if name not in out})
+    return out
+
+
+def shipped_name(name: str) -> str | None:
+    """The shipped recipe of that name, in any case; as for llama-quantize, Q4_K is Q4_K_M, and so is 15."""
+    by_lower = {known.lower(): known for known in shipped()}
+    return by_lower.get(name.lower()) or file_type(name)
+
+
+def load(name: str, sets: Mapping[str, str] | None = None) -> Recipe:
+    """A recipe by the name of a shipped one, or by the path of a YAML file. Raises RecipeError."""
+    text, file = _text(name, Path())
+    return parse(text, file, sets, Path(name).parent)
+
+
+def text_of(name: str) -> str:
+    """The text of a recipe, by name or path, unchecked. Raises RecipeError."""
+    return _text(name, Path())[0]
+
+
+def files_of(name: str) -> tuple[Path, ...]:
+    """The files that `load` reads for a recipe: its own and its base's; none of what comes with quantkit."""
+    path = Path(name)
+    if not _looks_like_path(path) and shipped_name(name) is not None:
+        return ()
+    with suppress(RecipeError):
+        base = load(name).base
+        if base is not None and (_looks_like_path(Path(base)) or _is_file(path.parent / base)):
+            return (path, path.parent / base)
+    return (path,)
+
+
+def _looks_like_path(path: Path) -> bool:
+    return path.suffix in (".yaml", ".yml") or len(path.parts) > 1
+
+
+def as_base(name: str, folder: Path, start: Path = Path()) -> str:
+    """A recipe's name, or its path from `start`, as a recipe in `folder` names it for its base: no absolute path."""
+    path = Path(name)
+    if not _looks_like_path(path) and shipped_name(name) is not None:
+        return name
+    target = start / path
+    real = os.path.join(os.path.realpath(target.parent), target.name)
+    return Path(os.path.relpath(real, os.path.realpath(folder))).as_posix()
+
+
+def is_recipe(path: Path) -> bool:
+    """Whether a file looks like a recipe, a faulty one too; what cannot be read may be one."""
+    try:
+        text = text_within(path, _MAX_BYTES)
+    except OSError:
+        return True
+    except UnicodeDecodeError:
+        return False
+    return text is not None and looks_like_recipe(text)
+
+
+def _text(name: str, folder: Path | None) -> tuple[str, str]:
+    """The text of a recipe by the name of a shipped one, or by its path from `folder`; and its file's name."""
+    path = Path(name)
+    if not _looks_like_path(path) or folder is None:
+        known = shipped()
+        key = shipped_name(name)
+        if key is not None:
+            return known[key], f"{key}.yaml"
+        if name.upper() == "COPY":
+            raise RecipeError(f"'{name}' is no recipe: llama-quantize's COPY quantizes nothing; copy the file itself")
+        if name and folder is not None and os.path.isdir(folder / path):
+            raise RecipeError(f"{name}: is a directory; give a recipe in it, such as {path / 'recipe.yaml'}")
+        if folder is None or not _is_file(folder / path):
+            raise RecipeError(
+                f"no shipped recipe is called '{name:.80}'{did_you_mean(name, known)}; `quantkit recipe list` shows "
+                "them; a recipe of your own is given as a path ending in .yaml"
+            )
+    try:
+        text = text_within(folder / path, _MAX_BYTES)
+        if text is None:
+            raise RecipeError(f"{name}: has more bytes than a recipe may have ({_MAX_BYTES:,})")
+        return text, path.name
+    except OSError as e:
+        raise RecipeError(f"{name}: cannot be read: {e.strerror or e}") from None
+    except UnicodeDecodeError as e:
+        raise RecipeError(f"{name}: is not UTF-8 text: {e.reason} at byte {e.start}") from None
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # too long a name, say
+        return False
+
+
+def parse_sets(values: Sequence[str]) -> dict[str, str]:
+    """--set NAME=TYPE, each, as a mapping. Raises RecipeError."""
+    out = {}
+    for value in values:
+        name, equals, given = value.partition("=")
+        if not equals or not name or not given:
+            raise RecipeError(f"--set {value:.60}: is not NAME=TYPE, such as down=Q2_K")
+        out[name] = given
+    return out

@@ -1,0 +1,227 @@
+"""A file against a plan: which tensors, in which order, of which shape, type and bytes; and the keys.
+
+A plan comes from a recipe and a model, or from what `quantkit plan --json` printed; the latter has no keys.
+What keys a file gets is written down here a second time. Source: src/llama-quant.cpp, tools/quantize/quantize.cpp.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Collection, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..base.errors import SourceError
+from ..base.first_bytes import ENOUGH, not_the_file
+from ..gguf.types import FILE_TYPES, QTYPES
+from ..model.imatrix import Imatrix
+from ..planning.plan import Plan
+from .gguf import Gguf, Key, regular
+from .structure import SHARD_NAME, SPLIT_KEYS
+from .verdict import Finding, Findings, Verdict
+
+_MAX_PLAN = 1 << 28
+#: what llama-quantize keeps of a text it notes
+_MOST_NOTED = 127
+_U32, _F32, _BOOL, _STR = 4, 6, 7, 8
+
+
+class Expected(NamedTuple):
+    """What a plan says of a tensor."""
+
+    name: str
+    shape: tuple[int, ...]
+    type: str
+    nbytes: int
+
+
+def expected_of(plan: Plan) -> list[Expected]:
+    return [Expected(t.tensor.name, trimmed(t.tensor.shape), t.type, t.nbytes) for t in plan.tensors]
+
+
+def read_plan(path: Path) -> list[Expected]:
+    """The tensors of what `quantkit plan --json` printed. Raises SourceError."""
+    try:
+        if regular(path) > _MAX_PLAN:
+            raise SourceError(f"{path}: too large for a plan (at most {_MAX_PLAN:,} bytes)")
+        raw = path.read_bytes()
+        if says := not_the_file(raw[:ENOUGH]):
+            raise SourceError(f"{path}: {says}")
+        tensors = json.loads(raw)["tensors"]
+        made = [_entry(path, t["name"], t["shape"], t["type"], t["bytes"]) for t in tensors]
+    except OSError as e:
+        raise SourceError(f"{path}: cannot be read: {e.strerror or e}") from None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise SourceError(f"{path}: is no plan; make one with: quantkit plan SOURCE --recipe R --json") from None
+    if not made or len({t.name for t in made}) != len(made):
+        raise SourceError(f"{path}: the plan has no tensors, or one of them twice")
+    return made
+
+
+def _entry(path: Path, name: Any, shape: Any, type_: Any, nbytes: Any) -> Expected:
+    ok = isinstance(name, str) and isinstance(shape, list) and shape and isinstance(nbytes, int)
+    if not ok or not all(isinstance(n, int) and n > 0 for n in shape) or type_ not in QTYPES:
+        raise SourceError(f"{path}: is no plan: the entry of {name!r:.80} is malformed")
+    return Expected(name, trimmed(tuple(shape)), type_, nbytes)
+
+
+def trimmed(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Without the ones at the end, which ggml does not count."""
+    n = len(shape)
+    while n > 1 and shape[n - 1] == 1:
+        n -= 1
+    return shape[:n]
+
+
+def check_tensors(files: Iterable[Gguf], whole: bool, expected: list[Expected], findings: Findings) -> None:
+    """Every tensor of the plan is there, and no other, in the plan's order. With a shard missing (`whole`
+    False) only what is there is judged."""
+    wanted = {t.name: t for t in expected}
+    place = {t.name: i for i, t in enumerate(expected)}
+    seen: set[str] = set()
+    last = -1
+    name_of_file = ""
+    for g in files:
+        name_of_file = name_of_file or g.name
+        for t in g.tensors:
+            want = wanted.get(t.name)
+            if want is None:
+                findings.add(Finding("plan", g.name, "the plan has no such tensor", t.name, t.start))
+                continue
+            seen.add(t.name)
+            for what, a, b in (
+                ("type", want.type, t.type.name),
+                ("shape", _shape(want.shape), _shape(trimmed(t.shape))),
+                ("bytes", f"{want.nbytes:,}", f"{t.nbytes:,}"),
+            ):
+                if a != b:
+                    findings.add(Finding("plan", g.name, what, t.name, t.start, expected=a, found=b))
+            if place[t.name] < last:
+                findings.add(
+                    Finding("plan", g.name, f"comes after '{expected[last].name}', not before it", t.name, t.start)
+                )
+            last = max(last, place[t.name])
+    if whole:
+        for want in expected:
+            if want.name not in seen:
+                findings.add(
+                    Finding("plan", name_of_file, "is missing", want.name, expected=f"{want.type} {_shape(want.shape)}")
+                )
+
+
+def _shape(shape: Iterable[int]) -> str:
+    return "x".join(map(str, shape))
+
+
+# ---------------------------------------------------------------- keys
+
+
+def _text(raw: bytes) -> bytes:
+    return struct.pack("<Q", len(raw)) + raw
+
+
+def _expected_keys(plan: Plan, imatrix: Imatrix | None) -> dict[str, tuple[int, bytes]]:
+    """The keys of the output in order: name -> (type, bytes of the value). Setting a key that exists moves it
+    to the end."""
+    keys = {item.key: (item.type, item.payload) for item in plan.catalogue.kvs if item.key not in SPLIT_KEYS}
+    if keys.get("general.alignment", (_U32, struct.pack("<I", 32))) != (_U32, struct.pack("<I", 32)):
+        del keys["general.alignment"]  # what is built is aligned to 32, whatever the source was
+
+    def put(name: str, type_: int, raw: bytes) -> None:
+        keys.pop(name, None)
+        keys[name] = (type_, raw)
+
+    put("general.quantization_version", _U32, struct.pack("<I", 2))
+    put("general.file_type", _U32, struct.pack("<I", FILE_TYPES[plan.recipe.file_type]))
+    for item in plan.recipe.metadata:
+        if item.type == "str":
+            put(item.key, _STR, _text(str(item.value).encode()))
+        else:
+            type_, form = {"int": (_U32, "<I"), "float": (_F32, "<f"), "bool": (_BOOL, "<?")}[item.type]
+            put(item.key, type_, struct.pack(form, item.value))
+    if imatrix is not None:
+        put("quantize.imatrix.file", _STR, _text(imatrix.typed.encode()[:_MOST_NOTED]))
+        if imatrix.datasets:
+            put("quantize.imatrix.dataset", _STR, _text(imatrix.datasets[0].encode()[:_MOST_NOTED]))
+        put("quantize.imatrix.entries_count", _U32, struct.pack("<I", len(imatrix.entries)))
+        if imatrix.n_chunks > 0:
+            put("quantize.imatrix.chunks_count", _U32, struct.pack("<I", imatrix.n_chunks))
+    return keys
+
+
+def check_keys(
+    files: Iterable[Gguf], plan: Plan, imatrix: Imatrix | None, ignored: Collection[str], verdict: Verdict
+) -> None:
+    """The keys of the first file are the plan's, in its order, and those of later shards the split keys only.
+
+    Of quantize.imatrix.*, the path is not compared, since it is as the builder typed it; without an `imatrix`
+    none of them is. Of a plan from a config alone, only `<arch>.*` and the file type are known.
+    """
+    findings = verdict.findings
+    wanted = _expected_keys(plan, imatrix)
+    if not plan.catalogue.kvs_complete:
+        sure = ("general.architecture", "general.quantization_version", "general.file_type")
+        wanted = {k: v for k, v in wanted.items() if k in sure or k.startswith(plan.catalogue.arch + ".")}
+        verdict.notes.append("the tokenizer's and general keys were not compared: only the config is known")
+    for g in files:
+        m = SHARD_NAME.match(g.name)
+        if m is not None and int(m["no"]) > 1:
+            for key in g.keys.values():
+                if key.name not in SPLIT_KEYS:
+                    text = f"key '{key.name}' belongs in the first shard"
+                    findings.add(Finding("metadata", g.name, text, offset=key.offset, found=key.shown()))
+            continue
+        _check_first(g, wanted, plan.catalogue.kvs_complete, imatrix, ignored, verdict)
+
+
+def _check_first(
+    g: Gguf, wanted: dict[str, tuple[int, bytes]], complete: bool, imatrix: Imatrix | None, ignored: Collection[str],
+    verdict: Verdict,
+) -> None:  # fmt: skip
+    def skip(name: str) -> bool:
+        return name in ignored or (name.startswith("quantize.imatrix.") and imatrix is None)
+
+    def wrong(text: str, key: Key | None, expected: str, found: str) -> None:
+        offset = key.offset if key else None
+        verdict.findings.add(Finding("metadata", g.name, text, offset=offset, expected=expected, found=found))
+
+    if imatrix is None and any(name.startswith("quantize.imatrix.") for name in g.keys):
+        verdict.notes.append("quantize.imatrix.* were not compared: give the importance matrix with --imatrix")
+    for name, (type_, raw) in wanted.items():
+        if skip(name):
+            continue
+        key = g.keys.get(name)
+        want = Key(name, type_, raw, 0)
+        if key is None:
+            wrong(f"key '{name}' is missing", None, want.shown(), "nothing")
+        elif key.type != type_ or (key.raw != raw and name != "quantize.imatrix.file"):
+            expected, found = want.shown(), key.shown()
+            if expected == found:
+                at = next(i for i, (a, b) in enumerate(zip(raw + b"\0", key.raw + b"\1", strict=False)) if a != b)
+                expected, found = f"{expected}, {raw[at : at + 8].hex()} at {at:,}", key.raw[at : at + 8].hex()
+            wrong(f"key '{name}'", key, expected, found)
+        elif key.raw != raw:
+            verdict.notes.append(
+                f"{name} is {key.shown()} in {g.name}; the one given is {imatrix.typed if imatrix else ''}"
+            )
+    if not complete:
+        return
+    for name, key in g.keys.items():
+        if name not in wanted and name not in SPLIT_KEYS and not skip(name):
+            wrong(f"key '{name}' is not in the plan", key, "nothing", key.shown())
+    common = [name for name in wanted if name in g.keys and not skip(name)]
+    there = [name for name in g.keys if name in wanted and not skip(name)]
+    for a, b in zip(common, there, strict=True):
+        if a != b:
+            wrong("the order of the keys", g.keys[b], f"'{a}'", f"'{b}'")
+            break
+
+
+def uses_imatrix(files: Iterable[Gguf]) -> str | None:
+    """What importance matrix the file says it was made with, or None."""
+    for g in files:
+        key = g.keys.get("quantize.imatrix.file")
+        if key is not None:
+            return key.shown(limit=200)
+    return None

@@ -1,0 +1,372 @@
+"""What was built from what: an in-toto statement (v1) with SLSA provenance (v1) as its predicate.
+
+    subject                the output files, by SHA-256
+    externalParameters     the recipe's text, its base's, and what else was asked for
+    internalParameters     what the plan came to: tensors, bytes, and a digest of every tensor's type
+    resolvedDependencies   the source's files and the importance matrix
+    runDetails             versions
+
+A source of 688 GB takes long to hash, so of its big files the header is hashed and the length noted, which
+names every tensor, type and place but not the weights; with `whole` the weights too. Small files and the
+importance matrix are always hashed whole. All but the weights is hashed before the build, and what was written to
+meanwhile is refused: what is stated is what was used. The statement is not signed: any in-toto tool can do that.
+See https://in-toto.io/Statement/v1 and https://slsa.dev/provenance/v1.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from .. import __version__
+from ..base.errors import SourceError
+from ..model.catalogue import Source
+from ..model.imatrix import Imatrix
+from ..planning.plan import Plan
+from .against_plan import Expected, expected_of
+from .gguf import read as read_gguf
+from .gguf import regular
+from .manifest import read_json
+from .verdict import Finding, Findings, Progress
+
+STATEMENT = "https://in-toto.io/Statement/v1"
+PREDICATE = "https://slsa.dev/provenance/v1"
+BUILD_TYPE = "urn:quantkit:build:1"
+BUILDER = "urn:quantkit:cli"
+#: the digest of a big file's header; its length is in the annotations
+HEADER_DIGEST = "headerSha256"
+_CHUNK = 1 << 23
+_SMALL = 1 << 27
+#: what besides weights a checkpoint's metadata is made from
+_BESIDE = (
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "chat_template.jinja", "chat_template.json", "model.safetensors.index.json", "README.md",
+    "hf_quant_config.json",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a build was asked for: the recipe's text, --set's, and options that change the bytes."""
+
+    recipe_name: str
+    """as given: a shipped recipe's name, or the path of a file"""
+    recipe_text: str
+    sets: Mapping[str, str] = field(default_factory=dict)
+    mixture_version: str = "current"
+    layout: str = "k_b+v_b"
+    pre: str | None = None
+    pad_token: str | None = None
+    split_max_size: int | None = None
+    allow_requantize: bool = False
+    engine: str = "native"
+    base_text: tuple[str, str] | None = None
+    """the text of the recipe's base, and the name of its file"""
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "recipe": {
+                **_text_and_digest(self.recipe_text, Path(self.recipe_name).name),
+                "set": dict(self.sets),
+                **({} if self.base_text is None else {"base": _text_and_digest(*self.base_text)}),
+            },
+            "mixtureVersion": self.mixture_version,
+            "layout": self.layout,
+            "pre": self.pre,
+            "padToken": self.pad_token,
+            "splitMaxSize": self.split_max_size,
+            "allowRequantize": self.allow_requantize,
+            "engine": self.engine,
+        }
+
+
+def _text_and_digest(text: str, name: str) -> dict[str, str]:
+    return {"name": name, "sha256": hashlib.sha256(text.encode()).hexdigest(), "text": text}
+
+
+def plan_digest(tensors: Iterable[Expected]) -> str:
+    """SHA-256 of every tensor's name, shape, type and bytes, in order: a JSON array a line."""
+    sha = hashlib.sha256()
+    for t in tensors:
+        line = json.dumps([t.name, list(t.shape), t.type, t.nbytes], separators=(",", ":"), ensure_ascii=True)
+        sha.update(line.encode() + b"\n")
+    return sha.hexdigest()
+
+
+def file_digest(path: Path, n: int | None = None, progress: Progress | None = None) -> str:
+    """SHA-256 of a file, or of its first `n` bytes. Raises SourceError."""
+    sha = hashlib.sha256()
+    left = regular(path) if n is None else n
+    try:
+        with open(path, "rb") as file:
+            while left:
+                raw = file.read(min(_CHUNK, left))
+                if not raw:
+                    raise SourceError(f"{path}: ended {left:,} bytes too soon; it has changed since it was opened")
+                sha.update(raw)
+                left -= len(raw)
+                if progress is not None:
+                    progress.advance(len(raw))
+    except OSError as e:
+        raise SourceError(f"{path}: cannot be read: {e.strerror or e}") from None
+    return sha.hexdigest()
+
+
+def subjects(paths: Sequence[Path], progress: Progress) -> list[dict[str, Any]]:
+    """The output files with their digests."""
+    progress.start("hashes", sum(regular(p) for p in paths), "B")
+    return [{"name": p.name, "digest": {"sha256": file_digest(p, progress=progress)}} for p in paths]
+
+
+def _header_bytes(path: Path) -> int:
+    """How many bytes the header of a weights file has."""
+    if path.suffix == ".safetensors":
+        with open(path, "rb") as file:
+            return 8 + int.from_bytes(file.read(8), "little")
+    made = read_gguf(path, Findings())
+    if made is None:
+        raise SourceError(f"{path}: its header cannot be read")
+    return made.header_end
+
+
+class Dependency(NamedTuple):
+    """A file that a build is made from: `digest` of its header or, where `is_whole`, of all of it."""
+
+    path: Path
+    role: str
+    nbytes: int
+    header_bytes: int | None
+    digests: dict[str, str]
+    state: tuple[int, int, int]
+    """size, time of modification and inode when it was hashed"""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a build is made from, taken before it begins: a file that is written to meanwhile is noticed."""
+
+    files: tuple[Dependency, ...]
+
+    def check(self) -> None:
+        """Raises SourceError where a file is not what it was."""
+        for file in self.files:
+            if _state(file.path) != file.state:
+                raise SourceError(
+                    f"{file.path}: was written to since the build began, so what was built from cannot be attested; "
+                    "put it back as it was, and build again"
+                )
+
+    def to_json(self, whole: bool, progress: Progress) -> list[dict[str, Any]]:
+        """The files as in-toto resource descriptors, with `whole` all of each hashed. Raises SourceError."""
+        todo = [file for file in self.files if whole and "sha256" not in file.digests]
+        if todo:
+            progress.start("source hashes", sum(file.nbytes for file in todo), "B")
+        out = []
+        for file in self.files:
+            digest, notes = dict(file.digests), {"role": file.role, "bytes": file.nbytes}
+            if file.header_bytes is not None:
+                notes["headerBytes"] = file.header_bytes
+            if file in todo:
+                digest["sha256"] = file_digest(file.path, progress=progress)
+            out.append({"name": file.path.name, "digest": digest, "annotations": notes})
+        self.check()
+        return out
+
+
+def _state(path: Path) -> tuple[int, int, int]:
+    try:
+        info = path.stat()
+    except OSError as e:
+        raise SourceError(f"{path}: cannot be read any more: {e.strerror or e}") from None
+    return (info.st_size, info.st_mtime_ns, info.st_ino)
+
+
+def gather(source: Source, imatrix: Imatrix | None, progress: Progress) -> Evidence:
+    """The source's files, and the importance matrix: headers of big files, and all of small ones, hashed. Raises
+    SourceError."""
+    folder = source.path if source.path.is_dir() else source.path.parent
+    beside = [folder / name for name in _BESIDE if (folder / name).is_file()] if source.path.is_dir() else []
+    small = [p for p in beside if regular(p) <= _SMALL]
+    headers = {path: _header_bytes(path) for path in source.files}
+    everything = dict.fromkeys([*source.files, *small, *([imatrix.path] if imatrix is not None else [])])
+    sizes = {path: headers.get(path, regular(path)) for path in everything}
+    progress.start("source hashes", sum(sizes.values()), "B")
+    out = []
+    for path, nbytes in sizes.items():
+        state = _state(path)
+        role = "imatrix" if imatrix is not None and path == imatrix.path else "source"
+        digest = file_digest(path, nbytes, progress)
+        kind = HEADER_DIGEST if path in headers else "sha256"
+        out.append(Dependency(path, role, state[0], headers.get(path), {kind: digest}, state))
+    return Evidence(tuple(out))
+
+
+def statement(
+    plan: Plan,
+    evidence: Evidence,
+    asked: Asked,
+    files: Sequence[Path],
+    versions: Mapping[str, str],
+    progress: Progress,
+    whole: bool = False,
+) -> dict[str, Any]:
+    """The statement of a finished build. `evidence`: what `gather` found before it; `files`: the output; `versions`:
+    of what else made the bytes (ggml); `whole`: hash all of the source. Raises SourceError when a file cannot be read,
+    or has changed."""
+    tensors = expected_of(plan)
+    inside = {
+        "model": plan.catalogue.model,
+        "arch": plan.catalogue.arch,
+        "tensors": len(tensors),
+        "tensorBytes": plan.tensor_bytes,
+        "types": plan.types(),
+        "planSha256": plan_digest(tensors),
+    }
+    return {
+        "_type": STATEMENT,
+        "subject": subjects(files, progress),
+        "predicateType": PREDICATE,
+        "predicate": {
+            "buildDefinition": {
+                "buildType": BUILD_TYPE,
+                "externalParameters": asked.to_json(),
+                "internalParameters": inside,
+                "resolvedDependencies": evidence.to_json(whole, progress),
+            },
+            "runDetails": {"builder": {"id": BUILDER, "version": {"quantkit": __version__, **versions}}},
+        },
+    }
+
+
+# ---------------------------------------------------------------- read back
+
+
+@dataclass(frozen=True)
+class Attested:
+    """What a statement says, its form checked."""
+
+    subjects: dict[str, str]
+    """file name -> SHA-256"""
+    asked: Asked
+    plan_sha256: str
+    dependencies: list[dict[str, Any]]
+
+
+def read(path: Path) -> Attested:
+    """A statement that `build --attest` wrote. Raises SourceError for anything else."""
+    value = read_json(path, "an attestation")
+    if value.get("_type") != STATEMENT or value.get("predicateType") != PREDICATE:
+        raise SourceError(
+            f"{path}: is no in-toto statement of a build, but of type {value.get('_type')!r:.60} with "
+            f"{value.get('predicateType')!r:.60}; give what build --attest wrote (without a signing envelope)"
+        )
+    try:
+        definition = value["predicate"]["buildDefinition"]
+        if definition["buildType"] != BUILD_TYPE:
+            raise SourceError(f"{path}: attests another kind of build: {definition['buildType']!r:.60}")
+        outside, recipe = definition["externalParameters"], definition["externalParameters"]["recipe"]
+        base = recipe.get("base")
+        made = Attested(
+            {str(s["name"]): str(s["digest"]["sha256"]) for s in value["subject"]},
+            Asked(
+                str(recipe["name"]), str(recipe["text"]), {str(k): str(v) for k, v in recipe["set"].items()},
+                str(outside["mixtureVersion"]), str(outside["layout"]), _text(outside["pre"]),
+                _text(outside["padToken"]), outside["splitMaxSize"], bool(outside["allowRequantize"]),
+                str(outside["engine"]), base and (str(base["text"]), str(base["name"])),
+            ),
+            str(definition["internalParameters"]["planSha256"]),
+            [
+                {
+                    "name": str(d["name"]),
+                    "digest": {str(k): str(v) for k, v in d["digest"].items()},
+                    "annotations": dict(d["annotations"]),
+                }
+                for d in definition["resolvedDependencies"]
+            ],
+        )  # fmt: skip
+        said = [(made.asked.recipe_text, str(recipe["sha256"]))]
+        if base is not None:
+            said.append((str(base["text"]), str(base["sha256"])))
+    except (KeyError, TypeError, AttributeError, ValueError) as e:
+        raise SourceError(f"{path}: the attestation is malformed at {str(e)[:60]}") from None
+    if any(hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest() != sha for text, sha in said):
+        raise SourceError(f"{path}: the recipe's text is not the one whose SHA-256 stands beside it; it was edited")
+    if not made.subjects:
+        raise SourceError(f"{path}: attests no file")
+    return made
+
+
+def _text(value: Any) -> str | None:
+    return None if value is None else str(value)
+
+
+def compare_files(attested: Attested, digests: Mapping[str, str], findings: Findings) -> None:
+    """The files are those attested. `digests`: file name -> SHA-256. A renamed file goes by its digest."""
+    known = set(attested.subjects.values())
+    for name, sha in digests.items():
+        want = attested.subjects.get(name)
+        if want is None and sha not in known:
+            findings.add(Finding("attestation", name, "is not attested", found=f"SHA-256 {sha}"))
+        elif want is not None and want != sha:
+            findings.add(Finding("attestation", name, "SHA-256", expected=want, found=sha))
+    there = set(digests.values())
+    for name, sha in attested.subjects.items():
+        if name not in digests and sha not in there:
+            findings.add(Finding("attestation", name, "is attested, but not here"))
+
+
+def compare_plan(attested: Attested, tensors: Iterable[Expected], findings: Findings) -> None:
+    """The plan made now is the one of the build."""
+    found = plan_digest(tensors)
+    if found != attested.plan_sha256:
+        text = "the plan made now is not the attested one (digest of all names, shapes, types and bytes)"
+        findings.add(Finding("attestation", "", text, expected=attested.plan_sha256, found=found))
+
+
+def compare_sources(
+    attested: Attested, source: Source | None, imatrix: Imatrix | None, whole: bool, findings: Findings,
+    progress: Progress,
+) -> None:  # fmt: skip
+    """The source and the importance matrix given are those of the build, as far as was asked to look: of
+    big files the header and the length, and with `whole` every byte. Where the statement lacks a digest that was
+    asked for, that is a finding."""
+
+    def of(role: str) -> dict[str, dict[str, Any]]:
+        return {d["name"]: d for d in attested.dependencies if d["annotations"].get("role") == role}
+
+    found: list[dict[str, Any]] = []
+    if source is not None:
+        found = gather(source, imatrix, progress).to_json(whole, progress)
+    elif imatrix is not None:
+        progress.start("source hashes", regular(imatrix.path), "B")
+        notes = {"role": "imatrix", "bytes": regular(imatrix.path)}
+        sha = file_digest(imatrix.path, progress=progress)
+        found = [{"name": imatrix.path.name, "digest": {"sha256": sha}, "annotations": notes}]
+    roles = [role for role, given in (("source", source), ("imatrix", imatrix)) if given is not None]
+    for role in roles:
+        wanted = of(role)
+        there = {d["name"]: d for d in found if d["annotations"]["role"] == role}
+        if role == "imatrix" and len(wanted) == len(there) == 1:  # of any name
+            there = dict(zip(wanted, there.values(), strict=True))
+        for name, item in there.items():
+            want = wanted.get(name)
+            if want is None:
+                findings.add(Finding("source", name, f"is no {role} of the build"))
+                continue
+            _compare_one(name, want, item, findings)
+        for name in wanted.keys() - there.keys():
+            findings.add(Finding("source", name, f"is a {role} of the build, but not here"))
+
+
+def _compare_one(name: str, want: Mapping[str, Any], item: Mapping[str, Any], findings: Findings) -> None:
+    a, b = want["annotations"].get("bytes"), item["annotations"]["bytes"]
+    if a != b:
+        findings.add(Finding("source", name, "bytes", expected=str(a), found=str(b)))
+    for kind, sha in item["digest"].items():
+        given = want["digest"].get(kind, "none: it was not hashed whole")
+        if given != sha:
+            findings.add(Finding("source", name, kind, expected=given, found=sha))

@@ -1,0 +1,285 @@
+"""Sampled rows made again from the source and compared with the file bit for bit.
+
+A row is read from the source, made float32 (derive.py), quantized by ggml's own function with its
+expert's slice of the importance matrix (ggml.py), and compared with the bytes in the file. Rows do not
+depend on each other, so one row proves itself, and `all` proves the file.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from ..base.errors import ImatrixError, SourceError
+from ..gguf.types import ABORT_WITHOUT_IMATRIX, INTEGER_TYPES, QTYPES
+from ..model.catalogue import Catalogue, Source, Tensor
+from ..model.imatrix import Imatrix
+from .derive import F32, I64, U8, Deriver
+from .ggml import NOT_IN_WHEEL, Ggml
+from .gguf import Gguf, Info, read_into
+from .parallel import each
+from .verdict import KEPT_EACH, Finding, Findings, Progress
+
+#: values of a batch: 4 MiB as float32
+_BATCH = 1 << 20
+_SHOWN = 8
+#: the tensor whose entry may have another size: then it has none (src/llama-quant.cpp)
+_EXCUSED = "token_embd.weight"
+
+
+class Sample(NamedTuple):
+    """How many rows: a fraction of them, or a number; of each matrix one at least."""
+
+    text: str
+    fraction: float | None
+    n_rows: int | None = None
+
+    def of(self, total_rows: int) -> float:
+        """The fraction of `total_rows`."""
+        if self.fraction is not None:
+            return self.fraction
+        return min(1.0, (self.n_rows or 0) / max(1, total_rows))
+
+
+def parse_sample(text: str) -> Sample:
+    """'1%', '0.1%', 'all', or a number of rows. Raises ValueError."""
+    said = text.strip().lower()
+    if said == "all":
+        return Sample(said, 1.0)
+    m = re.fullmatch(r"([0-9]{1,3}(?:\.[0-9]{1,9})?)\s*%", said)
+    if m and 0 < float(m[1]) <= 100:
+        return Sample(said, float(m[1]) / 100)
+    m = re.fullmatch(r"([0-9]{1,15})(?:\s*rows)?", said)
+    if m and int(m[1]) > 0:
+        return Sample(said, None, int(m[1]))
+    raise ValueError(f"{text!r:.40} is no sample such as 1%, 0.1%, all, none, or a number of rows")
+
+
+def n_chosen(n_rows: int, fraction: float) -> int:
+    """How many rows of a matrix of `n_rows` are taken: one at least."""
+    return min(n_rows, max(1, round(fraction * n_rows)))
+
+
+def choose(n_rows: int, fraction: float, seed: int, name: str, mat: int) -> I64:
+    """Numbers of the rows that are taken from a matrix of `n_rows`, ascending: one from each of as many
+    equal stretches as there are rows to take, so that no part of it goes unseen."""
+    n = n_chosen(n_rows, fraction)
+    if n == n_rows:
+        return np.arange(n_rows)
+    edges = np.arange(n + 1, dtype=np.int64) * n_rows // n
+    rng = np.random.default_rng([seed, mat, *name.encode()])
+    return edges[:-1] + rng.integers(0, np.diff(edges))
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What rows are compared with, and which."""
+
+    catalogue: Catalogue
+    source: Source
+    imatrix: Imatrix | None
+    ggml: Ggml
+    sample: Sample
+    seed: int
+
+
+class _Batch(NamedTuple):
+    """Rows of one matrix of a tensor, numbered from the tensor's first."""
+
+    g: Gguf
+    info: Info
+    tensor: Tensor
+    mat: int
+    rows: I64
+
+
+def check_imatrix(rows: Rows, types: Mapping[str, str]) -> None:
+    """Raise ImatrixError when an entry that is needed is not there or does not fit; KernelError when this
+    ggml cannot make a type. `types`: tensor name -> type."""
+    for t in rows.catalogue.tensors:
+        type_ = types.get(t.name)
+        if type_ is None or type_ == t.source_type:
+            continue
+        rows.ggml.require(type_)
+        entry = rows.imatrix is not None and t.name in rows.imatrix
+        n_mats = prod(t.shape[2:])
+        if entry and rows.imatrix is not None and not rows.imatrix.fits(t.name, t.n_cols, n_mats):
+            if t.name != _EXCUSED:
+                raise ImatrixError(
+                    f"{rows.imatrix.path}: the entry of '{t.name}' does not fit its {n_mats:,} x {t.n_cols:,} values; "
+                    "is it of this model and layout?"
+                )
+            entry = False
+        if not entry and type_ in ABORT_WITHOUT_IMATRIX:
+            given = f"and {rows.imatrix.path} has no entry for it" if rows.imatrix else "give it with --imatrix FILE"
+            raise ImatrixError(f"'{t.name}' as {type_} needs an importance matrix to be compared; {given}")
+
+
+def can_compare(rows: Rows, name: str, type_: str) -> bool:
+    """Whether rows of that type can be made for a tensor, with the importance matrix that there is."""
+    tensor = next((t for t in rows.catalogue.tensors if t.name == name), None)
+    if tensor is None or type_ not in QTYPES or type_ in INTEGER_TYPES or tensor.n_cols % QTYPES[type_].block:
+        return False
+    if type_ in NOT_IN_WHEEL and not rows.ggml.pinned:
+        return False
+    if rows.imatrix is None or name not in rows.imatrix:
+        return type_ not in ABORT_WITHOUT_IMATRIX
+    return rows.imatrix.fits(name, tensor.n_cols, prod(tensor.shape[2:]))
+
+
+def rederive(
+    files: Sequence[Gguf], types: Mapping[str, str], rows: Rows, findings: Findings, n_threads: int, progress: Progress
+) -> tuple[int, int]:
+    """Compare the sampled rows of every tensor that has the type it should (`types`: name -> type) and the
+    shape of the source's. Returns (rows compared, rows there are). Raises SourceError, ImatrixError,
+    KernelError when the comparison itself is not possible."""
+    check_imatrix(rows, types)
+    by_name = {t.name: t for t in rows.catalogue.tensors}
+    pairs: list[tuple[Gguf, Info, Tensor]] = []
+    done: set[str] = set()
+    for g in files:
+        for info in g.tensors:
+            t = by_name.get(info.name)
+            if t is None or types.get(info.name) != info.type.name or prod(t.shape) != prod(info.shape):
+                continue  # a finding already
+            if t.n_cols == info.shape[0] and info.end <= g.nbytes and info.name not in done:
+                pairs.append((g, info, t))
+                done.add(info.name)
+    total = sum(t.n_rows for t in by_name.values())
+    fraction = rows.sample.of(total)
+    n_sampled = {t.name: prod(t.shape[2:]) * n_chosen(_mat_rows(t), fraction) for _, _, t in pairs}
+    progress.start("rows", sum(n_sampled[t.name] * t.n_cols for _, _, t in pairs), "w")
+
+    def batches() -> Iterator[_Batch]:
+        for g, info, t in pairs:
+            step = max(1, _BATCH // t.n_cols)
+            for mat in range(prod(t.shape[2:])):
+                chosen = mat * _mat_rows(t) + choose(_mat_rows(t), fraction, rows.seed, t.name, mat)
+                for at in range(0, len(chosen), step):
+                    yield _Batch(g, info, t, mat, chosen[at : at + step])
+
+    def make() -> Callable[[_Batch], None]:
+        worker = _Worker(rows, findings)
+
+        def do(batch: _Batch) -> None:
+            worker.compare(batch)
+            progress.advance(len(batch.rows) * batch.tensor.n_cols)
+
+        return do
+
+    each(batches(), n_threads, make)
+    return sum(n_sampled.values()), total
+
+
+def _mat_rows(t: Tensor) -> int:
+    """Rows of each matrix of a tensor."""
+    return t.shape[1] if len(t.shape) > 1 else 1
+
+
+class _Worker:
+    def __init__(self, rows: Rows, findings: Findings) -> None:
+        self.rows, self.findings = rows, findings
+        self.deriver = Deriver(rows.source, rows.ggml)
+
+    def compare(self, batch: _Batch) -> None:
+        info, tensor = batch.info, batch.tensor
+        due = self._due(batch)
+        if isinstance(due, str):
+            row = int(batch.rows[0])
+            text = f"{info.place(row)} and on cannot be derived: {due}"
+            self.findings.add(Finding("row", batch.g.name, text, tensor.name, row=row), len(batch.rows))
+            return
+        there = _stored(batch, due.shape[1])
+        bad = np.flatnonzero((there != due).any(axis=1))
+        for nth, i in enumerate(bad[: KEPT_EACH + 1]):  # the last stands for all that are not kept
+            times = 1 if nth < KEPT_EACH else len(bad) - KEPT_EACH
+            self._differs(batch, int(batch.rows[i]), due[i], there[i], times)
+
+    def _due(self, batch: _Batch) -> U8 | str:
+        """The bytes that the rows must have, or why they cannot be known."""
+        type_ = batch.info.type.name
+        copy = self.deriver.stored(batch.tensor, batch.rows, type_)
+        if copy is not None:
+            return copy
+        return self.rows.ggml.quantize(self.deriver.rows(batch.tensor, batch.rows), type_, self._weights(batch))
+
+    def _weights(self, batch: _Batch) -> F32 | None:
+        imatrix, t = self.rows.imatrix, batch.tensor
+        if imatrix is None or t.name not in imatrix or not batch.info.type.uses_imatrix:
+            return None
+        if not imatrix.fits(t.name, t.n_cols, prod(t.shape[2:])):
+            return None
+        return np.ascontiguousarray(imatrix.weights(t.name, batch.mat, t.n_cols), np.float32)
+
+    def _differs(self, batch: _Batch, row: int, due: U8, there: U8, times: int) -> None:
+        info, qt = batch.info, batch.info.type
+        differ = np.flatnonzero(due != there)
+        blocks = np.unique(differ // qt.block_bytes)
+        block = int(blocks[0])
+        at = int(differ[0])
+        begin = info.start + row * len(due)
+        unit = "column" if qt.block == 1 else "block"
+        more = f" and {len(blocks) - 1:,} more" if len(blocks) > 1 else ""
+        self.findings.add(
+            Finding(
+                "row", batch.g.name,
+                f"{info.place(row)}, {unit} {block:,}{more} of {len(due) // qt.block_bytes:,}: {qt.name} bytes are not "
+                "what ggml makes of the source",
+                info.name, begin + at, row, block, due[at : at + _SHOWN].tobytes().hex(),
+                there[at : at + _SHOWN].tobytes().hex(),
+            ),
+            times,
+        )  # fmt: skip
+
+
+def _stored(batch: _Batch, row_bytes: int) -> U8:
+    """The rows as the file has them, uint8 [n_rows, row_bytes]."""
+    out = np.empty((len(batch.rows), row_bytes), np.uint8)
+    runs: list[npt.NDArray[np.intp]] = np.split(
+        np.arange(len(batch.rows)), np.flatnonzero(np.diff(batch.rows) != 1) + 1
+    )
+    try:
+        fd = os.open(batch.g.path, os.O_RDONLY)
+        try:
+            for run in runs:
+                at = batch.info.start + int(batch.rows[run[0]]) * row_bytes
+                part = out[run[0] : run[-1] + 1]
+                done = read_into(fd, at, part)
+                if done < part.nbytes:
+                    raise SourceError(f"{batch.g.path}: ends at {at + done:,}; it has changed since it was opened")
+        finally:
+            os.close(fd)
+    except OSError as e:
+        raise SourceError(f"{batch.g.path}: cannot be read: {e.strerror or e}") from None
+    return out
+
+
+def is_zero(rows: Rows, info: Info, mat: int) -> bool:
+    """Whether all of a tensor's matrix is 0 in the source; False where the source has no such tensor. Raises
+    SourceError."""
+    tensor = next((t for t in rows.catalogue.tensors if t.name == info.name), None)
+    if tensor is None or prod(tensor.shape) != prod(info.shape):
+        return False
+    deriver, n = Deriver(rows.source, rows.ggml), info.shape[1]
+    step = max(1, _BATCH // tensor.n_cols)
+    return not any(
+        deriver.rows(tensor, np.arange(row, min(row + step, (mat + 1) * n))).any()
+        for row in range(mat * n, (mat + 1) * n, step)
+    )
+
+
+def check_source(catalogue: Catalogue) -> Source:
+    """The weights of a model. Raises SourceError where only its headers are known."""
+    if catalogue.source is None:
+        raise SourceError(
+            f"{catalogue.model}: rows can only be compared with weights, and here is only a header or a config; give "
+            "--source DIR or GGUF, or --sample none"
+        )
+    return catalogue.source
