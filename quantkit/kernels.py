@@ -25,8 +25,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from . import __version__, _native
+from . import _native
 from .base.errors import KernelError, WeightError, did_you_mean
+from .base.version import __version__
 from .gguf.types import ABORT_WITHOUT_IMATRIX, INTEGER_TYPES, QTYPES, QType, qtype
 
 F32 = npt.NDArray[np.float32]

@@ -12,8 +12,8 @@ from typing import NoReturn
 
 import click
 
-from quantkit import __version__
 from quantkit.base.errors import QuantkitError
+from quantkit.base.version import __version__
 
 from . import build, cache, demo, dequant, doctor, fit, inspect, plan, recipe, shards, sizes, status, toolchain, verify
 from .files import Group

@@ -55,7 +55,7 @@ def examine() -> dict[str, Any]:
     """All that the doctor looks at, as plain data: the keys of `doctor --json`."""
     import platform
 
-    from quantkit import __version__
+    from quantkit.base.version import __version__
     from quantkit.llama_cpp import toolchain
 
     from .toolchain import describe

@@ -16,9 +16,9 @@ from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from .. import __version__
 from ..base.errors import OutputError, ResumeError, SourceError
 from ..base.folders import Folder
+from ..base.version import __version__
 from ..model.sources.safetensors_dir import INDEX, MAX_HEADER, Checkpoint, parse_json
 from .place import PART, place_of
 from .plan import CONFIG, Plan

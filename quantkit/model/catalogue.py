@@ -71,6 +71,11 @@ class Tensor(NamedTuple):
     """the ggml type it has before quantization: in the source GGUF, or in the BF16 file a converter would write"""
     parts: tuple[Part, ...] = ()
 
+    def __repr__(self) -> str:
+        """Without the parts: there are hundreds of some."""
+        shape = "x".join(map(str, self.shape))
+        return f"Tensor({self.name!r}, {shape}, {self.role}, {self.source_type}, {len(self.parts)} parts)"
+
     @property
     def n_cols(self) -> int:
         return self.shape[0]

@@ -6,10 +6,12 @@ A plan is pure data. Which rule takes which tensor, and what is wrong with rules
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
-from ..base.errors import ImatrixError, KernelError, RecipeError, UnsupportedError
+from ..base.errors import ImatrixError, KernelError, RecipeError, UnsupportedError, did_you_mean
 from ..gguf.types import (
     ABORT_WITHOUT_IMATRIX,
     LOST_BY_32,
@@ -26,6 +28,9 @@ from ..recipe.load import Recipe
 from .gaps import Gap, gap_notes, gap_warnings
 from .mixtures import facts, mixture_types
 from .rules import claim
+
+#: of the JSON that `Plan.to_json` gives; another where a reader of the old would be misled
+PLAN_VERSION = 1
 
 
 class Weights(Protocol):
@@ -67,6 +72,26 @@ class Plan:
     """whose choices `otherwise: mixture` means, and whose fallbacks: current, or 2025 for files made till March 2026"""
     gaps: tuple[Gap, ...] = ()
     """what the importance matrix leaves out, once its values have been read (`with_values`)"""
+    weights: Weights | None = field(default=None, repr=False, compare=False)
+    """the importance matrix it was made with"""
+
+    def __getitem__(self, name: str) -> Planned:
+        """A tensor by its name. Raises KeyError, with what was perhaps meant."""
+        found = self._by_name.get(name)
+        if found is None:
+            raise KeyError(f"no tensor '{name}'{did_you_mean(name, self._by_name)}")
+        return found
+
+    @cached_property
+    def _by_name(self) -> dict[str, Planned]:
+        return {t.tensor.name: t for t in self.tensors}
+
+    def with_types(self, types: Mapping[str, str]) -> Plan:
+        """The plan with other types for the tensors that each glob matches, before the recipe's rules: priced again,
+        with what ggml falls back to where a row does not divide into blocks. Raises RecipeError for a glob that matches
+        nothing or only what is never quantized, and ImatrixError."""
+        made = make_plan(self.catalogue, self.recipe.with_types(types), self.weights, self.mixture_version)
+        return with_values(made, self.weights) if isinstance(self.weights, Imatrix) else made
 
     @property
     def tensor_bytes(self) -> int:
@@ -90,6 +115,7 @@ class Plan:
         """The plan as plain values; shapes in GGUF (ne) order. `file_bytes` comes from the layout."""
         c = self.catalogue
         return {
+            "quantkit_plan": PLAN_VERSION,
             "model": c.model,
             "arch": c.arch,
             "layout": c.layout,
@@ -168,7 +194,7 @@ def make_plan(
                 f"{recipe.place('imatrix')}: {needs[0].type} for '{needs[0].tensor.name}' needs an importance matrix"
                 f"{more}; say imatrix: required"
             )
-    return Plan(catalogue, recipe, tuple(planned), tuple(warnings), mixture_version)
+    return Plan(catalogue, recipe, tuple(planned), tuple(warnings), mixture_version, weights=imatrix)
 
 
 def mixture_choice(catalogue: Catalogue, recipe: Recipe, has_imatrix: bool, version: str) -> dict[str, str]:

@@ -56,8 +56,8 @@ def claim(catalogue: Catalogue, recipe: Recipe, others: Mapping[str, str]) -> tu
                 )
             else:
                 errors.append(f"{place}: '{m.rule.match}' matches no tensor{_nearest(m, catalogue.tensors)}")
-        elif i >= recipe.n_own:
-            continue  # what a base has is there to be overridden
+        elif i >= recipe.n_judged:
+            continue  # what a base has is there to be overridden, or what with_types stands before
         elif not won[i]:
             takers = sorted({owner[name] for name in m.names})
             by = ", ".join(recipe.place("rules", k) for k in takers)

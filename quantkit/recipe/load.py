@@ -18,7 +18,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
 
@@ -53,7 +53,7 @@ class Recipe:
     mixture: str | None
     """the llama.cpp mixture that decides for tensors no rule matches"""
     rules: tuple[Rule, ...]
-    """its own, then its base's; every type a ggml type"""
+    """those given to `with_types`, its own, then its base's; every type a ggml type"""
     n_own: int
     """how many of the rules are its own"""
     variables: Mapping[str, str]
@@ -65,6 +65,32 @@ class Recipe:
     """its base's, and the name of its file"""
     _own: Marked = field(repr=False, compare=False)
     _base: Marked | None = field(repr=False, compare=False)
+    given: tuple[str, ...] = ()
+    """where each rule was given that `with_types` put in front of those of the file"""
+    n_given_last: int = 0
+    """how many of them the last call gave"""
+
+    @property
+    def n_judged(self) -> int:
+        """How many rules, from the first, must change something; those behind are there to be overridden."""
+        return self.n_given_last or self.n_own
+
+    def with_types(self, types: Mapping[str, str]) -> Recipe:
+        """The recipe with a rule in front for each glob over whole tensor names: its type. Of several that match a
+        tensor the first counts, of several calls the last. Raises RecipeError."""
+        if not types:
+            return self
+        rules = []
+        for glob, type_ in types.items():
+            place = f"with_types[{glob!r}]"
+            try:
+                rules.append(Rule(match=glob, type=known_type(type_), why="given to with_types"))
+            except ValidationError as e:
+                raise RecipeError(f"{place}: {e.errors()[0]['ctx']['error']}") from None
+            except ValueError as e:
+                raise RecipeError(f"{place}: {e}") from None
+        given = (*(f"with_types[{glob!r}]" for glob in types), *self.given)
+        return replace(self, rules=(*rules, *self.rules), given=given, n_given_last=len(types))
 
     def is_for(self, arch: str) -> bool:
         """Whether it is for models of that arch."""
@@ -72,6 +98,10 @@ class Recipe:
 
     def place(self, *path: str | int) -> str:
         """'file:line rules[i].key' of something in this recipe or in its base."""
+        if path and path[0] == "rules" and len(path) > 1 and isinstance(path[1], int):
+            if path[1] < len(self.given):
+                return self.given[path[1]]
+            path = ("rules", path[1] - len(self.given), *path[2:])
         if self._base is not None and path:
             if path[0] == "rules" and len(path) > 1 and isinstance(path[1], int) and path[1] >= self.n_own:
                 return self._base.place("rules", path[1] - self.n_own, *path[2:])

@@ -22,8 +22,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .. import __version__
 from ..base.errors import SourceError
+from ..base.version import __version__
 from ..model.catalogue import Source
 from ..model.imatrix import Imatrix
 from ..planning.plan import Plan

@@ -17,8 +17,8 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 from urllib.parse import quote, unquote, urlsplit
 
-from ... import __version__
 from ...base.errors import SourceError
+from ...base.version import __version__
 from ...gguf.header import MAX_HEADER, Header, PrefixTooShortError, is_utf8, parse_header
 from ...gguf.shards import read_set
 from .gguf_file import GgufHeaders, joined
