@@ -25,18 +25,18 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from quantkit import kernels
-from quantkit.authoring.interchange import tensor_type_file
 from quantkit.base.errors import KernelError, OutputError, QuantkitError, WeightError
 from quantkit.building import run as builds
 from quantkit.building.engines.llama_quantize import _batches
 from quantkit.building.engines.native import NativeEngine, slabs
 from quantkit.gguf.header import STRING, U32, kv, read_header
 from quantkit.gguf.types import QTYPES
+from quantkit.llama_cpp.tensor_types import tensor_type_file
 from quantkit.model.catalogue import Part, Tensor
 from quantkit.model.families.options import Options
 from quantkit.model.imatrix import open_imatrix
 from quantkit.model.open import open_model
-from quantkit.planning.plan import Plan, Planned, make_plan
+from quantkit.planning.plan import Plan, Planned, make_plan, types_asked
 from quantkit.recipe.load import Recipe, parse
 
 OPTIONS = Options(pre="deepseek-v3")
@@ -447,16 +447,14 @@ def of(name: str, type_: str, quantizable: bool = True, shape: tuple[int, ...] =
 
 
 def test_tensor_type_file() -> None:
-    text = tensor_type_file(
-        [
-            of("output.weight", "Q6_K"),
-            of("output_norm.weight", "F32", quantizable=False),
-            of("blk.3.ffn_down_exps.weight", "IQ2_XXS"),
-            of("blk.13.attn_k_b.weight", "BF16"),
-            of(r"a+b*c?(d)[e]{f}|g^h$i\j.weight", "Q8_0"),
-        ]
-    )
-    assert text == (
+    tensors = [
+        of("output.weight", "Q6_K"),
+        of("output_norm.weight", "F32", quantizable=False),
+        of("blk.3.ffn_down_exps.weight", "IQ2_XXS"),
+        of("blk.13.attn_k_b.weight", "BF16"),
+        of(r"a+b*c?(d)[e]{f}|g^h$i\j.weight", "Q8_0"),
+    ]
+    assert tensor_type_file(types_asked(tensors)) == (
         r"^output\.weight$=q6_k" "\n"
         r"^blk\.3\.ffn_down_exps\.weight$=iq2_xxs" "\n"
         r"^blk\.13\.attn_k_b\.weight$=bf16" "\n"
@@ -470,7 +468,7 @@ def test_tensor_type_file() -> None:
     )
 )
 def test_each_rule_of_a_tensor_type_file_matches_its_tensor_only(names: list[str]) -> None:
-    lines = tensor_type_file([of(name, "Q4_K") for name in names]).splitlines()
+    lines = tensor_type_file((name, "Q4_K") for name in names).splitlines()
     assert len(lines) == len(names)
     for line, name in zip(lines, names, strict=True):
         assert line.endswith("=q4_k")
@@ -480,7 +478,7 @@ def test_each_rule_of_a_tensor_type_file_matches_its_tensor_only(names: list[str
 
 def test_every_quantizable_tensor_of_r1_has_its_rule() -> None:
     plan = make_plan(open_model("deepseek-r1"), rules('match: "*", type: Q4_K'))
-    lines = tensor_type_file(plan.tensors).splitlines()
+    lines = tensor_type_file(types_asked(plan.tensors)).splitlines()
     assert len(lines) == len(set(lines)) == 725
     assert Counter(line.partition("=")[2] for line in lines) == {"q4_k": 664, "q5_0": 61}
 

@@ -17,6 +17,7 @@ from test_shards import model
 from quantkit import dequant
 from quantkit.base.errors import OutputError, SourceError
 from quantkit.dequant import Options
+from quantkit.dequant.beside import files
 from quantkit.dequant.decode import Native
 from quantkit.dequant.place import PART
 from quantkit.dequant.state import STATE
@@ -224,9 +225,6 @@ def test_links_out_of_the_model_are_not_copied(scene: Scene, source: Path) -> No
     (source / "inner").symlink_to("sub")
     (source / "inside.py").symlink_to("sub/code.py")
     os.link(source / "sub" / "code.py", source / "hard.py")
-    os.mkfifo(source / "pipe")
-    os.mkfifo(source / "sub" / "pipe")
-    (source / "to pipe").symlink_to("pipe")
     with (source / "huge").open("wb") as f:
         f.truncate(1 << 28)
     file, folder = scene.file, scene.kept
@@ -239,27 +237,26 @@ def test_links_out_of_the_model_are_not_copied(scene: Scene, source: Path) -> No
         f"{source / 'dangling'}: is a link to /nonexistent/x, {where}",
         f"{source / 'folder'}: is a link to {folder}, {where}",
         f"{source / 'inner'}: is a link to the folder sub; it is not copied",
-        f"{source / 'pipe'}: is a FIFO, not a file; it is not copied",
-        f"{source / 'sub/pipe'}: is a FIFO, not a file; it is not copied",
-        f"{source / 'to pipe'}: is a FIFO, not a file; it is not copied",
     ])  # fmt: skip
     assert (scene.folder / "dst" / "inside.py").read_text() == "pass\n"
     assert not (scene.folder / "dst" / "inside.py").is_symlink()
 
 
-@as_two_users
-def test_a_device_beside_the_weights(scene: Scene, source: Path) -> None:
-    (source / "zero").symlink_to("/dev/zero")
-    try:
-        os.mknod(source / "device", 0o20666, os.makedev(1, 5))
-    except PermissionError:
-        pytest.skip("devices cannot be made here")
-    names, warnings = beside(source, scene.folder / "dst", scene)
-    assert not {"zero", "device"} & names
-    assert warnings == [
-        f"{source / 'device'}: is a device, not a file; it is not copied",
-        f"{source / 'zero'}: is a link to /dev/zero, outside of the model's folder; it is not copied",
-    ]
+@pytest.mark.parametrize("name", ["pipe", "sub/pipe", "zero"])
+def test_what_is_no_file_beside_the_weights(scene: Scene, source: Path, name: str) -> None:
+    """The command refuses it, as every command does, before anything is done; to the library it is not to be copied."""
+    if name == "zero":
+        (source / name).symlink_to("/dev/zero")
+    else:
+        os.mkfifo(source / name)
+    what = "a device" if name == "zero" else "a FIFO"
+    sentence = f"{source / name}: is {what}, not a regular file; write it to a file first"
+    scene.refused(4, sentence, *command(source, scene.folder / "dst"))
+    assert not (scene.folder / "dst").exists()
+    refused = {each.name: each.refused for each in files(source) if each.refused}
+    assert refused[name] == (
+        "is a link to /dev/zero, outside of the model's folder" if name == "zero" else "is a FIFO, not a file"
+    )
 
 
 @pytest.mark.parametrize(("to", "words"), [("loop", "Too many levels of symbolic links"), ("missing", "No such file")])

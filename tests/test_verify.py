@@ -40,7 +40,7 @@ from quantkit.llama_cpp import toolchain
 from quantkit.llama_cpp.tensor_types import tensor_type_file
 from quantkit.model.imatrix import open_imatrix
 from quantkit.model.open import open_model
-from quantkit.planning.plan import Plan
+from quantkit.planning.plan import Plan, types_asked
 from quantkit.recipe.load import load
 from quantkit.verifying.against_plan import read_plan
 from quantkit.verifying.derive import e4m3_values, to_bf16
@@ -143,7 +143,7 @@ def test_what_llama_quantize_itself_makes_passes(
 ) -> None:
     made = plan_of(tiny_v3, load("UD-IQ1_S"), tiny_imatrix)
     types = tmp_path / "types"
-    types.write_text(tensor_type_file((t.tensor.name, t.type) for t in made.tensors if t.tensor.quantizable))
+    types.write_text(tensor_type_file(types_asked(made.tensors)))
     out = tmp_path / "out.gguf"
     subprocess.run(
         [tools.quantize, "--imatrix", tiny_imatrix, "--tensor-type-file", types, tiny_bf16, out, "IQ1_S"],

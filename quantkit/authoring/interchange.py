@@ -26,7 +26,7 @@ from ..gguf.types import FILE_TYPES, INTEGER_TYPES, QTYPES, fit
 from ..llama_cpp.tensor_types import escape, ggml_name, tensor_type_file
 from ..model.catalogue import Catalogue, Tensor
 from ..planning.mixtures import facts, mixture_types
-from ..planning.plan import Plan, Planned
+from ..planning.plan import Plan, Planned, types_asked
 from .clone import Head, RoundTrip, alternatives, common_file_type, count, families, needs_imatrix, prove, write
 
 FORMATS = ("tensor-types", "custom-q", "thireus")
@@ -89,9 +89,7 @@ def export(plan: Plan, form: str) -> Exported:
             )
     notes = list(_unsaid(plan, form))
     if form == "tensor-types":
-        return Exported(
-            tensor_type_file((t.tensor.name, t.type) for t in plan.tensors if t.tensor.quantizable), tuple(notes)
-        )
+        return Exported(tensor_type_file(types_asked(plan.tensors)), tuple(notes))
     rules = list(_compact(said))
     if form == "custom-q":
         return Exported(",".join(f"{pattern}={ggml_name(t.type)}" for pattern, t in rules) + "\n", tuple(notes))

@@ -42,11 +42,9 @@ class Read(_Type):
         error: str = "SourceError",
         unless_given: Path | None = None,
         name: str = "file",
-        is_judged: bool = False,
     ) -> None:
-        """`error` is the class of quantkit.base.errors for a pipe or device; `unless_given` stands for no value; where
-        `is_judged` the command looks at each file itself, and does without a pipe or device that it can spare."""
-        self._files, self._as_path, self.is_judged = files, as_path, is_judged
+        """`error` is the class of quantkit.base.errors for a pipe or device; `unless_given` stands for no value."""
+        self._files, self._as_path = files, as_path
         self.error, self.unless_given, self.name = error, unless_given, name
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
@@ -115,8 +113,7 @@ class Command(click.Command):
                     # a recipe's base, say, is only looked for where it could be written over
                     all_files = writes or os.path.isdir(one) or one == param.type.unless_given
                     files = list(param.type.files(one)) if all_files else [Path(one)]
-                    is_judged = getattr(param.type, "is_judged", False)
-                    _refuse_special([Path(one)] if is_judged else files, getattr(param.type, "error", "SourceError"))
+                    _refuse_special(files, getattr(param.type, "error", "SourceError"))
                     reads += files
                 if isinstance(param.type, Written):
                     outputs += param.type.outputs(one, _shown(param), replace)
@@ -280,7 +277,7 @@ FILE = Read()
 PATH = Read(as_path=True)
 GGUF = Read(_of_gguf, as_path=True)
 MODEL = Read(_of_model, name="source")
-CHECKPOINT = Read(_of_dequant, as_path=True, is_judged=True)
+CHECKPOINT = Read(_of_dequant, as_path=True)
 RECIPE = Read(_of_recipe, error="RecipeError", name="recipe")
 RECIPES = Read(_of_recipes, error="RecipeError", name="recipe")
 IMATRIX = Read(error="ImatrixError")

@@ -6,7 +6,7 @@ A plan is pure data. Which rule takes which tensor, and what is wrong with rules
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol
@@ -268,6 +268,11 @@ def check_imatrix(plan: Plan, given: bool) -> None:
                 f"the importance matrix has {what} for {len(bad)} tensor{'s' * (len(bad) > 1)}{which}, the first "
                 f"'{t.tensor.name}' as {t.type} ({n_mats} x {t.tensor.n_cols} values); is it of this model and layout?"
             )
+
+
+def types_asked(tensors: Iterable[Planned]) -> Iterator[tuple[str, str]]:
+    """Name and type of each tensor that a quantizer is to be told of: all but those that are never quantized."""
+    return ((t.tensor.name, t.type) for t in tensors if t.tensor.quantizable)
 
 
 def with_values(plan: Plan, imatrix: Imatrix | None) -> Plan:

@@ -31,7 +31,7 @@ from ...gguf.types import FILE_TYPES, QTYPES
 from ...llama_cpp.tensor_types import tensor_type_file
 from ...model.catalogue import Source, Tensor
 from ...planning.layout import FileLayout
-from ...planning.plan import Plan, Planned
+from ...planning.plan import Plan, Planned, types_asked
 from ..rows import RowReader
 from . import Work
 
@@ -124,7 +124,7 @@ class LlamaQuantizeEngine:
         scratch, folder = work.scratch, work.scratch.for_a_program()
         scratch.remove(_RULES)
         with open(scratch.create(_RULES), "w") as f:
-            f.write(tensor_type_file((t.tensor.name, t.type) for t in tensors if t.tensor.quantizable))
+            f.write(tensor_type_file(types_asked(tensors)))
         command = [str(self.binary)]
         if work.imatrix is not None:
             command += ["--imatrix", work.imatrix.typed]
