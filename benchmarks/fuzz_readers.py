@@ -299,7 +299,7 @@ def readers(folder: Path) -> dict[str, Reader]:
         make_plan(target, load(str(put(folder / "r.yaml", raw))))
 
     def read_lock(raw: bytes) -> None:
-        for cell in lock.read(put(folder / "sizes.yaml", raw)).cells:
+        for cell in lock.read_lock(put(folder / "sizes.yaml", raw)).cells:
             lock.ungroup(cell.tensors)
 
     ggufs = [gguf_pieces(read_header(put(folder / "seed.gguf", raw)), raw) for raw in seed_ggufs()]

@@ -129,9 +129,10 @@ def build(
     """Build the GGUF that a plan describes, with the importance matrix that it was made with.
 
     `threads`: all processors unless given. `split_max_size`: bytes of tensor data in a shard at most. An unfinished
-    build of the same is gone on with: `resume` True insists on one, False begins anew. `cache` is a folder for finished
-    tensors, of at most `cache_size` bytes. Whatever is wrong is raised before the first byte, or leaves an unfinished
-    build behind: ImatrixError, SourceError, OutputError, ResumeError, UnsupportedError, WeightError, KernelError.
+    build of the same is gone on with: `resume` True insists on one, False starts again. `cache` is a folder for
+    finished tensors, of at most `cache_size` bytes. Whatever is wrong is raised before the first byte, or leaves an
+    unfinished build behind: ImatrixError, SourceError, OutputError, ResumeError, UnsupportedError, WeightError,
+    KernelError.
     """
     from . import kernels
     from .base.errors import OutputError

@@ -631,7 +631,7 @@ def test_with_other_settings_it_is_refused(v3: Path, tmp_path: Path, quantkit: R
     dst = half(v3, tmp_path / "out")
     before = snapshot(dst)
     first = f"{dst}: holds an unfinished run, "
-    last = "; begin anew with --restart, or choose another directory"
+    last = "; start again with --restart, or choose another directory"
     for options, words in (
         (("f16", 1_000_000, True), "whose --dtype was 'bf16' and now is 'f16'"),
         (("bf16", 2_000_000, True), "whose --shard-size was 1000000 and now is 2000000"),
@@ -648,7 +648,7 @@ def test_with_other_settings_it_is_refused(v3: Path, tmp_path: Path, quantkit: R
     done = quantkit("dequant", v3, dst, "--shard-size", "1M")
     assert (done.returncode, "since which config.json of the source has another size" in done.stderr) == (13, True)
     assert snapshot(dst) == before
-    # begun anew, nothing of the first run is left
+    # started again, nothing of the first run is left
     done = quantkit("dequant", v3, dst, "--shard-size", "3M", "--dtype", "f16", "--restart", "-q")
     assert (done.returncode, done.stderr) == (0, "")
     assert snapshot(dst) == snapshot(dequant(v3, tmp_path / "other", "f16", 3_000_000))
@@ -674,7 +674,7 @@ def test_a_damaged_state(tiny_v3: Path, tmp_path: Path, text: str) -> None:
     (dst / STATE).write_text(text)
     for restart in (False, True):
         said = says(lambda r=restart: dequant(tiny_v3, dst, restart=r), ResumeError)
-        assert f"remove {dst} to begin anew" in said
+        assert f"remove {dst} to start again" in said
 
 
 def test_a_finished_shard_that_is_not_as_it_was(tiny_v3: Path, tmp_path: Path) -> None:

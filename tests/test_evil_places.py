@@ -200,7 +200,7 @@ def test_a_state_that_names_files_elsewhere(scene: Scene, source: Path, makes: l
     unfinished(source, dst)
     state = json.loads((dst / STATE).read_text())
     (dst / STATE).write_text(json.dumps({**state, "makes": [makes]}))
-    sentence = f"{dst / STATE}: is not what quantkit dequant writes; remove {dst} to begin anew"
+    sentence = f"{dst / STATE}: is not what quantkit dequant writes; remove {dst} to start again"
     scene.refused(13, sentence, *command(source, dst, "--restart"))
 
 

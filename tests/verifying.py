@@ -104,7 +104,7 @@ Infos = list[tuple[str, tuple[int, ...], str, int]]
 
 
 def rewrite(path: Path, change: Callable[[list[KV], Infos], Any]) -> None:
-    """Write a header anew after `change` of its keys and tensors (name, shape, type, offset); the data stay."""
+    """Write a header again after `change` of its keys and tensors (name, shape, type, offset); the data stay."""
     h = read_header(path)
     kvs = list(h.kvs)
     infos: Infos = [(t.name, t.shape, t.type, t.offset - h.data_offset) for t in h.tensors]

@@ -112,7 +112,7 @@ def read(folder: Folder, owner: int | None = None) -> Journal | None:
         with open(fd, "rb") as f:
             raw = f.read(_MAX_BYTES)
     except OutputError as e:
-        raise ResumeError(f"{str(e).partition(';')[0]}; begin anew with --restart") from None
+        raise ResumeError(f"{str(e).partition(';')[0]}; start again with --restart") from None
     except OSError as e:
         if e.errno == errno.ENOENT:
             return None
@@ -121,7 +121,7 @@ def read(folder: Folder, owner: int | None = None) -> Journal | None:
     if end < 0 and len(raw) < _MAX_HEAD:
         return None
     line = raw[:end]
-    damaged = ResumeError(f"{path}: is damaged and cannot be gone on with; begin anew with --restart")
+    damaged = ResumeError(f"{path}: is damaged and cannot be gone on with; start again with --restart")
     try:
         if line != b"%s %08x" % (line[:-9], zlib.crc32(line[:-9])):
             raise damaged
@@ -129,7 +129,7 @@ def read(folder: Folder, owner: int | None = None) -> Journal | None:
         version = said["quantkit-journal"]
         if version != VERSION:
             raise ResumeError(
-                f"{path}: is of journal version {version}, this quantkit reads {VERSION}; begin anew with --restart"
+                f"{path}: is of journal version {version}, this quantkit reads {VERSION}; start again with --restart"
             )
         head = _head(said)
     except (ValueError, KeyError, TypeError, RecursionError):

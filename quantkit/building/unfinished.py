@@ -26,9 +26,9 @@ from ..base.files import read_at, write_at
 from ..base.folders import Folder
 from ..gguf.types import QTYPES
 from ..planning.layout import FileLayout
-from . import identity as fingerprint
 from . import journal
 from .folder import LOCK, SCRATCH, clear, folder_of, take
+from .identity import difference
 from .journal import Head, Record, Rows
 from .unfinished_files import Files
 
@@ -90,7 +90,7 @@ class Partial:
         self._pending: list[Record] = []
         self._pending_lock, self._commit_lock = threading.Lock(), threading.Lock()
         self._failure: BaseException | None = None
-        self._adopted = False
+        self._whole_file_accepted = False
         self._fresh = False
         self.on_whole: Callable[[str], None] = lambda _name: None
         """called when all rows of a tensor are on the disk for good"""
@@ -143,10 +143,10 @@ class Partial:
         return above
 
     def _check_identity(self, was: Mapping[str, str]) -> None:
-        differs = fingerprint.difference(was, self.identity)
+        differs = difference(was, self.identity)
         if differs:
             raise ResumeError(
-                f"{self.folder}: is an unfinished build of something else: {differs}; begin anew with --restart, or "
+                f"{self.folder}: is an unfinished build of something else: {differs}; start again with --restart, or "
                 "give another output"
             )
 
@@ -183,7 +183,7 @@ class Partial:
             if final and not (len(whole) == len(mine) and self.files.is_framed(i)):
                 if not any(len(rows) for rows in mine):
                     raise OutputError(
-                        f"{self.names[i]}: is not the file that this build made; move it away, or begin anew with "
+                        f"{self.names[i]}: is not the file that this build made; move it away, or start again with "
                         "--restart"
                     )
                 self.files.take_back(i)
@@ -228,13 +228,13 @@ class Partial:
         """The descriptor and place of a tensor, for writing by other means; tell with `note`."""
         return self.files.fds[self.places[name].file], self.places[name]
 
-    def give_up_rows(self) -> None:
+    def discard_rows(self) -> None:
         os.ftruncate(self.files.fds[0], 0)
 
-    def adopt(self, name: str) -> None:
+    def accept_whole_file(self, name: str) -> None:
         fd = self.scratch.open(name, os.O_RDWR, alone=True)
         self.files.replace(0, fd, self.scratch, name)
-        self._adopted = True
+        self._whole_file_accepted = True
 
     # ------------------------------------------------------------ durable
 
@@ -243,7 +243,7 @@ class Partial:
         """Sync and tell the journal every COMMIT_SECONDS, in a thread of its own."""
         stop, seconds = threading.Event(), _commit_seconds()
 
-        def labour() -> None:
+        def commit_in_turn() -> None:
             while not stop.wait(seconds):
                 try:
                     self.commit()
@@ -251,7 +251,7 @@ class Partial:
                     self._failure = e  # the next `put`, or `finish`, raises it
                     return
 
-        thread = threading.Thread(target=labour, name="quantkit-commit", daemon=True)
+        thread = threading.Thread(target=commit_in_turn, name="quantkit-commit", daemon=True)
         thread.start()
         try:
             yield
@@ -318,7 +318,7 @@ class Partial:
             raise self._failure
         self.commit()
         left = [n for n in self.places if not self.is_durable(n)]
-        if left and not self._adopted:
+        if left and not self._whole_file_accepted:
             raise InternalCheckError(f"{self.out}: rows of {len(left)} tensors were not written, '{left[0]}' the first")
         try:
             for i, (fd, layout) in enumerate(zip(self.files.fds, self.layouts, strict=True)):
@@ -336,7 +336,7 @@ class Partial:
             raise self._os_error(e) from None
         self._remove()
 
-    def give_up(self, keep: bool) -> str | None:
+    def abort(self, keep: bool) -> str | None:
         """The build ends early: what was written is kept for the next run, if there is any and `keep`. Says so."""
         if self._lock_fd < 0:
             self.close()
@@ -354,7 +354,7 @@ class Partial:
         self.close()
         return (
             f"{done:,} of {total:,} bytes are kept in {self.folder}: the same command goes on from there, "
-            "--restart begins anew"
+            "--restart starts again"
         )
 
     def _remove(self) -> None:

@@ -66,8 +66,8 @@ if TYPE_CHECKING:
     "--resume/--restart",
     "resume",
     default=None,
-    help="Go on with an unfinished build of this output, or begin anew without what it made.  [default: go on if there "
-    "is one]",
+    help="Go on with an unfinished build of this output, or start again without what it made.  [default: go on if "
+    "there is one]",
 )
 @click.option(
     "--cache",
@@ -149,7 +149,9 @@ def build(
     if ready.restart and not quiet:
         gone = finished_shards(output, [name for name, _ in ready.files])
         if gone:
-            click.echo(f"finished shards of the build that is begun anew, which go: {len(gone)}, {gone[0]} the first")
+            click.echo(
+                f"finished shards of the build that is started again, which go: {len(gone)}, {gone[0]} the first"
+            )
     if dry_run:
         click.echo("dry run: everything was checked, nothing was written")
         return

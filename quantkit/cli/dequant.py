@@ -53,7 +53,7 @@ _MOST_REFUSED = 10
     help="cuda: on the GPU, through torch. The same bytes.",
 )
 @threads_option
-@click.option("--restart", is_flag=True, help="Begin anew where DST holds an unfinished run.")
+@click.option("--restart", is_flag=True, help="Start again where DST holds an unfinished run.")
 @plan_first_options
 def dequant(
     source: Path,

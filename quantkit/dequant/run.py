@@ -311,12 +311,12 @@ class _Mover:
 
     def run(self, n_threads: int) -> None:
         try:
-            share_out(self._slabs(), n_threads, self._labourer)
+            share_out(self._slabs(), n_threads, self._new_worker)
         finally:
             for file in self.open:
                 file.close()
 
-    def _labourer(self) -> Callable[[_Slab], None]:
+    def _new_worker(self) -> Callable[[_Slab], None]:
         worker = _Worker(self.job.source, self.decoder)
 
         def do(slab: _Slab) -> None:

@@ -27,7 +27,7 @@ STATE = ".quantkit-dequant.json"
 #: folders in each other in which unfinished files are looked for
 _MAX_DEPTH = 64
 #: how to go on when one cannot
-_OTHERWISE = "begin anew with --restart, or choose another directory"
+_OTHERWISE = "start again with --restart, or choose another directory"
 
 #: keys of the state that must be the same -> what they are called
 _SETTINGS = {"quantkit": "quantkit's version", "dtype": "--dtype", "shard_size": "--shard-size", "mtp": "--mtp"}
@@ -72,11 +72,11 @@ def read_state(folder: Folder | None) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except SourceError as e:
-        raise ResumeError(f"{e}; remove {folder.path} to begin anew") from None
+        raise ResumeError(f"{e}; remove {folder.path} to start again") from None
     makes, files, done = state.get("makes"), state.get("source"), state.get("finished")
     if isinstance(files, dict) and isinstance(done, dict) and isinstance(makes, list) and all(map(_is_inside, makes)):
         return state
-    raise ResumeError(f"{path}: is not what quantkit dequant writes; remove {folder.path} to begin anew")
+    raise ResumeError(f"{path}: is not what quantkit dequant writes; remove {folder.path} to start again")
 
 
 def _is_inside(name: object) -> bool:
@@ -130,7 +130,7 @@ def finished(folder: Folder, plan: Plan, sums: Mapping[str, str]) -> frozenset[s
 
 def leftovers(folder: Folder | None, found: Mapping[str, Any] | None, restart: bool) -> list[tuple[str, int]]:
     """The files in the directory that are to go before a run goes on, with the bytes they take: unfinished ones, and
-    where it begins anew all that the state says were made. Nothing behind a link. Raises OSError."""
+    where it starts again all that the state says were made. Nothing behind a link. Raises OSError."""
     if folder is None:
         return []
     out = list(_unfinished(folder, ""))

@@ -27,7 +27,7 @@ from ..model.imatrix import Imatrix
 from ..recipe.load import Recipe
 from .gaps import Gap, gap_notes, gap_warnings
 from .mixtures import facts, mixture_types
-from .rules import claim
+from .rules import assign_rules
 
 #: of the JSON that `Plan.to_json` gives; another where a reader of the old would be misled
 PLAN_VERSION = 1
@@ -161,11 +161,11 @@ def make_plan(
             f"{catalogue.arch}"
         )
     others = mixture_choice(catalogue, recipe, imatrix is not None, mixture_version)
-    claims, warnings = claim(catalogue, recipe, others)
+    assigned, warnings = assign_rules(catalogue, recipe, others)
     places = [recipe.place("rules", i) for i in range(len(recipe.rules))]
     by_mixture = recipe.place("otherwise")
     planned = []
-    for t, index in zip(catalogue.tensors, claims, strict=True):
+    for t, index in zip(catalogue.tensors, assigned, strict=True):
         if not t.quantizable:
             nbytes = STORED_TYPES[t.source_type].row_bytes(t.n_cols) * t.n_rows
             why = "never quantized: norms, router and biases are small and sensitive"

@@ -1,4 +1,4 @@
-"""Sizes of recipes x models: planned, locked, compared; and the ladder of recipes for one model.
+"""Sizes of recipes x models: planned, locked, compared; and the size table of recipes for one model.
 
 Each model is opened once a layout, each recipe read once. A cell where the recipe is not for the
 model's arch is left out; one where the recipe's rules cannot work on the model is kept with the
@@ -243,7 +243,7 @@ class Comparison:
 
 
 def compare(lock: Lock, path: Path, tolerance: Fraction = Fraction(0)) -> Comparison:
-    """Plan the matrix of the lock in file `path` anew and compare. A cell whose tensor bytes moved by at
+    """Plan the matrix of the lock in file `path` again and compare. A cell whose tensor bytes moved by at
     most `tolerance` (a share of the bytes before; 0: no change of any kind) is tolerated. A recipe or a model
     that cannot be read is part of the comparison, and its cells are not."""
     old = {cell.cell: cell for cell in lock.cells}
@@ -332,10 +332,10 @@ def _moves(before: Mapping[str, str], now: Sequence[Planned]) -> tuple[Move, ...
     return tuple(moves)
 
 
-# ---------------------------------------------------------------- the ladder
+# ---------------------------------------------------------------- the size table
 
 
-class Rung(NamedTuple):
+class SizeRow(NamedTuple):
     """A recipe on a model."""
 
     recipe: str
@@ -348,10 +348,10 @@ class Rung(NamedTuple):
     """bits a weight of these"""
 
 
-def ladder(catalogue: Catalogue, recipes: Sequence[str]) -> tuple[list[Rung], list[str]]:
+def size_table(catalogue: Catalogue, recipes: Sequence[str]) -> tuple[list[SizeRow], list[str]]:
     """The recipes on one model, smallest first; and a sentence for each that cannot be planned. Recipes
     that are not for the model's arch are left out unless none is left."""
-    rungs, notes = [], []
+    rows, notes = [], []
     loaded: list[tuple[str, Recipe]] = [(name, load(name)) for name in expand_recipes(recipes, Path())]
     for name, recipe in loaded:
         if not recipe.is_for(catalogue.arch):
@@ -361,21 +361,21 @@ def ladder(catalogue: Catalogue, recipes: Sequence[str]) -> tuple[list[Rung], li
         except QuantkitError as e:
             notes.append(f"{name} cannot be planned: {e}")
             continue
-        rungs.append(_rung(name, plan))
-    if not rungs and not notes:
+        rows.append(_size_row(name, plan))
+    if not rows and not notes:
         raise RecipeError(
             f"{catalogue.model} is a {catalogue.arch}, and no recipe of {', '.join(n for n, _ in loaded)} is for that"
         )
-    return sorted(rungs, key=lambda r: (r.tensor_bytes, r.recipe)), notes
+    return sorted(rows, key=lambda r: (r.tensor_bytes, r.recipe)), notes
 
 
-def _rung(name: str, plan: Plan) -> Rung:
+def _size_row(name: str, plan: Plan) -> SizeRow:
     for role in ("routed expert", "dense ffn"):
         of = [t for t in plan.tensors if t.tensor.role == role]
         if of:
             bits = 8 * sum(t.nbytes for t in of) / sum(t.tensor.n_elements for t in of)
-            return Rung(name, plan.recipe.title, plan.tensor_bytes, plan.bpw, role, bits)
-    return Rung(name, plan.recipe.title, plan.tensor_bytes, plan.bpw, "", None)
+            return SizeRow(name, plan.recipe.title, plan.tensor_bytes, plan.bpw, role, bits)
+    return SizeRow(name, plan.recipe.title, plan.tensor_bytes, plan.bpw, "", None)
 
 
 def default_lock() -> Path:

@@ -1,4 +1,4 @@
-"""What moved in sizes, as text, JSON, Markdown, GitHub workflow commands and JUnit XML; and the ladder of recipes.
+"""What moved in sizes, as text, JSON, Markdown, GitHub workflow commands and JUnit XML; and the size table of recipes.
 
 Returns text, never prints. GiB is 2^30 bytes and GB 10^9, and every table says which.
 """
@@ -14,7 +14,7 @@ from typing import Any
 
 from ...base.text import gib, table
 from ...model.catalogue import ROLES
-from .compare import Change, Comparison, Move, Rung
+from .compare import Change, Comparison, Move, SizeRow
 from .lock import Key
 
 FORMATS = ("text", "json", "markdown", "github", "junit")
@@ -308,15 +308,15 @@ def junit(c: Comparison, when: str) -> str:
     return '<?xml version="1.0" encoding="UTF-8"?>\n' + Xml.tostring(root, encoding="unicode")
 
 
-# ---------------------------------------------------------------- the ladder
+# ---------------------------------------------------------------- the size table
 
 
-def ladder(model: str, layout: str, rungs: Sequence[Rung], notes: Sequence[str], form: str) -> str:
+def size_table(model: str, layout: str, found: Sequence[SizeRow], notes: Sequence[str], form: str) -> str:
     """The recipes for a model as text, Markdown or JSON."""
     if form == "json":
-        values = [{**r._asdict(), "bpw": round(r.bpw, 4), "bits": r.bits and round(r.bits, 4)} for r in rungs]
+        values = [{**r._asdict(), "bpw": round(r.bpw, 4), "bits": r.bits and round(r.bits, 4)} for r in found]
         return json.dumps({"model": model, "layout": layout, "recipes": values, "notes": list(notes)}, indent=1)
-    roles = {r.role for r in rungs if r.role}
+    roles = {r.role for r in found if r.role}
     bits = f"bits of {roles.pop()}s" if len(roles) == 1 else "bits"
     head = ["recipe", "title", "tensor data, bytes", "GiB", "GB", "BPW", bits.replace("dense ffns", "the ffn")]
     rows = [
@@ -324,7 +324,7 @@ def ladder(model: str, layout: str, rungs: Sequence[Rung], notes: Sequence[str],
             *(r.recipe, r.title, f"{r.tensor_bytes:,}", f"{r.tensor_bytes / 2**30:,.2f}"),
             *(f"{r.tensor_bytes / 1e9:,.2f}", f"{r.bpw:.2f}", "" if r.bits is None else f"{r.bits:.2f}"),
         ]
-        for r in rungs
+        for r in found
     ]
     lines = [f"note: {n}" for n in notes]
     if form == "markdown":

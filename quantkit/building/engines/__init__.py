@@ -26,7 +26,7 @@ class Weights(Protocol):
     """An importance matrix, as an engine reads it."""
 
     @property
-    def typed(self) -> str: ...
+    def path_as_given(self) -> str: ...
     @property
     def path(self) -> Path: ...
     def weights(self, name: str, mat: int, n_cols: int) -> npt.NDArray[np.float32]: ...
@@ -46,10 +46,10 @@ class Sink(Protocol):
     def is_empty(self) -> bool:
         """Whether nothing is there from an earlier run."""
 
-    def give_up_rows(self) -> None:
+    def discard_rows(self) -> None:
         """What `put` wrote is not needed: the engine writes the one output file as a whole, into the scratch folder."""
 
-    def adopt(self, name: str) -> None:
+    def accept_whole_file(self, name: str) -> None:
         """Take that file of the scratch folder, with all tensors and the planned header. Raises OutputError for one
         that is not ours."""
 

@@ -38,7 +38,7 @@ from . import Work
 _LINE = re.compile(r"^\[\s*(\d+)/\s*(\d+)\]\s+(\S+)\s+- \[")
 _SLAB_VALUES = 1 << 20
 #: scratch for tensors that go through one run together; starting it costs seconds (IQ1_S sorts its
-#: grid anew each time), so small tensors share a run, and a larger one has its own
+#: grid again each time), so small tensors share a run, and a larger one has its own
 BATCH_BYTES = 4 << 30
 _COPY_BYTES = 1 << 24
 _LAST_WORDS = 6
@@ -76,11 +76,11 @@ class LlamaQuantizeEngine:
 
     def _whole(self, work: Work, source: Source) -> None:
         layout = work.layouts[0]
-        work.sink.give_up_rows()
+        work.sink.discard_rows()
         self._quantize(work, source.path, [p.planned for p in layout.tensors])
         with self._opened(work.scratch) as made:
             self._check_whole(layout, made, work.scratch)
-        work.sink.adopt(_MADE)
+        work.sink.accept_whole_file(_MADE)
 
     def _check_whole(self, layout: FileLayout, made: BinaryIO, scratch: Folder) -> None:
         """Raises ToolError unless a whole file has the planned tensors and header."""
@@ -127,7 +127,7 @@ class LlamaQuantizeEngine:
             f.write(tensor_type_file((t.tensor.name, t.type) for t in tensors if t.tensor.quantizable))
         command = [str(self.binary)]
         if work.imatrix is not None:
-            command += ["--imatrix", work.imatrix.typed]
+            command += ["--imatrix", work.imatrix.path_as_given]
         if any(t.tensor.quantizable and not QTYPES[t.tensor.source_type].is_float for t in tensors):
             command.append("--allow-requantize")
         base = work.plan.recipe.file_type

@@ -18,9 +18,9 @@ from .common import EXPERTS, Common, common_kvs
 from .config import Config
 from .defaults import DEFAULT_THETA, default_theta, with_defaults
 from .general import general_kvs
-from .made import WithMade
 from .options import Options
 from .rope import Llama3Scaling, Rope, llama3, read_rope
+from .synthetic import SyntheticTensors
 from .tensors import MAX_HEADS, MAX_LAYERS, MAX_PARTS, assembled, check_stored, in_order, whole
 from .tokenizer import flag, refuse_sentencepiece, tokenizer_kvs
 
@@ -173,7 +173,7 @@ def build(
         kvs += tokenizer
         notes += more
         if s.llama3 is not None:
-            source = WithMade(source, {_ROPE_FREQS: (s.head // 2, s.llama3.factors)})
+            source = SyntheticTensors(source, {_ROPE_FREQS: (s.head // 2, s.llama3.factors)})
     layers = tuple(range(s.n_layers))
     return Catalogue(
         model, arch, LAYOUT, s.n_layers, layers, (), tuple(out), tuple(kvs), source is not None, source, tuple(notes)
