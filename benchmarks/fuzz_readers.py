@@ -42,7 +42,7 @@ from quantkit.model.families.tokenizer import tokenizer_kvs
 from quantkit.model.imatrix import open_imatrix
 from quantkit.model.open import describe_stored, open_model
 from quantkit.model.sources.safetensors_dir import read_shard
-from quantkit.planning.layout import lay_out, output_kvs
+from quantkit.planning.file_layout import lay_out, output_kvs
 from quantkit.planning.plan import make_plan
 from quantkit.recipe.load import load, mixture_recipe, parse, shipped
 

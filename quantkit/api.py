@@ -170,14 +170,14 @@ def verify(
     from .llama_cpp import toolchain
     from .verifying import against_plan
     from .verifying.ggml import Ggml
-    from .verifying.rederive import Rows, check_source, parse_sample
+    from .verifying.rederive import RowCheck, check_source, parse_sample
     from .verifying.run import Request
     from .verifying.run import verify as run
 
     rows = None
     if plan is not None and sample != "none" and (sample is not None or plan.catalogue.source is not None):
         source = check_source(plan.catalogue)
-        rows = Rows(
+        rows = RowCheck(
             plan.catalogue,
             source,
             _imatrix_of(plan),
@@ -194,7 +194,7 @@ def verify(
 def _imatrix_of(plan: Plan) -> Imatrix | None:
     from .model.imatrix import Imatrix
 
-    return plan.weights if isinstance(plan.weights, Imatrix) else None
+    return plan.imatrix if isinstance(plan.imatrix, Imatrix) else None
 
 
 class _Silent:

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from quantkit.authoring.clone import Head, alternatives, clone, prove, slug, write
 from quantkit.base.errors import RecipeError
 from quantkit.gguf.header import KV, STRING, U32, header_bytes, kv, pad, read_header
-from quantkit.gguf.types import FILE_TYPES, QTYPES, fit
+from quantkit.gguf.types import FILE_TYPES, QTYPES, fitting_type
 from quantkit.model.catalogue import Catalogue, Tensor
 from quantkit.model.families.options import Options
 from quantkit.model.open import from_gguf, layer_of, open_model
@@ -44,7 +44,7 @@ def as_file(c: Catalogue, types: dict[str, str], file_type: int | None = 15) -> 
 def mixture(c: Catalogue, name: str, imatrix: bool = False, version: str = "current") -> dict[str, str]:
     quantizable = [t for t in c.tensors if t.quantizable]
     asked = mixture_types(name, c.tensors, facts(c, imatrix, version))
-    return {t.name: fit(QTYPES[a], t.n_cols).name for t, a in zip(quantizable, asked, strict=True)}
+    return {t.name: fitting_type(QTYPES[a], t.n_cols).name for t, a in zip(quantizable, asked, strict=True)}
 
 
 def rules(text: str) -> list[tuple[str, str | None, str]]:

@@ -14,8 +14,7 @@ from factory import checkpoint
 
 from quantkit.authoring.sizes.lock import read_lock
 from quantkit.base.errors import ImatrixError, QuantkitError, RecipeError, SourceError
-from quantkit.dequant.plan import Options as DequantOptions
-from quantkit.dequant.plan import make_plan as plan_dequant
+from quantkit.dequant.plan import DequantOptions, plan_dequant
 from quantkit.model.families.options import Options
 from quantkit.model.imatrix import open_imatrix
 from quantkit.model.open import open_model

@@ -19,8 +19,8 @@ from quantkit.gguf.types import QTYPES
 from quantkit.model.catalogue import Catalogue, Tensor
 from quantkit.model.families.options import Options
 from quantkit.model.open import open_model
-from quantkit.planning import layout
-from quantkit.planning.layout import FileLayout, file_names, lay_out, output_kvs
+from quantkit.planning import file_layout
+from quantkit.planning.file_layout import FileLayout, file_names, lay_out, output_kvs
 from quantkit.planning.plan import Plan, Planned, make_plan
 from quantkit.recipe.load import Recipe, load, parse
 
@@ -218,7 +218,7 @@ def test_too_many_shards(monkeypatch: pytest.MonkeyPatch) -> None:
         lay_out(plan_of([one] * 65_536), (), 1)
     assert str(e.value) == "--split-max-size 1 makes 65,536 shards, more than 65,535"
     assert e.value.exit_code == 7
-    monkeypatch.setattr(layout, "MAX_SHARDS", 3)
+    monkeypatch.setattr(file_layout, "MAX_SHARDS", 3)
     assert len(lay_out(plan_of([one] * 3), (), 1)) == 3
     with pytest.raises(OutputError):
         lay_out(plan_of([one] * 4), (), 1)

@@ -27,7 +27,7 @@ from quantkit.planning.fit import (
     GIB,
     Gpus,
     Layer,
-    Weights,
+    PlacedBytes,
     answer,
     cache_bytes,
     experts_in_ram,
@@ -56,7 +56,7 @@ def r1_plans() -> dict[str, Plan]:
     return {name: make_plan(catalogue, load(name)) for name in PUBLISHED}
 
 
-def weights_of(plan: Plan, context: int = 8192, cache_type: str = "f16") -> Weights:
+def weights_of(plan: Plan, context: int = 8192, cache_type: str = "f16") -> PlacedBytes:
     return weigh(plan.catalogue, plan, context, cache_type)
 
 
@@ -224,9 +224,9 @@ def test_one_layer_more_does_not_fit(r1_plans: dict[str, Plan]) -> None:
     assert found.split.used[0] + min(off) > 79 * GIB
 
 
-def some_weights(rng: random.Random) -> Weights:
+def some_weights(rng: random.Random) -> PlacedBytes:
     layers = [Layer(rng.randint(1, 4), rng.choice([0, 3, 5, 9]), rng.randint(0, 2)) for _ in range(5)]
-    return Weights("m", "r", (*layers, Layer(2, 0, 0)), 1, 60)
+    return PlacedBytes("m", "r", (*layers, Layer(2, 0, 0)), 1, 60)
 
 
 def test_experts_are_dealt_out_as_well_as_can_be() -> None:
@@ -254,7 +254,7 @@ def test_whole_layers_are_as_many_as_can_be() -> None:
     for _ in range(300):
         w, room = some_weights(rng), [rng.randint(0, 25), rng.randint(0, 25)]
 
-        def fits(n: int, w: Weights = w, room: list[int] = room) -> bool:
+        def fits(n: int, w: PlacedBytes = w, room: list[int] = room) -> bool:
             last = [x.total for x in w.layers[len(w.layers) - n :]]
             return any(sum(last[:cut]) <= room[0] and sum(last[cut:]) <= room[1] for cut in range(n + 1))
 

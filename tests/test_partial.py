@@ -30,7 +30,7 @@ from quantkit.building import run as builds
 from quantkit.building.engines import Work
 from quantkit.building.engines.native import NativeEngine
 from quantkit.building.folder import folder_of, read_journal
-from quantkit.building.journal import Head, Record, Rows
+from quantkit.building.journal import Head, Record, RowSet
 from quantkit.gguf.header import KV, STRING, U32, U64, kv, kv_array
 from quantkit.model.families.options import Options
 from quantkit.model.imatrix import open_imatrix
@@ -187,7 +187,7 @@ def test_a_journal_of_another_version(tmp_path: Path) -> None:
 
 @given(st.lists(st.tuples(st.integers(0, 40), st.integers(1, 12))), st.integers(0, 50), st.integers(1, 20))
 def test_rows_are_a_set(added: list[tuple[int, int]], row: int, n: int) -> None:
-    rows, truth = Rows(), set[int]()
+    rows, truth = RowSet(), set[int]()
     for r, k in added:
         rows.add(r, k)
         truth |= set(range(r, r + k))

@@ -16,7 +16,7 @@ from ..recipe.load import Recipe, load
 # ---------------------------------------------------------------- lint
 
 
-class Finding(NamedTuple):
+class LintMessage(NamedTuple):
     """One thing lint has to say."""
 
     severity: str
@@ -29,24 +29,24 @@ class Finding(NamedTuple):
 
 def lint(
     name: str, sets: Mapping[str, str], models: Callable[[Recipe], list[Catalogue]], version: str = VERSIONS[0]
-) -> list[Finding]:
+) -> list[LintMessage]:
     """All that is wrong with a recipe, by itself and on models: `models` gives those to try it on."""
     try:
         recipe = load(name, sets)
     except RecipeError as e:
-        return [Finding("error", line, "") for line in str(e).split("\n")]
-    found: list[Finding] = []
+        return [LintMessage("error", line, "") for line in str(e).split("\n")]
+    found: list[LintMessage] = []
     try:
         catalogues = models(recipe)
     except UnsupportedError as e:
-        return [Finding("error", str(e), "")]
+        return [LintMessage("error", str(e), "")]
     for catalogue in catalogues:
         try:
             warnings = make_plan(catalogue, recipe, None, version).warnings
         except (RecipeError, UnsupportedError) as e:
-            found += [Finding("error", line, catalogue.model) for line in str(e).split("\n")]
+            found += [LintMessage("error", line, catalogue.model) for line in str(e).split("\n")]
         else:
-            found += [Finding("warning", line, catalogue.model) for line in warnings]
+            found += [LintMessage("warning", line, catalogue.model) for line in warnings]
     return found
 
 

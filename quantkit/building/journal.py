@@ -160,7 +160,7 @@ def _head(said: dict[str, Any]) -> Head:
     return Head(started, identity, files, tensors)
 
 
-class Rows:
+class RowSet:
     """A set of rows, as intervals."""
 
     def __init__(self) -> None:
@@ -188,7 +188,7 @@ class Rows:
 
 def durable(journal: Journal) -> list[int]:
     """For each tensor, how many of its rows are on the disk by what the journal tells."""
-    rows = [Rows() for _ in journal.head.tensors]
+    rows = [RowSet() for _ in journal.head.tensors]
     for r in journal.records:
         if r.tensor < len(rows):
             rows[r.tensor].add(r.row, r.n_rows)

@@ -14,7 +14,7 @@ from ..base.errors import OutputError, ResumeError, SourceError
 from ..base.files import read_at
 from ..base.folders import Folder, same
 from ..gguf.header import read_header_of
-from ..planning.layout import file_names
+from ..planning.file_layout import file_names
 from .folder import held_folder, take
 from .journal import Journal, digest, durable, read
 

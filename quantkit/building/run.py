@@ -27,7 +27,7 @@ from ..base.outputs import Output
 from ..gguf.types import IK_TYPES, QTYPES
 from ..model.catalogue import Catalogue
 from ..model.imatrix import Imatrix
-from ..planning.layout import FileLayout, file_names, lay_out, output_kvs
+from ..planning.file_layout import FileLayout, file_names, lay_out, output_kvs
 from ..planning.plan import Plan, with_values
 from . import leftovers
 from .cache import Cache
@@ -58,7 +58,7 @@ class Build:
 
     @property
     def file_bytes(self) -> int:
-        return sum(layout.nbytes for _, layout in self.files)
+        return sum(file_layout.nbytes for _, file_layout in self.files)
 
 
 def prepare(
@@ -86,9 +86,9 @@ def prepare(
     plan = with_values(plan, imatrix)
     _check_requantize(catalogue, plan, allow_requantize)
     kvs = output_kvs(plan, imatrix)
-    layouts = lay_out(plan, kvs, split_max_size)
-    names = file_names(out, len(layouts), split_max_size is not None)
-    files = tuple(zip(names, layouts, strict=True))
+    file_layouts = lay_out(plan, kvs, split_max_size)
+    names = file_names(out, len(file_layouts), split_max_size is not None)
+    files = tuple(zip(names, file_layouts, strict=True))
     identity = identity_of(plan, kvs, split_max_size, imatrix.path if imatrix else None)
     _check_names(out, names)
     begun = _begun(out, identity, resume)
@@ -143,12 +143,12 @@ def _finished(names: tuple[Path, ...], begun: Journal | None, folder: Path) -> s
 def _check_space(out: Path, files: Sequence[tuple[Path, FileLayout]], scratch: int) -> None:
     """Raises OutputError when what is still to be written has no room."""
     need, free = 0, shutil.disk_usage(out.parent).free
-    for name, layout in files:
+    for name, file_layout in files:
         try:
             there = os.stat(folder_of(out) / name.name, follow_symlinks=False).st_blocks * 512
         except OSError:
             there = 0
-        need += max(0, layout.nbytes - there)
+        need += max(0, file_layout.nbytes - there)
     if need + scratch > free:
         also = f" and its making {scratch:,} more" if scratch else ""
         raise OutputError(
@@ -193,11 +193,11 @@ def run(build: Build, engine: Engine, n_threads: int, progress: Progress, cache:
         if build.restart:
             leftovers.remove(build.out, [name for name, _ in build.files])
         partial.start(build.restart, n_threads, progress)
-        layouts = tuple(layout for _, layout in build.files)
+        file_layouts = tuple(file_layout for _, file_layout in build.files)
         with partial.committing():
             if cache is not None:
                 _use(cache, build, partial, n_threads, progress)
-            engine.run(Work(build.plan, layouts, partial, build.imatrix, n_threads, progress, partial.scratch))
+            engine.run(Work(build.plan, file_layouts, partial, build.imatrix, n_threads, progress, partial.scratch))
         partial.finish()
     except BaseException as e:
         # with weights or kernels as they are, the same command would end here again

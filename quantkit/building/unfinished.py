@@ -25,11 +25,11 @@ from ..base.errors import InternalCheckError, OutputError, QuantkitError, Resume
 from ..base.files import read_at, write_at
 from ..base.folders import Folder
 from ..gguf.types import QTYPES
-from ..planning.layout import FileLayout
+from ..planning.file_layout import FileLayout
 from . import journal
 from .folder import LOCK, SCRATCH, clear, folder_of, take
 from .identity import difference
-from .journal import Head, Record, Rows
+from .journal import Head, Record, RowSet
 from .unfinished_files import Files
 
 #: between syncs: the most work that a crash can cost, besides what is at work; QUANTKIT_COMMIT_SECONDS sets another
@@ -47,11 +47,11 @@ class Place(NamedTuple):
     n_cols: int
 
 
-def places(layouts: Sequence[FileLayout]) -> dict[str, Place]:
+def places(file_layouts: Sequence[FileLayout]) -> dict[str, Place]:
     """The place of every tensor by name."""
     out: dict[str, Place] = {}
-    for file, layout in enumerate(layouts):
-        for p in layout.tensors:
+    for file, file_layout in enumerate(file_layouts):
+        for p in file_layout.tensors:
             t = p.planned.tensor
             row_bytes = QTYPES[p.planned.type].row_bytes(t.n_cols)
             out[t.name] = Place(len(out), file, p.offset, t.n_rows, row_bytes, t.n_cols)
@@ -74,17 +74,17 @@ class Partial:
         is done before `start`."""
         self.out, self.folder = out, folder_of(out)
         self.names = [name for name, _ in files]
-        self.layouts = [layout for _, layout in files]
-        self.places = places(self.layouts)
+        self.file_layouts = [file_layout for _, file_layout in files]
+        self.places = places(self.file_layouts)
         self.identity = identity
         self.check_sources = check_sources
         self._replace = replace
         self.n_kept = 0
         """values of tensors that an earlier run made"""
         self._by_number = list(self.places)
-        self._kept = [Rows() for _ in self._by_number]
-        self._durable = [Rows() for _ in self._by_number]
-        self._missing = [len(layout.tensors) for layout in self.layouts]
+        self._kept = [RowSet() for _ in self._by_number]
+        self._durable = [RowSet() for _ in self._by_number]
+        self._missing = [len(file_layout.tensors) for file_layout in self.file_layouts]
         self._lock_fd = self._journal_fd = -1
         self._held: list[Folder | Files] = []
         self._pending: list[Record] = []
@@ -103,7 +103,7 @@ class Partial:
             self.above = self._hold_above()
             taken = take(self.out, {path.name for path in self.names})
             self._lock_fd, self.inside = taken.lock_fd, taken.folder
-            self.files = Files(self.inside, self.above, self.names, self.layouts, self._replace)
+            self.files = Files(self.inside, self.above, self.names, self.file_layouts, self._replace)
             self._held += [self.inside, self.files]
             if restart:
                 clear(self.inside)
@@ -151,7 +151,9 @@ class Partial:
             )
 
     def _head(self, started: str) -> Head:
-        files = [(name.name, layout.nbytes) for name, layout in zip(self.names, self.layouts, strict=True)]
+        files = [
+            (name.name, file_layout.nbytes) for name, file_layout in zip(self.names, self.file_layouts, strict=True)
+        ]
         tensors = [(name, p.n_rows, p.row_bytes, p.file) for name, p in self.places.items()]
         return Head(started, dict(self.identity), files, tensors)
 
@@ -321,10 +323,10 @@ class Partial:
         if left and not self._whole_file_accepted:
             raise InternalCheckError(f"{self.out}: rows of {len(left)} tensors were not written, '{left[0]}' the first")
         try:
-            for i, (fd, layout) in enumerate(zip(self.files.fds, self.layouts, strict=True)):
+            for i, (fd, file_layout) in enumerate(zip(self.files.fds, self.file_layouts, strict=True)):
                 size = os.fstat(fd).st_size
-                if size != layout.nbytes:
-                    raise InternalCheckError(f"{self.names[i]}: has {size:,} bytes, planned are {layout.nbytes:,}")
+                if size != file_layout.nbytes:
+                    raise InternalCheckError(f"{self.names[i]}: has {size:,} bytes, planned are {file_layout.nbytes:,}")
                 os.fsync(fd)
             self.check_sources()
             # the first shard last: without it the others are not taken for a model

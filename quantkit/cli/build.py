@@ -233,8 +233,8 @@ def run_with_progress(ready: Build, engine: Engine, n_threads: int, quiet: bool,
     if cache is not None and cache.failure:
         click.echo(f"warning: not all of the cache {cache.folder} could be used: {cache.failure}", err=True)
     if not quiet:
-        for path, layout in ready.files:
-            click.echo(f"{path}  {layout.nbytes:,} bytes")
+        for path, file_layout in ready.files:
+            click.echo(f"{path}  {file_layout.nbytes:,} bytes")
         if cache is not None:
             n_all = len(ready.plan.tensors)
             click.echo(

@@ -21,7 +21,7 @@ from ..base.folders import Folder
 from ..base.version import __version__
 from ..model.sources.safetensors_dir import INDEX, MAX_HEADER, Checkpoint, parse_json
 from .place import PART, place_of
-from .plan import CONFIG, Plan
+from .plan import CONFIG, DequantPlan
 
 STATE = ".quantkit-dequant.json"
 #: folders in each other in which unfinished files are looked for
@@ -33,7 +33,7 @@ _OTHERWISE = "start again with --restart, or choose another directory"
 _SETTINGS = {"quantkit": "quantkit's version", "dtype": "--dtype", "shard_size": "--shard-size", "mtp": "--mtp"}
 
 
-def state_of(source: Checkpoint, plan: Plan) -> dict[str, Any]:
+def state_of(source: Checkpoint, plan: DequantPlan) -> dict[str, Any]:
     """What a run is of: its settings, and size, modification time and SHA-256 of the header of each source file
     (of config.json the whole), with the files that it makes, and the CRC-32 of each shard that is finished: none yet.
     Raises SourceError."""
@@ -106,7 +106,7 @@ def require_same(folder: Path, found: Mapping[str, Any], wanted: Mapping[str, An
         raise ResumeError(f"{folder}: holds an unfinished run, since which {name} of the source {how}; {_OTHERWISE}")
 
 
-def finished(folder: Folder, plan: Plan, sums: Mapping[str, str]) -> frozenset[str]:
+def finished(folder: Folder, plan: DequantPlan, sums: Mapping[str, str]) -> frozenset[str]:
     """The names of the shards that are finished: there, and with a checksum, which is not compared here. Raises
     ResumeError for one whose size or header is another, OutputError for one that is another's."""
     done = set()

@@ -20,7 +20,7 @@ from ..gguf.types import (
     SPOILED_WITHOUT_WEIGHTS,
     STORED_TYPES,
     VERSIONS,
-    fit,
+    fitting_type,
 )
 from ..model.catalogue import Catalogue, Tensor
 from ..model.imatrix import Imatrix
@@ -33,7 +33,7 @@ from .rules import assign_rules
 PLAN_VERSION = 1
 
 
-class Weights(Protocol):
+class ImatrixEntries(Protocol):
     """What a plan needs to know of an importance matrix."""
 
     def __contains__(self, name: str) -> bool: ...
@@ -72,7 +72,7 @@ class Plan:
     """whose choices `otherwise: mixture` means, and whose fallbacks: current, or 2025 for files made till March 2026"""
     gaps: tuple[Gap, ...] = ()
     """what the importance matrix leaves out, once its values have been read (`with_values`)"""
-    weights: Weights | None = field(default=None, repr=False, compare=False)
+    imatrix: ImatrixEntries | None = field(default=None, repr=False, compare=False)
     """the importance matrix it was made with"""
 
     def __getitem__(self, name: str) -> Planned:
@@ -90,8 +90,8 @@ class Plan:
         """The plan with other types for the tensors that each glob matches, before the recipe's rules: priced again,
         with what ggml falls back to where a row does not divide into blocks. Raises RecipeError for a glob that matches
         nothing or only what is never quantized, and ImatrixError."""
-        made = make_plan(self.catalogue, self.recipe.with_types(types), self.weights, self.mixture_version)
-        return with_values(made, self.weights) if isinstance(self.weights, Imatrix) else made
+        made = make_plan(self.catalogue, self.recipe.with_types(types), self.imatrix, self.mixture_version)
+        return with_values(made, self.imatrix) if isinstance(self.imatrix, Imatrix) else made
 
     @property
     def tensor_bytes(self) -> int:
@@ -151,7 +151,7 @@ class Plan:
 
 
 def make_plan(
-    catalogue: Catalogue, recipe: Recipe, imatrix: Weights | None = None, mixture_version: str = VERSIONS[0]
+    catalogue: Catalogue, recipe: Recipe, imatrix: ImatrixEntries | None = None, mixture_version: str = VERSIONS[0]
 ) -> Plan:
     """Decide every tensor. Raises RecipeError for rules that cannot work on this model, all of them
     at once, and UnsupportedError when the recipe is not for this arch."""
@@ -177,7 +177,7 @@ def make_plan(
             rule = recipe.rules[index]
             asked, place, why = QTYPES[rule.type], places[index], rule.why
         try:
-            given = fit(asked, t.n_cols, mixture_version)
+            given = fitting_type(asked, t.n_cols, mixture_version)
         except KernelError as e:
             at = place if index is None else recipe.place("rules", index, "type")
             raise RecipeError(f"{at}: '{t.name}': {e}; give it another type in a rule before") from None
@@ -194,7 +194,7 @@ def make_plan(
                 f"{recipe.place('imatrix')}: {needs[0].type} for '{needs[0].tensor.name}' needs an importance matrix"
                 f"{more}; say imatrix: required"
             )
-    return Plan(catalogue, recipe, tuple(planned), tuple(warnings), mixture_version, weights=imatrix)
+    return Plan(catalogue, recipe, tuple(planned), tuple(warnings), mixture_version, imatrix=imatrix)
 
 
 def mixture_choice(catalogue: Catalogue, recipe: Recipe, has_imatrix: bool, version: str) -> dict[str, str]:
@@ -207,7 +207,7 @@ def mixture_choice(catalogue: Catalogue, recipe: Recipe, has_imatrix: bool, vers
     return dict(zip((t.name for t in catalogue.tensors if t.quantizable), types, strict=True))
 
 
-def imatrix_status(t: Tensor, given: str, recipe: Recipe, imatrix: Weights | None) -> str:
+def imatrix_status(t: Tensor, given: str, recipe: Recipe, imatrix: ImatrixEntries | None) -> str:
     """How an importance matrix bears on a tensor of that type.
 
     used: it has an entry of the right size · missing: it has none, the tensor is quantized without ·

@@ -14,7 +14,7 @@ from ..base.text import GIB, gib, shape_text, size, table
 from ..gguf.header import ARRAY, F32, KV, STRING, TYPE_NAMES, array_head, decode
 from ..gguf.types import STORED_TYPES
 from ..model.catalogue import ROLES, Catalogue, family_of, ranges
-from .fit import Answer, Fit, Weights
+from .fit import Answer, Fit, PlacedBytes
 from .gaps import gap_notes, gap_warnings
 from .plan import Plan, Planned
 
@@ -198,7 +198,7 @@ def inspection_text(found: Mapping[str, Any], every_tensor: bool) -> str:
 # ---------------------------------------------------------------- fit
 
 
-def fit_text(w: Weights, answers: Sequence[Answer], about: str, ram: int | None) -> str:
+def fit_text(w: PlacedBytes, answers: Sequence[Answer], about: str, ram: int | None) -> str:
     """What fits on GPUs, for people. `about`: the context and its cache in words. `ram`: bytes there are, or None."""
     n_moe = sum(1 for x in w.layers if x.experts)
     of = f" as {w.recipe}" if w.recipe else ""

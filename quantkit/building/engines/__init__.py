@@ -15,14 +15,14 @@ import numpy as np
 import numpy.typing as npt
 
 from ...base.folders import Folder
-from ...planning.layout import FileLayout
+from ...planning.file_layout import FileLayout
 from ...planning.plan import Plan
 
 #: called with the name of the tensor at work and the elements finished since the last call
 Progress = Callable[[str, int], None]
 
 
-class Weights(Protocol):
+class ImportanceValues(Protocol):
     """An importance matrix, as an engine reads it."""
 
     @property
@@ -59,10 +59,10 @@ class Work:
     """What an engine has to do."""
 
     plan: Plan
-    layouts: tuple[FileLayout, ...]
+    file_layouts: tuple[FileLayout, ...]
     """the output files, in order"""
     sink: Sink
-    imatrix: Weights | None
+    imatrix: ImportanceValues | None
     n_threads: int
     progress: Progress
     scratch: Folder
