@@ -156,7 +156,16 @@ def test_the_types_of_the_most_dynamic_recipe() -> None:
 def test_json_has_the_promised_structure() -> None:
     plan = r1_plan("UD-IQ1_S")
     made = json.loads(json.dumps(plan.to_json(140_231_000_000)))
-    assert list(made)[:7] == ["model", "arch", "layout", "recipe", "mixture_version", "tensors", "totals"]
+    assert list(made)[:8] == [
+        "quantkit_plan",
+        "model",
+        "arch",
+        "layout",
+        "recipe",
+        "mixture_version",
+        "tensors",
+        "totals",
+    ]
     assert [made[k] for k in ("model", "arch", "layout", "recipe")] == ["deepseek-r1", "deepseek2", "kv_b", "UD-IQ1_S"]
     assert made["totals"] == {
         "tensors": 1025,

@@ -32,7 +32,7 @@ from ..base.copying import Opened, copy_range
 from ..base.errors import OutputError, QuantkitError, SourceError
 from ..base.files import read_at
 from ..model.catalogue import Source, SourceTensor
-from ..planning.plan import Plan, Planned
+from ..planning.plan import ImatrixStatus, Plan, Planned
 from . import identity, journal
 from .cache_folder import CacheFolder
 from .engines import ImportanceValues
@@ -230,7 +230,7 @@ def _key(planned: Planned, block: tuple[int, int], digests: dict[str, str], weig
     made_of: list[Any] = [kernels.version(), planned.type, t.source_type, t.quantizable, t.shape, block]
     made_of += [(digests[p.source], p[1:]) for p in t.parts]
     h.update(repr(made_of).encode())
-    if weights is not None and planned.imatrix == "used":
+    if weights is not None and planned.imatrix == ImatrixStatus.USED:
         for mat in range(t.shape[2] if len(t.shape) > 2 else 1):
             h.update(np.ascontiguousarray(weights.weights(t.name, mat, t.n_cols)).tobytes())
     return h.hexdigest()

@@ -16,7 +16,7 @@ from ..gguf.types import STORED_TYPES
 from ..model.catalogue import ROLES, Catalogue, family_of, ranges
 from .fit import Answer, Fit, PlacedBytes
 from .gaps import gap_notes, gap_warnings
-from .plan import Plan, Planned
+from .plan import ImatrixStatus, Plan, Planned
 
 _MAX_VALUE = 60
 
@@ -53,7 +53,7 @@ def plan_text(plan: Plan, files: Sequence[tuple[str, int]], every_tensor: bool =
             f"note: {len(fell)} tensors got another type than asked, since their rows do not divide into its blocks: "
             + ", ".join(sorted({f"{family_of(t.tensor.name)} {t.requested} -> {t.type}" for t in fell}))
         )
-    missing = [t for t in plan.tensors if t.imatrix == "missing"]
+    missing = [t for t in plan.tensors if t.imatrix == ImatrixStatus.MISSING]
     if missing:
         names = ", ".join(sorted({family_of(t.tensor.name) for t in missing}))
         notes.append(f"note: {len(missing)} tensors have no entry in the importance matrix, and do without: {names}")

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from ...base.errors import SourceError, UnsupportedError
 from ...gguf.header import BOOL, KV, U32, kv
-from ..catalogue import Catalogue, Part, Source, SourceTensor, Tensor
+from ..catalogue import Catalogue, MlaLayout, Part, Source, SourceTensor, Tensor
 from .common import EXPERTS, Common, common_kvs
 from .config import Config
 from .defaults import DEFAULT_THETA, default_theta, with_defaults
@@ -27,7 +27,7 @@ from .tokenizer import flag, refuse_sentencepiece, tokenizer_kvs
 #: config.json's architectures[0] -> llama.cpp's
 ARCHS = {"LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2"}
 #: these have one layout only, so `Options.layout` does not matter
-LAYOUT = "as is"
+LAYOUT = MlaLayout.AS_IS
 _ROPE_FREQS = "rope_freqs.weight"
 #: vocabulary sizes by which the converter knows a family
 _CODELLAMA_VOCAB, _GRANITE_VOCAB = 32016, 49152
