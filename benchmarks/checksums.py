@@ -77,11 +77,11 @@ def check(name: str, checksum: Checksum, slab: memoryview) -> None:
 def seconds(checksum: Checksum, slabs: Sequence[memoryview], n_threads: int) -> float:
     """Wall time of all slabs, dealt to threads."""
 
-    def labour(mine: Sequence[memoryview]) -> None:
+    def work(mine: Sequence[memoryview]) -> None:
         for slab in mine:
             checksum(slab)
 
-    threads = [threading.Thread(target=labour, args=(slabs[i::n_threads],)) for i in range(n_threads)]
+    threads = [threading.Thread(target=work, args=(slabs[i::n_threads],)) for i in range(n_threads)]
     start = time.perf_counter()
     for thread in threads:
         thread.start()

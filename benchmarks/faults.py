@@ -30,8 +30,9 @@ SAID = "one clear sentence or no harm; the rerun made the right bytes"
 #: what came of the cases of a group, where all hold; others are shown case by case
 GROUPS = {
     "calls that fail": SAID, "memory": SAID, "a source or imatrix": "refused; nothing kept of the other content",
-    "room": SAID, "permissions": SAID, "unfinished builds damaged": "what is sound is kept, or refused and begun anew",
-    "caches damaged": "the right bytes, made anew where need be",
+    "room": SAID, "permissions": SAID,
+    "unfinished builds damaged": "what is sound is kept, or refused and started again",
+    "caches damaged": "the right bytes, made again where need be",
 }  # fmt: skip
 
 

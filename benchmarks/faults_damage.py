@@ -104,7 +104,7 @@ def _to_link(path: Path) -> None:
 
 
 def damages(site: Site) -> list[Row]:
-    """Each is done to an unfinished build; it goes on to the right bytes, or is refused and begins anew."""
+    """Each is done to an unfinished build; it goes on to the right bytes, or is refused and starts again."""
     rows, templates = [], []
     for way in (ONE, SHARDS):
         out = site.place()
@@ -148,7 +148,7 @@ def damages(site: Site) -> list[Row]:
             shutil.rmtree(template.parent)
             aside.rename(template.parent)
         row.what = "an unfinished build"
-        ended = f"{refused} refused, begun anew ({forced} with --force)"
+        ended = f"{refused} refused, started again ({forced} with --force)"
         row.came_of_it = f"{times - refused} went on, {ended}; {kept:,} of {could:,} weights kept"
         row.kept = kept
         rows.append(row)

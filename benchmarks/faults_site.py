@@ -21,8 +21,8 @@ from typing import IO, Any, NamedTuple
 from faults_child import events
 from gguf import GGUFReader
 
-from quantkit.building import folder as partial_folder
 from quantkit.building import journal
+from quantkit.building.folder import read_journal
 from quantkit.model import demo
 from quantkit.model.families.options import Options
 from quantkit.model.open import open_model
@@ -251,7 +251,7 @@ class Site:
 
     def claimed(self, out: Path) -> int:
         """Weights whose rows the journal has."""
-        found = partial_folder.peek(out)
+        found = read_journal(out)
         if found is None:
             return 0
         rows = zip(journal.durable(found), found.head.tensors, strict=True)
@@ -279,7 +279,7 @@ class Site:
         of them was written. Returns the weights claimed and kept. Where the build was whole and only its folder was
         still to go, it may be refused."""
         claimed, whole = self.claimed(out), files_of(out) == self.expected(way)
-        journal_there = partial_folder.peek(out) is not None
+        journal_there = read_journal(out) is not None
         had, log = self._places_of_claimed(out, way) if watched else {}, self.folder / "log"
         watch = {"root": str(out.parent), "log": str(log)} if watched else {}
         done = self.fork(out, way, *more, **watch) if forked else self.run(out, way, *more)
@@ -296,7 +296,7 @@ class Site:
 
     def _places_of_claimed(self, out: Path, way: Way) -> dict[str, list[tuple[int, int]]]:
         """The bytes of files whose rows the journal has: begins and ends."""
-        found, places = partial_folder.peek(out), self._offsets[self._key(way)]
+        found, places = read_journal(out), self._offsets[self._key(way)]
         had: dict[str, list[tuple[int, int]]] = {}
         for r in found.records if found is not None else ():
             name, _, row_bytes, _ = found.head.tensors[r.tensor]  # type: ignore[union-attr]

@@ -42,7 +42,7 @@ from quantkit.model.families.tokenizer import tokenizer_kvs
 from quantkit.model.imatrix import open_imatrix
 from quantkit.model.open import describe_stored, open_model
 from quantkit.model.sources.safetensors_dir import read_shard
-from quantkit.planning.layout import lay_out, output_kvs
+from quantkit.planning.file_layout import lay_out, output_kvs
 from quantkit.planning.plan import make_plan
 from quantkit.recipe.load import load, mixture_recipe, parse, shipped
 
@@ -299,7 +299,7 @@ def readers(folder: Path) -> dict[str, Reader]:
         make_plan(target, load(str(put(folder / "r.yaml", raw))))
 
     def read_lock(raw: bytes) -> None:
-        for cell in lock.read(put(folder / "sizes.yaml", raw)).cells:
+        for cell in lock.read_lock(put(folder / "sizes.yaml", raw)).cells:
             lock.ungroup(cell.tensors)
 
     ggufs = [gguf_pieces(read_header(put(folder / "seed.gguf", raw)), raw) for raw in seed_ggufs()]

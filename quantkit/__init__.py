@@ -16,6 +16,7 @@ from typing import Any
 from quantkit.base.version import __version__
 
 __all__ = [
+    "BuildOptions",
     "BuildResult",
     "Catalogue",
     "DamageError",

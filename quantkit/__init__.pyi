@@ -1,4 +1,7 @@
 from quantkit.api import (
+    BuildOptions as BuildOptions,
+)
+from quantkit.api import (
     BuildResult as BuildResult,
 )
 from quantkit.api import (

@@ -46,6 +46,20 @@ class BuildResult:
     """why the cache could not be used or could not keep a tensor; empty if all is well"""
 
 
+@dataclass(frozen=True)
+class BuildOptions:
+    """What few builds need to say."""
+
+    split_max_size: int | None = None
+    """bytes of tensor data in a shard at most; one file without it"""
+    allow_requantize: bool = False
+    """quantize tensors again that the source has quantized already, at a loss"""
+    cache: Name | None = None
+    """a folder for finished tensors, which later builds take from there"""
+    cache_size: int = 200 * 10**9
+    """bytes of it at most"""
+
+
 def open_model(
     source: Name, *, layout: str | None = None, pre: str | None = None, pad_token: str | None = None
 ) -> Catalogue:
@@ -122,16 +136,15 @@ def plan(
 
 
 def build(
-    plan: Plan, out: Name, *, threads: int | None = None, split_max_size: int | None = None, force: bool = False,
-    resume: bool | None = None, allow_requantize: bool = False, cache: Name | None = None,
-    cache_size: int = 200 * 10**9, progress: Progress = lambda _name, _n: None,
+    plan: Plan, out: Name, *, threads: int | None = None, force: bool = False, resume: bool | None = None,
+    options: BuildOptions = BuildOptions(), progress: Progress = lambda _name, _n: None,
 ) -> BuildResult:  # fmt: skip
     """Build the GGUF that a plan describes, with the importance matrix that it was made with.
 
-    `threads`: all processors unless given. `split_max_size`: bytes of tensor data in a shard at most. An unfinished
-    build of the same is gone on with: `resume` True insists on one, False begins anew. `cache` is a folder for finished
-    tensors, of at most `cache_size` bytes. Whatever is wrong is raised before the first byte, or leaves an unfinished
-    build behind: ImatrixError, SourceError, OutputError, ResumeError, UnsupportedError, WeightError, KernelError.
+    `threads`: all processors unless given. `force` replaces files that are there. An unfinished build of the same is
+    gone on with: `resume` True insists on one, False starts again. Whatever is wrong is raised before the first byte,
+    or leaves an unfinished build behind: ImatrixError, SourceError, OutputError, ResumeError, UnsupportedError,
+    WeightError, KernelError.
     """
     from . import kernels
     from .base.errors import OutputError
@@ -143,10 +156,12 @@ def build(
     kernels.use_pinned_library(toolchain.ggml_library())
     start, engine, warning, kept_in = time.monotonic(), NativeEngine(), "", None
     weights = _imatrix_of(plan)
-    ready = building.prepare(plan, Path(out), weights, split_max_size, force, allow_requantize, engine, resume)
-    if cache is not None:
+    ready = building.prepare(
+        plan, Path(out), weights, options.split_max_size, force, options.allow_requantize, engine, resume
+    )
+    if options.cache is not None:
         try:
-            kept_in = Cache(Path(cache), cache_size)
+            kept_in = Cache(Path(options.cache), options.cache_size)
         except OutputError as e:
             warning = str(e)
     n_kept = building.run(ready, engine, threads or default_threads(), progress, kept_in)
@@ -169,14 +184,14 @@ def verify(
     from .llama_cpp import toolchain
     from .verifying import against_plan
     from .verifying.ggml import Ggml
-    from .verifying.rederive import Rows, check_source, parse_sample
+    from .verifying.rederive import RowCheck, check_source, parse_sample
     from .verifying.run import Request
     from .verifying.run import verify as run
 
     rows = None
     if plan is not None and sample != "none" and (sample is not None or plan.catalogue.source is not None):
         source = check_source(plan.catalogue)
-        rows = Rows(
+        rows = RowCheck(
             plan.catalogue,
             source,
             _imatrix_of(plan),
@@ -193,7 +208,7 @@ def verify(
 def _imatrix_of(plan: Plan) -> Imatrix | None:
     from .model.imatrix import Imatrix
 
-    return plan.weights if isinstance(plan.weights, Imatrix) else None
+    return plan.imatrix if isinstance(plan.imatrix, Imatrix) else None
 
 
 class _Silent:

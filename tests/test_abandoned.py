@@ -14,8 +14,8 @@ from conftest import Run
 from test_partial import Builder, EnoughError, N
 
 from quantkit.base.errors import ResumeError
-from quantkit.building import folder as partial_folder
 from quantkit.building import unfinished
+from quantkit.building.folder import read_journal, take
 from quantkit.building.leftovers import finished_shards, whole_files
 from quantkit.gguf.header import read_header
 
@@ -133,7 +133,7 @@ def test_a_whole_model_stays(b: Builder, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.undo()
     whole = finals(b)
     assert (b.folder / "journal").exists()
-    assert whole_files(partial_folder.peek(b.out)) == set(whole)  # type: ignore[arg-type]
+    assert whole_files(read_journal(b.out)) == set(whole)  # type: ignore[arg-type]
     assert finished_shards(b.out) == []
     b.run(b.ready(split_max_size=LARGE, resume=False))
     assert set(whole) < set(finals(b))
@@ -142,7 +142,7 @@ def test_a_whole_model_stays(b: Builder, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_not_while_another_process_is_at_it(b: Builder) -> None:
     was = finals(b)
     ready = b.ready(split_max_size=LARGE, resume=False)
-    held = partial_folder.take(b.out, ())
+    held = take(b.out, ())
     try:
         with pytest.raises(ResumeError, match="is being built by process"):
             b.run(ready)
@@ -159,7 +159,9 @@ def test_the_command_says_what_goes(b: Builder, quantkit: Run, tmp_path: Path) -
     done = quantkit(*common, "-n")
     assert done.returncode == 0, done.stderr
     first = b.out.parent / was[0]
-    assert f"finished shards of the build that is begun anew, which go: {len(was)}, {first} the first\n" in done.stdout
+    assert (
+        f"finished shards of the build that is started again, which go: {len(was)}, {first} the first\n" in done.stdout
+    )
     assert finals(b) == was
     done = quantkit(*common, "-q")
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -85,7 +85,7 @@ def test_a_build_is_the_command_s(tiny_v3: Path, tiny_imatrix: Path, tmp_path: P
 def test_a_verdict_has_what_is_wrong(tiny_v3: Path, tiny_imatrix: Path, tmp_path: Path) -> None:
     plan = qk.plan(qk.open_model(tiny_v3, pre="deepseek-v3"), "UD-IQ1_S", tiny_imatrix)
     other = plan.with_types({"output.weight": "Q8_0"})
-    made = qk.build(other, tmp_path / "o.gguf", split_max_size=500_000)
+    made = qk.build(other, tmp_path / "o.gguf", options=qk.BuildOptions(split_max_size=500_000))
     assert len(made.files) > 1
     verdict = qk.verify(made.files[0], plan=plan, sample="none")
     assert not verdict.ok

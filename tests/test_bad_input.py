@@ -739,7 +739,7 @@ def test_a_build_that_is_stopped(
     assert (slow.returncode, stdout) == (code, "")
     assert re.fullmatch(
         rf"\n?{says}; [\d,]+ of [\d,]+ bytes are kept in {place.out}\.partial: the same command goes on from there, "
-        r"--restart begins anew\n",
+        r"--restart starts again\n",
         stderr,
     )
     assert snapshot(place.folder) == {"m.gguf": b"precious", "m.gguf.partial": b""}

@@ -18,17 +18,17 @@ from hypothesis import strategies as st
 from quantkit.authoring.clone import Head, alternatives, clone, prove, slug, write
 from quantkit.base.errors import RecipeError
 from quantkit.gguf.header import KV, STRING, U32, header_bytes, kv, pad, read_header
-from quantkit.gguf.types import FILE_TYPES, QTYPES, fit
-from quantkit.model import open as models
+from quantkit.gguf.types import FILE_TYPES, QTYPES, fitting_type
 from quantkit.model.catalogue import Catalogue, Tensor
 from quantkit.model.families.options import Options
+from quantkit.model.open import from_gguf, layer_of, open_model
 from quantkit.model.sources.gguf_file import open_gguf
 from quantkit.planning.mixtures import facts, mixture_types
 from quantkit.planning.plan import make_plan
 from quantkit.recipe.load import load, parse
 
-R1 = models.open_model("deepseek-r1")
-LITE = models.open_model("deepseek-v2-lite")
+R1 = open_model("deepseek-r1")
+LITE = open_model("deepseek-v2-lite")
 
 
 def as_file(c: Catalogue, types: dict[str, str], file_type: int | None = 15) -> Catalogue:
@@ -44,7 +44,7 @@ def as_file(c: Catalogue, types: dict[str, str], file_type: int | None = 15) -> 
 def mixture(c: Catalogue, name: str, imatrix: bool = False, version: str = "current") -> dict[str, str]:
     quantizable = [t for t in c.tensors if t.quantizable]
     asked = mixture_types(name, c.tensors, facts(c, imatrix, version))
-    return {t.name: fit(QTYPES[a], t.n_cols).name for t, a in zip(quantizable, asked, strict=True)}
+    return {t.name: fitting_type(QTYPES[a], t.n_cols).name for t, a in zip(quantizable, asked, strict=True)}
 
 
 def rules(text: str) -> list[tuple[str, str | None, str]]:
@@ -57,7 +57,7 @@ def rules(text: str) -> list[tuple[str, str | None, str]]:
 @pytest.mark.parametrize("layout", ["k_b+v_b", "kv_b"])
 @pytest.mark.parametrize("name", ["UD-IQ1_S", "UD-IQ1_M", "UD-IQ2_XXS", "UD-Q2_K_XL"])
 def test_a_clone_of_a_shipped_recipes_file_is_as_short_as_the_recipe(name: str, layout: str) -> None:
-    c = models.open_model("deepseek-r1", Options(layout))
+    c = open_model("deepseek-r1", Options(layout))
     recipe = load(name)
     plan = make_plan(c, recipe)
     types = {t.tensor.name: t.type for t in plan.tensors if t.tensor.quantizable}
@@ -196,8 +196,7 @@ def test_types_of_families_with_exceptions_come_back(data: st.DataObject) -> Non
 def tiny(names: Sequence[str], types: Sequence[str]) -> Catalogue:
     """A model of these tensors, 256 x 2 each."""
     tensors = tuple(
-        Tensor(n, (256, 2), "other", models.layer_of(n), n.endswith("weight"), t)
-        for n, t in zip(names, types, strict=True)
+        Tensor(n, (256, 2), "other", layer_of(n), n.endswith("weight"), t) for n, t in zip(names, types, strict=True)
     )
     return Catalogue("tiny", "llama", "as is", 12, (), (), tensors, (), True)
 
@@ -243,7 +242,7 @@ def test_a_mixture_is_recognized() -> None:
     ]:
         made = clone(as_file(R1, mixture(R1, name, imatrix, version), FILE_TYPES[name]), "x.gguf", "x")
         assert said in made.text
-    kv_b = models.open_model("deepseek-r1", Options("kv_b"))
+    kv_b = open_model("deepseek-r1", Options("kv_b"))
     made = clone(as_file(kv_b, mixture(kv_b, "Q4_K_M", version="2025")), "x.gguf", "x")
     assert "llama.cpp's mixture Q4_K_M of 2025." in made.text
     types = mixture(R1, "Q4_K_M") | {"output.weight": "Q8_0"}
@@ -409,7 +408,7 @@ def test_a_split_file_is_cloned_whole(tmp_path: Path) -> None:
     shard(2, [])
     first = shard(1, [kv("general.architecture", STRING, "llama"), kv("general.file_type", U32, 18)])
     file = open_gguf(first)
-    made = clone(models.from_gguf(file), str(first), file.stem)
+    made = clone(from_gguf(file), str(first), file.stem)
     assert "name: m\n" in made.text
     assert rules(made.text) == [("blk.*.ffn_up.weight", None, "Q6_K")]
     assert (made.proof.n_tensors, made.proof.nbytes) == (2, 1680)

@@ -39,7 +39,7 @@ from quantkit.base.errors import (
     UnsupportedError,
     WeightError,
 )
-from quantkit.dequant import Options, make_plan, prepare, run
+from quantkit.dequant import DequantOptions, plan_dequant, prepare, run
 from quantkit.dequant.checksum import joined
 from quantkit.dequant.decode import Decoder, Native, Torch
 from quantkit.model.sources.gguf_file import open_gguf
@@ -55,7 +55,7 @@ def dequant(
     src: Path, dst: Path, dtype: str = "bf16", shard_size: int = 5 * 10**9, *, mtp: bool = True, restart: bool = False,
     decoder: Decoder | None = None, threads: int = 2,
 ) -> Path:  # fmt: skip
-    job = prepare(open_checkpoint(src), dst, Options(dtype, shard_size, mtp), restart)
+    job = prepare(open_checkpoint(src), dst, DequantOptions(dtype, shard_size, mtp), restart)
     run(job, decoder or Native(), threads, lambda name, done: None)
     return dst
 
@@ -301,7 +301,7 @@ def test_other_tensors_are_carried_over_bit_by_bit(tmp_path: Path) -> None:
         for size in (5 * 10**9, 16):
             dst = dequant(src, tmp_path / f"{dtype}{size}", dtype, size)
             require_equal(load(dst), want | {"w": want["w"].to(TORCH[dtype])})
-            for shard in make_plan(open_checkpoint(src), Options(dtype, size)).shards:
+            for shard in plan_dequant(open_checkpoint(src), DequantOptions(dtype, size)).shards:
                 assert len(shard.header) % 8 == 0
                 for t in shard.tensors:
                     assert t.offset % DTYPE_BYTES[t.dtype] == 0, t.source.name
@@ -355,7 +355,7 @@ def test_config_and_other_files(v3: Path, tmp_path: Path) -> None:
     (v3 / "inference" / "old.pt").write_bytes(b"weights")
     (v3 / "README.md").symlink_to("LICENSE")
     factory.edit_json(v3 / "config.json", lambda c: c.update(name="ü", rope_theta=1e-06, dtype="bfloat16"))
-    plan = make_plan(open_checkpoint(v3), Options("f16"))
+    plan = plan_dequant(open_checkpoint(v3), DequantOptions("f16"))
     assert plan.left_out == ("inference/old.pt",)
     dst = dequant(v3, tmp_path / "out", "f16", 1_000_000)
     carried = ["LICENSE", "README.md", "generation_config.json", "inference/model.py", "modeling_deepseek.py",
@@ -439,7 +439,7 @@ def test_an_empty_directory_is_taken(tiny_v3: Path, tmp_path: Path) -> None:
 
 
 def test_space_is_checked_first(tiny_v3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    need = make_plan(open_checkpoint(tiny_v3), Options()).nbytes
+    need = plan_dequant(open_checkpoint(tiny_v3), DequantOptions()).nbytes
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=need - 7))
     said = says(lambda: dequant(tiny_v3, tmp_path / "out"), OutputError)
@@ -474,7 +474,7 @@ def test_the_command(tiny_v3: Path, tmp_path: Path, quantkit: Run) -> None:
     dst = tmp_path / "out"
     dry = quantkit("dequant", tiny_v3, dst, "--shard-size", "1M", "--mtp", "drop", "-n")
     assert (dry.returncode, dry.stderr, dst.exists()) == (0, "", False)
-    plan = make_plan(open_checkpoint(tiny_v3), Options("bf16", 1_000_000, False))
+    plan = plan_dequant(open_checkpoint(tiny_v3), DequantOptions("bf16", 1_000_000, False))
     assert f"shards       {len(plan.shards)}, {plan.tensor_bytes:,} bytes of tensors" in dry.stdout
     assert f"dropped      {plan.n_dropped} weights of MTP layers" in dry.stdout
     assert dry.stdout.endswith("nothing was written\n")
@@ -494,7 +494,7 @@ def test_r1_to_the_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     source = open_checkpoint(sparse_r1.make(tmp_path / "DeepSeek-R1"))
     main, mtp = 671_026_419_200, 13_463_426_304
     for keep, want in ((True, 2 * (main + mtp) + 2 * 59 * 256), (False, 2 * main + 2 * 58 * 256)):
-        plan = make_plan(source, Options(keep_mtp=keep))
+        plan = plan_dequant(source, DequantOptions(keep_mtp=keep))
         assert plan.tensor_bytes == want
         assert json.loads(plan.index or b"")["metadata"]["total_size"] == want
         assert all(0 < shard.tensor_bytes <= 5 * 10**9 for shard in plan.shards)
@@ -503,7 +503,7 @@ def test_r1_to_the_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         assert min(a + b for a, b in itertools.pairwise(sizes)) > 5 * 10**9
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10**12))
-    said = says(lambda: prepare(source, tmp_path / "out", Options()), OutputError)
+    said = says(lambda: prepare(source, tmp_path / "out", DequantOptions()), OutputError)
     assert re.search(r"1,368,989,\d{3},\d{3} bytes are to be written, but 1,000,000,000,000 are free", said)
 
 
@@ -535,11 +535,11 @@ def test_memory_is_bounded(tmp_path: Path) -> None:
     )
     code = (
         "import sys; from pathlib import Path\n"
-        "from quantkit.dequant import Options, prepare, run\n"
+        "from quantkit.dequant import DequantOptions, prepare, run\n"
         "from quantkit.dequant.decode import Native\n"
         "from quantkit.model.sources.safetensors_dir import open_checkpoint\n"
         "def status(key): return int(Path('/proc/self/status').read_text().split(key)[1].split()[0]) * 1024\n"
-        "job = prepare(open_checkpoint(Path(sys.argv[1])), Path(sys.argv[2]), Options())\n"
+        "job = prepare(open_checkpoint(Path(sys.argv[1])), Path(sys.argv[2]), DequantOptions())\n"
         "before = status('VmRSS:')\n"
         "run(job, Native(), 2, lambda name, done: None)\n"
         "print(status('VmHWM:') - before)\n"
@@ -631,24 +631,26 @@ def test_with_other_settings_it_is_refused(v3: Path, tmp_path: Path, quantkit: R
     dst = half(v3, tmp_path / "out")
     before = snapshot(dst)
     first = f"{dst}: holds an unfinished run, "
-    last = "; begin anew with --restart, or choose another directory"
+    last = "; start again with --restart, or choose another directory"
     for options, words in (
         (("f16", 1_000_000, True), "whose --dtype was 'bf16' and now is 'f16'"),
         (("bf16", 2_000_000, True), "whose --shard-size was 1000000 and now is 2000000"),
         (("bf16", 1_000_000, False), "whose --mtp was 'keep' and now is 'drop'"),
     ):
         source = open_checkpoint(v3)
-        assert says(lambda s=source, o=options: prepare(s, dst, Options(*o)), ResumeError) == first + words + last
+        assert (
+            says(lambda s=source, o=options: prepare(s, dst, DequantOptions(*o)), ResumeError) == first + words + last
+        )
     shard = v3 / "model-00002-of-00002.safetensors"
     os.utime(shard, ns=(0, 0))
-    assert says(lambda: prepare(open_checkpoint(v3), dst, Options(shard_size=10**6)), ResumeError) == (
+    assert says(lambda: prepare(open_checkpoint(v3), dst, DequantOptions(shard_size=10**6)), ResumeError) == (
         f"{dst}: holds an unfinished run, since which {shard.name} of the source has another modification time{last}"
     )
     factory.edit_json(v3 / "config.json", lambda c: c.update(rope_theta=1))
     done = quantkit("dequant", v3, dst, "--shard-size", "1M")
     assert (done.returncode, "since which config.json of the source has another size" in done.stderr) == (13, True)
     assert snapshot(dst) == before
-    # begun anew, nothing of the first run is left
+    # started again, nothing of the first run is left
     done = quantkit("dequant", v3, dst, "--shard-size", "3M", "--dtype", "f16", "--restart", "-q")
     assert (done.returncode, done.stderr) == (0, "")
     assert snapshot(dst) == snapshot(dequant(v3, tmp_path / "other", "f16", 3_000_000))
@@ -674,7 +676,7 @@ def test_a_damaged_state(tiny_v3: Path, tmp_path: Path, text: str) -> None:
     (dst / STATE).write_text(text)
     for restart in (False, True):
         said = says(lambda r=restart: dequant(tiny_v3, dst, restart=r), ResumeError)
-        assert f"remove {dst} to begin anew" in said
+        assert f"remove {dst} to start again" in said
 
 
 def test_a_finished_shard_that_is_not_as_it_was(tiny_v3: Path, tmp_path: Path) -> None:
@@ -701,7 +703,7 @@ def test_the_state_has_the_checksum_of_each_finished_shard(tiny_v3: Path, tmp_pa
 @pytest.mark.parametrize("where", ["first of the data", "in the middle", "last"])
 def test_a_shard_damaged_since_is_written_again(tiny_v3: Path, tmp_path: Path, quantkit: Run, where: str) -> None:
     dst = half(tiny_v3, tmp_path / "out")
-    plan = make_plan(open_checkpoint(tiny_v3), Options(shard_size=1_000_000))
+    plan = plan_dequant(open_checkpoint(tiny_v3), DequantOptions(shard_size=1_000_000))
     before = shards_of(dst)
     damaged = plan.shards[1]
     path = dst / damaged.name
@@ -718,7 +720,7 @@ def test_a_shard_damaged_since_is_written_again(tiny_v3: Path, tmp_path: Path, q
 
 def test_progress_counts_what_is_read_back_and_takes_back_what_is_damaged(tiny_v3: Path, tmp_path: Path) -> None:
     dst = half(tiny_v3, tmp_path / "out")
-    job = prepare(open_checkpoint(tiny_v3), dst, Options(shard_size=1_000_000))
+    job = prepare(open_checkpoint(tiny_v3), dst, DequantOptions(shard_size=1_000_000))
     damaged = job.done[0]
     factory.flip(dst / damaged.name, damaged.nbytes - 1)
     moved: dict[str, int] = {}
@@ -765,7 +767,7 @@ def test_two_at_once_are_refused(tiny_v3: Path, tmp_path: Path) -> None:
 
 
 def test_a_bad_weight_late_keeps_what_is_finished(v3: Path, tmp_path: Path) -> None:
-    plan = make_plan(open_checkpoint(v3), Options("bf16", 1_000_000))
+    plan = plan_dequant(open_checkpoint(v3), DequantOptions("bf16", 1_000_000))
     last = [t for t in plan.tensors if t.source.dtype == "F8_E4M3"][-1].source
     factory.poke(v3, last.name, 5, b"\x7f")
     dst = tmp_path / "out"

@@ -118,7 +118,7 @@ def test_a_lock_that_is_not_ours(scene: Scene, b: Builder, harm: Harm, words: st
 def test_a_journal_that_is_not_ours(scene: Scene, b: Builder, right: bytes, harm: Harm, words: str) -> None:
     b.folder.mkdir()
     harm(scene, named(b, "journal"))
-    scene.refused(13, f"{named(b, 'journal')}: {words}; begin anew with --restart", *build(b))
+    scene.refused(13, f"{named(b, 'journal')}: {words}; start again with --restart", *build(b))
     assert scene.run(*build(b, "--restart")).code == 0
     assert b.out.read_bytes() == right
 
@@ -141,7 +141,7 @@ def test_a_journal_with_another_name(scene: Scene, b: Builder) -> None:
 )
 @pytest.mark.parametrize("is_sound", [False, True])
 def test_a_data_file_that_is_not_ours(scene: Scene, b: Builder, right: bytes, harm: Harm, is_sound: bool) -> None:
-    """Also where it looks just as ours does: its rows are made anew, in a file of ours."""
+    """Also where it looks just as ours does: its rows are made again, in a file of ours."""
     b.stopped(N // 2)
     data = named(b, "m.gguf")
     if is_sound:
@@ -364,7 +364,7 @@ def test_status(scene: Scene, b: Builder, name: str, harm: Harm) -> None:
         assert "nobody is at it" in done.out
     else:
         what = "a FIFO" if harm is Scene.fifo else "a symbolic link"
-        sentence = f"{named(b, name)}: is {what}, not a file that quantkit made; begin anew with --restart"
+        sentence = f"{named(b, name)}: is {what}, not a file that quantkit made; start again with --restart"
         scene.refused(13, sentence, "status", b.out)
 
 
@@ -374,7 +374,7 @@ def test_a_journal_that_names_files_elsewhere(scene: Scene, b: Builder, name: st
 
     b.stopped(N // 4)
     rename_in(named(b, "journal"), lambda files: files[0].__setitem__(0, name))
-    sentence = f"{named(b, 'journal')}: is damaged and cannot be gone on with; begin anew with --restart"
+    sentence = f"{named(b, 'journal')}: is damaged and cannot be gone on with; start again with --restart"
     scene.refused(13, sentence, "status", b.out)
     scene.refused(13, sentence, *build(b))
 

@@ -16,7 +16,7 @@ from test_shards import model
 
 from quantkit import dequant
 from quantkit.base.errors import OutputError, SourceError
-from quantkit.dequant import Options
+from quantkit.dequant import DequantOptions
 from quantkit.dequant.beside import files
 from quantkit.dequant.decode import Native
 from quantkit.dequant.place import PART
@@ -70,7 +70,7 @@ def expected(source: Path, scene: Scene) -> dict[str, bytes]:
 
 
 def run(source: Path, dst: Path, stop_after: int | None = None) -> None:
-    job = dequant.prepare(open_checkpoint(source), dst, Options(shard_size=SHARD_SIZE))
+    job = dequant.prepare(open_checkpoint(source), dst, DequantOptions(shard_size=SHARD_SIZE))
     done = 0
 
     def progress(_name: str, n: int) -> None:
@@ -169,7 +169,7 @@ def test_a_finished_shard_that_is_not_ours(scene: Scene, source: Path, harm: Har
 @pytest.mark.parametrize("to", ["file", "link", "gone"])
 def test_a_shard_that_is_swapped_while_it_is_written(scene: Scene, source: Path, to: str) -> None:
     dst = scene.folder / "dst"
-    job = dequant.prepare(open_checkpoint(source), dst, Options(shard_size=SHARD_SIZE))
+    job = dequant.prepare(open_checkpoint(source), dst, DequantOptions(shard_size=SHARD_SIZE))
     swapped: list[Path] = []
 
     def progress(_name: str, _n: int) -> None:
@@ -201,7 +201,7 @@ def test_a_state_that_names_files_elsewhere(scene: Scene, source: Path, makes: l
     unfinished(source, dst)
     state = json.loads((dst / STATE).read_text())
     (dst / STATE).write_text(json.dumps({**state, "makes": [makes]}))
-    sentence = f"{dst / STATE}: is not what quantkit dequant writes; remove {dst} to begin anew"
+    sentence = f"{dst / STATE}: is not what quantkit dequant writes; remove {dst} to start again"
     scene.refused(13, sentence, *command(source, dst, "--restart"))
 
 
@@ -332,7 +332,7 @@ def test_links_of_a_snapshot_to_something_else(scene: Scene, source: Path) -> No
 
 def test_a_file_that_becomes_a_link_while_the_run_is_at_work(scene: Scene, source: Path) -> None:
     dst = scene.folder / "dst"
-    job = dequant.prepare(open_checkpoint(source), dst, Options())
+    job = dequant.prepare(open_checkpoint(source), dst, DequantOptions())
 
     def progress(_name: str, _n: int) -> None:
         if not (source / "tokenizer.json").is_symlink():

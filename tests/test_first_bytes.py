@@ -12,10 +12,9 @@ import pytest
 from conftest import Run
 from factory import checkpoint
 
-from quantkit.authoring.sizes import lock as size_lock
+from quantkit.authoring.sizes.lock import read_lock
 from quantkit.base.errors import ImatrixError, QuantkitError, RecipeError, SourceError
-from quantkit.dequant.plan import Options as DequantOptions
-from quantkit.dequant.plan import make_plan as plan_dequant
+from quantkit.dequant.plan import DequantOptions, plan_dequant
 from quantkit.model.families.options import Options
 from quantkit.model.imatrix import open_imatrix
 from quantkit.model.open import open_model
@@ -78,7 +77,7 @@ def test_everywhere_else(tmp_path: Path, head: bytes, says: str) -> None:
         assert sentence(lambda path=path: open_imatrix(str(path)), ImatrixError) == f"{path}: {says}"
     recipe, lock, config = file("r.yaml"), file("sizes.lock"), file("config.json")
     assert sentence(lambda: load(str(recipe)), RecipeError) == f"{recipe}: cannot be read: it {says}"
-    assert sentence(lambda: size_lock.read(lock), SourceError) == f"{lock}: cannot be read: it {says}"
+    assert sentence(lambda: read_lock(lock), SourceError) == f"{lock}: cannot be read: it {says}"
     assert sentence(lambda: open_model(str(config)), SourceError) == f"{config}: {says}"
 
 

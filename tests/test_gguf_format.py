@@ -18,7 +18,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quantkit.base.errors import SourceError, UnsupportedError
-from quantkit.gguf import header as gguf_format
 from quantkit.gguf.header import (
     ARRAY,
     BOOL,
@@ -489,7 +488,7 @@ def test_a_length_that_a_large_file_could_hold_is_not_read(tmp_path: Path, claim
 
 
 def test_counts_that_a_large_file_could_hold_are_not_believed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gguf_format, "MAX_HEADER", 1 << 16)
+    monkeypatch.setattr("quantkit.gguf.header.MAX_HEADER", 1 << 16)
     path = tmp_path / "evil.gguf"
     path.write_bytes(head(0, 1) + key("a", ARRAY, struct.pack("<IQ", STRING, 1 << 20)))
     os.truncate(path, 1 << 40)

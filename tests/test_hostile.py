@@ -221,7 +221,7 @@ def test_a_yaml_bomb(tmp_path: Path, text: str, says: str) -> None:
 def test_a_yaml_bomb_for_a_sizes_lock(tmp_path: Path) -> None:
     bomb = tmp_path / "sizes.yaml"
     bomb.write_text(LAUGHS)
-    again = "restore it, or write it anew with `quantkit sizes update -r RECIPE -m MODEL`"
+    again = "restore it, or write it again with `quantkit sizes update -r RECIPE -m MODEL`"
     says = f"{bomb}:1: has a YAML alias, which a sizes lock does without; {again}"
     refused(4, says, "sizes", "check", bomb)
 

@@ -130,7 +130,7 @@ def test_the_facts_of_a_gguf_imatrix(tmp_path: Path) -> None:
     sums = np.ones((3, 8), F32)
     path = gguf_imatrix(tmp_path / "x", {"a": (sums, np.ones((3, 1))), "b": (sums[0], np.ones(1))})
     im = open_imatrix(str(path))
-    assert (im.typed, im.path, im.datasets, im.n_chunks) == (str(path), path, ("calib.txt", "more.txt"), 64)
+    assert (im.path_as_given, im.path, im.datasets, im.n_chunks) == (str(path), path, ("calib.txt", "more.txt"), 64)
     assert ("a" in im, "b" in im, "c" in im) == (True, True, False)
     assert (im.fits("a", 8, 3), im.fits("a", 8, 1), im.fits("b", 8, 1), im.fits("b", 7, 1)) == (
         True,
@@ -143,7 +143,12 @@ def test_the_facts_of_a_gguf_imatrix(tmp_path: Path) -> None:
 def test_the_facts_of_a_legacy_imatrix(tmp_path: Path) -> None:
     path = legacy_imatrix(tmp_path / "x", {"a": (3, np.ones(8)), "b": (3, np.ones(24))}, chunks=5)
     im = open_imatrix(str(path))
-    assert (im.typed, im.datasets, im.n_chunks, sorted(im.entries)) == (str(path), ("calib.txt",), 5, ["a", "b"])
+    assert (im.path_as_given, im.datasets, im.n_chunks, sorted(im.entries)) == (
+        str(path),
+        ("calib.txt",),
+        5,
+        ["a", "b"],
+    )
     assert (im.fits("a", 8, 1), im.fits("b", 8, 3), im.fits("b", 8, 1)) == (True, True, False)
 
 

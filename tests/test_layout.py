@@ -19,8 +19,8 @@ from quantkit.gguf.types import QTYPES
 from quantkit.model.catalogue import Catalogue, Tensor
 from quantkit.model.families.options import Options
 from quantkit.model.open import open_model
-from quantkit.planning import layout
-from quantkit.planning.layout import FileLayout, file_names, lay_out, output_kvs
+from quantkit.planning import file_layout
+from quantkit.planning.file_layout import FileLayout, file_names, lay_out, output_kvs
 from quantkit.planning.plan import Plan, Planned, make_plan
 from quantkit.recipe.load import Recipe, load, parse
 
@@ -218,7 +218,7 @@ def test_too_many_shards(monkeypatch: pytest.MonkeyPatch) -> None:
         lay_out(plan_of([one] * 65_536), (), 1)
     assert str(e.value) == "--split-max-size 1 makes 65,536 shards, more than 65,535"
     assert e.value.exit_code == 7
-    monkeypatch.setattr(layout, "MAX_SHARDS", 3)
+    monkeypatch.setattr(file_layout, "MAX_SHARDS", 3)
     assert len(lay_out(plan_of([one] * 3), (), 1)) == 3
     with pytest.raises(OutputError):
         lay_out(plan_of([one] * 4), (), 1)
@@ -253,7 +253,7 @@ def test_file_names_of_many_shards() -> None:
 class Imatrix(NamedTuple):
     """What layouts ask of an importance matrix."""
 
-    typed: str = "imatrix.gguf"
+    path_as_given: str = "imatrix.gguf"
     datasets: tuple[str, ...] = ("calib.txt", "more.txt")
     n_chunks: int = 64
     entries: dict[str, object] = {"a": 1, "b": 2}  # noqa: RUF012
@@ -304,7 +304,7 @@ def test_keys_of_an_imatrix_that_says_little() -> None:
 
 
 def test_keys_of_a_source_that_was_quantized_are_replaced() -> None:
-    """Those that are set anew; one that is not stays, as in llama-quantize."""
+    """Those that are set again; one that is not stays, as in llama-quantize."""
     source = (
         kv("quantize.imatrix.file", STRING, "old"),
         kv("quantize.imatrix.chunks_count", U32, 1),
@@ -325,11 +325,11 @@ def test_keys_of_a_source_that_was_quantized_are_replaced() -> None:
 
 
 def test_recorded_strings_are_cut_to_127_bytes() -> None:
-    made = dict(keys(Imatrix(typed="x" * 128, datasets=("y" * 127,))))
+    made = dict(keys(Imatrix(path_as_given="x" * 128, datasets=("y" * 127,))))
     assert made["quantize.imatrix.file"] == "x" * 127
     assert made["quantize.imatrix.dataset"] == "y" * 127
     # in the middle of a character, as llama-quantize does
-    item = next(i for i in output_kvs(plan_of([]), Imatrix(typed="é" * 64)) if i.key == "quantize.imatrix.file")
+    item = next(i for i in output_kvs(plan_of([]), Imatrix(path_as_given="é" * 64)) if i.key == "quantize.imatrix.file")
     assert item.payload == (127).to_bytes(8, "little") + ("é" * 64).encode()[:127]
 
 

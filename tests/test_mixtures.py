@@ -14,7 +14,7 @@ from conftest import Tools
 
 from quantkit.base.errors import RecipeError
 from quantkit.gguf.header import F32, STRING, U32, header_bytes, kv, pad
-from quantkit.gguf.types import FILE_TYPES, QTYPES, fit
+from quantkit.gguf.types import FILE_TYPES, QTYPES, fitting_type
 from quantkit.model import demo, families
 from quantkit.model.catalogue import Catalogue
 from quantkit.model.families.known import config as known_config
@@ -108,7 +108,7 @@ def dry_run(tools: Tools, model: Path, file_type: str, imatrix: Path | None) -> 
 def our_types(c: Catalogue, file_type: str, has_imatrix: bool, version: str = "current") -> dict[str, str]:
     types = mixture_types(file_type, c.tensors, facts(c, has_imatrix, version))
     asked = {t.name: next(types) if t.quantizable else t.source_type for t in c.tensors}
-    return {t.name: fit(QTYPES[asked[t.name]], t.n_cols).name for t in c.tensors}
+    return {t.name: fitting_type(QTYPES[asked[t.name]], t.n_cols).name for t in c.tensors}
 
 
 def compare(tools: Tools, c: Catalogue, file: Path) -> None:

@@ -23,8 +23,20 @@ from quantkit.cli.fit import GpuList, fit
 from quantkit.gguf.header import I32, STRING, U32, kv, kv_array
 from quantkit.model.families.options import Options
 from quantkit.model.open import open_model
-from quantkit.planning import fit as offload
-from quantkit.planning.fit import GIB, Gpus, Layer, Weights
+from quantkit.planning.fit import (
+    GIB,
+    Gpus,
+    Layer,
+    PlacedBytes,
+    answer,
+    cache_bytes,
+    experts_in_ram,
+    numbers_regex,
+    published_rule,
+    published_size,
+    weigh,
+    whole_layers,
+)
 from quantkit.planning.plan import Plan, make_plan
 from quantkit.recipe.load import load
 
@@ -44,8 +56,8 @@ def r1_plans() -> dict[str, Plan]:
     return {name: make_plan(catalogue, load(name)) for name in PUBLISHED}
 
 
-def weights_of(plan: Plan, context: int = 8192, cache_type: str = "f16") -> Weights:
-    return offload.weigh(plan.catalogue, plan, context, cache_type)
+def weights_of(plan: Plan, context: int = 8192, cache_type: str = "f16") -> PlacedBytes:
+    return weigh(plan.catalogue, plan, context, cache_type)
 
 
 # ---------------------------------------------------------------- the published rule
@@ -55,9 +67,9 @@ def weights_of(plan: Plan, context: int = 8192, cache_type: str = "f16") -> Weig
 def test_the_published_table(r1_plans: dict[str, Plan], name: str) -> None:
     gb, layers = PUBLISHED[name]
     w = weights_of(r1_plans[name])
-    assert offload.published_size(w.tensor_bytes) == gb
+    assert published_size(w.tensor_bytes) == gb
     for gpus, published in zip(GPUS, layers, strict=True):
-        found = offload.answer(w, gpus, GIB, ())
+        found = answer(w, gpus, GIB, ())
         if (name, gpus.text) == ("UD-Q2_K_XL", "2x80"):
             # the one cell that does not follow the guide's own rule
             assert (found.rule, published) == (42, 32)
@@ -67,12 +79,12 @@ def test_the_published_table(r1_plans: dict[str, Plan], name: str) -> None:
 
 
 def test_the_rule_at_its_ends() -> None:
-    assert offload.published_rule(24, 183, 61) == 4
+    assert published_rule(24, 183, 61) == 4
     # 8 in whole numbers, a little less in floating point
     assert int(8 / 49 * 49) == 7
-    assert offload.published_rule(8, 49, 49) == 4
-    assert offload.published_rule(8, 212, 61) == 0
-    assert offload.published_rule(1000, 131, 61) == 61
+    assert published_rule(8, 49, 49) == 4
+    assert published_rule(8, 212, 61) == 0
+    assert published_rule(1000, 131, 61) == 61
 
 
 # ---------------------------------------------------------------- KV cache
@@ -90,9 +102,9 @@ def test_the_rule_at_its_ends() -> None:
 )
 def test_cache_of_r1(layout: str, cache_type: str, per_token: int) -> None:
     catalogue = open_model("deepseek-r1", Options(layout))
-    assert offload.cache_bytes(catalogue, 8192, cache_type) == [8192 * per_token] * 61
+    assert cache_bytes(catalogue, 8192, cache_type) == [8192 * per_token] * 61
     # llama.cpp pads the context to 256
-    assert offload.cache_bytes(catalogue, 8193, cache_type) == [8448 * per_token] * 61
+    assert cache_bytes(catalogue, 8193, cache_type) == [8448 * per_token] * 61
 
 
 def gqa_gguf(path: Path, **change: object) -> Path:
@@ -116,25 +128,25 @@ def gqa_gguf(path: Path, **change: object) -> Path:
 
 def test_a_gguf_as_it_is(tmp_path: Path) -> None:
     catalogue = open_model(str(gqa_gguf(tmp_path / "m.gguf")))
-    w = offload.weigh(catalogue, None, 256, "f16")
+    w = weigh(catalogue, None, 256, "f16")
     layer = Layer(2 * 256 * 4 * 4, 0, 256 * 2 * (64 + 64) * 2)
     # no output.weight: llama.cpp loads token_embd a second time, as the head
     assert w.layers == (layer, layer, Layer(256 * 4 + 256 * 8 * 4, 0, 0))
     assert w.input == 256 * 8 * 4
-    assert offload.experts_in_ram(w, [GIB]) is None
+    assert experts_in_ram(w, [GIB]) is None
 
 
 def test_heads_that_differ_by_layer(tmp_path: Path) -> None:
     some = kv_array("llama.attention.head_count_kv", I32, [2, 0])
     catalogue = open_model(str(gqa_gguf(tmp_path / "m.gguf", head_count_kv=some)))
-    assert offload.cache_bytes(catalogue, 256, "f16") == [256 * 2 * 128 * 2, 0]
+    assert cache_bytes(catalogue, 256, "f16") == [256 * 2 * 128 * 2, 0]
 
 
 def test_metadata_that_does_not_do(tmp_path: Path) -> None:
     def error(cache_type: str = "f16", **change: object) -> str:
         catalogue = open_model(str(gqa_gguf(tmp_path / "m.gguf", **change)))
         with pytest.raises(UnsupportedError) as e:
-            offload.cache_bytes(catalogue, 256, cache_type)
+            cache_bytes(catalogue, 256, cache_type)
         return str(e.value)
 
     assert error(head_count=None) == ("m: the metadata has no llama.attention.head_count, so its KV cache is not known")
@@ -189,7 +201,7 @@ def test_flags_put_there_what_was_counted(r1_plans: dict[str, Plan], name: str, 
     plan = r1_plans[name]
     w = weights_of(plan, 1024)
     cache = w.layers[0].cache
-    found = offload.answer(w, Gpus("", vram), GIB // 2, ())
+    found = answer(w, Gpus("", vram), GIB // 2, ())
     for each in (found.whole, found.split):
         if each is not None:
             *on_gpus, in_ram = llama_cpp_places(plan, each.flags, len(vram))
@@ -203,7 +215,7 @@ def test_flags_put_there_what_was_counted(r1_plans: dict[str, Plan], name: str, 
 
 def test_one_layer_more_does_not_fit(r1_plans: dict[str, Plan]) -> None:
     w = weights_of(r1_plans["UD-IQ1_S"])
-    found = offload.answer(w, Gpus("80", (80,)), GIB, ())
+    found = answer(w, Gpus("80", (80,)), GIB, ())
     n = found.whole.n_layers
     assert found.whole.used[0] == sum(x.total for x in w.layers[61 - n :])
     assert found.whole.used[0] + w.layers[60 - n].total > 79 * GIB
@@ -212,9 +224,9 @@ def test_one_layer_more_does_not_fit(r1_plans: dict[str, Plan]) -> None:
     assert found.split.used[0] + min(off) > 79 * GIB
 
 
-def some_weights(rng: random.Random) -> Weights:
+def some_weights(rng: random.Random) -> PlacedBytes:
     layers = [Layer(rng.randint(1, 4), rng.choice([0, 3, 5, 9]), rng.randint(0, 2)) for _ in range(5)]
-    return Weights("m", "r", (*layers, Layer(2, 0, 0)), 1, 60)
+    return PlacedBytes("m", "r", (*layers, Layer(2, 0, 0)), 1, 60)
 
 
 def test_experts_are_dealt_out_as_well_as_can_be() -> None:
@@ -232,7 +244,7 @@ def test_experts_are_dealt_out_as_well_as_can_be() -> None:
                 ]
                 n = n + max(picks) if picks and n >= 0 else -1
             best = max(best or 0, n) if n >= 0 else best
-        found = offload.experts_in_ram(w, room)
+        found = experts_in_ram(w, room)
         has_experts = any(x.experts for x in w.layers)
         assert (None if found is None else found.n_layers) == (best if has_experts else None)
 
@@ -242,18 +254,18 @@ def test_whole_layers_are_as_many_as_can_be() -> None:
     for _ in range(300):
         w, room = some_weights(rng), [rng.randint(0, 25), rng.randint(0, 25)]
 
-        def fits(n: int, w: Weights = w, room: list[int] = room) -> bool:
+        def fits(n: int, w: PlacedBytes = w, room: list[int] = room) -> bool:
             last = [x.total for x in w.layers[len(w.layers) - n :]]
             return any(sum(last[:cut]) <= room[0] and sum(last[cut:]) <= room[1] for cut in range(n + 1))
 
         best = max(n for n in range(7) if fits(n))
-        found = offload.whole_layers(w, room)
+        found = whole_layers(w, room)
         assert int(found.flags[1]) == best
         assert all(u <= r for u, r in zip(found.used, room, strict=True))
 
 
 def test_gpus_are_filled_evenly(r1_plans: dict[str, Plan]) -> None:
-    found = offload.answer(weights_of(r1_plans["UD-IQ1_S"], 1024), Gpus("8x80", (80,) * 8), GIB, ())
+    found = answer(weights_of(r1_plans["UD-IQ1_S"], 1024), Gpus("8x80", (80,) * 8), GIB, ())
     assert (found.whole.n_layers, found.whole.output) == (61, True)
     assert min(found.whole.used) > 10 * GIB
     assert max(found.whole.used) < 22 * GIB
@@ -265,7 +277,7 @@ def test_against_llama_cpp_itself(tools: Tools, tiny_bf16: Path, tmp_path: Path,
     """What the real loader says of its KV cache, and of the tensors that -ot takes."""
     catalogue = open_model(str(tiny_bf16))
     (tmp_path / "t.txt").write_text("some words to read " * 200)
-    pattern = rf"blk\.{offload.numbers_regex([2])}\.ffn_.*_exps\."
+    pattern = rf"blk\.{numbers_regex([2])}\.ffn_.*_exps\."
     command = [tools.perplexity, "-m", tiny_bf16, "-f", tmp_path / "t.txt", "-c", "64", "--chunks", "1", "-v"]
     command += ["-ctk", cache_type, "-ctv", cache_type, "-ot", f"{pattern}=CPU"]
     done = subprocess.run([*map(str, command)], capture_output=True, text=True, errors="replace", check=False)
@@ -278,7 +290,7 @@ def test_against_llama_cpp_itself(tools: Tools, tiny_bf16: Path, tmp_path: Path,
     assert m, log[-3000:]
     cells, n_seqs, k_mib, v_mib = int(m[1]), int(m[2]), float(m[3]), float(m[4])
     assert (cells, v_mib) == (256, 0.0)
-    assert abs(n_seqs * sum(offload.cache_bytes(catalogue, 64, cache_type)) / 2**20 - k_mib) <= 0.005
+    assert abs(n_seqs * sum(cache_bytes(catalogue, 64, cache_type)) / 2**20 - k_mib) <= 0.005
 
 
 # ---------------------------------------------------------------- regular expressions
@@ -286,15 +298,15 @@ def test_against_llama_cpp_itself(tools: Tools, tiny_bf16: Path, tmp_path: Path,
 
 @given(st.sets(st.integers(0, 1100), min_size=1))
 def test_numbers_regex(numbers: set[int]) -> None:
-    pattern = offload.numbers_regex(numbers)
+    pattern = numbers_regex(numbers)
     assert "," not in pattern
     assert {n for n in range(1200) if re.fullmatch(pattern, str(n))} == numbers
 
 
 def test_numbers_regex_is_short() -> None:
-    assert offload.numbers_regex([7]) == "7"
-    assert offload.numbers_regex(range(3, 61)) == "(?:[3-9]|[1-5][0-9]|60)"
-    assert offload.numbers_regex([3, 4, 12, 14, 22, 24]) == "(?:[34]|[12][24])"
+    assert numbers_regex([7]) == "7"
+    assert numbers_regex(range(3, 61)) == "(?:[3-9]|[1-5][0-9]|60)"
+    assert numbers_regex([3, 4, 12, 14, 22, 24]) == "(?:[34]|[12][24])"
 
 
 # ---------------------------------------------------------------- the command

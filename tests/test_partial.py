@@ -25,12 +25,12 @@ from hypothesis import strategies as st
 
 from quantkit.base.errors import InternalCheckError, OutputError, ResumeError, SourceError
 from quantkit.base.folders import Folder
-from quantkit.building import folder as partial_folder
 from quantkit.building import identity, journal
 from quantkit.building import run as builds
 from quantkit.building.engines import Work
 from quantkit.building.engines.native import NativeEngine
-from quantkit.building.journal import Head, Record, Rows
+from quantkit.building.folder import folder_of, read_journal
+from quantkit.building.journal import Head, Record, RowSet
 from quantkit.gguf.header import KV, STRING, U32, U64, kv, kv_array
 from quantkit.model.families.options import Options
 from quantkit.model.imatrix import open_imatrix
@@ -63,7 +63,7 @@ class Builder:
 
     def __init__(self, source: Path, imatrix: Path, out: Path) -> None:
         self.source, self.imatrix, self.out = source, imatrix, out
-        self.folder = partial_folder.folder_of(out)
+        self.folder = folder_of(out)
         self.quantized = 0
 
     def ready(self, type_: str = "IQ2_XXS", **more: Any) -> builds.Build:
@@ -114,7 +114,7 @@ def create_journal(folder: Path) -> None:
         os.close(journal.create(held, HEAD))
 
 
-def read_journal(folder: Path) -> journal.Journal | None:
+def journal_in(folder: Path) -> journal.Journal | None:
     with Folder.hold(folder) as held:
         return journal.read(held)
 
@@ -126,7 +126,7 @@ def test_a_journal_comes_back(tmp_path: Path) -> None:
     with path.open("ab", 0) as f:
         journal.append(f.fileno(), records[:1])
         journal.append(f.fileno(), records[1:])
-    found = read_journal(tmp_path)
+    found = journal_in(tmp_path)
     assert found == (HEAD, records, path.stat().st_size)
     assert journal.durable(found) == [5, 7]
 
@@ -142,13 +142,13 @@ def test_a_torn_tail_is_left_out(tmp_path: Path) -> None:
     whole = path.read_bytes()
     for end in range(sizes[0], len(whole)):
         path.write_bytes(whole[:end])
-        found = read_journal(tmp_path)
+        found = journal_in(tmp_path)
         assert found is not None
         n = sum(size <= end for size in sizes) - 1
         assert (len(found.records), found.nbytes) == (n, sizes[n])
     for end in range(sizes[0] - 1):  # the first line itself was not written whole: there is nothing to lose
         path.write_bytes(whole[:end])
-        assert read_journal(tmp_path) is None
+        assert journal_in(tmp_path) is None
 
 
 @given(bit=st.integers(0, 10_000))
@@ -159,17 +159,17 @@ def test_a_flipped_bit_is_never_taken_for_a_record(bit: int) -> None:
         with path.open("ab", 0) as f:
             journal.append(f.fileno(), [Record(0, i, 1, journal.digest(bytes([i]))) for i in range(4)])
         whole = bytearray(path.read_bytes())
-        before = read_journal(Path(name))
+        before = journal_in(Path(name))
         assert before is not None
         bit %= 8 * len(whole)
         whole[bit // 8] ^= 1 << bit % 8
         path.write_bytes(whole)
         end = whole.index(b"\n") if b"\n" in whole else 0
         if bit // 8 <= before.nbytes - 4 * 32 - 1 and end:
-            with pytest.raises(ResumeError, match="is damaged and cannot be gone on with; begin anew with --restart"):
-                read_journal(Path(name))
+            with pytest.raises(ResumeError, match="is damaged and cannot be gone on with; start again with --restart"):
+                journal_in(Path(name))
         else:  # records are missing, or the end of the first line
-            found = read_journal(Path(name))
+            found = journal_in(Path(name))
             assert found is None or (found.head == HEAD and found.records == before.records[: len(found.records)])
             assert found is None or len(found.records) < 4
 
@@ -179,13 +179,15 @@ def test_a_journal_of_another_version(tmp_path: Path) -> None:
 
     text = b'{"quantkit-journal": 99}'
     (tmp_path / "journal").write_bytes(b"%s %08x\n" % (text, zlib.crc32(text)))
-    with pytest.raises(ResumeError, match="is of journal version 99, this quantkit reads 2; begin anew with --restart"):
-        read_journal(tmp_path)
+    with pytest.raises(
+        ResumeError, match="is of journal version 99, this quantkit reads 2; start again with --restart"
+    ):
+        journal_in(tmp_path)
 
 
 @given(st.lists(st.tuples(st.integers(0, 40), st.integers(1, 12))), st.integers(0, 50), st.integers(1, 20))
 def test_rows_are_a_set(added: list[tuple[int, int]], row: int, n: int) -> None:
-    rows, truth = Rows(), set[int]()
+    rows, truth = RowSet(), set[int]()
     for r, k in added:
         rows.add(r, k)
         truth |= set(range(r, r + k))
@@ -313,7 +315,7 @@ def test_a_build_of_something_else_is_refused(
         change(b)
         b.ready()
     assert names in str(e.value)
-    assert str(e.value).endswith("; begin anew with --restart, or give another output")
+    assert str(e.value).endswith("; start again with --restart, or give another output")
     assert (b.folder / "journal").read_bytes() == journal_before
 
 
@@ -403,7 +405,7 @@ def test_the_metadata_that_changed_is_named(tiny_v3: Path, tiny_imatrix: Path, t
         b.ready()
     assert str(e.value) == (
         f"{b.folder}: is an unfinished build of something else: metadata general.name was 'Tiny V3', is 'Tiny V4'; "
-        "metadata general.version was 'V3', is 'V4'; begin anew with --restart, or give another output"
+        "metadata general.version was 'V3', is 'V4'; start again with --restart, or give another output"
     )
 
 
@@ -411,7 +413,7 @@ def test_differences_of_metadata(tiny_v3: Path) -> None:
     plan = make_plan(open_model(str(tiny_v3), OPTIONS), recipe())
 
     def of(*kvs: KV) -> dict[str, str]:
-        return identity.identity(plan, kvs, None, None)
+        return identity.identity_of(plan, kvs, None, None)
 
     name, long = kv("general.name", STRING, "a"), kv("general.license", STRING, "x" * 500)
     tokens = kv_array("tokenizer.ggml.tokens", STRING, ["a", "b"])
@@ -582,7 +584,7 @@ def slow(b: Builder, tmp_path_factory: pytest.TempPathFactory) -> Builder:
 def wait_for_rows(b: Builder, process: subprocess.Popen[str]) -> None:
     deadline = time.monotonic() + 60
     while True:
-        found = partial_folder.peek(b.out)
+        found = read_journal(b.out)
         if found is not None and found.records:
             return
         assert process.poll() is None
@@ -605,7 +607,7 @@ def test_killed_and_gone_on_with(slow: Builder, quantkit: Run) -> None:
 
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    found = partial_folder.peek(slow.out)
+    found = read_journal(slow.out)
     assert found is not None
     cols = {t.name: t.n_cols for t in open_model(str(slow.source), OPTIONS).tensors}
     told = sum(n * cols[t[0]] for n, t in zip(journal.durable(found), found.head.tensors, strict=True))
@@ -653,7 +655,7 @@ def test_status_of_a_strangers_journal(quantkit: Run, tmp_path: Path) -> None:
     assert lines[3].startswith("  recipe    rrr")
     assert len(lines[3]) < 2000
     assert lines[4:] == [r"  sources   1 file, x\ny first"]
-    damaged = "error: m.gguf.partial/journal: is damaged and cannot be gone on with; begin anew with --restart"
+    damaged = "error: m.gguf.partial/journal: is damaged and cannot be gone on with; start again with --restart"
     assert status(json.dumps({**sound, "files": [["n" * 256, 1]]})) == (13, [damaged])
     assert status("[" * 100_000) == (13, [damaged])
 

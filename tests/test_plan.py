@@ -18,7 +18,7 @@ from quantkit.model import families
 from quantkit.model.catalogue import Catalogue, Tensor, output_order
 from quantkit.model.families.options import Options
 from quantkit.model.open import open_model
-from quantkit.planning.layout import lay_out, output_kvs
+from quantkit.planning.file_layout import lay_out, output_kvs
 from quantkit.planning.plan import Plan, Planned, check_imatrix, imatrix_status, make_plan
 from quantkit.planning.report import plan_text
 from quantkit.recipe.load import Recipe, load, parse, shipped

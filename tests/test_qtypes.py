@@ -18,7 +18,7 @@ from quantkit.gguf.types import (
     QTYPES,
     STORED_BY_ID,
     STORED_TYPES,
-    fit,
+    fitting_type,
     qtype,
 )
 from quantkit.llama_cpp import toolchain
@@ -131,33 +131,33 @@ FALLBACKS = {
 
 @pytest.mark.parametrize("name", WRITABLE)
 def test_rows_that_divide_get_what_was_asked(name: str) -> None:
-    assert fit(QTYPES[name], 256) is QTYPES[name]
-    assert fit(QTYPES[name], 7168) is QTYPES[name]
+    assert fitting_type(QTYPES[name], 256) is QTYPES[name]
+    assert fitting_type(QTYPES[name], 7168) is QTYPES[name]
 
 
 @pytest.mark.parametrize(("asked", "given"), FALLBACKS.items())
 def test_rows_of_32s_get_the_fallback(asked: str, given: str) -> None:
-    assert fit(QTYPES[asked], 32) is QTYPES[given]
-    assert fit(QTYPES[asked], 96) is QTYPES[given]
+    assert fitting_type(QTYPES[asked], 32) is QTYPES[given]
+    assert fitting_type(QTYPES[asked], 96) is QTYPES[given]
     # 128 (attn_k_b's rows) divides by Q2_0's blocks of 64
-    assert fit(QTYPES[asked], 128) is QTYPES["Q2_0" if asked == "Q2_0" else given]
+    assert fitting_type(QTYPES[asked], 128) is QTYPES["Q2_0" if asked == "Q2_0" else given]
 
 
 @pytest.mark.parametrize("asked", [n for n in WRITABLE if QTYPES[n].block > 1 and n not in ("NVFP4", "Q1_0")])
 @pytest.mark.parametrize("n_cols", [1, 31, 33, 100, 250])
 def test_rows_that_divide_by_nothing_get_f16(asked: str, n_cols: int) -> None:
-    assert fit(QTYPES[asked], n_cols) is QTYPES["F16"]
+    assert fitting_type(QTYPES[asked], n_cols) is QTYPES["F16"]
 
 
 @pytest.mark.parametrize("asked", ["F32", "F16", "BF16"])
 def test_floats_take_rows_of_any_length(asked: str) -> None:
-    assert fit(QTYPES[asked], 7) is QTYPES[asked]
+    assert fitting_type(QTYPES[asked], 7) is QTYPES[asked]
 
 
 @pytest.mark.parametrize(("asked", "n_cols", "block"), [("NVFP4", 32, 64), ("NVFP4", 7, 64), ("Q1_0", 64, 128)])
 def test_no_fallback_where_llama_quantize_has_none(asked: str, n_cols: int, block: int) -> None:
     with pytest.raises(KernelError) as e:
-        fit(QTYPES[asked], n_cols)
+        fitting_type(QTYPES[asked], n_cols)
     assert str(e.value) == f"{asked} needs rows of {block}s, these have {n_cols}, and it has no fallback"
 
 

@@ -23,8 +23,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from quantkit.authoring.sizes import compare, report
-from quantkit.authoring.sizes import lock as size_lock
-from quantkit.authoring.sizes.lock import Cell, Key, Lock, Matrix
+from quantkit.authoring.sizes.lock import Cell, Key, Lock, Matrix, count_of, dump, groups, parse, read_lock, ungroup
 from quantkit.base.errors import OutputError, RecipeError, SourceError
 from quantkit.cli import cli
 from quantkit.gguf.header import STRING, kv
@@ -109,7 +108,7 @@ def test_the_lock_as_written(locked: Path) -> None:
             expected[t.name] = t.n_elements // 32 * 22
         else:
             expected[t.name] = t.n_elements // 256 * (210 if t.name == "blk.1.ffn_down_exps.weight" else 144)
-    cell = size_lock.read(locked).cells[1]
+    cell = read_lock(locked).cells[1]
     assert str(cell.cell) == "recipes/mine.yaml on tiny/config.json (kv_b)"
     assert cell.tensor_bytes == sum(expected.values()) == sum(cell.roles.values())
     assert cell.file_bytes is None
@@ -142,7 +141,7 @@ def test_json_by_the_name(place: Path) -> None:
 def test_paths_are_relative_to_the_lock(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (place / "data").mkdir()
     good("update", "data/lock.yaml", "-r", "recipes/*.yaml", "-m", "tiny/config.json", "--layout", "kv_b")
-    assert size_lock.read(place / "data/lock.yaml").matrix == Matrix(
+    assert read_lock(place / "data/lock.yaml").matrix == Matrix(
         recipes=["../recipes/*.yaml"], models=["../tiny/config.json"], layouts=["kv_b"]
     )
     monkeypatch.chdir(place / "tiny")
@@ -151,7 +150,7 @@ def test_paths_are_relative_to_the_lock(place: Path, monkeypatch: pytest.MonkeyP
 
 def test_a_gguf_has_a_file_size(place: Path, tiny_bf16: Path, quantkit: Run) -> None:
     good("update", "-r", "recipes/mine.yaml", "-m", str(tiny_bf16))
-    (cell,) = size_lock.read(Path("quantkit-sizes.yaml")).cells  # the layout is the file's own: once
+    (cell,) = read_lock(Path("quantkit-sizes.yaml")).cells  # the layout is the file's own: once
     assert cell.cell.layout == "k_b+v_b"
     done = quantkit("build", tiny_bf16, "-o", place / "o.gguf", "--recipe", place / "recipes/mine.yaml")
     assert done.returncode == 0, done.stderr
@@ -160,7 +159,7 @@ def test_a_gguf_has_a_file_size(place: Path, tiny_bf16: Path, quantkit: Run) -> 
 
 def test_the_default_is_all_on_r1(place: Path) -> None:
     good("update")
-    lock = size_lock.read(Path("quantkit-sizes.yaml"))
+    lock = read_lock(Path("quantkit-sizes.yaml"))
     assert lock.matrix == Matrix(recipes=["all"], models=["deepseek-r1"], layouts=["k_b+v_b", "kv_b"])
     found = {c.cell.recipe: c.tensor_bytes for c in lock.cells if c.cell.layout == "kv_b"}
     assert {name: found[name] for name in PUBLISHED} == PUBLISHED
@@ -178,7 +177,7 @@ def test_all_recipes_on_all_models_in_seconds(place: Path) -> None:
 def test_recipes_of_other_archs_are_left_out(place: Path) -> None:
     (place / "other.yaml").write_text(RECIPE.replace("deepseek2", "llama"))
     good("update", "-r", "other.yaml", "-r", "recipes/mine.yaml", "-m", "tiny/config.json")
-    assert {c.cell.recipe for c in size_lock.read(Path("quantkit-sizes.yaml")).cells} == {"recipes/mine.yaml"}
+    assert {c.cell.recipe for c in read_lock(Path("quantkit-sizes.yaml")).cells} == {"recipes/mine.yaml"}
     done = run("update", "none.yaml", "-r", "other.yaml", "-m", "tiny/config.json")
     assert isinstance(done.exception, RecipeError)
     assert str(done.exception) == "no recipe of other.yaml is for a model of tiny/config.json: nothing to lock"
@@ -195,9 +194,9 @@ names = st.lists(
 def test_groups_and_back(chosen: list[tuple[int, str]], rng: object) -> None:
     types = {f"blk.{i}.{rest}": rng.choice(["Q4_K", "F32"]) for i, rest in chosen}  # type: ignore[attr-defined]
     types |= {"output.weight": "Q6_K", "blk.07.a.weight": "F32", "blk.x": "F16"}
-    grouped = size_lock.groups(types.items())
-    assert size_lock.ungroup(grouped) == types
-    assert sum(map(size_lock.count_of, grouped)) == len(types)
+    grouped = groups(types.items())
+    assert ungroup(grouped) == types
+    assert sum(map(count_of, grouped)) == len(types)
 
 
 words = st.text(st.characters(exclude_categories=("Cs",)), min_size=1)
@@ -208,9 +207,9 @@ def test_any_name_survives(recipe: str, model: str, error: str, as_json: bool) -
     cells = [Cell(cell=Key(recipe=recipe, model=model, layout="kv_b"), error=error)]
     cells.append(Cell(cell=Key(recipe=recipe, model=model, layout="k_b+v_b"), types={"F32": 1}, tensors={model: "F32"}))
     lock = Lock(matrix=Matrix(recipes=[recipe, "null", "12", "no"], models=[model]), cells=cells)
-    text = size_lock.dump(lock, as_json)
-    if not re.search(r"^(<<<<<<<|=======|>>>>>>>)", text, re.M) and size_lock.count_of(model) == 1:
-        assert size_lock.parse(text, "f") == lock
+    text = dump(lock, as_json)
+    if not re.search(r"^(<<<<<<<|=======|>>>>>>>)", text, re.M) and count_of(model) == 1:
+        assert parse(text, "f") == lock
 
 
 # ---------------------------------------------------------------- drift
@@ -222,7 +221,7 @@ def test_one_tensor_is_named(locked: Path) -> None:
     delta = shape.n_elements // 256 * (176 - 144)
     done = run("check")
     assert done.exit_code == 1
-    before = size_lock.read(locked).cells[0]
+    before = read_lock(locked).cells[0]
     share = 100 * delta / before.tensor_bytes
     attention = before.roles["attention"]
     assert done.output.startswith(
@@ -264,7 +263,7 @@ def test_a_change_of_type_alone_is_a_drift(locked: Path) -> None:
 
 def test_tolerance_is_a_share_of_the_bytes_before(locked: Path) -> None:
     change("rules:\n", ONE_TENSOR)
-    lock = size_lock.read(locked)
+    lock = read_lock(locked)
     (first, _) = compare.compare(lock, locked).changes
     assert first.before is not None
     exact = Fraction(first.delta, first.before.tensor_bytes)
@@ -287,7 +286,7 @@ def test_new_and_vanished_recipes(place: Path) -> None:
     Path("recipes/mine.yaml").rename("recipes/yours.yaml")
     done = run("check", "--tolerance", "50%")
     assert done.exit_code == 1
-    found = size_lock.read(Path("quantkit-sizes.yaml")).cells[0].tensor_bytes
+    found = read_lock(Path("quantkit-sizes.yaml")).cells[0].tensor_bytes
     assert f"recipes/yours.yaml on tiny/config.json (kv_b): new: {found:,} bytes = 0.0" in done.output
     assert f"recipes/mine.yaml on tiny/config.json (kv_b): vanished: {found:,} bytes = 0.0" in done.output
     assert "2 of 2 sizes drifted" in done.output
@@ -341,7 +340,7 @@ def test_a_change_of_metadata_alone(place: Path) -> None:
     )
     model("short")
     good("update", "-r", "recipes/mine.yaml", "-m", "m.gguf")
-    (cell,) = size_lock.read(Path("quantkit-sizes.yaml")).cells
+    (cell,) = read_lock(Path("quantkit-sizes.yaml")).cells
     assert (cell.tensor_bytes, cell.cell.layout) == (2 * 144, "as is")
     model("a good deal longer, by fifty bytes or thereabouts, all in all")
     done = run("check")
@@ -404,7 +403,7 @@ def test_hostile_locks(tmp_path: Path, text: str) -> None:
     path = tmp_path / "lock.yaml"
     path.write_text(text)
     with pytest.raises(SourceError, match=r"lock\.yaml:(\d+:)? "):
-        size_lock.read(path)
+        read_lock(path)
 
 
 def test_missing_and_unreadable_locks(place: Path) -> None:
@@ -616,7 +615,7 @@ def test_markdown(locked: Path) -> None:
     assert "**`recipes/mine.yaml on tiny/config.json (kv_b)`**" in lines
 
 
-# ---------------------------------------------------------------- the ladder
+# ---------------------------------------------------------------- the size table
 
 
 def test_table(place: Path) -> None:

@@ -20,8 +20,8 @@ from quantkit.base.errors import ToolError
 from quantkit.cli import cli
 from quantkit.cli.doctor import doctor
 from quantkit.cli.toolchain import toolchain as toolchain_group
-from quantkit.llama_cpp import install as toolchain_install
 from quantkit.llama_cpp import toolchain
+from quantkit.llama_cpp.install import _lock, _run, _sha256, install
 
 TOOL = "llama-quantize"
 
@@ -173,7 +173,7 @@ def test_converter_of_another_python_is_an_error(monkeypatch: pytest.MonkeyPatch
 
 
 class FakeRun:
-    """Stands for `toolchain_install._run`: leaves the files that pip and cmake would, and can fail at one of them."""
+    """Stands for install's `_run`: leaves the files that pip and cmake would, and can fail at one of them."""
 
     def __init__(self) -> None:
         self.ran: list[str] = []
@@ -231,22 +231,22 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeRun:
     fake = FakeRun()
     known = tmp_path / "known"
     known.write_bytes(sdist())
-    monkeypatch.setattr(toolchain_install, "_run", fake)
-    monkeypatch.setattr(toolchain, "SDIST_SHA256", toolchain_install._sha256(known))
+    monkeypatch.setattr("quantkit.llama_cpp.install._run", fake)
+    monkeypatch.setattr(toolchain, "SDIST_SHA256", _sha256(known))
     for name in ("c++", "cmake", "ninja"):
         executable(tmp_path / "path" / name)
     return fake
 
 
-def install(force: bool = False) -> tuple[Path, list[str], list[tuple[int, int]]]:
+def install_pinned(force: bool = False) -> tuple[Path, list[str], list[tuple[int, int]]]:
     reports: list[str] = []
     steps: list[tuple[int, int]] = []
-    path = toolchain_install.install(reports.append, lambda done, total: steps.append((done, total)), force=force)
+    path = install(reports.append, lambda done, total: steps.append((done, total)), force=force)
     return path, reports, steps
 
 
 def test_install_leaves_the_tools_the_converter_and_nothing_else(run: FakeRun) -> None:
-    root, reports, steps = install()
+    root, reports, steps = install_pinned()
     assert root == toolchain.root()
     assert run.ran == ["download", "-S", "--build", "packages"]
     assert steps == [(3, 147), (50, 100)]
@@ -264,22 +264,22 @@ def test_install_leaves_the_tools_the_converter_and_nothing_else(run: FakeRun) -
 
 
 def test_a_second_install_does_nothing_unless_forced(run: FakeRun) -> None:
-    install()
+    install_pinned()
     run.ran.clear()
-    install()
+    install_pinned()
     assert run.ran == []
     assert toolchain.installed()
-    install(force=True)
+    install_pinned(force=True)
     assert run.ran == ["download", "-S", "--build", "packages"]
     assert toolchain.installed()
 
 
 def test_another_python_gets_only_the_packages_it_lacks(run: FakeRun) -> None:
-    root, _, _ = install()
+    root, _, _ = install_pinned()
     (root / "python" / str(sys.implementation.cache_tag)).rename(root / "python" / "cpython-1")
     assert not toolchain.installed()
     run.ran.clear()
-    install()
+    install_pinned()
     assert run.ran == ["packages"]
     assert toolchain.installed()
 
@@ -288,7 +288,7 @@ def test_a_wrong_sdist_is_deleted_and_refused(run: FakeRun, monkeypatch: pytest.
     got, wanted = toolchain.SDIST_SHA256, "0" * 64
     monkeypatch.setattr(toolchain, "SDIST_SHA256", wanted)
     with pytest.raises(ToolError) as e:
-        install()
+        install_pinned()
     assert f"{toolchain.SDIST} has the sha256 {got}, not {wanted}" in str(e.value)
     assert e.value.exit_code == 10
     assert run.ran == ["download"]
@@ -299,7 +299,7 @@ def test_a_wrong_sdist_is_deleted_and_refused(run: FakeRun, monkeypatch: pytest.
 def test_pip_is_told_the_sha256_before_it_runs_the_sdist(run: FakeRun) -> None:
     run.fail_at = "download"
     with pytest.raises(ToolError) as e:
-        install()
+        install_pinned()
     assert "failed: ERROR: no route to host (the whole log is" in str(e.value)
     assert str(e.value).endswith("run again: quantkit toolchain install")
     (requirement,) = toolchain.cache_dir().rglob("requirement.txt")
@@ -317,11 +317,11 @@ def test_pip_is_told_the_sha256_before_it_runs_the_sdist(run: FakeRun) -> None:
 def test_an_install_that_stopped_goes_on_without_downloading(run: FakeRun, fail_at: str, rest: list[str]) -> None:
     run.fail_at = fail_at
     with pytest.raises(ToolError, match="no route to host"):
-        install()
+        install_pinned()
     assert not toolchain.root().exists()
     run.fail_at = ""
     run.ran.clear()
-    _, reports, _ = install()
+    _, reports, _ = install_pinned()
     assert run.ran == rest
     assert reports[0] == f"{toolchain.SDIST} is here already"
     assert toolchain.installed()
@@ -330,12 +330,12 @@ def test_an_install_that_stopped_goes_on_without_downloading(run: FakeRun, fail_
 def test_a_half_written_sdist_is_downloaded_again(run: FakeRun) -> None:
     run.fail_at = "-S"
     with pytest.raises(ToolError):
-        install()
+        install_pinned()
     (kept,) = toolchain.cache_dir().rglob("*.tar.gz")
     kept.write_bytes(kept.read_bytes()[:-1])
     run.fail_at = ""
     run.ran.clear()
-    install()
+    install_pinned()
     assert run.ran[0] == "download"
 
 
@@ -346,9 +346,9 @@ def test_a_failed_compile_shows_the_end_of_the_log(run: FakeRun, monkeypatch: py
         log.write_text("".join(f"line {i}\n" for i in range(100)))
         return 1
 
-    monkeypatch.setattr(toolchain_install, "_run", fail)
+    monkeypatch.setattr("quantkit.llama_cpp.install._run", fail)
     with pytest.raises(ToolError) as e:
-        install()
+        install_pinned()
     lines = str(e.value).splitlines()
     assert lines[1:-1] == [f"line {i}" for i in range(85, 100)]
     assert "build.log" in lines[-1]
@@ -358,11 +358,11 @@ def test_no_compiler_and_no_pip_are_said_so(run: FakeRun, tmp_path: Path, monkey
     monkeypatch.delenv("CXX", raising=False)
     (tmp_path / "path" / "c++").unlink()
     with pytest.raises(ToolError, match=r"needs a C\+\+ compiler, and none of c\+\+, g\+\+, clang\+\+ is on PATH"):
-        install()
+        install_pinned()
     executable(tmp_path / "path" / "c++")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ToolError, match=r"run: .* -m ensurepip$"):
-        install()
+        install_pinned()
 
 
 def test_cmake_and_ninja_come_from_wheels_where_there_are_none(
@@ -381,34 +381,34 @@ def test_cmake_and_ninja_come_from_wheels_where_there_are_none(
             return 0
         return run(argv, log, follow)
 
-    monkeypatch.setattr(toolchain_install, "_run", pip)
-    install()
+    monkeypatch.setattr("quantkit.llama_cpp.install._run", pip)
+    install_pinned()
     assert wheels == ["ninja", "cmake"]
 
 
 def test_a_second_install_at_the_same_time_is_refused(run: FakeRun) -> None:
     lock = toolchain.root().with_name(f"{toolchain.root().name}.lock")
     lock.parent.mkdir(parents=True)
-    with toolchain_install._lock(lock), pytest.raises(ToolError) as e:
-        install()
+    with _lock(lock), pytest.raises(ToolError) as e:
+        install_pinned()
     assert str(e.value) == (
         f"another install (process {os.getpid()}) holds {lock}; when it has ended, run again: "
         "quantkit toolchain install"
     )
-    install()
+    install_pinned()
 
 
 def test_a_cache_that_cannot_be_written_is_an_error_of_its_own(run: FakeRun, cache: Path) -> None:
     cache.write_text("a file where the folder should be")
     with pytest.raises(ToolError, match=r"cannot be installed in .*set QUANTKIT_CACHE to another folder"):
-        install()
+        install_pinned()
 
 
 def test_run_logs_and_follows_every_line(tmp_path: Path) -> None:
     seen: list[str] = []
     script = "import sys; print('one'); sys.stdout.flush(); print('two', file=sys.stderr); sys.exit(3)"
     log = tmp_path / "log"
-    assert toolchain_install._run([sys.executable, "-c", script], log, seen.append) == 3
+    assert _run([sys.executable, "-c", script], log, seen.append) == 3
     assert seen == ["one\n", "two\n"]
     assert log.read_text() == "one\ntwo\n"
 

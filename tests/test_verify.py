@@ -45,7 +45,7 @@ from quantkit.recipe.load import load
 from quantkit.verifying.against_plan import read_plan
 from quantkit.verifying.derive import e4m3_values, to_bf16
 from quantkit.verifying.ggml import Ggml
-from quantkit.verifying.rederive import Rows, choose, parse_sample
+from quantkit.verifying.rederive import RowCheck, choose, parse_sample
 from quantkit.verifying.run import Request, verify
 from quantkit.verifying.scan import bad_blocks
 from quantkit.verifying.verdict import KEPT_EACH, Finding, Findings, Verdict
@@ -196,7 +196,7 @@ def test_without_a_plan_the_files_own_types_are_derived(
 ) -> None:
     assert sound_plan.catalogue.source is not None
     weights = open_imatrix(str(tiny_imatrix))
-    rows = Rows(sound_plan.catalogue, sound_plan.catalogue.source, weights, Ggml(None), parse_sample("1%"), 0)
+    rows = RowCheck(sound_plan.catalogue, sound_plan.catalogue.source, weights, Ggml(None), parse_sample("1%"), 0)
     outcome = verify(Request(sound, imatrix=weights, rows=rows), Silent())
     assert outcome.verdict.findings.kept() == []
     assert "names and shapes of the source" in outcome.verdict.checked

@@ -18,7 +18,7 @@ from quantkit.planning.plan import Plan, make_plan
 from quantkit.recipe.load import Recipe, parse
 from quantkit.verifying.against_plan import expected_of
 from quantkit.verifying.ggml import Ggml
-from quantkit.verifying.rederive import Rows, parse_sample
+from quantkit.verifying.rederive import RowCheck, parse_sample
 from quantkit.verifying.run import Outcome, Request, verify
 from quantkit.verifying.verdict import Verdict
 
@@ -85,7 +85,7 @@ def outcome_of(
     weights = None if imatrix is None else open_imatrix(str(imatrix))
     rows = None
     if plan is not None and sample is not None and plan.catalogue.source is not None:
-        rows = Rows(plan.catalogue, plan.catalogue.source, weights, Ggml(pinned), parse_sample(sample), 0)
+        rows = RowCheck(plan.catalogue, plan.catalogue.source, weights, Ggml(pinned), parse_sample(sample), 0)
     expected = None if plan is None else expected_of(plan)
     return verify(Request(out, expected, plan, weights, rows=rows, n_threads=2, **more), Silent())
 
@@ -104,7 +104,7 @@ Infos = list[tuple[str, tuple[int, ...], str, int]]
 
 
 def rewrite(path: Path, change: Callable[[list[KV], Infos], Any]) -> None:
-    """Write a header anew after `change` of its keys and tensors (name, shape, type, offset); the data stay."""
+    """Write a header again after `change` of its keys and tensors (name, shape, type, offset); the data stay."""
     h = read_header(path)
     kvs = list(h.kvs)
     infos: Infos = [(t.name, t.shape, t.type, t.offset - h.data_offset) for t in h.tensors]

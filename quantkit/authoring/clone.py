@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from ..base.errors import RecipeError, UnsupportedError
 from ..gguf.header import INTEGERS, decode
-from ..gguf.types import FILE_TYPES, IK_TYPES, INTEGER_TYPES, QTYPES, fit
+from ..gguf.types import FILE_TYPES, IK_TYPES, INTEGER_TYPES, QTYPES, fitting_type
 from ..model.catalogue import ROLES, Catalogue, Tensor
 from ..planning.mixtures import BASE_TYPES, facts, mixture_types
 from ..planning.plan import make_plan, must_have_weights
@@ -158,7 +158,7 @@ def _mixture(catalogue: Catalogue, types: Types, file_type: str, imatrix: bool) 
         for version in ("current", "2025"):
             for given in (imatrix, not imatrix):
                 asked = mixture_types(name, catalogue.tensors, facts(catalogue, given, version))
-                gets = (fit(QTYPES[a], t.n_cols).name for a, t in zip(asked, quantizable, strict=True))
+                gets = (fitting_type(QTYPES[a], t.n_cols).name for a, t in zip(asked, quantizable, strict=True))
                 if all(got == want for got, want in zip(gets, wanted, strict=True)):
                     when = "" if version == "current" else " of 2025"
                     how = "" if given == imatrix else f", {'with' if given else 'without'} an importance matrix"

@@ -22,7 +22,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from ..base.errors import KernelError, RecipeError, did_you_mean
-from ..gguf.types import FILE_TYPES, INTEGER_TYPES, QTYPES, fit
+from ..gguf.types import FILE_TYPES, INTEGER_TYPES, QTYPES, fitting_type
 from ..llama_cpp.tensor_types import escape, ggml_name, tensor_type_file
 from ..model.catalogue import Catalogue, Tensor
 from ..planning.mixtures import facts, mixture_types
@@ -200,7 +200,7 @@ def import_rules(
     fell = set()
     for t in quantizable:
         try:
-            types[t.name] = fit(QTYPES[asked[t.name]], t.n_cols).name
+            types[t.name] = fitting_type(QTYPES[asked[t.name]], t.n_cols).name
         except KernelError as e:
             raise RecipeError(f"{owner[t.name].place if t.name in owner else source}: '{t.name}': {e}") from None
         if types[t.name] != asked[t.name]:

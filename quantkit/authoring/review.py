@@ -8,15 +8,15 @@ from typing import Any, NamedTuple
 
 from ..base.errors import RecipeError, UnsupportedError, did_you_mean
 from ..gguf.types import QTYPES, VERSIONS
-from ..model.catalogue import ROLES, Catalogue
-from ..planning.plan import Plan, Planned, make_plan, mixture_choice
+from ..model.catalogue import ROLES, Catalogue, Role
+from ..planning.plan import ImatrixStatus, Plan, Planned, make_plan, mixture_choice
 from ..planning.rules import match_rules
 from ..recipe.load import Recipe, load
 
 # ---------------------------------------------------------------- lint
 
 
-class Finding(NamedTuple):
+class LintMessage(NamedTuple):
     """One thing lint has to say."""
 
     severity: str
@@ -29,24 +29,24 @@ class Finding(NamedTuple):
 
 def lint(
     name: str, sets: Mapping[str, str], models: Callable[[Recipe], list[Catalogue]], version: str = VERSIONS[0]
-) -> list[Finding]:
+) -> list[LintMessage]:
     """All that is wrong with a recipe, by itself and on models: `models` gives those to try it on."""
     try:
         recipe = load(name, sets)
     except RecipeError as e:
-        return [Finding("error", line, "") for line in str(e).split("\n")]
-    found: list[Finding] = []
+        return [LintMessage("error", line, "") for line in str(e).split("\n")]
+    found: list[LintMessage] = []
     try:
         catalogues = models(recipe)
     except UnsupportedError as e:
-        return [Finding("error", str(e), "")]
+        return [LintMessage("error", str(e), "")]
     for catalogue in catalogues:
         try:
             warnings = make_plan(catalogue, recipe, None, version).warnings
         except (RecipeError, UnsupportedError) as e:
-            found += [Finding("error", line, catalogue.model) for line in str(e).split("\n")]
+            found += [LintMessage("error", line, catalogue.model) for line in str(e).split("\n")]
         else:
-            found += [Finding("warning", line, catalogue.model) for line in warnings]
+            found += [LintMessage("warning", line, catalogue.model) for line in warnings]
     return found
 
 
@@ -115,7 +115,9 @@ def explain(plan: Plan, name: str) -> Explanation:
             taken = True
         steps.append(Step(recipe.place("rules", i), m.rule.match, m.rule.layers, m.rule.type, outcome))
     if recipe.mixture is not None:
-        choice = mixture_choice(plan.catalogue, recipe, planned.imatrix in ("used", "missing"), plan.mixture_version)
+        choice = mixture_choice(
+            plan.catalogue, recipe, planned.imatrix in (ImatrixStatus.USED, ImatrixStatus.MISSING), plan.mixture_version
+        )
         outcome = "not asked: a rule has taken it" if taken else "takes it: llama-quantize's own choice"
         steps.append(Step(recipe.place("otherwise"), f"mixture {recipe.mixture}", None, choice[name], outcome))
     asked, given = QTYPES[planned.requested], QTYPES[planned.type]
@@ -128,13 +130,13 @@ def explain(plan: Plan, name: str) -> Explanation:
 
 
 _IMATRIX = {
-    "used": "the importance matrix has an entry for it",
-    "missing": "the importance matrix has no entry for it: quantized without",
-    "needed": "the importance matrix has no entry for it, and the type must have one",
-    "wrong size": "the importance matrix's entry does not fit its shape",
-    "not used": "the type has no use for an importance matrix",
-    "required": "needs an importance matrix",
-    "optional": "an importance matrix helps, and is not required",
+    ImatrixStatus.USED: "the importance matrix has an entry for it",
+    ImatrixStatus.MISSING: "the importance matrix has no entry for it: quantized without",
+    ImatrixStatus.NEEDED: "the importance matrix has no entry for it, and the type must have one",
+    ImatrixStatus.WRONG_SIZE: "the importance matrix's entry does not fit its shape",
+    ImatrixStatus.NOT_USED: "the type has no use for an importance matrix",
+    ImatrixStatus.REQUIRED: "needs an importance matrix",
+    ImatrixStatus.OPTIONAL: "an importance matrix helps, and is not required",
 }
 
 
@@ -152,7 +154,7 @@ class Change(NamedTuple):
     """A tensor that two plans decide differently."""
 
     name: str
-    role: str
+    role: Role
     before: Planned
     after: Planned
 
@@ -164,7 +166,7 @@ class Change(NamedTuple):
 class RoleShare(NamedTuple):
     """What two plans spend on a role."""
 
-    role: str
+    role: Role
     n_elements: int
     before: int
     after: int

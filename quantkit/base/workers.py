@@ -23,7 +23,7 @@ def share_out(jobs: Iterable[T], n_threads: int, worker: Callable[[], Callable[[
     next_job, stop = threading.Lock(), threading.Event()
     failures: list[tuple[int, BaseException]] = []
 
-    def labour() -> None:
+    def work() -> None:
         number = -1
         try:
             do = worker()
@@ -41,7 +41,7 @@ def share_out(jobs: Iterable[T], n_threads: int, worker: Callable[[], Callable[[
 
     # an executor, not bare threads: an interrupted Thread.join takes a running thread for a finished one
     with ThreadPoolExecutor(n_threads, "quantkit") as pool:
-        futures = [pool.submit(labour) for _ in range(n_threads)]
+        futures = [pool.submit(work) for _ in range(n_threads)]
         try:
             while wait(futures, timeout=0.2).not_done:
                 pass  # in short turns, so that Ctrl-C is heard

@@ -32,10 +32,10 @@ from ..base.copying import Opened, copy_range
 from ..base.errors import OutputError, QuantkitError, SourceError
 from ..base.files import read_at
 from ..model.catalogue import Source, SourceTensor
-from ..planning.plan import Plan, Planned
+from ..planning.plan import ImatrixStatus, Plan, Planned
 from . import identity, journal
 from .cache_folder import CacheFolder
-from .engines import Weights
+from .engines import ImportanceValues
 from .unfinished import Partial
 
 MAGIC = b"qkcache2"
@@ -69,7 +69,7 @@ class Cache:
     # ------------------------------------------------------------ what a tensor is made of
 
     def keys(
-        self, plan: Plan, wanted: Iterable[str], weights: Weights | None, n_threads: int,
+        self, plan: Plan, wanted: Iterable[str], weights: ImportanceValues | None, n_threads: int,
         progress: Callable[[str, int], None] = lambda _name, _n: None,
     ) -> dict[str, str]:  # fmt: skip
         """The keys of the tensors named. Reads those source tensors whose digest is not known yet; `progress` is
@@ -224,13 +224,13 @@ class Cache:
         self._disk.evict(self.max_bytes)
 
 
-def _key(planned: Planned, block: tuple[int, int], digests: dict[str, str], weights: Weights | None) -> str:
+def _key(planned: Planned, block: tuple[int, int], digests: dict[str, str], weights: ImportanceValues | None) -> str:
     t = planned.tensor
     h = hashlib.sha256()
     made_of: list[Any] = [kernels.version(), planned.type, t.source_type, t.quantizable, t.shape, block]
     made_of += [(digests[p.source], p[1:]) for p in t.parts]
     h.update(repr(made_of).encode())
-    if weights is not None and planned.imatrix == "used":
+    if weights is not None and planned.imatrix == ImatrixStatus.USED:
         for mat in range(t.shape[2] if len(t.shape) > 2 else 1):
             h.update(np.ascontiguousarray(weights.weights(t.name, mat, t.n_cols)).tobytes())
     return h.hexdigest()

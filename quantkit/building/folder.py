@@ -58,7 +58,7 @@ def _no_build(path: Path, what: str) -> str:
     return f"{path}: {what} and is no unfinished build of quantkit; move it away, or give another output"
 
 
-def peek(out: Path, own: bool = False) -> Journal | None:
+def read_journal(out: Path, own: bool = False) -> Journal | None:
     """The journal of an unfinished build of `out`, if there is one; `own`: of this user. Raises ResumeError, and
     OutputError for a folder that cannot be an unfinished build."""
     try:

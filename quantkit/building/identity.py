@@ -58,11 +58,11 @@ def check_unchanged(before: Mapping[Path, FileStat]) -> None:
         if now != was:
             what = f"had {was.nbytes:,} bytes and has {now.nbytes:,}" if now.nbytes != was.nbytes else "was written to"
             raise SourceError(
-                f"{path}: changed during the build: it {what}; put it back as it was, or begin anew with --restart"
+                f"{path}: changed during the build: it {what}; put it back as it was, or start again with --restart"
             )
 
 
-def identity(plan: Plan, kvs: Iterable[KV], split_max_size: int | None, imatrix: Path | None) -> dict[str, str]:
+def identity_of(plan: Plan, kvs: Iterable[KV], split_max_size: int | None, imatrix: Path | None) -> dict[str, str]:
     """Everything that the bytes of a build depend on. Raises SourceError or OSError for files that are gone."""
     catalogue = plan.catalogue
     assert catalogue.source is not None

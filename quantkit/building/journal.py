@@ -112,7 +112,7 @@ def read(folder: Folder, owner: int | None = None) -> Journal | None:
         with open(fd, "rb") as f:
             raw = f.read(_MAX_BYTES)
     except OutputError as e:
-        raise ResumeError(f"{str(e).partition(';')[0]}; begin anew with --restart") from None
+        raise ResumeError(f"{str(e).partition(';')[0]}; start again with --restart") from None
     except OSError as e:
         if e.errno == errno.ENOENT:
             return None
@@ -121,7 +121,7 @@ def read(folder: Folder, owner: int | None = None) -> Journal | None:
     if end < 0 and len(raw) < _MAX_HEAD:
         return None
     line = raw[:end]
-    damaged = ResumeError(f"{path}: is damaged and cannot be gone on with; begin anew with --restart")
+    damaged = ResumeError(f"{path}: is damaged and cannot be gone on with; start again with --restart")
     try:
         if line != b"%s %08x" % (line[:-9], zlib.crc32(line[:-9])):
             raise damaged
@@ -129,7 +129,7 @@ def read(folder: Folder, owner: int | None = None) -> Journal | None:
         version = said["quantkit-journal"]
         if version != VERSION:
             raise ResumeError(
-                f"{path}: is of journal version {version}, this quantkit reads {VERSION}; begin anew with --restart"
+                f"{path}: is of journal version {version}, this quantkit reads {VERSION}; start again with --restart"
             )
         head = _head(said)
     except (ValueError, KeyError, TypeError, RecursionError):
@@ -160,7 +160,7 @@ def _head(said: dict[str, Any]) -> Head:
     return Head(started, identity, files, tensors)
 
 
-class Rows:
+class RowSet:
     """A set of rows, as intervals."""
 
     def __init__(self) -> None:
@@ -188,7 +188,7 @@ class Rows:
 
 def durable(journal: Journal) -> list[int]:
     """For each tensor, how many of its rows are on the disk by what the journal tells."""
-    rows = [Rows() for _ in journal.head.tensors]
+    rows = [RowSet() for _ in journal.head.tensors]
     for r in journal.records:
         if r.tensor < len(rows):
             rows[r.tensor].add(r.row, r.n_rows)

@@ -1,4 +1,4 @@
-"""The shards that an unfinished build has finished, when another begins anew in its place with other names.
+"""The shards that an unfinished build has finished, when another starts again in its place with other names.
 
 They have their names in the output's folder already, and the new build would leave them there: half a model that
 nothing tells of any more. So they go, but only what that build's own journal shows to be its own.
@@ -14,10 +14,9 @@ from ..base.errors import OutputError, ResumeError, SourceError
 from ..base.files import read_at
 from ..base.folders import Folder, same
 from ..gguf.header import read_header_of
-from ..planning.layout import file_names
-from . import journal as journals
+from ..planning.file_layout import file_names
 from .folder import held_folder, take
-from .journal import Journal, digest, durable
+from .journal import Journal, digest, durable, read
 
 
 def whole_files(journal: Journal) -> set[str]:
@@ -44,7 +43,7 @@ def _finished(out: Path, above: Folder, kept: Collection[Path]) -> list[tuple[st
     if folder is None:
         return []
     with folder:
-        journal = journals.read(folder, folder.own)
+        journal = read(folder, folder.own)
         if journal is None:
             return []
         whole = whole_files(journal)

@@ -27,13 +27,13 @@ from ..base.outputs import Output
 from ..gguf.types import IK_TYPES, QTYPES
 from ..model.catalogue import Catalogue
 from ..model.imatrix import Imatrix
-from ..planning.layout import FileLayout, file_names, lay_out, output_kvs
+from ..planning.file_layout import FileLayout, file_names, lay_out, output_kvs
 from ..planning.plan import Plan, with_values
-from . import identity as fingerprint
 from . import leftovers
 from .cache import Cache
 from .engines import Engine, Progress, Work
-from .folder import folder_of, peek
+from .folder import folder_of, read_journal
+from .identity import FileStat, check_unchanged, difference, identity_of, stat_of
 from .journal import Journal
 from .unfinished import Partial
 
@@ -48,7 +48,7 @@ class Build:
     out: Path
     identity: Mapping[str, str]
     """what the bytes depend on (quantkit.building.identity)"""
-    sources: Mapping[Path, fingerprint.FileStat]
+    sources: Mapping[Path, FileStat]
     replace: frozenset[Path]
     """names under which a file may be replaced: all with --force, else those of shards that are the unfinished build's
     own"""
@@ -58,7 +58,7 @@ class Build:
 
     @property
     def file_bytes(self) -> int:
-        return sum(layout.nbytes for _, layout in self.files)
+        return sum(file_layout.nbytes for _, file_layout in self.files)
 
 
 def prepare(
@@ -73,7 +73,7 @@ def prepare(
 ) -> Build:
     """Check everything that can be checked before the first byte. `engine` is the one that will run, for
     the scratch space it needs. An unfinished build of the same output is gone on with; `resume` True asks for one,
-    False begins anew. Raises the error of what is wrong: ImatrixError, SourceError, OutputError, ResumeError,
+    False starts again. Raises the error of what is wrong: ImatrixError, SourceError, OutputError, ResumeError,
     UnsupportedError."""
     catalogue = plan.catalogue
     if catalogue.source is None:
@@ -82,14 +82,14 @@ def prepare(
             "weights to build from; give a checkpoint directory or a GGUF"
         )
     read = [*catalogue.source.files, *([imatrix.path] if imatrix else [])]
-    sources = {path: fingerprint.stat_of(path) for path in read}
+    sources = {path: stat_of(path) for path in read}
     plan = with_values(plan, imatrix)
     _check_requantize(catalogue, plan, allow_requantize)
     kvs = output_kvs(plan, imatrix)
-    layouts = lay_out(plan, kvs, split_max_size)
-    names = file_names(out, len(layouts), split_max_size is not None)
-    files = tuple(zip(names, layouts, strict=True))
-    identity = fingerprint.identity(plan, kvs, split_max_size, imatrix.path if imatrix else None)
+    file_layouts = lay_out(plan, kvs, split_max_size)
+    names = file_names(out, len(file_layouts), split_max_size is not None)
+    files = tuple(zip(names, file_layouts, strict=True))
+    identity = identity_of(plan, kvs, split_max_size, imatrix.path if imatrix else None)
     _check_names(out, names)
     begun = _begun(out, identity, resume)
     finished = _finished(names, _told(out) if resume is False else begun, folder_of(out))
@@ -110,24 +110,24 @@ def _begun(out: Path, identity: Mapping[str, str], resume: bool | None) -> Journ
     """The unfinished build to go on with. Raises ResumeError when it is of something else."""
     if resume is False:
         return None
-    found = peek(out, own=True)
+    found = read_journal(out, own=True)
     if found is None or not found.records:
         if resume:
             raise ResumeError(f"{out}: there is no unfinished build to go on with; leave --resume away to begin one")
         return None
-    differs = fingerprint.difference(found.head.identity, identity)
+    differs = difference(found.head.identity, identity)
     if differs:
         raise ResumeError(
-            f"{folder_of(out)}: is an unfinished build of something else: {differs}; begin anew with --restart, "
+            f"{folder_of(out)}: is an unfinished build of something else: {differs}; start again with --restart, "
             "or give another output"
         )
     return found
 
 
 def _told(out: Path) -> Journal | None:
-    """What is there when a build begins anew: shards that it has finished are its own, and may be replaced."""
+    """What is there when a build starts again: shards that it has finished are its own, and may be replaced."""
     try:
-        return peek(out, own=True)
+        return read_journal(out, own=True)
     except ResumeError:
         return None
 
@@ -143,12 +143,12 @@ def _finished(names: tuple[Path, ...], begun: Journal | None, folder: Path) -> s
 def _check_space(out: Path, files: Sequence[tuple[Path, FileLayout]], scratch: int) -> None:
     """Raises OutputError when what is still to be written has no room."""
     need, free = 0, shutil.disk_usage(out.parent).free
-    for name, layout in files:
+    for name, file_layout in files:
         try:
             there = os.stat(folder_of(out) / name.name, follow_symlinks=False).st_blocks * 512
         except OSError:
             there = 0
-        need += max(0, layout.nbytes - there)
+        need += max(0, file_layout.nbytes - there)
     if need + scratch > free:
         also = f" and its making {scratch:,} more" if scratch else ""
         raise OutputError(
@@ -188,23 +188,21 @@ def run(build: Build, engine: Engine, n_threads: int, progress: Progress, cache:
     """Run an engine and give the files their names. Tensors that the cache has come from there, and those made are
     kept there. Returns how many values an earlier run had made. Raises what the engine raises; what was there under the
     names is then as it was, and the exception's `kept` says where the unfinished build is, if it is kept."""
-    partial = Partial(
-        build.out, build.files, build.identity, lambda: fingerprint.check_unchanged(build.sources), build.replace
-    )
+    partial = Partial(build.out, build.files, build.identity, lambda: check_unchanged(build.sources), build.replace)
     try:
         if build.restart:
             leftovers.remove(build.out, [name for name, _ in build.files])
         partial.start(build.restart, n_threads, progress)
-        layouts = tuple(layout for _, layout in build.files)
+        file_layouts = tuple(file_layout for _, file_layout in build.files)
         with partial.committing():
             if cache is not None:
                 _use(cache, build, partial, n_threads, progress)
-            engine.run(Work(build.plan, layouts, partial, build.imatrix, n_threads, progress, partial.scratch))
+            engine.run(Work(build.plan, file_layouts, partial, build.imatrix, n_threads, progress, partial.scratch))
         partial.finish()
     except BaseException as e:
         # with weights or kernels as they are, the same command would end here again
         in_vain = isinstance(e, (WeightError, KernelError, UnsupportedError, InternalCheckError))
-        kept = partial.give_up(keep=not in_vain)
+        kept = partial.abort(keep=not in_vain)
         said = (
             OutputError(f"{build.out}: {e.strerror or e}; mend that and build again") if isinstance(e, OSError) else e
         )

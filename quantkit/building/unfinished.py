@@ -25,11 +25,11 @@ from ..base.errors import InternalCheckError, OutputError, QuantkitError, Resume
 from ..base.files import read_at, write_at
 from ..base.folders import Folder
 from ..gguf.types import QTYPES
-from ..planning.layout import FileLayout
-from . import identity as fingerprint
+from ..planning.file_layout import FileLayout
 from . import journal
 from .folder import LOCK, SCRATCH, clear, folder_of, take
-from .journal import Head, Record, Rows
+from .identity import difference
+from .journal import Head, Record, RowSet
 from .unfinished_files import Files
 
 #: between syncs: the most work that a crash can cost, besides what is at work; QUANTKIT_COMMIT_SECONDS sets another
@@ -47,11 +47,11 @@ class Place(NamedTuple):
     n_cols: int
 
 
-def places(layouts: Sequence[FileLayout]) -> dict[str, Place]:
+def places(file_layouts: Sequence[FileLayout]) -> dict[str, Place]:
     """The place of every tensor by name."""
     out: dict[str, Place] = {}
-    for file, layout in enumerate(layouts):
-        for p in layout.tensors:
+    for file, file_layout in enumerate(file_layouts):
+        for p in file_layout.tensors:
             t = p.planned.tensor
             row_bytes = QTYPES[p.planned.type].row_bytes(t.n_cols)
             out[t.name] = Place(len(out), file, p.offset, t.n_rows, row_bytes, t.n_cols)
@@ -74,23 +74,23 @@ class Partial:
         is done before `start`."""
         self.out, self.folder = out, folder_of(out)
         self.names = [name for name, _ in files]
-        self.layouts = [layout for _, layout in files]
-        self.places = places(self.layouts)
+        self.file_layouts = [file_layout for _, file_layout in files]
+        self.places = places(self.file_layouts)
         self.identity = identity
         self.check_sources = check_sources
         self._replace = replace
         self.n_kept = 0
         """values of tensors that an earlier run made"""
         self._by_number = list(self.places)
-        self._kept = [Rows() for _ in self._by_number]
-        self._durable = [Rows() for _ in self._by_number]
-        self._missing = [len(layout.tensors) for layout in self.layouts]
+        self._kept = [RowSet() for _ in self._by_number]
+        self._durable = [RowSet() for _ in self._by_number]
+        self._missing = [len(file_layout.tensors) for file_layout in self.file_layouts]
         self._lock_fd = self._journal_fd = -1
         self._held: list[Folder | Files] = []
         self._pending: list[Record] = []
         self._pending_lock, self._commit_lock = threading.Lock(), threading.Lock()
         self._failure: BaseException | None = None
-        self._adopted = False
+        self._whole_file_accepted = False
         self._fresh = False
         self.on_whole: Callable[[str], None] = lambda _name: None
         """called when all rows of a tensor are on the disk for good"""
@@ -103,7 +103,7 @@ class Partial:
             self.above = self._hold_above()
             taken = take(self.out, {path.name for path in self.names})
             self._lock_fd, self.inside = taken.lock_fd, taken.folder
-            self.files = Files(self.inside, self.above, self.names, self.layouts, self._replace)
+            self.files = Files(self.inside, self.above, self.names, self.file_layouts, self._replace)
             self._held += [self.inside, self.files]
             if restart:
                 clear(self.inside)
@@ -143,15 +143,17 @@ class Partial:
         return above
 
     def _check_identity(self, was: Mapping[str, str]) -> None:
-        differs = fingerprint.difference(was, self.identity)
+        differs = difference(was, self.identity)
         if differs:
             raise ResumeError(
-                f"{self.folder}: is an unfinished build of something else: {differs}; begin anew with --restart, or "
+                f"{self.folder}: is an unfinished build of something else: {differs}; start again with --restart, or "
                 "give another output"
             )
 
     def _head(self, started: str) -> Head:
-        files = [(name.name, layout.nbytes) for name, layout in zip(self.names, self.layouts, strict=True)]
+        files = [
+            (name.name, file_layout.nbytes) for name, file_layout in zip(self.names, self.file_layouts, strict=True)
+        ]
         tensors = [(name, p.n_rows, p.row_bytes, p.file) for name, p in self.places.items()]
         return Head(started, dict(self.identity), files, tensors)
 
@@ -183,7 +185,7 @@ class Partial:
             if final and not (len(whole) == len(mine) and self.files.is_framed(i)):
                 if not any(len(rows) for rows in mine):
                     raise OutputError(
-                        f"{self.names[i]}: is not the file that this build made; move it away, or begin anew with "
+                        f"{self.names[i]}: is not the file that this build made; move it away, or start again with "
                         "--restart"
                     )
                 self.files.take_back(i)
@@ -228,13 +230,13 @@ class Partial:
         """The descriptor and place of a tensor, for writing by other means; tell with `note`."""
         return self.files.fds[self.places[name].file], self.places[name]
 
-    def give_up_rows(self) -> None:
+    def discard_rows(self) -> None:
         os.ftruncate(self.files.fds[0], 0)
 
-    def adopt(self, name: str) -> None:
+    def accept_whole_file(self, name: str) -> None:
         fd = self.scratch.open(name, os.O_RDWR, alone=True)
         self.files.replace(0, fd, self.scratch, name)
-        self._adopted = True
+        self._whole_file_accepted = True
 
     # ------------------------------------------------------------ durable
 
@@ -243,7 +245,7 @@ class Partial:
         """Sync and tell the journal every COMMIT_SECONDS, in a thread of its own."""
         stop, seconds = threading.Event(), _commit_seconds()
 
-        def labour() -> None:
+        def commit_in_turn() -> None:
             while not stop.wait(seconds):
                 try:
                     self.commit()
@@ -251,7 +253,7 @@ class Partial:
                     self._failure = e  # the next `put`, or `finish`, raises it
                     return
 
-        thread = threading.Thread(target=labour, name="quantkit-commit", daemon=True)
+        thread = threading.Thread(target=commit_in_turn, name="quantkit-commit", daemon=True)
         thread.start()
         try:
             yield
@@ -318,13 +320,13 @@ class Partial:
             raise self._failure
         self.commit()
         left = [n for n in self.places if not self.is_durable(n)]
-        if left and not self._adopted:
+        if left and not self._whole_file_accepted:
             raise InternalCheckError(f"{self.out}: rows of {len(left)} tensors were not written, '{left[0]}' the first")
         try:
-            for i, (fd, layout) in enumerate(zip(self.files.fds, self.layouts, strict=True)):
+            for i, (fd, file_layout) in enumerate(zip(self.files.fds, self.file_layouts, strict=True)):
                 size = os.fstat(fd).st_size
-                if size != layout.nbytes:
-                    raise InternalCheckError(f"{self.names[i]}: has {size:,} bytes, planned are {layout.nbytes:,}")
+                if size != file_layout.nbytes:
+                    raise InternalCheckError(f"{self.names[i]}: has {size:,} bytes, planned are {file_layout.nbytes:,}")
                 os.fsync(fd)
             self.check_sources()
             # the first shard last: without it the others are not taken for a model
@@ -336,7 +338,7 @@ class Partial:
             raise self._os_error(e) from None
         self._remove()
 
-    def give_up(self, keep: bool) -> str | None:
+    def abort(self, keep: bool) -> str | None:
         """The build ends early: what was written is kept for the next run, if there is any and `keep`. Says so."""
         if self._lock_fd < 0:
             self.close()
@@ -354,7 +356,7 @@ class Partial:
         self.close()
         return (
             f"{done:,} of {total:,} bytes are kept in {self.folder}: the same command goes on from there, "
-            "--restart begins anew"
+            "--restart starts again"
         )
 
     def _remove(self) -> None:

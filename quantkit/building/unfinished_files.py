@@ -17,18 +17,18 @@ from ..base.errors import OutputError
 from ..base.files import create, read_at, write_at
 from ..base.folders import Folder
 from ..gguf.header import pad
-from ..planning.layout import FileLayout
+from ..planning.file_layout import FileLayout
 
 
 class Files:
     """The files of a build by number. `inside` is OUT.partial, `above` the output's folder."""
 
     def __init__(
-        self, inside: Folder, above: Folder, names: Sequence[Path], layouts: Sequence[FileLayout],
+        self, inside: Folder, above: Folder, names: Sequence[Path], file_layouts: Sequence[FileLayout],
         replace: Collection[Path],
     ) -> None:  # fmt: skip
         """`replace`: the names under which a file may be replaced."""
-        self.inside, self.above, self.names, self.layouts = inside, above, names, layouts
+        self.inside, self.above, self.names, self.file_layouts = inside, above, names, file_layouts
         self._replace = replace
         self.together = False
         """none gets its name before all do, since older files have the names"""
@@ -46,23 +46,23 @@ class Files:
         """Open all, with their headers and full lengths; one that is not there, or not ours, is made. Raises OSError,
         OutputError."""
         self.together = together
-        for i, (path, layout) in enumerate(zip(self.names, self.layouts, strict=True)):
+        for i, (path, file_layout) in enumerate(zip(self.names, self.file_layouts, strict=True)):
             fd = None
             if resumed:
                 there = self.inside.look(path.name) is not None
-                fd = self._open_made(path.name, layout) if there else self._open_named(i)
+                fd = self._open_made(path.name, file_layout) if there else self._open_named(i)
             if fd is None:
                 self.inside.remove(path.name)
-                fd = create(self.inside, path.name, layout.header, layout.nbytes)
+                fd = create(self.inside, path.name, file_layout.header, file_layout.nbytes)
             self.fds.append(fd)
             if resumed and not self.final[i]:
                 self._write_padding(i)
 
-    def _open_made(self, name: str, layout: FileLayout) -> int | None:
+    def _open_made(self, name: str, file_layout: FileLayout) -> int | None:
         """An unfinished file for writing; None where it is not ours, or not as it should be."""
         with suppress(OutputError):
             fd = self.inside.open(name, os.O_RDWR, owner=self.inside.own, alone=True)
-            if _begins_with(fd, layout):
+            if _begins_with(fd, file_layout):
                 return fd
             os.close(fd)
         return None
@@ -74,7 +74,7 @@ class Files:
         if info is None or not stat.S_ISREG(info.st_mode):
             return None
         fd = self.above.open(name, owner=None if self.together else self.inside.own)
-        if self.together and not _begins_with(fd, self.layouts[i]):
+        if self.together and not _begins_with(fd, self.file_layouts[i]):
             os.close(fd)
             return None
         self.final[i] = True
@@ -82,7 +82,7 @@ class Files:
 
     def _padding(self, i: int) -> Iterator[tuple[int, int]]:
         """Begin and end of what is between the tensors of a file."""
-        for p in self.layouts[i].tensors:
+        for p in self.file_layouts[i].tensors:
             end = p.offset + p.planned.nbytes
             yield end, pad(end)
 
@@ -92,17 +92,17 @@ class Files:
 
     def is_framed(self, i: int) -> bool:
         """Whether everything but the tensors' rows is as it should be. Raises OSError."""
-        return _begins_with(self.fds[i], self.layouts[i]) and not any(
+        return _begins_with(self.fds[i], self.file_layouts[i]) and not any(
             any(read_at(self.fds[i], end - begin, begin)) for begin, end in self._padding(i)
         )
 
     def take_back(self, i: int) -> None:
         """A file that has its name but is not whole goes back to the unfinished ones, open for writing; where it must
         stay as it is, a copy of it. Raises OSError, OutputError."""
-        name, layout, fd = self.names[i].name, self.layouts[i], self.fds[i]
+        name, file_layout, fd = self.names[i].name, self.file_layouts[i], self.fds[i]
         if self.together or os.fstat(fd).st_nlink > 1:
-            self.fds[i] = create(self.inside, name, layout.header, layout.nbytes)
-            nbytes = min(os.fstat(fd).st_size, layout.nbytes)
+            self.fds[i] = create(self.inside, name, file_layout.header, file_layout.nbytes)
+            nbytes = min(os.fstat(fd).st_size, file_layout.nbytes)
             copy_range(Opened(fd, self.names[i]), 0, Opened(self.fds[i], self.inside.path / name), 0, nbytes)
             if not self.together:
                 self.above.unlink(name)
@@ -111,8 +111,8 @@ class Files:
             self.fds[i] = self.inside.open(name, os.O_RDWR, owner=self.inside.own, alone=True)
         os.close(fd)
         self.final[i] = False
-        os.ftruncate(self.fds[i], layout.nbytes)
-        write_at(self.fds[i], layout.header, 0)
+        os.ftruncate(self.fds[i], file_layout.nbytes)
+        write_at(self.fds[i], file_layout.header, 0)
         self._write_padding(i)
 
     def replace(self, i: int, fd: int, scratch: Folder, name: str) -> None:
@@ -129,5 +129,5 @@ class Files:
         self.final[i] = True
 
 
-def _begins_with(fd: int, layout: FileLayout) -> bool:
-    return os.fstat(fd).st_size == layout.nbytes and read_at(fd, len(layout.header), 0) == layout.header
+def _begins_with(fd: int, file_layout: FileLayout) -> bool:
+    return os.fstat(fd).st_size == file_layout.nbytes and read_at(fd, len(file_layout.header), 0) == file_layout.header

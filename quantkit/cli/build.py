@@ -66,8 +66,8 @@ if TYPE_CHECKING:
     "--resume/--restart",
     "resume",
     default=None,
-    help="Go on with an unfinished build of this output, or begin anew without what it made.  [default: go on if there "
-    "is one]",
+    help="Go on with an unfinished build of this output, or start again without what it made.  [default: go on if "
+    "there is one]",
 )
 @click.option(
     "--cache",
@@ -149,7 +149,9 @@ def build(
     if ready.restart and not quiet:
         gone = finished_shards(output, [name for name, _ in ready.files])
         if gone:
-            click.echo(f"finished shards of the build that is begun anew, which go: {len(gone)}, {gone[0]} the first")
+            click.echo(
+                f"finished shards of the build that is started again, which go: {len(gone)}, {gone[0]} the first"
+            )
     if dry_run:
         click.echo("dry run: everything was checked, nothing was written")
         return
@@ -231,8 +233,8 @@ def run_with_progress(ready: Build, engine: Engine, n_threads: int, quiet: bool,
     if cache is not None and cache.failure:
         click.echo(f"warning: not all of the cache {cache.folder} could be used: {cache.failure}", err=True)
     if not quiet:
-        for path, layout in ready.files:
-            click.echo(f"{path}  {layout.nbytes:,} bytes")
+        for path, file_layout in ready.files:
+            click.echo(f"{path}  {file_layout.nbytes:,} bytes")
         if cache is not None:
             n_all = len(ready.plan.tensors)
             click.echo(

@@ -53,7 +53,7 @@ _MOST_REFUSED = 10
     help="cuda: on the GPU, through torch. The same bytes.",
 )
 @threads_option
-@click.option("--restart", is_flag=True, help="Begin anew where DST holds an unfinished run.")
+@click.option("--restart", is_flag=True, help="Start again where DST holds an unfinished run.")
 @plan_first_options
 def dequant(
     source: Path,
@@ -78,12 +78,12 @@ def dequant(
     quantkit dequant DeepSeek-R1/ DeepSeek-R1-BF16/
     quantkit dequant DeepSeek-R1/ R1-F16/ --dtype f16 --mtp drop --shard-size 10G
     """
-    from quantkit.dequant import Options, prepare
+    from quantkit.dequant import DequantOptions, prepare
     from quantkit.dequant.decode import Native, Torch
     from quantkit.model.sources.safetensors_dir import open_checkpoint
 
     ready_kernels()
-    job = prepare(open_checkpoint(source), output, Options(dtype, shard_size, mtp == "keep"), restart)
+    job = prepare(open_checkpoint(source), output, DequantOptions(dtype, shard_size, mtp == "keep"), restart)
     _check_names(job)
     decoder: Decoder = Native() if device == "cpu" else Torch(device)
     if not quiet:

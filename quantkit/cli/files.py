@@ -247,13 +247,13 @@ def _lock_path(path: Path) -> Path:
 
 def _behind_lock(given: Path) -> Iterator[Path]:
     from quantkit.authoring.sizes.compare import is_path
-    from quantkit.authoring.sizes.lock import read
+    from quantkit.authoring.sizes.lock import read_lock
     from quantkit.base.errors import QuantkitError
 
     path = _lock_path(given)
 
     with suppress(QuantkitError):
-        matrix = read(path).matrix
+        matrix = read_lock(path).matrix
         for name in matrix.recipes:
             yield from _of_recipes(str(path.parent / name) if is_path(name) else name)
         for name in matrix.models:

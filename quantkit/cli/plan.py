@@ -41,8 +41,7 @@ def plan(
     from pathlib import Path
 
     from quantkit.model.open import open_model
-    from quantkit.planning import layout as layouts
-    from quantkit.planning import report
+    from quantkit.planning import file_layout, report
     from quantkit.planning.plan import make_plan, with_values
 
     rules = recipe_of(recipe, sets)
@@ -50,8 +49,8 @@ def plan(
     made = make_plan(open_model(source, conversion(layout, pre, pad_token)), rules, weights, mixture_version)
     if weights is not None:  # without one a plan still tells what would be made
         made = with_values(made, weights)
-    files = layouts.lay_out(made, layouts.output_kvs(made, weights), split_max_size)
-    names = layouts.file_names(
+    files = file_layout.lay_out(made, file_layout.output_kvs(made, weights), split_max_size)
+    names = file_layout.file_names(
         Path(f"{made.catalogue.model}-{rules.name}.gguf"), len(files), split_max_size is not None
     )
     sizes = [(name.name, f.nbytes) for name, f in zip(names, files, strict=True)]

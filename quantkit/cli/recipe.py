@@ -105,7 +105,7 @@ def lint(
     quantkit recipe lint recipes/*.yaml --model deepseek-v2-lite --strict
     quantkit recipe lint --only-recipes $(git ls-files '*.yaml')
     """
-    from quantkit.authoring.review import Finding
+    from quantkit.authoring.review import LintMessage
     from quantkit.authoring.review import lint as check
     from quantkit.base.errors import RecipeError
     from quantkit.recipe.load import is_recipe, parse_sets
@@ -127,7 +127,7 @@ def lint(
                 opened[model] = _open(model, layout, named=bool(models))
         return [opened[model] for model in wanted]
 
-    found: list[Finding] = []
+    found: list[LintMessage] = []
     for name in names:
         tried.clear()
         some = check(name, values, models_of, mixture_version)

@@ -52,7 +52,7 @@ def split(
 ) -> None:
     """Split a GGUF into shards, as llama-gguf-split does to the byte.
 
-    IN is a GGUF, or the first of a set of shards, which is split anew without merging it first. The shards are
+    IN is a GGUF, or the first of a set of shards, which is split again without merging it first. The shards are
     OUTPREFIX-00001-of-0000N.gguf and so on. IN is left as it is.
 
     \b

@@ -43,7 +43,7 @@ _LAYOUTS = click.Choice(["k_b+v_b", "kv_b"])
 
 @click.group(cls=Group)
 def sizes() -> None:
-    """Lock the sizes of recipes, find what moved them, and print the ladder of a model.
+    """Lock the sizes of recipes, find what moved them, and print a model's size table.
 
     \b
     quantkit sizes table deepseek-r1
@@ -80,36 +80,34 @@ def update(
     quantkit sizes update
     quantkit sizes update quantkit-sizes.yaml -r 'UD-*' -r recipes/mine.yaml -m deepseek-r1 -m deepseek-v2
     """
-    from quantkit.authoring.sizes import compare as library
-    from quantkit.authoring.sizes import lock
-    from quantkit.authoring.sizes import report as size_report
+    from quantkit.authoring.sizes import compare, lock, report
 
-    path = file if file is not None else library.default_lock()
+    path = file if file is not None else compare.default_lock()
     old = _old_lock(path, needed=not (recipes and models))
     was = old.matrix if old is not None else lock.Matrix(recipes=["all"], models=["deepseek-r1"])
     matrix = lock.Matrix(
-        recipes=[library.relative_recipe(r, path.parent) for r in recipes] or was.recipes,
-        models=[library.relative_model(m, path.parent) for m in models] or was.models,
+        recipes=[compare.relative_recipe(r, path.parent) for r in recipes] or was.recipes,
+        models=[compare.relative_model(m, path.parent) for m in models] or was.models,
         layouts=list(layouts) or was.layouts,
     )
-    new = library.make_lock(matrix, path.parent)
+    new = compare.make_lock(matrix, path.parent)
     lock.write(new, path)
     for cell in new.cells:
         if cell.error is not None:
             click.echo(f"warning: {cell.cell} cannot be planned, and is locked so: {cell.error}", err=True)
     before = None if old is None else {c.cell: c for c in old.cells}
-    click.echo(size_report.updated(path, before, {c.cell: c for c in new.cells}))
+    click.echo(report.updated(path, before, {c.cell: c for c in new.cells}))
 
 
 def _old_lock(path: Path, needed: bool) -> Lock | None:
     """The lock that is there; a damaged one is an error only where its matrix is needed."""
-    from quantkit.authoring.sizes.lock import read
+    from quantkit.authoring.sizes.lock import read_lock
     from quantkit.base.errors import SourceError
 
     if not path.exists():
         return None
     try:
-        return read(path)
+        return read_lock(path)
     except SourceError:
         if needed:
             raise
@@ -148,33 +146,31 @@ def check(file: str | None, tolerance: Fraction, form: str, output: Path | None,
     from datetime import datetime, timezone
     from pathlib import Path
 
-    from quantkit.authoring.sizes import compare as library
-    from quantkit.authoring.sizes import lock
-    from quantkit.authoring.sizes import report as size_report
+    from quantkit.authoring.sizes import compare, lock, report
     from quantkit.base import outputs
     from quantkit.base.errors import QuantkitError
 
     summary = os.environ.get("GITHUB_STEP_SUMMARY") if form == "github" else None
     if summary:  # which is appended to
         will_write(outputs.Output(Path(summary), "$GITHUB_STEP_SUMMARY", only_compared=True))
-    path = Path(file) if file is not None else library.default_lock()
+    path = Path(file) if file is not None else compare.default_lock()
     unreadable: QuantkitError | None = None
     try:
-        found = library.compare(lock.read(path), path, tolerance)
+        found = compare.compare(lock.read_lock(path), path, tolerance)
     except QuantkitError as e:
         if form == "text" and output is None:
             raise
-        unreadable, found = e, library.unreadable(path, tolerance, e)
+        unreadable, found = e, compare.unreadable(path, tolerance, e)
     when = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%S")
-    report = size_report.render(found, form, when)
+    text = report.render(found, form, when)
     if output is not None:
-        outputs.write_text(output, report + "\n", force)
-        report = size_report.text(found)
-    click.echo(report)
+        outputs.write_text(output, text + "\n", force)
+        text = report.text(found)
+    click.echo(text)
     if summary:
         try:
             with open(summary, "a", encoding="utf-8") as f:
-                f.write(size_report.markdown(found) + "\n")
+                f.write(report.markdown(found) + "\n")
         except OSError as e:
             click.echo(f"warning: {summary}: the summary cannot be written: {e.strerror or e}", err=True)
     if unreadable is not None:
@@ -202,16 +198,15 @@ def check(file: str | None, tolerance: Fraction, form: str, output: Path | None,
     "--format", "form", type=click.Choice(["text", "markdown", "json"]), default="text", show_default=True, help="Form."
 )
 def table_(model: str, recipes: tuple[str, ...], layout: str, form: str) -> None:
-    """Print the ladder of a model: recipes by size, with bits a weight.
+    """Print the size table of a model: recipes by size, with bits a weight.
 
     \b
     quantkit sizes table deepseek-r1 --layout kv_b
     quantkit sizes table deepseek-r1 -r 'UD-*' --format markdown
     """
-    from quantkit.authoring.sizes import compare as library
-    from quantkit.authoring.sizes import report as size_report
+    from quantkit.authoring.sizes import compare, report
     from quantkit.model.open import open_model
 
     catalogue = open_model(model, conversion(layout, None, None))
-    rungs, notes = library.ladder(catalogue, recipes or ("all",))
-    click.echo(size_report.ladder(catalogue.model, catalogue.layout, rungs, notes, form))
+    rows, notes = compare.size_table(catalogue, recipes or ("all",))
+    click.echo(report.size_table(catalogue.model, catalogue.layout, rows, notes, form))

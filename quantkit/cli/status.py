@@ -27,10 +27,10 @@ def status(out: Path, as_json: bool) -> None:
     """
     from quantkit.base.errors import OutputError
     from quantkit.base.outputs import Output, check_name
-    from quantkit.building.folder import folder_of, owner, peek
+    from quantkit.building.folder import folder_of, owner, read_journal
 
     check_name(Output(out))
-    found = peek(out)
+    found = read_journal(out)
     if found is None:
         if not out.is_file():
             raise OutputError(f"{out}: there is neither such a file nor an unfinished build of it")

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from quantkit.planning.plan import Plan
     from quantkit.recipe.load import Recipe
     from quantkit.verifying.attestation import Asked, Attested
-    from quantkit.verifying.rederive import Rows
+    from quantkit.verifying.rederive import RowCheck
 
 
 @click.command(cls=Command)
@@ -203,13 +203,13 @@ def _plan(model: Catalogue | None, rules: Recipe | None, weights: Any, mixture_v
     return made if weights is None else with_values(made, weights)
 
 
-def _rows(model: Catalogue | None, weights: Any, sample: str | None, seed: int) -> Rows | None:
+def _rows(model: Catalogue | None, weights: Any, sample: str | None, seed: int) -> RowCheck | None:
     """What rows to derive again; None for none. Raises UsageError, SourceError, ImatrixError, KernelError."""
     if model is None or sample == "none" or (sample is None and model.source is None):
         return None
     from quantkit.llama_cpp import toolchain
     from quantkit.verifying.ggml import Ggml
-    from quantkit.verifying.rederive import Rows, check_source, parse_sample
+    from quantkit.verifying.rederive import RowCheck, check_source, parse_sample
 
     try:
         chosen = parse_sample(sample or "1%")
@@ -218,4 +218,4 @@ def _rows(model: Catalogue | None, weights: Any, sample: str | None, seed: int) 
     source = check_source(model)
     if weights is not None:
         weights.check()
-    return Rows(model, source, weights, Ggml(toolchain.ggml_library()), chosen, seed)
+    return RowCheck(model, source, weights, Ggml(toolchain.ggml_library()), chosen, seed)

@@ -7,7 +7,7 @@ and through torch, with the same bytes; `run` moves the data and can go on after
 Tensors that are not FP8 keep their dtype and bytes, as DeepSeek's own fp8_cast_bf16.py has it.
 """
 
-from .plan import Options, Plan, make_plan
+from .plan import DequantOptions, DequantPlan, plan_dequant
 from .run import Job, prepare, run
 
-__all__ = ["Job", "Options", "Plan", "make_plan", "prepare", "run"]
+__all__ = ["DequantOptions", "DequantPlan", "Job", "plan_dequant", "prepare", "run"]

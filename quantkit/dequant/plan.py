@@ -33,7 +33,7 @@ _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
 
 
-class Options(NamedTuple):
+class DequantOptions(NamedTuple):
     """What to make."""
 
     dtype: str = "bf16"
@@ -73,10 +73,10 @@ class Shard(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Plan:
+class DequantPlan:
     """The output directory."""
 
-    options: Options
+    options: DequantOptions
     shards: tuple[Shard, ...]
     index: bytes | None
     """None for a single shard"""
@@ -105,7 +105,7 @@ class Plan:
         return own + sum(size for _, size in self.carried)
 
 
-def make_plan(source: Checkpoint, options: Options) -> Plan:
+def plan_dequant(source: Checkpoint, options: DequantOptions) -> DequantPlan:
     """Plan the output of a checkpoint. Raises SourceError where it has no FP8 weights, or says not how many
     layers it has when those beyond are to be dropped."""
     stored = list(source.tensors.values())
@@ -125,7 +125,7 @@ def make_plan(source: Checkpoint, options: Options) -> Plan:
         index = _json({"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))})
     others = _other_files(source)
     config = _config(source.config, options)
-    return Plan(options, shards, index, config, *others, len(stored) - len(kept))
+    return DequantPlan(options, shards, index, config, *others, len(stored) - len(kept))
 
 
 def _main_layers(source: Checkpoint, tensors: Iterable[SourceTensor]) -> list[SourceTensor]:
@@ -182,7 +182,7 @@ def _shard(name: str, tensors: list[tuple[SourceTensor, str, int]]) -> Shard:
     return Shard(name, header, tuple(moved))
 
 
-def _config(config: Mapping[str, Any], options: Options) -> bytes:
+def _config(config: Mapping[str, Any], options: DequantOptions) -> bytes:
     """config.json of the output: without quantization_config, of the new dtype, the other keys as they were."""
     out = {k: v for k, v in config.items() if k != "quantization_config"}
     # transformers renamed it: a config has the old key, the new one, or both

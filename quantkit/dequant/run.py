@@ -32,7 +32,7 @@ from .beside import open_to_copy
 from .checksum import joined
 from .decode import Decoder, refuse
 from .place import PART, hold, new, part_of, place_of, replacing
-from .plan import CONFIG, FP8, Moved, Options, Plan, Shard, make_plan
+from .plan import CONFIG, FP8, DequantOptions, DequantPlan, Moved, Shard, plan_dequant
 from .state import STATE, finished, leftovers, read_state, require_same, state_bytes, state_of
 
 #: called with the name of the tensor at work and the bytes written since the last call
@@ -47,7 +47,7 @@ class Job:
     """A run that has been checked and can begin."""
 
     source: Checkpoint
-    plan: Plan
+    plan: DequantPlan
     dst: Path
     finished: frozenset[str]
     """names of the shards that an earlier run has finished; `run` reads them back"""
@@ -70,10 +70,10 @@ class Job:
         return self.plan.nbytes - sum(s.nbytes for s in self.done)
 
 
-def prepare(source: Checkpoint, dst: Path, options: Options, restart: bool = False) -> Job:
+def prepare(source: Checkpoint, dst: Path, options: DequantOptions, restart: bool = False) -> Job:
     """Check everything that can be checked before the first byte; nothing is written. With `restart` what an
     unfinished run left in `dst` does not count. Raises SourceError, OutputError, ResumeError."""
-    plan = make_plan(source, options)
+    plan = plan_dequant(source, options)
     state = state_of(source, plan)
     try:
         return _prepare(source, plan, dst, state, restart)
@@ -81,7 +81,7 @@ def prepare(source: Checkpoint, dst: Path, options: Options, restart: bool = Fal
         raise OutputError(f"{dst}: {e.strerror or e}; choose another directory") from None
 
 
-def _prepare(source: Checkpoint, plan: Plan, dst: Path, state: dict[str, Any], restart: bool) -> Job:
+def _prepare(source: Checkpoint, plan: DequantPlan, dst: Path, state: dict[str, Any], restart: bool) -> Job:
     _check_place(source.path, dst)
     folder = hold(dst)
     with nullcontext() if folder is None else folder:
@@ -311,12 +311,12 @@ class _Mover:
 
     def run(self, n_threads: int) -> None:
         try:
-            share_out(self._slabs(), n_threads, self._labourer)
+            share_out(self._slabs(), n_threads, self._new_worker)
         finally:
             for file in self.open:
                 file.close()
 
-    def _labourer(self) -> Callable[[_Slab], None]:
+    def _new_worker(self) -> Callable[[_Slab], None]:
         worker = _Worker(self.job.source, self.decoder)
 
         def do(slab: _Slab) -> None:

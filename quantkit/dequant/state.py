@@ -21,19 +21,19 @@ from ..base.folders import Folder
 from ..base.version import __version__
 from ..model.sources.safetensors_dir import INDEX, MAX_HEADER, Checkpoint, parse_json
 from .place import PART, place_of
-from .plan import CONFIG, Plan
+from .plan import CONFIG, DequantPlan
 
 STATE = ".quantkit-dequant.json"
 #: folders in each other in which unfinished files are looked for
 _MAX_DEPTH = 64
 #: how to go on when one cannot
-_OTHERWISE = "begin anew with --restart, or choose another directory"
+_OTHERWISE = "start again with --restart, or choose another directory"
 
 #: keys of the state that must be the same -> what they are called
 _SETTINGS = {"quantkit": "quantkit's version", "dtype": "--dtype", "shard_size": "--shard-size", "mtp": "--mtp"}
 
 
-def state_of(source: Checkpoint, plan: Plan) -> dict[str, Any]:
+def state_of(source: Checkpoint, plan: DequantPlan) -> dict[str, Any]:
     """What a run is of: its settings, and size, modification time and SHA-256 of the header of each source file
     (of config.json the whole), with the files that it makes, and the CRC-32 of each shard that is finished: none yet.
     Raises SourceError."""
@@ -72,11 +72,11 @@ def read_state(folder: Folder | None) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except SourceError as e:
-        raise ResumeError(f"{e}; remove {folder.path} to begin anew") from None
+        raise ResumeError(f"{e}; remove {folder.path} to start again") from None
     makes, files, done = state.get("makes"), state.get("source"), state.get("finished")
     if isinstance(files, dict) and isinstance(done, dict) and isinstance(makes, list) and all(map(_is_inside, makes)):
         return state
-    raise ResumeError(f"{path}: is not what quantkit dequant writes; remove {folder.path} to begin anew")
+    raise ResumeError(f"{path}: is not what quantkit dequant writes; remove {folder.path} to start again")
 
 
 def _is_inside(name: object) -> bool:
@@ -106,7 +106,7 @@ def require_same(folder: Path, found: Mapping[str, Any], wanted: Mapping[str, An
         raise ResumeError(f"{folder}: holds an unfinished run, since which {name} of the source {how}; {_OTHERWISE}")
 
 
-def finished(folder: Folder, plan: Plan, sums: Mapping[str, str]) -> frozenset[str]:
+def finished(folder: Folder, plan: DequantPlan, sums: Mapping[str, str]) -> frozenset[str]:
     """The names of the shards that are finished: there, and with a checksum, which is not compared here. Raises
     ResumeError for one whose size or header is another, OutputError for one that is another's."""
     done = set()
@@ -130,7 +130,7 @@ def finished(folder: Folder, plan: Plan, sums: Mapping[str, str]) -> frozenset[s
 
 def leftovers(folder: Folder | None, found: Mapping[str, Any] | None, restart: bool) -> list[tuple[str, int]]:
     """The files in the directory that are to go before a run goes on, with the bytes they take: unfinished ones, and
-    where it begins anew all that the state says were made. Nothing behind a link. Raises OSError."""
+    where it starts again all that the state says were made. Nothing behind a link. Raises OSError."""
     if folder is None:
         return []
     out = list(_unfinished(folder, ""))

@@ -1,4 +1,4 @@
-"""Shards of a GGUF: a set of them read and checked, and what splitting, splitting anew and merging make of it.
+"""Shards of a GGUF: a set of them read and checked, and what splitting, splitting again and merging make of it.
 
 Files are those of llama-gguf-split for the same options (tools/gguf-split/gguf-split.cpp), except where it
 is wrong: tensors above the limit have a shard of their own even when they come first, a set given by its

@@ -15,11 +15,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from ..base import outputs as output_files
 from ..base.copying import Opened, Progress, copy_range, write_at
 from ..base.errors import OutputError, SourceError
 from ..base.folders import Folder, same, who
-from ..base.outputs import Output
+from ..base.outputs import Output, check, check_replaceable
 from .split import Input, OutputFile, ShardSet
 
 
@@ -27,7 +26,7 @@ def check_output(model: ShardSet, files: Sequence[OutputFile], force: bool = Fal
     """Raises OutputError for a place that cannot be written to, names that are taken, or too little space."""
     folder = files[0].path.parent
     outputs = [Output(file.path, replace=force, suffix=".part") for file in files]
-    output_files.check([source.path for source in model.inputs], outputs)
+    check([source.path for source in model.inputs], outputs)
     need, free = sum(file.nbytes for file in files), shutil.disk_usage(folder).free
     if need > free:
         raise OutputError(
@@ -187,7 +186,7 @@ def _publish(made: Sequence[_Made], scratch: Folder, folder: Folder, force: bool
         try:
             for each in made:
                 if os.path.lexists(each.path):
-                    output_files.check_replaceable(each.path, force)
+                    check_replaceable(each.path, force)
                     folder.rename(each.path.name, old, each.path.name, replace=False)
             for each in reversed(made):
                 now = scratch.look(each.temporary)

@@ -165,7 +165,7 @@ VERSIONS = ("current", "2025")
 
 
 @lru_cache(maxsize=1 << 12)
-def fit(asked: QType, n_cols: int, version: str = VERSIONS[0]) -> QType:
+def fitting_type(asked: QType, n_cols: int, version: str = VERSIONS[0]) -> QType:
     """The type that rows of `n_cols` values get when `asked` was asked for: itself, else its
     fallback, else F16. Raises KernelError for types that llama-quantize has no fallback for: those
     of blocks above 32 that name none. Source: src/llama-quant.cpp, tensor_type_fallback."""

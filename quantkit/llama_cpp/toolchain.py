@@ -1,4 +1,4 @@
-"""Finds the llama.cpp tools: on PATH, or in the cache, where toolchain_install.py puts the pinned version of them.
+"""Finds the llama.cpp tools: on PATH, or in the cache, where install.py puts the pinned version of them.
 
 The pin is the sdist of `llama-cpp-python` (see `SDIST`): it carries the whole of llama.cpp, so one file
 with one sha256 fixes the quantizer, the converter and the ggml whose bytes are the contract. What is

@@ -17,20 +17,36 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from ..base.text import TextEnum
 from ..gguf.header import KV
 
-#: what a tensor does in the model, in the order tables show them
-ROLES = (
-    "embedding",
-    "output",
-    "attention",
-    "dense ffn",
-    "shared expert",
-    "routed expert",
-    "router",
-    "norm",
-    "other",
-)
+
+class MlaLayout(TextEnum):
+    """How the tensors of multi-head latent attention are stored."""
+
+    K_B_V_B = "k_b+v_b"
+    """attn_k_b and attn_v_b: llama.cpp's of today"""
+    KV_B = "kv_b"
+    """attn_kv_b: of early 2025"""
+    AS_IS = "as is"
+    """neither: no MLA, or not known"""
+
+
+class Role(TextEnum):
+    """What a tensor does in the model, in the order tables show them."""
+
+    EMBEDDING = "embedding"
+    OUTPUT = "output"
+    ATTENTION = "attention"
+    DENSE_FFN = "dense ffn"
+    SHARED_EXPERT = "shared expert"
+    ROUTED_EXPERT = "routed expert"
+    ROUTER = "router"
+    NORM = "norm"
+    OTHER = "other"
+
+
+ROLES = tuple(Role)
 
 
 class Part(NamedTuple):
@@ -63,7 +79,7 @@ class Tensor(NamedTuple):
     name: str
     shape: tuple[int, ...]
     """ne order: shape[0] values a row"""
-    role: str
+    role: Role
     layer: int | None
     quantizable: bool
     """False for norms, router, biases: they keep `source_type`, as llama-quantize has it"""
@@ -124,7 +140,7 @@ class Catalogue:
 
     model: str
     arch: str
-    layout: str
+    layout: MlaLayout
     """k_b+v_b (current, 1086 tensors for R1), kv_b (2025, 1025), or 'as is' for a GGUF source"""
     n_layers: int
     dense_layers: tuple[int, ...]
@@ -249,17 +265,17 @@ def is_quantizable(name: str, shape: tuple[int, ...], arch: str = "") -> bool:
 
 
 _ROLE_OF = (
-    (re.compile(r"token_embd\.|per_layer_token_embd\."), "embedding"),
-    (re.compile(r"output\.weight$"), "output"),
-    (re.compile(r".*_norm\.(weight|bias)$"), "norm"),
-    (re.compile(r".*\.(ffn_gate_inp|exp_probs_b)"), "router"),
-    (re.compile(r".*\.ffn_\w+_exps\."), "routed expert"),
-    (re.compile(r".*\.ffn_\w+_shexp\."), "shared expert"),
-    (re.compile(r".*\.ffn_"), "dense ffn"),
-    (re.compile(r".*\.attn_"), "attention"),
+    (re.compile(r"token_embd\.|per_layer_token_embd\."), Role.EMBEDDING),
+    (re.compile(r"output\.weight$"), Role.OUTPUT),
+    (re.compile(r".*_norm\.(weight|bias)$"), Role.NORM),
+    (re.compile(r".*\.(ffn_gate_inp|exp_probs_b)"), Role.ROUTER),
+    (re.compile(r".*\.ffn_\w+_exps\."), Role.ROUTED_EXPERT),
+    (re.compile(r".*\.ffn_\w+_shexp\."), Role.SHARED_EXPERT),
+    (re.compile(r".*\.ffn_"), Role.DENSE_FFN),
+    (re.compile(r".*\.attn_"), Role.ATTENTION),
 )
 
 
-def role_of(name: str) -> str:
+def role_of(name: str) -> Role:
     """What a tensor does, from its GGUF name."""
-    return next((role for pattern, role in _ROLE_OF if pattern.match(name)), "other")
+    return next((role for pattern, role in _ROLE_OF if pattern.match(name)), Role.OTHER)

@@ -83,9 +83,9 @@ class Imatrix:
     """An importance matrix file. Raises ImatrixError for whatever is wrong with it."""
 
     def __init__(
-        self, typed: str, path: Path, entries: Mapping[str, Entry], datasets: tuple[str, ...], n_chunks: int
+        self, path_as_given: str, path: Path, entries: Mapping[str, Entry], datasets: tuple[str, ...], n_chunks: int
     ) -> None:
-        self.typed = typed
+        self.path_as_given = path_as_given
         """the path as the user gave it, which goes into the metadata"""
         self.path = path
         self.entries = dict(entries)
@@ -181,29 +181,29 @@ def _long_runs(pieces: Sequence[npt.NDArray[np.int64]]) -> npt.NDArray[np.int64]
     return np.stack([starts, stops], 1)[stops - starts >= _SHORTEST_RUN]
 
 
-def open_imatrix(typed: str) -> Imatrix:
+def open_imatrix(path_as_given: str) -> Imatrix:
     """Open an importance matrix in either format; only its structure is read."""
-    path = Path(typed)
-    if not is_utf8(typed):
-        raise ImatrixError(f"{typed!a}: the path goes into the metadata, but is not UTF-8; rename the file")
+    path = Path(path_as_given)
+    if not is_utf8(path_as_given):
+        raise ImatrixError(f"{path_as_given!a}: the path goes into the metadata, but is not UTF-8; rename the file")
     try:
         size = path.stat().st_size
         if not path.is_file():
-            raise ImatrixError(f"{typed}: not a regular file; give the file that llama-imatrix made")
+            raise ImatrixError(f"{path_as_given}: not a regular file; give the file that llama-imatrix made")
         if is_gguf(path):
-            return _open_gguf(typed, path)
+            return _open_gguf(path_as_given, path)
         with path.open("rb") as f:
             if says := not_the_file(f.read(ENOUGH)):
-                raise ImatrixError(f"{typed}: {says}")
+                raise ImatrixError(f"{path_as_given}: {says}")
             f.seek(0)
-            return _open_legacy(typed, path, f, size)
+            return _open_legacy(path_as_given, path, f, size)
     except OSError as e:
-        raise ImatrixError(f"{typed}: cannot be read: {e.strerror or e}") from None
+        raise ImatrixError(f"{path_as_given}: cannot be read: {e.strerror or e}") from None
     except SourceError as e:
         raise ImatrixError(f"importance matrix {e}") from None
 
 
-def _open_gguf(typed: str, path: Path) -> Imatrix:
+def _open_gguf(path_as_given: str, path: Path) -> Imatrix:
     header: Header = read_header(path)
     kvs = {item.key: item for item in header.kvs}
     for key, type_ in (("imatrix.datasets", ARRAY), ("imatrix.chunk_count", U32), ("imatrix.chunk_size", U32)):
@@ -245,14 +245,14 @@ def _open_gguf(typed: str, path: Path) -> Imatrix:
             rounded = np.floor(raw.astype(np.float64) + 0.5)
             entries[name] = Entry(s.offset, n_values, tuple(float(n) for n in rounded))
     datasets = tuple(str(d) for d in decode(kvs["imatrix.datasets"])) if _is_strings(kvs["imatrix.datasets"]) else ()
-    return Imatrix(typed, path, entries, datasets, int(decode(kvs["imatrix.chunk_count"])))
+    return Imatrix(path_as_given, path, entries, datasets, int(decode(kvs["imatrix.chunk_count"])))
 
 
 def _is_strings(item: KV) -> bool:
     return array_head(item)[0] == "str"
 
 
-def _open_legacy(typed: str, path: Path, f: BinaryIO, size: int) -> Imatrix:
+def _open_legacy(path_as_given: str, path: Path, f: BinaryIO, size: int) -> Imatrix:
     def take(n: int, what: str) -> bytes:
         if n < 0 or n > size - f.tell():
             raise ImatrixError(
@@ -294,7 +294,7 @@ def _open_legacy(typed: str, path: Path, f: BinaryIO, size: int) -> Imatrix:
     if f.tell() < size:
         n_chunks = number("the chunk count")
         datasets = tuple(_legacy_dataset(f, size))
-    return Imatrix(typed, path, entries, datasets, n_chunks)
+    return Imatrix(path_as_given, path, entries, datasets, n_chunks)
 
 
 def _legacy_dataset(f: BinaryIO, size: int) -> Iterator[str]:

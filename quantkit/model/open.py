@@ -17,7 +17,7 @@ from ..gguf.header import ALIGNMENT, KV, STRING, U32, array_head, decode, is_ggu
 from ..gguf.pre_tokenizers import PRE_KEY, unknown_pre
 from ..gguf.types import IK_TYPES, STORED_TYPES
 from . import families
-from .catalogue import Catalogue, Part, Tensor, is_quantizable, layer_of, output_order, role_of
+from .catalogue import Catalogue, MlaLayout, Part, Role, Tensor, is_quantizable, layer_of, output_order, role_of
 from .families.beside import folder_name
 from .families.known import MODELS
 from .families.known import config as known_config
@@ -139,10 +139,12 @@ def from_gguf(file: GgufHeaders, options: Options | None = None) -> Catalogue:
         raise SourceError(
             f"{file.where}: layer number or count {odd:,} is beyond {_MAX_LAYERS:,}; the header is corrupt"
         )
-    moe = sorted({t.layer for t in tensors if t.layer is not None and t.role == "routed expert"})
+    moe = sorted({t.layer for t in tensors if t.layer is not None and t.role == Role.ROUTED_EXPERT})
     dense = sorted(set(found) - set(moe))
     names = {t.name.rpartition(".attn_")[2] for t in tensors}
-    layout = "k_b+v_b" if "k_b.weight" in names else "kv_b" if "kv_b.weight" in names else "as is"
+    layout = (
+        MlaLayout.K_B_V_B if "k_b.weight" in names else MlaLayout.KV_B if "kv_b.weight" in names else MlaLayout.AS_IS
+    )
     if options is not None and options.layout_given and options.layout != layout:
         raise SourceError(
             f"{file.where}: --layout {options.layout} cannot be had from a GGUF, whose tensors stay as they are (here: "

@@ -53,7 +53,7 @@ class Layer(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Weights:
+class PlacedBytes:
     """A model's bytes by layer."""
 
     model: str
@@ -140,7 +140,7 @@ def cache_bytes(catalogue: Catalogue, context: int, cache_type: str) -> list[int
     ]
 
 
-def weigh(catalogue: Catalogue, plan: Plan | None, context: int, cache_type: str) -> Weights:
+def weigh(catalogue: Catalogue, plan: Plan | None, context: int, cache_type: str) -> PlacedBytes:
     """The bytes of a plan by layer; without a plan, of a GGUF as it is. Raises UnsupportedError."""
     if plan is not None:
         sizes = [(t.tensor, t.nbytes) for t in plan.tensors]
@@ -159,7 +159,7 @@ def weigh(catalogue: Catalogue, plan: Plan | None, context: int, cache_type: str
         head += sum(nbytes for t, nbytes in sizes if t.name == "token_embd.weight")
     cache = cache_bytes(catalogue, context, cache_type)
     layers = [Layer(*each) for each in zip(rest, experts, cache, strict=True)]
-    return Weights(
+    return PlacedBytes(
         catalogue.model,
         plan.recipe.name if plan else "",
         (*layers, Layer(head, 0, 0)),
@@ -182,7 +182,7 @@ def published_size(tensor_bytes: int) -> int:
     return -(-tensor_bytes // GIB)
 
 
-def _odd_cell(w: Weights, gpus: Gpus) -> str:
+def _odd_cell(w: PlacedBytes, gpus: Gpus) -> str:
     """A note on the one cell of the published table that its rule does not give."""
     is_r1 = w.n_layers == 61 and w.recipe == "UD-Q2_K_XL" and published_size(w.tensor_bytes) == 212
     if not is_r1 or gpus.gib != (80, 80):
@@ -208,7 +208,7 @@ def _evenly(fit: Callable[[Sequence[int]], Fit | None], room: Sequence[int]) -> 
     return best
 
 
-def whole_layers(w: Weights, room: Sequence[int]) -> Fit:
+def whole_layers(w: PlacedBytes, room: Sequence[int]) -> Fit:
     """The most layers, from the end, that fit into `room` bytes on each GPU, in the GPUs' order."""
     counts, used = [0] * len(room), [0] * len(room)
     at = len(w.layers)
@@ -229,7 +229,7 @@ def _tensor_split(counts: Sequence[int]) -> tuple[str, ...]:
 # ---------------------------------------------------------------- experts in RAM
 
 
-def experts_in_ram(w: Weights, room: Sequence[int]) -> Fit | None:
+def experts_in_ram(w: PlacedBytes, room: Sequence[int]) -> Fit | None:
     """All layers on the GPUs but for routed experts, then the experts of as many whole layers as fit. The
     layers are dealt out to the GPUs, in order, so that those are the most. None: even so it does not fit."""
     if not any(x.experts for x in w.layers):
@@ -322,7 +322,7 @@ def _digits(digits: Sequence[int]) -> str:
 # ---------------------------------------------------------------- together
 
 
-def answer(w: Weights, gpus: Gpus, reserve: int, common: Sequence[str]) -> Answer:
+def answer(w: PlacedBytes, gpus: Gpus, reserve: int, common: Sequence[str]) -> Answer:
     """What fits on the GPUs, `reserve` bytes of each left for compute buffers. `common`: flags that go
     before all others, such as the context's."""
     room = [g * GIB - reserve for g in gpus.gib]
@@ -336,7 +336,7 @@ def answer(w: Weights, gpus: Gpus, reserve: int, common: Sequence[str]) -> Answe
     return Answer(gpus, rule, whole, split, _odd_cell(w, gpus))
 
 
-def to_json(w: Weights, answers: Sequence[Answer], ram: int | None) -> dict[str, Any]:
+def to_json(w: PlacedBytes, answers: Sequence[Answer], ram: int | None) -> dict[str, Any]:
     """The answers as plain values, sizes in bytes. `ram`: bytes there are, if that was said."""
 
     def fit(f: Fit | None) -> dict[str, Any] | None:

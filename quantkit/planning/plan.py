@@ -12,6 +12,7 @@ from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
 from ..base.errors import ImatrixError, KernelError, RecipeError, UnsupportedError, did_you_mean
+from ..base.text import TextEnum
 from ..gguf.types import (
     ABORT_WITHOUT_IMATRIX,
     LOST_BY_32,
@@ -20,24 +21,43 @@ from ..gguf.types import (
     SPOILED_WITHOUT_WEIGHTS,
     STORED_TYPES,
     VERSIONS,
-    fit,
+    fitting_type,
 )
-from ..model.catalogue import Catalogue, Tensor
+from ..model.catalogue import Catalogue, Role, Tensor
 from ..model.imatrix import Imatrix
 from ..recipe.load import Recipe
 from .gaps import Gap, gap_notes, gap_warnings
 from .mixtures import facts, mixture_types
-from .rules import claim
+from .rules import assign_rules
 
 #: of the JSON that `Plan.to_json` gives; another where a reader of the old would be misled
 PLAN_VERSION = 1
 
 
-class Weights(Protocol):
+class ImatrixEntries(Protocol):
     """What a plan needs to know of an importance matrix."""
 
     def __contains__(self, name: str) -> bool: ...
     def fits(self, name: str, n_cols: int, n_mats: int) -> bool: ...
+
+
+class ImatrixStatus(TextEnum):
+    """How an importance matrix bears on a tensor of its type."""
+
+    USED = "used"
+    """it has an entry of the right size"""
+    MISSING = "missing"
+    """it has none, and the tensor is quantized without"""
+    NEEDED = "needed"
+    """it has none, and the type must have one"""
+    WRONG_SIZE = "wrong size"
+    """the entry does not fit, which no type excuses"""
+    NOT_USED = "not used"
+    """the type has no use for it"""
+    REQUIRED = "required"
+    """there is no matrix, and the type or the recipe must have one"""
+    OPTIONAL = "optional"
+    """there is no matrix, and the type can do without"""
 
 
 class Planned(NamedTuple):
@@ -52,8 +72,7 @@ class Planned(NamedTuple):
     rule: str
     """file:line rules[i], or '' for a tensor that is never quantized"""
     why: str
-    imatrix: str
-    """used | missing | needed | wrong size | not used | required | optional; see `imatrix_status`"""
+    imatrix: ImatrixStatus
 
     @property
     def fell_back(self) -> bool:
@@ -72,7 +91,7 @@ class Plan:
     """whose choices `otherwise: mixture` means, and whose fallbacks: current, or 2025 for files made till March 2026"""
     gaps: tuple[Gap, ...] = ()
     """what the importance matrix leaves out, once its values have been read (`with_values`)"""
-    weights: Weights | None = field(default=None, repr=False, compare=False)
+    imatrix: ImatrixEntries | None = field(default=None, repr=False, compare=False)
     """the importance matrix it was made with"""
 
     def __getitem__(self, name: str) -> Planned:
@@ -90,8 +109,8 @@ class Plan:
         """The plan with other types for the tensors that each glob matches, before the recipe's rules: priced again,
         with what ggml falls back to where a row does not divide into blocks. Raises RecipeError for a glob that matches
         nothing or only what is never quantized, and ImatrixError."""
-        made = make_plan(self.catalogue, self.recipe.with_types(types), self.weights, self.mixture_version)
-        return with_values(made, self.weights) if isinstance(self.weights, Imatrix) else made
+        made = make_plan(self.catalogue, self.recipe.with_types(types), self.imatrix, self.mixture_version)
+        return with_values(made, self.imatrix) if isinstance(self.imatrix, Imatrix) else made
 
     @property
     def tensor_bytes(self) -> int:
@@ -151,7 +170,7 @@ class Plan:
 
 
 def make_plan(
-    catalogue: Catalogue, recipe: Recipe, imatrix: Weights | None = None, mixture_version: str = VERSIONS[0]
+    catalogue: Catalogue, recipe: Recipe, imatrix: ImatrixEntries | None = None, mixture_version: str = VERSIONS[0]
 ) -> Plan:
     """Decide every tensor. Raises RecipeError for rules that cannot work on this model, all of them
     at once, and UnsupportedError when the recipe is not for this arch."""
@@ -161,15 +180,15 @@ def make_plan(
             f"{catalogue.arch}"
         )
     others = mixture_choice(catalogue, recipe, imatrix is not None, mixture_version)
-    claims, warnings = claim(catalogue, recipe, others)
+    assigned, warnings = assign_rules(catalogue, recipe, others)
     places = [recipe.place("rules", i) for i in range(len(recipe.rules))]
     by_mixture = recipe.place("otherwise")
     planned = []
-    for t, index in zip(catalogue.tensors, claims, strict=True):
+    for t, index in zip(catalogue.tensors, assigned, strict=True):
         if not t.quantizable:
             nbytes = STORED_TYPES[t.source_type].row_bytes(t.n_cols) * t.n_rows
             why = "never quantized: norms, router and biases are small and sensitive"
-            planned.append(Planned(t, t.source_type, t.source_type, nbytes, "", why, "not used"))
+            planned.append(Planned(t, t.source_type, t.source_type, nbytes, "", why, ImatrixStatus.NOT_USED))
             continue
         if index is None:
             asked, place, why = QTYPES[others[t.name]], by_mixture, "llama-quantize's own choice"
@@ -177,7 +196,7 @@ def make_plan(
             rule = recipe.rules[index]
             asked, place, why = QTYPES[rule.type], places[index], rule.why
         try:
-            given = fit(asked, t.n_cols, mixture_version)
+            given = fitting_type(asked, t.n_cols, mixture_version)
         except KernelError as e:
             at = place if index is None else recipe.place("rules", index, "type")
             raise RecipeError(f"{at}: '{t.name}': {e}; give it another type in a rule before") from None
@@ -187,14 +206,14 @@ def make_plan(
         nbytes = given.row_bytes(t.n_cols) * t.n_rows
         planned.append(Planned(t, given.name, asked.name, nbytes, place, why, status))
     if recipe.imatrix == "optional" and imatrix is None:
-        needs = [t for t in planned if t.imatrix == "required"]
+        needs = [t for t in planned if t.imatrix == ImatrixStatus.REQUIRED]
         if needs:
             more = f", as {'does' if len(needs) == 2 else 'do'} {len(needs) - 1} more" if len(needs) > 1 else ""
             warnings.append(
                 f"{recipe.place('imatrix')}: {needs[0].type} for '{needs[0].tensor.name}' needs an importance matrix"
                 f"{more}; say imatrix: required"
             )
-    return Plan(catalogue, recipe, tuple(planned), tuple(warnings), mixture_version, weights=imatrix)
+    return Plan(catalogue, recipe, tuple(planned), tuple(warnings), mixture_version, imatrix=imatrix)
 
 
 def mixture_choice(catalogue: Catalogue, recipe: Recipe, has_imatrix: bool, version: str) -> dict[str, str]:
@@ -207,28 +226,23 @@ def mixture_choice(catalogue: Catalogue, recipe: Recipe, has_imatrix: bool, vers
     return dict(zip((t.name for t in catalogue.tensors if t.quantizable), types, strict=True))
 
 
-def imatrix_status(t: Tensor, given: str, recipe: Recipe, imatrix: Weights | None) -> str:
-    """How an importance matrix bears on a tensor of that type.
-
-    used: it has an entry of the right size · missing: it has none, the tensor is quantized without ·
-    needed: it has none, and the type must have one · wrong size: the entry does not fit, which no type excuses ·
-    not used: the type has no use for it · without an imatrix: required or optional.
-    """
+def imatrix_status(t: Tensor, given: str, recipe: Recipe, imatrix: ImatrixEntries | None) -> ImatrixStatus:
+    """How an importance matrix bears on a tensor of that type."""
     if given == t.source_type:  # of the same type already: its blocks are copied
-        return "not used"
+        return ImatrixStatus.NOT_USED
     n_mats = t.shape[2] if len(t.shape) > 2 else 1
     fits = imatrix is None or t.name not in imatrix or imatrix.fits(t.name, t.n_cols, n_mats)
     # llama-quantize: an entry of the wrong size is an error, but for token_embd, which does without
-    if not fits and t.role != "embedding":
-        return "wrong size"
+    if not fits and t.role != Role.EMBEDDING:
+        return ImatrixStatus.WRONG_SIZE
     if not QTYPES[given].uses_imatrix:
-        return "not used"
+        return ImatrixStatus.NOT_USED
     needs = must_have_weights(t.name, given, recipe.file_type)
     if imatrix is None:
-        return "required" if needs or recipe.imatrix == "required" else "optional"
+        return ImatrixStatus.REQUIRED if needs or recipe.imatrix == "required" else ImatrixStatus.OPTIONAL
     if t.name not in imatrix or not fits:
-        return "needed" if needs else "missing"
-    return "used"
+        return ImatrixStatus.NEEDED if needs else ImatrixStatus.MISSING
+    return ImatrixStatus.USED
 
 
 def must_have_weights(name: str, given: str, file_type: str) -> bool:
@@ -247,7 +261,7 @@ def check_imatrix(plan: Plan, given: bool) -> None:
                 f"the recipe {plan.recipe.name} requires an importance matrix; give one with --imatrix FILE "
                 "(llama-imatrix makes them, and published quantizations often come with theirs)"
             )
-        needs = [t for t in plan.tensors if t.imatrix == "required"]
+        needs = [t for t in plan.tensors if t.imatrix == ImatrixStatus.REQUIRED]
         if needs:
             more = len(needs) - 1
             others = f", as {'does' if more == 1 else 'do'} {more} more" if more else ""
@@ -257,8 +271,8 @@ def check_imatrix(plan: Plan, given: bool) -> None:
             )
         return
     for status, what, which in (
-        ("wrong size", "an entry of the wrong size", ""),
-        ("needed", "no entry", " that must have one"),
+        (ImatrixStatus.WRONG_SIZE, "an entry of the wrong size", ""),
+        (ImatrixStatus.NEEDED, "no entry", " that must have one"),
     ):
         bad = [t for t in plan.tensors if t.imatrix == status]
         if bad:
@@ -284,7 +298,7 @@ def with_values(plan: Plan, imatrix: Imatrix | None) -> Plan:
     found = imatrix.check()
     gaps = []
     for t in plan.tensors:
-        if t.imatrix != "used" or t.tensor.name not in found:
+        if t.imatrix != ImatrixStatus.USED or t.tensor.name not in found:
             continue
         shape = t.tensor.shape
         n_mats = shape[2] if len(shape) > 2 else 1
@@ -292,6 +306,6 @@ def with_values(plan: Plan, imatrix: Imatrix | None) -> Plan:
         lossy = t.type in LOST_WITHOUT_WEIGHTS or t.type in SPOILED_WITHOUT_WEIGHTS
         zeros, n_blocks = (what.zeros, what.n_zero_blocks) if lossy else ((), 0)
         if what.unseen or zeros or n_blocks:
-            is_expert = t.tensor.role == "routed expert"
+            is_expert = t.tensor.role == Role.ROUTED_EXPERT
             gaps.append(Gap(t.tensor.name, t.type, is_expert, n_mats, what.unseen, zeros, n_blocks))
     return replace(plan, gaps=tuple(gaps))

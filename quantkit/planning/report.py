@@ -14,9 +14,9 @@ from ..base.text import GIB, gib, shape_text, size, table
 from ..gguf.header import ARRAY, F32, KV, STRING, TYPE_NAMES, array_head, decode
 from ..gguf.types import STORED_TYPES
 from ..model.catalogue import ROLES, Catalogue, family_of, ranges
-from .fit import Answer, Fit, Weights
+from .fit import Answer, Fit, PlacedBytes
 from .gaps import gap_notes, gap_warnings
-from .plan import Plan, Planned
+from .plan import ImatrixStatus, Plan, Planned
 
 _MAX_VALUE = 60
 
@@ -53,7 +53,7 @@ def plan_text(plan: Plan, files: Sequence[tuple[str, int]], every_tensor: bool =
             f"note: {len(fell)} tensors got another type than asked, since their rows do not divide into its blocks: "
             + ", ".join(sorted({f"{family_of(t.tensor.name)} {t.requested} -> {t.type}" for t in fell}))
         )
-    missing = [t for t in plan.tensors if t.imatrix == "missing"]
+    missing = [t for t in plan.tensors if t.imatrix == ImatrixStatus.MISSING]
     if missing:
         names = ", ".join(sorted({family_of(t.tensor.name) for t in missing}))
         notes.append(f"note: {len(missing)} tensors have no entry in the importance matrix, and do without: {names}")
@@ -198,7 +198,7 @@ def inspection_text(found: Mapping[str, Any], every_tensor: bool) -> str:
 # ---------------------------------------------------------------- fit
 
 
-def fit_text(w: Weights, answers: Sequence[Answer], about: str, ram: int | None) -> str:
+def fit_text(w: PlacedBytes, answers: Sequence[Answer], about: str, ram: int | None) -> str:
     """What fits on GPUs, for people. `about`: the context and its cache in words. `ram`: bytes there are, or None."""
     n_moe = sum(1 for x in w.layers if x.experts)
     of = f" as {w.recipe}" if w.recipe else ""

@@ -29,7 +29,7 @@ class Match(NamedTuple):
     """quantizable tensors it matches, before earlier rules take theirs"""
 
 
-def claim(catalogue: Catalogue, recipe: Recipe, others: Mapping[str, str]) -> tuple[list[int | None], list[str]]:
+def assign_rules(catalogue: Catalogue, recipe: Recipe, others: Mapping[str, str]) -> tuple[list[int | None], list[str]]:
     """For each tensor the index of the first rule that matches it; and warnings. `others`: the types of
     the tensors that no rule needs to match. Raises RecipeError."""
     errors: list[str] = []

@@ -141,7 +141,7 @@ def _expected_keys(plan: Plan, imatrix: Imatrix | None) -> dict[str, tuple[int, 
             type_, form = {"int": (_U32, "<I"), "float": (_F32, "<f"), "bool": (_BOOL, "<?")}[item.type]
             put(item.key, type_, struct.pack(form, item.value))
     if imatrix is not None:
-        put("quantize.imatrix.file", _STR, _text(imatrix.typed.encode()[:_MOST_NOTED]))
+        put("quantize.imatrix.file", _STR, _text(imatrix.path_as_given.encode()[:_MOST_NOTED]))
         if imatrix.datasets:
             put("quantize.imatrix.dataset", _STR, _text(imatrix.datasets[0].encode()[:_MOST_NOTED]))
         put("quantize.imatrix.entries_count", _U32, struct.pack("<I", len(imatrix.entries)))
@@ -203,7 +203,7 @@ def _check_first(
             wrong(f"key '{name}'", key, expected, found)
         elif key.raw != raw:
             verdict.notes.append(
-                f"{name} is {key.shown()} in {g.name}; the one given is {imatrix.typed if imatrix else ''}"
+                f"{name} is {key.shown()} in {g.name}; the one given is {imatrix.path_as_given if imatrix else ''}"
             )
     if not complete:
         return

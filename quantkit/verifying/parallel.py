@@ -17,7 +17,7 @@ def each(jobs: Iterable[T], n_threads: int, make: Callable[[], Callable[[T], Non
     lock, stop = threading.Lock(), threading.Event()
     none = object()
 
-    def labour() -> None:
+    def work() -> None:
         do = make()
         try:
             while not stop.is_set():
@@ -31,7 +31,7 @@ def each(jobs: Iterable[T], n_threads: int, make: Callable[[], Callable[[T], Non
             raise
 
     with ThreadPoolExecutor(n_threads, "verify") as pool:
-        futures = [pool.submit(labour) for _ in range(n_threads)]
+        futures = [pool.submit(work) for _ in range(n_threads)]
         try:
             while wait(futures, timeout=0.2).not_done:
                 pass  # in short turns, so that Ctrl-C is heard

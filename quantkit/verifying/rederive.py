@@ -79,7 +79,7 @@ def choose(n_rows: int, fraction: float, seed: int, name: str, mat: int) -> I64:
 
 
 @dataclass(frozen=True)
-class Rows:
+class RowCheck:
     """What rows are compared with, and which."""
 
     catalogue: Catalogue
@@ -100,7 +100,7 @@ class _Batch(NamedTuple):
     rows: I64
 
 
-def check_imatrix(rows: Rows, types: Mapping[str, str]) -> None:
+def check_imatrix(rows: RowCheck, types: Mapping[str, str]) -> None:
     """Raise ImatrixError when an entry that is needed is not there or does not fit; KernelError when this
     ggml cannot make a type. `types`: tensor name -> type."""
     for t in rows.catalogue.tensors:
@@ -122,7 +122,7 @@ def check_imatrix(rows: Rows, types: Mapping[str, str]) -> None:
             raise ImatrixError(f"'{t.name}' as {type_} needs an importance matrix to be compared; {given}")
 
 
-def can_compare(rows: Rows, name: str, type_: str) -> bool:
+def can_compare(rows: RowCheck, name: str, type_: str) -> bool:
     """Whether rows of that type can be made for a tensor, with the importance matrix that there is."""
     tensor = next((t for t in rows.catalogue.tensors if t.name == name), None)
     if tensor is None or type_ not in QTYPES or type_ in INTEGER_TYPES or tensor.n_cols % QTYPES[type_].block:
@@ -135,7 +135,12 @@ def can_compare(rows: Rows, name: str, type_: str) -> bool:
 
 
 def rederive(
-    files: Sequence[Gguf], types: Mapping[str, str], rows: Rows, findings: Findings, n_threads: int, progress: Progress
+    files: Sequence[Gguf],
+    types: Mapping[str, str],
+    rows: RowCheck,
+    findings: Findings,
+    n_threads: int,
+    progress: Progress,
 ) -> tuple[int, int]:
     """Compare the sampled rows of every tensor that has the type it should (`types`: name -> type) and the
     shape of the source's. Returns (rows compared, rows there are). Raises SourceError, ImatrixError,
@@ -184,7 +189,7 @@ def _mat_rows(t: Tensor) -> int:
 
 
 class _Worker:
-    def __init__(self, rows: Rows, findings: Findings) -> None:
+    def __init__(self, rows: RowCheck, findings: Findings) -> None:
         self.rows, self.findings = rows, findings
         self.deriver = Deriver(rows.source, rows.ggml)
 
@@ -261,7 +266,7 @@ def _stored(batch: _Batch, row_bytes: int) -> U8:
     return out
 
 
-def is_zero(rows: Rows, info: Info, mat: int) -> bool:
+def is_zero(rows: RowCheck, info: Info, mat: int) -> bool:
     """Whether all of a tensor's matrix is 0 in the source; False where the source has no such tensor. Raises
     SourceError."""
     tensor = next((t for t in rows.catalogue.tensors if t.name == info.name), None)

@@ -16,7 +16,7 @@ from . import against_plan, attestation, manifest, structure
 from .against_plan import Expected
 from .attestation import Attested
 from .gguf import Info, kind_of
-from .rederive import Rows, can_compare, is_zero, rederive
+from .rederive import RowCheck, can_compare, is_zero, rederive
 from .scan import Digests, Empty, scan
 from .verdict import Finding, Progress, Verdict
 
@@ -31,7 +31,7 @@ class Request:
     plan: Plan | None = None
     imatrix: Imatrix | None = None
     ignored_keys: Collection[str] = ()
-    rows: Rows | None = None
+    rows: RowCheck | None = None
     manifest: dict[str, Any] | None = None
     attested: Attested | None = None
     hash_source: bool = False
@@ -98,7 +98,7 @@ def verify(request: Request, progress: Progress) -> Outcome:
 _NAMED_TENSORS, _NAMED_MATRICES = 3, 8
 
 
-def _of_empty(found: list[tuple[Info, list[int]]], rows: Rows | None) -> Iterator[str]:
+def _of_empty(found: list[tuple[Info, list[int]]], rows: RowCheck | None) -> Iterator[str]:
     """A note on matrices of which every block's scale is 0, but for those that are zeros in the source too."""
     if rows is not None:
         found = [(info, [m for m in numbers if not is_zero(rows, info, m)]) for info, numbers in found]
@@ -120,7 +120,7 @@ def _of_empty(found: list[tuple[Info, list[int]]], rows: Rows | None) -> Iterato
     )
 
 
-def _other_types(found: structure.Set, expected: list[Expected], rows: Rows) -> dict[str, str]:
+def _other_types(found: structure.Set, expected: list[Expected], rows: RowCheck) -> dict[str, str]:
     """The types of tensors that have another than expected, so that their rows are compared as what they say they are:
     that tells another recipe's file from a damaged one."""
     wanted = {t.name: t.type for t in expected}

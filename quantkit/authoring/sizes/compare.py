@@ -1,4 +1,4 @@
-"""Sizes of recipes x models: planned, locked, compared; and the ladder of recipes for one model.
+"""Sizes of recipes x models: planned, locked, compared; and the size table of recipes for one model.
 
 Each model is opened once a layout, each recipe read once. A cell where the recipe is not for the
 model's arch is left out; one where the recipe's rules cannot work on the model is kept with the
@@ -20,12 +20,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ...base.errors import KernelError, QuantkitError, RecipeError, did_you_mean
+from ...base.text import TextEnum
 from ...gguf.types import QTYPES
-from ...model.catalogue import ROLES, Catalogue
+from ...model.catalogue import ROLES, Catalogue, Role
 from ...model.families.known import MODELS
 from ...model.families.options import Options
 from ...model.open import open_model
-from ...planning.layout import lay_out, output_kvs
+from ...planning.file_layout import lay_out, output_kvs
 from ...planning.plan import Plan, Planned, make_plan
 from ...recipe.load import Recipe, load, shipped, shipped_name
 from .lock import DEFAULT_NAMES, Cell, Key, Lock, Matrix, group_name, groups, layer_and_rest, ungroup
@@ -145,7 +146,7 @@ def _plans(matrix: Matrix, folder: Path, broken: list[Broken] | None = None) -> 
         for catalogue in catalogues:
             for name, recipe in recipes:
                 if recipe.is_for(catalogue.arch):
-                    key = Key(recipe=name, model=model, layout=catalogue.layout)
+                    key = Key(recipe=name, model=model, layout=str(catalogue.layout))
                     try:
                         yield _Planned(key, make_plan(catalogue, recipe), "")
                     except QuantkitError as e:
@@ -153,7 +154,7 @@ def _plans(matrix: Matrix, folder: Path, broken: list[Broken] | None = None) -> 
 
 
 def _cell(key: Key, plan: Plan) -> Cell:
-    by_role: Counter[str] = Counter()
+    by_role: Counter[Role] = Counter()
     for t in plan.tensors:
         by_role[t.tensor.role] += t.nbytes
     order = [*ROLES, *sorted(by_role.keys() - set(ROLES))]
@@ -163,7 +164,7 @@ def _cell(key: Key, plan: Plan) -> Cell:
         elements=plan.n_elements,
         tensor_bytes=plan.tensor_bytes,
         file_bytes=sum(f.nbytes for f in lay_out(plan, output_kvs(plan, None))) if whole else None,
-        roles={role: by_role[role] for role in order if role in by_role},
+        roles={str(role): by_role[role] for role in order if role in by_role},
         types=plan.types(),
         tensors=groups((t.tensor.name, t.type) for t in plan.tensors),
     )
@@ -202,12 +203,25 @@ class Move(NamedTuple):
     """file:line rules[i] that decides now"""
 
 
+class ChangeStatus(TextEnum):
+    """What became of a cell."""
+
+    SAME = "same"
+    MOVED = "moved"
+    TOLERATED = "tolerated"
+    NEW = "new"
+    VANISHED = "vanished"
+    FAILED = "failed"
+    """it could be planned before, and cannot now"""
+    PLANNED = "planned"
+    """it could not be planned before"""
+
+
 class Change(NamedTuple):
     """A cell of the lock against the plan of now."""
 
     key: Key
-    status: str
-    """same | moved | tolerated | new | vanished | failed (planned before, not now) | planned (not before)"""
+    status: ChangeStatus
     before: Cell | None
     after: Cell | None
     moves: tuple[Move, ...]
@@ -218,7 +232,7 @@ class Change(NamedTuple):
 
     @property
     def drifted(self) -> bool:
-        return self.status not in ("same", "tolerated")
+        return self.status not in (ChangeStatus.SAME, ChangeStatus.TOLERATED)
 
     @property
     def delta(self) -> int:
@@ -243,7 +257,7 @@ class Comparison:
 
 
 def compare(lock: Lock, path: Path, tolerance: Fraction = Fraction(0)) -> Comparison:
-    """Plan the matrix of the lock in file `path` anew and compare. A cell whose tensor bytes moved by at
+    """Plan the matrix of the lock in file `path` again and compare. A cell whose tensor bytes moved by at
     most `tolerance` (a share of the bytes before; 0: no change of any kind) is tolerated. A recipe or a model
     that cannot be read is part of the comparison, and its cells are not."""
     old = {cell.cell: cell for cell in lock.cells}
@@ -260,7 +274,7 @@ def compare(lock: Lock, path: Path, tolerance: Fraction = Fraction(0)) -> Compar
         if key in skipped:
             continue
         detail = "the matrix has no such cell now: the recipe or the model has gone, or has another arch"
-        changes.append(Change(key, "vanished", before, None, (), detail, _file_of(key, path.parent)))
+        changes.append(Change(key, ChangeStatus.VANISHED, before, None, (), detail, _file_of(key, path.parent)))
     return Comparison(os.path.relpath(path), tolerance, tuple(changes), tuple(broken), len(skipped))
 
 
@@ -279,14 +293,16 @@ def _file_of(key: Key, folder: Path) -> str:
 
 def _change(key: Key, before: Cell | None, after: Cell, plan: Plan | None, error: str, tolerance: Fraction) -> Change:
     if before is None:
-        return Change(key, "new", None, after, (), error or "the lock has no such cell", "")
+        return Change(key, ChangeStatus.NEW, None, after, (), error or "the lock has no such cell", "")
     if before == after:
-        return Change(key, "same", before, after, (), "", "")
+        return Change(key, ChangeStatus.SAME, before, after, (), "", "")
     if plan is None:
         was = "it could be planned before" if before.error is None else "it could not be planned before either"
-        return Change(key, "failed", before, after, (), f"{error} ({was})", "")
+        return Change(key, ChangeStatus.FAILED, before, after, (), f"{error} ({was})", "")
     if before.error is not None:
-        return Change(key, "planned", before, after, (), f"it could not be planned before: {before.error}", "")
+        return Change(
+            key, ChangeStatus.PLANNED, before, after, (), f"it could not be planned before: {before.error}", ""
+        )
     moves = _moves(before.tensors, plan.tensors)
     details = []
     if before.elements != after.elements:
@@ -297,7 +313,9 @@ def _change(key: Key, before: Cell | None, after: Cell, plan: Plan | None, error
         was, now = (f"{n:,} bytes" if n is not None else "not known" for n in (before.file_bytes, after.file_bytes))
         details.append(f"the file: {was} before, {now} now")
     within = 0 < tolerance >= Fraction(abs(after.tensor_bytes - before.tensor_bytes), max(before.tensor_bytes, 1))
-    return Change(key, "tolerated" if within else "moved", before, after, moves, "; ".join(details), "")
+    return Change(
+        key, ChangeStatus.TOLERATED if within else ChangeStatus.MOVED, before, after, moves, "; ".join(details), ""
+    )
 
 
 def _moves(before: Mapping[str, str], now: Sequence[Planned]) -> tuple[Move, ...]:
@@ -332,10 +350,10 @@ def _moves(before: Mapping[str, str], now: Sequence[Planned]) -> tuple[Move, ...
     return tuple(moves)
 
 
-# ---------------------------------------------------------------- the ladder
+# ---------------------------------------------------------------- the size table
 
 
-class Rung(NamedTuple):
+class SizeRow(NamedTuple):
     """A recipe on a model."""
 
     recipe: str
@@ -348,10 +366,10 @@ class Rung(NamedTuple):
     """bits a weight of these"""
 
 
-def ladder(catalogue: Catalogue, recipes: Sequence[str]) -> tuple[list[Rung], list[str]]:
+def size_table(catalogue: Catalogue, recipes: Sequence[str]) -> tuple[list[SizeRow], list[str]]:
     """The recipes on one model, smallest first; and a sentence for each that cannot be planned. Recipes
     that are not for the model's arch are left out unless none is left."""
-    rungs, notes = [], []
+    rows, notes = [], []
     loaded: list[tuple[str, Recipe]] = [(name, load(name)) for name in expand_recipes(recipes, Path())]
     for name, recipe in loaded:
         if not recipe.is_for(catalogue.arch):
@@ -361,21 +379,21 @@ def ladder(catalogue: Catalogue, recipes: Sequence[str]) -> tuple[list[Rung], li
         except QuantkitError as e:
             notes.append(f"{name} cannot be planned: {e}")
             continue
-        rungs.append(_rung(name, plan))
-    if not rungs and not notes:
+        rows.append(_size_row(name, plan))
+    if not rows and not notes:
         raise RecipeError(
             f"{catalogue.model} is a {catalogue.arch}, and no recipe of {', '.join(n for n, _ in loaded)} is for that"
         )
-    return sorted(rungs, key=lambda r: (r.tensor_bytes, r.recipe)), notes
+    return sorted(rows, key=lambda r: (r.tensor_bytes, r.recipe)), notes
 
 
-def _rung(name: str, plan: Plan) -> Rung:
-    for role in ("routed expert", "dense ffn"):
+def _size_row(name: str, plan: Plan) -> SizeRow:
+    for role in (Role.ROUTED_EXPERT, Role.DENSE_FFN):
         of = [t for t in plan.tensors if t.tensor.role == role]
         if of:
             bits = 8 * sum(t.nbytes for t in of) / sum(t.tensor.n_elements for t in of)
-            return Rung(name, plan.recipe.title, plan.tensor_bytes, plan.bpw, role, bits)
-    return Rung(name, plan.recipe.title, plan.tensor_bytes, plan.bpw, "", None)
+            return SizeRow(name, plan.recipe.title, plan.tensor_bytes, plan.bpw, role, bits)
+    return SizeRow(name, plan.recipe.title, plan.tensor_bytes, plan.bpw, "", None)
 
 
 def default_lock() -> Path:

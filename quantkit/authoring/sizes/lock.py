@@ -1,7 +1,7 @@
 """The sizes lock: a YAML (or JSON) file of what recipes x models weigh, a short line a thing, to read well in a diff.
 
     version: 1
-    matrix:                      # as given; names and globs are expanded anew at every check
+    matrix:                      # as given; names and globs are expanded again at every check
       recipes: [all]
       models: [deepseek-r1]
       layouts: [k_b+v_b, kv_b]
@@ -44,7 +44,7 @@ VERSION = 1
 _MAX_BYTES = 64 << 20
 _MAX_TENSORS = 1 << 20
 _MAX_DEPTH = 8
-_REDO = "restore it, or write it anew with `quantkit sizes update -r RECIPE -m MODEL`"
+_REDO = "restore it, or write it again with `quantkit sizes update -r RECIPE -m MODEL`"
 
 Count = Annotated[int, Field(ge=0)]
 
@@ -185,7 +185,7 @@ def is_lock(path: Path) -> bool:
     return text is not None and re.search(r'^\s*"?(matrix|cells)"?\s*:', text, re.M) is not None
 
 
-def read(path: Path) -> Lock:
+def read_lock(path: Path) -> Lock:
     """The lock in a file. Raises SourceError, with the line, for one that is missing, damaged or edited."""
     try:
         text = text_within(path, _MAX_BYTES)

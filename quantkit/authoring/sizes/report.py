@@ -1,4 +1,4 @@
-"""What moved in sizes, as text, JSON, Markdown, GitHub workflow commands and JUnit XML; and the ladder of recipes.
+"""What moved in sizes, as text, JSON, Markdown, GitHub workflow commands and JUnit XML; and the size table of recipes.
 
 Returns text, never prints. GiB is 2^30 bytes and GB 10^9, and every table says which.
 """
@@ -14,7 +14,7 @@ from typing import Any
 
 from ...base.text import gib, table
 from ...model.catalogue import ROLES
-from .compare import Change, Comparison, Move, Rung
+from .compare import Change, ChangeStatus, Comparison, Move, SizeRow
 from .lock import Key
 
 FORMATS = ("text", "json", "markdown", "github", "junit")
@@ -45,7 +45,7 @@ def verdict(c: Comparison) -> str:
     """The comparison in a sentence."""
     if c.broken and not c.changes:
         return f"nothing compared: {_unread(c)}"
-    tolerated = sum(x.status == "tolerated" for x in c.changes)
+    tolerated = sum(x.status == ChangeStatus.TOLERATED for x in c.changes)
     within = f", {tolerated} within the tolerance of {float(100 * c.tolerance):g} %" if tolerated else ""
     unread = f"; {_count(c.n_skipped)} not compared: {_unread(c)}" if c.broken else ""
     if not c.drifted:
@@ -74,12 +74,13 @@ def _bytes(nbytes: int) -> str:
 def headline(change: Change) -> str:
     """A change in a line: what it weighed, what it weighs."""
     before, after = change.before, change.after
-    if change.status == "new" and after is not None:
+    if change.status == ChangeStatus.NEW and after is not None:
         return "new" if after.error else f"new: {_bytes(after.tensor_bytes)}"
-    if change.status == "vanished" and before is not None:
+    if change.status == ChangeStatus.VANISHED and before is not None:
         return "vanished" if before.error else f"vanished: {_bytes(before.tensor_bytes)} before"
-    if change.status in ("failed", "planned") or before is None or after is None:
-        return {"failed": "cannot be planned", "planned": "can be planned now"}.get(change.status, change.status)
+    if change.status in (ChangeStatus.FAILED, ChangeStatus.PLANNED) or before is None or after is None:
+        said = {ChangeStatus.FAILED: "cannot be planned", ChangeStatus.PLANNED: "can be planned now"}
+        return said.get(change.status, change.status)
     if before.tensor_bytes == after.tensor_bytes:
         return f"{change.status}: {_bytes(after.tensor_bytes)} as before, otherwise made up"
     return (
@@ -128,7 +129,7 @@ def text(c: Comparison) -> str:
         "\n".join([f"{b.what}: cannot be read", *(f"  {line}" for line in str(b.error).split("\n"))]) for b in c.broken
     ]
     for change in c.changes:
-        if change.status != "same":
+        if change.status != ChangeStatus.SAME:
             parts.append("\n".join([f"{change.key}: {headline(change)}", *(f"  {line}" for line in details(change))]))
     return "\n\n".join([*parts, verdict(c)])
 
@@ -173,7 +174,7 @@ def _code(line: str) -> str:
 
 def markdown(c: Comparison) -> str:
     """A comparison as a table, and what moved under it."""
-    changed = [x for x in c.changes if x.status != "same"]
+    changed = [x for x in c.changes if x.status != ChangeStatus.SAME]
     parts = ["### quantkit sizes", verdict(c)]
     for b in c.broken:
         lines = [f"- {_code(line)}" for line in str(b.error).split("\n")]
@@ -233,7 +234,7 @@ def _annotated(change: Change, lock: str) -> tuple[str, str]:
     ruled = [m for m in change.moves if m.rule]
     if ruled and change.file:
         return _at(max(ruled, key=lambda m: abs(m.nbytes or 0)).rule, change.file)
-    if change.status != "vanished" and change.file:
+    if change.status != ChangeStatus.VANISHED and change.file:
         return _at(change.detail, change.file)
     return lock, ""
 
@@ -254,7 +255,9 @@ def github(c: Comparison) -> str:
     for b in c.broken:
         for line in str(b.error).split("\n"):
             found.append(("error", _at(line, b.file) if b.file else (c.file, ""), b.what, line))
-    kinds = [("error", x) for x in c.drifted] + [("warning", x) for x in c.changes if x.status == "tolerated"]
+    kinds = [("error", x) for x in c.drifted] + [
+        ("warning", x) for x in c.changes if x.status == ChangeStatus.TOLERATED
+    ]
     for kind, x in kinds:
         found.append((kind, _annotated(x, c.file), str(x.key), "\n".join([headline(x), *details(x)])))
     out = [
@@ -308,15 +311,15 @@ def junit(c: Comparison, when: str) -> str:
     return '<?xml version="1.0" encoding="UTF-8"?>\n' + Xml.tostring(root, encoding="unicode")
 
 
-# ---------------------------------------------------------------- the ladder
+# ---------------------------------------------------------------- the size table
 
 
-def ladder(model: str, layout: str, rungs: Sequence[Rung], notes: Sequence[str], form: str) -> str:
+def size_table(model: str, layout: str, found: Sequence[SizeRow], notes: Sequence[str], form: str) -> str:
     """The recipes for a model as text, Markdown or JSON."""
     if form == "json":
-        values = [{**r._asdict(), "bpw": round(r.bpw, 4), "bits": r.bits and round(r.bits, 4)} for r in rungs]
+        values = [{**r._asdict(), "bpw": round(r.bpw, 4), "bits": r.bits and round(r.bits, 4)} for r in found]
         return json.dumps({"model": model, "layout": layout, "recipes": values, "notes": list(notes)}, indent=1)
-    roles = {r.role for r in rungs if r.role}
+    roles = {r.role for r in found if r.role}
     bits = f"bits of {roles.pop()}s" if len(roles) == 1 else "bits"
     head = ["recipe", "title", "tensor data, bytes", "GiB", "GB", "BPW", bits.replace("dense ffns", "the ffn")]
     rows = [
@@ -324,7 +327,7 @@ def ladder(model: str, layout: str, rungs: Sequence[Rung], notes: Sequence[str],
             *(r.recipe, r.title, f"{r.tensor_bytes:,}", f"{r.tensor_bytes / 2**30:,.2f}"),
             *(f"{r.tensor_bytes / 1e9:,.2f}", f"{r.bpw:.2f}", "" if r.bits is None else f"{r.bits:.2f}"),
         ]
-        for r in rungs
+        for r in found
     ]
     lines = [f"note: {n}" for n in notes]
     if form == "markdown":

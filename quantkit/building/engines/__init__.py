@@ -15,18 +15,18 @@ import numpy as np
 import numpy.typing as npt
 
 from ...base.folders import Folder
-from ...planning.layout import FileLayout
+from ...planning.file_layout import FileLayout
 from ...planning.plan import Plan
 
 #: called with the name of the tensor at work and the elements finished since the last call
 Progress = Callable[[str, int], None]
 
 
-class Weights(Protocol):
+class ImportanceValues(Protocol):
     """An importance matrix, as an engine reads it."""
 
     @property
-    def typed(self) -> str: ...
+    def path_as_given(self) -> str: ...
     @property
     def path(self) -> Path: ...
     def weights(self, name: str, mat: int, n_cols: int) -> npt.NDArray[np.float32]: ...
@@ -46,10 +46,10 @@ class Sink(Protocol):
     def is_empty(self) -> bool:
         """Whether nothing is there from an earlier run."""
 
-    def give_up_rows(self) -> None:
+    def discard_rows(self) -> None:
         """What `put` wrote is not needed: the engine writes the one output file as a whole, into the scratch folder."""
 
-    def adopt(self, name: str) -> None:
+    def accept_whole_file(self, name: str) -> None:
         """Take that file of the scratch folder, with all tensors and the planned header. Raises OutputError for one
         that is not ours."""
 
@@ -59,10 +59,10 @@ class Work:
     """What an engine has to do."""
 
     plan: Plan
-    layouts: tuple[FileLayout, ...]
+    file_layouts: tuple[FileLayout, ...]
     """the output files, in order"""
     sink: Sink
-    imatrix: Weights | None
+    imatrix: ImportanceValues | None
     n_threads: int
     progress: Progress
     scratch: Folder

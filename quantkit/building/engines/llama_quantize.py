@@ -30,7 +30,7 @@ from ...gguf.shards import is_usual_name
 from ...gguf.types import FILE_TYPES, QTYPES
 from ...llama_cpp.tensor_types import tensor_type_file
 from ...model.catalogue import Source, Tensor
-from ...planning.layout import FileLayout
+from ...planning.file_layout import FileLayout
 from ...planning.plan import Plan, Planned, types_asked
 from ..rows import RowReader
 from . import Work
@@ -38,7 +38,7 @@ from . import Work
 _LINE = re.compile(r"^\[\s*(\d+)/\s*(\d+)\]\s+(\S+)\s+- \[")
 _SLAB_VALUES = 1 << 20
 #: scratch for tensors that go through one run together; starting it costs seconds (IQ1_S sorts its
-#: grid anew each time), so small tensors share a run, and a larger one has its own
+#: grid again each time), so small tensors share a run, and a larger one has its own
 BATCH_BYTES = 4 << 30
 _COPY_BYTES = 1 << 24
 _LAST_WORDS = 6
@@ -64,7 +64,7 @@ class LlamaQuantizeEngine:
         source = work.plan.catalogue.source
         assert source is not None
         first = source.files[0]
-        whole = len(work.layouts) == 1 and first.suffix == ".gguf" and QTYPES.get(_dtype(source, work)) is not None
+        whole = len(work.file_layouts) == 1 and first.suffix == ".gguf" and QTYPES.get(_dtype(source, work)) is not None
         whole = whole and (len(source.files) == 1 or is_usual_name(first.name))
         # it copies the source's keys: with --pre or --pad-token the output has others
         whole = whole and getattr(source, "kvs", None) == work.plan.catalogue.kvs
@@ -75,24 +75,24 @@ class LlamaQuantizeEngine:
             self._piecewise(work, source)
 
     def _whole(self, work: Work, source: Source) -> None:
-        layout = work.layouts[0]
-        work.sink.give_up_rows()
-        self._quantize(work, source.path, [p.planned for p in layout.tensors])
+        file_layout = work.file_layouts[0]
+        work.sink.discard_rows()
+        self._quantize(work, source.path, [p.planned for p in file_layout.tensors])
         with self._opened(work.scratch) as made:
-            self._check_whole(layout, made, work.scratch)
-        work.sink.adopt(_MADE)
+            self._check_whole(file_layout, made, work.scratch)
+        work.sink.accept_whole_file(_MADE)
 
-    def _check_whole(self, layout: FileLayout, made: BinaryIO, scratch: Folder) -> None:
+    def _check_whole(self, file_layout: FileLayout, made: BinaryIO, scratch: Folder) -> None:
         """Raises ToolError unless a whole file has the planned tensors and header."""
         header = self._header(made, scratch)
         got = {t.name: t for t in header.tensors}
-        for p in layout.tensors:
+        for p in file_layout.tensors:
             self._check(p.planned, got.get(p.planned.tensor.name))
         made.seek(0)
-        if made.read(len(layout.header)) != layout.header or header.file_bytes != layout.nbytes:
+        if made.read(len(file_layout.header)) != file_layout.header or header.file_bytes != file_layout.nbytes:
             raise ToolError(
                 f"llama-quantize wrote other metadata than planned ({header.file_bytes:,} bytes in all, planned "
-                f"{layout.nbytes:,}); is {self.binary} a llama-quantize of another version?"
+                f"{file_layout.nbytes:,}); is {self.binary} a llama-quantize of another version?"
             )
 
     def _piecewise(self, work: Work, source: Source) -> None:
@@ -127,7 +127,7 @@ class LlamaQuantizeEngine:
             f.write(tensor_type_file(types_asked(tensors)))
         command = [str(self.binary)]
         if work.imatrix is not None:
-            command += ["--imatrix", work.imatrix.typed]
+            command += ["--imatrix", work.imatrix.path_as_given]
         if any(t.tensor.quantizable and not QTYPES[t.tensor.source_type].is_float for t in tensors):
             command.append("--allow-requantize")
         base = work.plan.recipe.file_type

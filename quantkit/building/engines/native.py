@@ -23,7 +23,7 @@ from ...base.errors import KernelError, WeightError
 from ...base.workers import share_out
 from ...gguf.types import QTYPES
 from ...model.catalogue import Part
-from ...planning.plan import Plan, Planned
+from ...planning.plan import ImatrixStatus, Plan, Planned
 from ..rows import RowReader
 from . import Work
 
@@ -107,7 +107,7 @@ class _Worker:
     def _weights(self, slab: Slab) -> npt.NDArray[np.float32] | None:
         """The importance of a slab's columns, as kernels.quantize has it; read once for slabs that share it."""
         planned = slab.planned
-        if planned.imatrix != "used" or self.work.imatrix is None:
+        if planned.imatrix != ImatrixStatus.USED or self.work.imatrix is None:
             return None
         tensor = planned.tensor
         mat = slab.out_row // tensor.shape[1] if len(tensor.shape) > 2 else 0

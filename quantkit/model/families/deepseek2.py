@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from ...base.errors import SourceError, UnsupportedError
 from ...gguf.header import BOOL, F32, KV, U32, kv
-from ..catalogue import Catalogue, Part, Source, SourceTensor, Tensor, ranges
+from ..catalogue import Catalogue, MlaLayout, Part, Source, SourceTensor, Tensor, ranges
 from .common import Common, common_kvs
 from .config import Config
 from .defaults import default_theta, has_class, with_defaults
@@ -90,7 +90,7 @@ def read_shape(c: Config) -> Shape:
     )
 
 
-def tensors(s: Shape, layout: str) -> Iterator[Tensor]:
+def tensors(s: Shape, layout: MlaLayout) -> Iterator[Tensor]:
     """The tensors of the output, in no particular order, with the parts they are made from."""
     yield whole("token_embd.weight", "model.embed_tokens.weight", s.vocab, s.hidden)
     yield whole("output_norm.weight", "model.norm.weight", s.hidden)
@@ -136,10 +136,10 @@ def tensors(s: Shape, layout: str) -> Iterator[Tensor]:
             yield whole(blk + "ffn_down_shexp.weight", hf + "mlp.shared_experts.down_proj.weight", s.hidden, n)
 
 
-def _kv_b(s: Shape, blk: str, source: str, layout: str) -> Iterator[Tensor]:
+def _kv_b(s: Shape, blk: str, source: str, layout: MlaLayout) -> Iterator[Tensor]:
     per_head = s.nope + s.v_head
     shape = (s.n_heads * per_head, s.kv_lora)
-    if layout == "kv_b":
+    if layout is MlaLayout.KV_B:
         yield assembled(blk + "attn_kv_b.weight", (s.kv_lora, shape[0]), (Part(source, shape, 0, shape[0]),))
         return
     heads = range(s.n_heads)
@@ -149,7 +149,7 @@ def _kv_b(s: Shape, blk: str, source: str, layout: str) -> Iterator[Tensor]:
     yield assembled(blk + "attn_v_b.weight", (s.kv_lora, s.v_head, s.n_heads), v_parts)
 
 
-def arch_kvs(c: Config, s: Shape, rope: Rope, layout: str) -> list[KV]:
+def arch_kvs(c: Config, s: Shape, rope: Rope, layout: MlaLayout) -> list[KV]:
     """The deepseek2.* keys, in the order the converter writes them."""
 
     def u32(key: str, value: int | None) -> None:
@@ -159,7 +159,7 @@ def arch_kvs(c: Config, s: Shape, rope: Rope, layout: str) -> list[KV]:
     def f32(key: str, value: float) -> None:
         out.append(kv(f"{ARCH}.{key}", F32, value))
 
-    mla = layout != "kv_b"
+    mla = layout is not MlaLayout.KV_B
     # MLA runs as attention with one key/value head of the compressed width
     n_kv_heads = 1 if mla else c.int_("num_key_value_heads", s.n_heads)
     lengths = (s.kv_lora + s.rope, s.kv_lora) if mla else (s.nope + s.rope, s.v_head)
@@ -201,12 +201,13 @@ def build(
     """See quantkit.model.families.build."""
     if options.layout not in LAYOUTS:
         raise UnsupportedError(f"layout '{options.layout}' is unknown; deepseek2 has {' and '.join(LAYOUTS)}")
+    layout = MlaLayout(options.layout)
     c = Config(model, with_defaults(config))
     s = read_shape(c)
     if stored is not None and not s.router_bias:
         # V3's bias is known by topk_method; a checkpoint that has it anyway is believed
         s = s._replace(router_bias=any(n.endswith(".mlp.gate.e_score_correction_bias") for n in stored))
-    out = in_order(model, tensors(s, options.layout))
+    out = in_order(model, tensors(s, layout))
     rope = read_rope(c, ARCH, ("linear", "yarn"), default_theta(c))
     notes = [*rope.notes]
     if s.n_experts and s.router_bias and c.values.get("scoring_func") is None:
@@ -222,7 +223,7 @@ def build(
     elif s.n_mtp:
         notes.append(f"left out: {s.n_mtp} multi-token-prediction layer (MTP), as llama.cpp does")
     kvs = general_kvs(ARCH, model, out, source)
-    kvs += arch_kvs(c, s, rope, options.layout)
+    kvs += arch_kvs(c, s, rope, layout)
     kvs.append(kv("general.quantization_version", U32, 2))
     if source is not None:
         tokenizer, more = tokenizer_kvs(source.path, s.vocab, options)
@@ -231,7 +232,7 @@ def build(
     moe = tuple(i for i in range(s.n_layers) if s.is_moe(i))
     dense = tuple(i for i in range(s.n_layers) if not s.is_moe(i))
     return Catalogue(
-        model, ARCH, options.layout, s.n_layers, dense, moe, tuple(out), tuple(kvs), source is not None, source,
+        model, ARCH, layout, s.n_layers, dense, moe, tuple(out), tuple(kvs), source is not None, source,
         tuple(notes),
     )  # fmt: skip
 

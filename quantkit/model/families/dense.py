@@ -13,21 +13,21 @@ from typing import Any, NamedTuple
 
 from ...base.errors import SourceError, UnsupportedError
 from ...gguf.header import BOOL, KV, U32, kv
-from ..catalogue import Catalogue, Part, Source, SourceTensor, Tensor
+from ..catalogue import Catalogue, MlaLayout, Part, Source, SourceTensor, Tensor
 from .common import EXPERTS, Common, common_kvs
 from .config import Config
 from .defaults import DEFAULT_THETA, default_theta, with_defaults
 from .general import general_kvs
-from .made import WithMade
 from .options import Options
 from .rope import Llama3Scaling, Rope, llama3, read_rope
+from .synthetic import SyntheticTensors
 from .tensors import MAX_HEADS, MAX_LAYERS, MAX_PARTS, assembled, check_stored, in_order, whole
 from .tokenizer import flag, refuse_sentencepiece, tokenizer_kvs
 
 #: config.json's architectures[0] -> llama.cpp's
 ARCHS = {"LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2"}
 #: these have one layout only, so `Options.layout` does not matter
-LAYOUT = "as is"
+LAYOUT = MlaLayout.AS_IS
 _ROPE_FREQS = "rope_freqs.weight"
 #: vocabulary sizes by which the converter knows a family
 _CODELLAMA_VOCAB, _GRANITE_VOCAB = 32016, 49152
@@ -173,7 +173,7 @@ def build(
         kvs += tokenizer
         notes += more
         if s.llama3 is not None:
-            source = WithMade(source, {_ROPE_FREQS: (s.head // 2, s.llama3.factors)})
+            source = SyntheticTensors(source, {_ROPE_FREQS: (s.head // 2, s.llama3.factors)})
     layers = tuple(range(s.n_layers))
     return Catalogue(
         model, arch, LAYOUT, s.n_layers, layers, (), tuple(out), tuple(kvs), source is not None, source, tuple(notes)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-LAYOUTS = ("k_b+v_b", "kv_b")
+from ..catalogue import MlaLayout
+
+#: those that a checkpoint can be converted to
+LAYOUTS = (MlaLayout.K_B_V_B, MlaLayout.KV_B)
 
 
 class Options(NamedTuple):
-    layout: str = LAYOUTS[0]
-    """k_b+v_b: the current MLA layout; kv_b: the one of early 2025"""
+    layout: str = MlaLayout.K_B_V_B
+    """one of LAYOUTS, as the user says it"""
     pre: str | None = None
     """tokenizer.ggml.pre, for tokenizers that are not recognized"""
     recognize: bool = False

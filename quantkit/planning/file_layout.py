@@ -28,7 +28,7 @@ class ImatrixFacts(Protocol):
     """What the metadata says of an importance matrix."""
 
     @property
-    def typed(self) -> str: ...
+    def path_as_given(self) -> str: ...
     @property
     def datasets(self) -> tuple[str, ...]: ...
     @property
@@ -65,7 +65,7 @@ def output_kvs(plan: Plan, imatrix: ImatrixFacts | None) -> tuple[KV, ...]:
     ]
     added += [kv(o.key, _OVERRIDE_TYPES[o.type], o.value) for o in plan.recipe.metadata]
     if imatrix is not None:
-        added.append(kv("quantize.imatrix.file", STRING, _cut(imatrix.typed)))
+        added.append(kv("quantize.imatrix.file", STRING, _cut(imatrix.path_as_given)))
         if imatrix.datasets:
             added.append(kv("quantize.imatrix.dataset", STRING, _cut(imatrix.datasets[0])))
         added.append(kv("quantize.imatrix.entries_count", U32, len(imatrix.entries)))

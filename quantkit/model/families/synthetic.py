@@ -12,7 +12,7 @@ import numpy.typing as npt
 from ..catalogue import Source, SourceTensor
 
 
-class WithMade:
+class SyntheticTensors:
     """A `Source` that is another one, and has 1-D float32 tensors beside: name -> (values, how to make them)."""
 
     def __init__(self, source: Source, made: Mapping[str, tuple[int, Callable[[], npt.NDArray[np.float32]]]]) -> None:
