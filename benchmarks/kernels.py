@@ -11,16 +11,20 @@ from __future__ import annotations
 import argparse
 import re
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-import laws
 import numpy as np
 
 from quantkit import kernels
 from quantkit.gguf.types import ABORT_WITHOUT_IMATRIX, QTYPES
 from quantkit.llama_cpp import toolchain
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "tools"))
+
+import laws
 
 ROUNDS = 7
 SECONDS = 0.15

@@ -4,31 +4,22 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from quantkit.building import run as builds
-from quantkit.building.engines import Engine
-from quantkit.building.engines.native import NativeEngine
+import small_builds
+
 from quantkit.gguf.header import KV, TensorInfo, header_bytes, read_header
-from quantkit.model.families.options import Options
 from quantkit.model.imatrix import open_imatrix
-from quantkit.model.open import open_model
-from quantkit.planning.plan import Plan, make_plan
-from quantkit.recipe.load import Recipe, parse
+from quantkit.planning.plan import Plan
 from quantkit.verifying.against_plan import expected_of
 from quantkit.verifying.ggml import Ggml
 from quantkit.verifying.rederive import Rows, parse_sample
 from quantkit.verifying.run import Outcome, Request, verify
 from quantkit.verifying.verdict import Verdict
 
-OPTIONS = Options(pre="deepseek-v3")
-
-
-def rules(*lines: str) -> Recipe:
-    head = "name: r\narch: [deepseek2, llama, qwen2]\nfile_type: Q4_K_M\nrules:\n"
-    return parse(head + "".join(f"  - {{{line}, optional: true, why: t}}\n" for line in lines), "r.yaml")
-
+rules = partial(small_builds.rules, optional=True)
 
 #: types with one, two and no scales, at the start and at the end of a block; floats; a fallback (attn_k_b)
 MIX = rules(
@@ -53,22 +44,6 @@ class Silent:
 
     def advance(self, n: int) -> None:
         pass
-
-
-def plan_of(source: Path, recipe: Recipe, imatrix: Path | None, options: Options = OPTIONS) -> Plan:
-    weights = None if imatrix is None else open_imatrix(str(imatrix))
-    return make_plan(open_model(str(source), options), recipe, weights)
-
-
-def build(
-    plan: Plan, out: Path, imatrix: Path | None = None, split: int | None = None, engine: Engine | None = None,
-    allow_requantize: bool = False,
-) -> Path:  # fmt: skip
-    """Build, and return the file or the first shard."""
-    weights = None if imatrix is None else open_imatrix(str(imatrix))
-    ready = builds.prepare(plan, out, weights, split, allow_requantize=allow_requantize)
-    builds.run(ready, engine or NativeEngine(), 2, lambda _name, _n: None)
-    return ready.files[0][0]
 
 
 def check(

@@ -22,7 +22,7 @@ from quantkit.recipe import docs
 from quantkit.recipe.load import Recipe, load, parse, shipped
 from quantkit.recipe.schema import looks_like_recipe
 
-BROKEN = Path(__file__).parent / "data" / "broken"
+BROKEN = Path(__file__).parent.parent / "data" / "broken"
 EXPECTED = (BROKEN / "expected.txt").read_text("utf-8").splitlines()
 
 

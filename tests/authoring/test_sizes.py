@@ -34,7 +34,7 @@ from quantkit.model.families.options import Options
 from quantkit.model.open import open_model
 from quantkit.recipe.load import shipped
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 #: tensor data of the files published in January 2025, in bytes
 PUBLISHED = {
     "UD-IQ1_S": 140_226_135_552,

@@ -17,7 +17,8 @@ import factory
 import numpy as np
 import pytest
 from conftest import Run
-from test_partial import OPTIONS, SLAB, recipe
+from small_builds import OPTIONS
+from stopping import SLAB, recipe
 
 from quantkit.base.errors import OutputError
 from quantkit.building import run as builds

@@ -15,7 +15,7 @@ import factory
 import numpy as np
 import pytest
 from conftest import Run, Tools
-from gguf import GGUFReader
+from small_builds import data, fields, llama_quantize, uniform
 
 from quantkit.base.errors import ToolError
 from quantkit.building import run as builds
@@ -64,39 +64,6 @@ def build(
     ready = builds.prepare(plan, out, weights, split, allow_requantize=allow_requantize)
     builds.run(ready, engine or NativeEngine(), n_threads, lambda _name, _n: None)
     return plan
-
-
-def llama_quantize(
-    tools: Tools, source: Path, out: Path, rules: str, base: str, imatrix: Path | None = None, *more: str
-) -> Path:
-    """A run of the stock binary on a whole model, with rules as a --tensor-type-file."""
-    file = out.with_suffix(".types")
-    file.write_text(rules)
-    command = [str(tools.quantize), *more, "--tensor-type-file", str(file)]
-    command += ["--imatrix", str(imatrix)] if imatrix else []
-    done = subprocess.run(
-        [*command, str(source), str(out), base, "2"], capture_output=True, text=True, errors="replace", check=False
-    )
-    assert done.returncode == 0, (done.stdout + done.stderr)[-2000:]
-    return out
-
-
-def uniform(type_: str, file_type: str, imatrix: str = "optional") -> Recipe:
-    head = f"name: all\narch: [deepseek2]\nfile_type: {file_type}\nimatrix: {imatrix}\n"
-    return parse(f'{head}rules:\n  - {{match: "*", type: {type_}, why: t}}\n', "all.yaml")
-
-
-def fields(path: Path) -> dict[str, object]:
-    """All keys of a GGUF as the gguf package reads them."""
-    reader = GGUFReader(path)
-    return {k: (f.types, f.contents()) for k, f in reader.fields.items() if not k.startswith("GGUF.")}
-
-
-def data(path: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
-    """All tensors of a GGUF as the gguf package reads them."""
-    return {
-        t.name: (t.tensor_type.name, tuple(int(n) for n in t.shape), t.data.tobytes()) for t in GGUFReader(path).tensors
-    }
 
 
 @pytest.fixture(scope="module")

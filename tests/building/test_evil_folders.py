@@ -17,7 +17,7 @@ import pytest
 from conftest import Tools
 from evil import OTHER, SECRET, WHO, Harm, Scene, as_two_users, open_folder
 from faults_site import Server
-from test_partial import Builder, EnoughError, N
+from stopping import Builder, EnoughError, N, rename_in
 
 from quantkit.base.errors import OutputError
 from quantkit.building import run as builds
@@ -370,8 +370,6 @@ def test_status(scene: Scene, b: Builder, name: str, harm: Harm) -> None:
 
 @pytest.mark.parametrize("name", ["../m.gguf", "a/b", ".", "", "a\0b"])
 def test_a_journal_that_names_files_elsewhere(scene: Scene, b: Builder, name: str) -> None:
-    from test_abandoned import rename_in
-
     b.stopped(N // 4)
     rename_in(named(b, "journal"), lambda files: files[0].__setitem__(0, name))
     sentence = f"{named(b, 'journal')}: is damaged and cannot be gone on with; begin anew with --restart"

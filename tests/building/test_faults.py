@@ -1,4 +1,4 @@
-"""benchmarks/faults.py, a little of it: a few kills, a few crashes, and that what it checks can fail."""
+"""tests/tools/faults.py, a little of it: a few kills, a few crashes, and that what it checks can fail."""
 
 from __future__ import annotations
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from conftest import Run
-from test_partial import Builder, EnoughError, N
+from stopping import Builder, EnoughError, N, rename_in
 
 from quantkit.base.errors import ResumeError
 from quantkit.building import folder as partial_folder
@@ -101,15 +99,6 @@ def test_files_of_other_names_stay(b: Builder) -> None:
         shutil.copy(first, path)
     b.run(b.ready(resume=False))
     assert sorted(b.out.parent.iterdir()) == sorted([b.out, *others])
-
-
-def rename_in(journal: Path, change: Callable[[list[list[object]]], None]) -> None:
-    """Change the files that a journal names, with a right checksum."""
-    line, _, records = journal.read_bytes().partition(b"\n")
-    head = json.loads(line[:-9])
-    change(head["files"])
-    text = json.dumps(head).encode()
-    journal.write_bytes(b"%s %08x\n" % (text, zlib.crc32(text)) + records)
 
 
 def test_a_journal_that_names_files_elsewhere_removes_nothing(b: Builder, tmp_path: Path) -> None:

@@ -13,7 +13,6 @@ import tempfile
 import time
 import zlib
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,8 @@ import pytest
 from conftest import Run
 from hypothesis import given
 from hypothesis import strategies as st
+from small_builds import OPTIONS
+from stopping import SLAB, Builder, EnoughError, N, recipe
 
 from quantkit.base.errors import InternalCheckError, OutputError, ResumeError, SourceError
 from quantkit.base.folders import Folder
@@ -32,64 +33,11 @@ from quantkit.building.engines import Work
 from quantkit.building.engines.native import NativeEngine
 from quantkit.building.journal import Head, Record, Rows
 from quantkit.gguf.header import KV, STRING, U32, U64, kv, kv_array
-from quantkit.model.families.options import Options
-from quantkit.model.imatrix import open_imatrix
 from quantkit.model.open import open_model
 from quantkit.model.sources.safetensors_dir import open_checkpoint
 from quantkit.planning.plan import make_plan
-from quantkit.recipe.load import parse
 
-OPTIONS = Options(pre="deepseek-v3")
-SLAB = 1 << 14
-#: values of the checkpoint
-N = 3_421_448
 HEAD = Head("2026-11-22", {"recipe": "r"}, [("m.gguf", 1000)], [("a", 100, 2, 0), ("b", 7, 3, 0)])
-
-
-def recipe(type_: str = "IQ2_XXS") -> Any:
-    text = (
-        "name: r\narch: [deepseek2]\nfile_type: Q4_K_M\nrules:\n"
-        f'  - {{match: "*_exps.weight", type: {type_}, why: t}}\n  - {{match: "*", type: Q4_K, why: t}}\n'
-    )
-    return parse(text, "r.yaml")
-
-
-class EnoughError(Exception):
-    """Raised where a build is to end."""
-
-
-class Builder:
-    """Builds one checkpoint, and can stop when it likes."""
-
-    def __init__(self, source: Path, imatrix: Path, out: Path) -> None:
-        self.source, self.imatrix, self.out = source, imatrix, out
-        self.folder = partial_folder.folder_of(out)
-        self.quantized = 0
-
-    def ready(self, type_: str = "IQ2_XXS", **more: Any) -> builds.Build:
-        weights = open_imatrix(str(self.imatrix))
-        plan = make_plan(open_model(str(self.source), OPTIONS), recipe(type_), weights)
-        return builds.prepare(plan, self.out, weights, **more)
-
-    def run(self, ready: builds.Build, stop_after: int | None = None, n_threads: int = 1) -> int:
-        """Build; `stop_after` so many values, as an interrupt would. Returns the values kept from before."""
-        self.quantized = 0
-
-        class Counting(NativeEngine):
-            def run(self, work: Work) -> None:
-                super().run(replace(work, progress=count))
-
-        def count(_name: str, n: int) -> None:
-            self.quantized += n
-            if stop_after is not None and self.quantized >= stop_after:
-                raise EnoughError
-
-        return builds.run(ready, Counting(SLAB), n_threads, lambda _name, _n: None)
-
-    def stopped(self, after: int, **more: Any) -> None:
-        with pytest.raises(EnoughError):
-            self.run(self.ready(**more), after)
-        assert self.folder.is_dir()
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from quantkit import __version__
 from quantkit.cli import cli
 from quantkit.recipe.load import shipped
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text("utf-8")
 
 
@@ -161,7 +161,7 @@ def test_inspect_gguf(quantkit: Run, tiny_imatrix: Path, tiny_bf16: Path) -> Non
 
 
 def test_a_demo_of_a_recipe_whose_name_is_no_files_name(quantkit: Run, tmp_path: Path) -> None:
-    text = (Path(__file__).parents[1] / "recipes" / "UD-Q2_K_XL.yaml").read_text()
+    text = (ROOT / "recipes" / "UD-Q2_K_XL.yaml").read_text()
     (tmp_path / "r.yaml").write_text(re.sub("^name: .*", 'name: "../a/b c"', text, flags=re.MULTILINE))
     assert quantkit("demo", "-r", "r.yaml", cwd=tmp_path).returncode == 0
     assert sorted(p.name for p in tmp_path.iterdir()) == ["quantkit-demo", "r.yaml"]

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 from evil import OTHER, SECRET, WHO, Harm, Scene, as_two_users, open_folder
+from factory import sized_gguf
 from faults_site import Server
-from test_shards import model
 
 from quantkit import dequant
 from quantkit.base.errors import OutputError, SourceError
@@ -357,7 +357,7 @@ def test_a_file_that_becomes_a_link_while_the_run_is_at_work(scene: Scene, sourc
 @pytest.fixture
 def shards(scene: Scene) -> Path:
     """The first of some shards."""
-    found = open_set(model(scene.folder / "whole.gguf", [100, 200, 300, 400]))
+    found = open_set(sized_gguf(scene.folder / "whole.gguf", [100, 200, 300, 400]))
     write(found, plan_split(found, scene.folder / "s", Limits(1)))
     return scene.folder / "s-00001-of-00004.gguf"
 

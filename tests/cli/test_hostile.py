@@ -22,7 +22,7 @@ from quantkit.base.errors import QuantkitError, RecipeError, SourceError, listed
 from quantkit.gguf.header import ARRAY, STRING, U8, read_header
 from quantkit.recipe.load import parse
 
-CORPUS = sorted((Path(__file__).parent / "data" / "fuzz").iterdir())
+CORPUS = sorted((Path(__file__).parent.parent / "data" / "fuzz").iterdir())
 NAMES = (
     "gguf", "imatrix_gguf", "imatrix_dat", "shard", "config", "recipe", "lock", "index", "checkpoint", "tokenizer",
     "tokenizer_config",

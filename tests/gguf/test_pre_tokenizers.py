@@ -12,8 +12,7 @@ from pathlib import Path
 import factory
 import pytest
 from conftest import Run, Tools
-from test_arch_dense import NAMED, build, mixture
-from test_differential import data, fields, llama_quantize
+from small_builds import NAMED, build_named, data, fields, llama_quantize, mixture
 
 from quantkit.base.errors import RecipeError, SourceError, UnsupportedError
 from quantkit.building.engines.llama_quantize import LlamaQuantizeEngine
@@ -57,7 +56,7 @@ def with_pre(path: Path, out: Path, pre: str) -> Path:
 def test_llama_cpp_loads_these_and_no_others(tools: Tools, tmp_path: Path) -> None:
     """Every name, every one that the converter writes, and some that nobody knows, by the library itself."""
     small = {**factory.TINY_LLAMA, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
-    model = build(factory.dense_checkpoint(tmp_path / "m", small), tmp_path / "m.gguf", mixture("Q8_0"))
+    model = build_named(factory.dense_checkpoint(tmp_path / "m", small), tmp_path / "m.gguf", mixture("Q8_0"))
     (_, script), _ = toolchain.converter_command()
     converter = (Path(script).parent / "conversion" / "base.py").read_text("utf-8")
     written = set(re.findall(r'^\s*res = "([^"]+)"', converter, re.MULTILINE))

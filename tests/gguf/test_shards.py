@@ -15,30 +15,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import Run, Tools
-from factory import gguf_file
+from factory import LLAMA_KVS as KVS
+from factory import gguf_file, sized_gguf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quantkit.base.errors import DamageError, OutputError, QuantkitError, SourceError
 from quantkit.base.folders import Folder
-from quantkit.gguf.header import F32, I32, KV, STRING, U16, U32, U64, header_bytes, kv, kv_array, pad, read_header
+from quantkit.gguf.header import I32, STRING, U16, U32, U64, header_bytes, kv, pad, read_header
 from quantkit.gguf.shards import Limits, groups
 from quantkit.gguf.split import OutputFile, open_set, plan_merge, plan_split
 from quantkit.gguf.split_writer import check_output, write
-
-KVS = [
-    kv("general.architecture", STRING, "llama"),
-    kv("llama.block_count", U32, 3),
-    kv_array("tokenizer.ggml.tokens", STRING, ["a", "bc", ""]),
-    kv_array("tokenizer.ggml.scores", F32, [0.5, -1.0, 2.0]),
-    kv("general.file_type", U32, 7),
-]
-
-
-def model(path: Path, sizes: Sequence[int], kvs: Sequence[KV] = KVS, seed: int = 1) -> Path:
-    """A GGUF with a tensor of each of these sizes in bytes."""
-    rng = np.random.default_rng(seed)
-    return gguf_file(path, {f"blk.{i}.t": ((n,), "I8", rng.bytes(n)) for i, n in enumerate(sizes)}, list(kvs))
 
 
 def split(source: Path, prefix: Path, limits: Limits) -> list[Path]:
@@ -95,7 +82,7 @@ SIZES = (500_000, 500_000, 1_000_000, 32, 999_968, 1, 2_500_000, 999_937, 64, 99
 def test_shards_and_merged_files_equal_the_tools(
     tools: Tools, quantkit: Run, tmp_path: Path, ours: tuple[str, ...], theirs: tuple[str, ...], no_tensor_first: bool
 ) -> None:
-    whole = model(tmp_path / "whole.gguf", SIZES)
+    whole = sized_gguf(tmp_path / "whole.gguf", SIZES)
     extra = ("--no-tensor-first-split",) if no_tensor_first else ()
     for name in ("ours", "theirs"):
         (tmp_path / name).mkdir()
@@ -126,7 +113,7 @@ def test_a_converted_model(tools: Tools, tiny_bf16: Path, tmp_path: Path) -> Non
 @pytest.mark.tools
 def test_shards_of_llama_quantize_keep_their_key_order_in_compat(tools: Tools, tmp_path: Path) -> None:
     """llama-quantize and the converter write no, count, tensors.count; the tool moves count to the end."""
-    whole = model(tmp_path / "whole.gguf", [64, 32])
+    whole = sized_gguf(tmp_path / "whole.gguf", [64, 32])
     for no in (0, 1):
         keys = [kv("split.no", U16, no), kv("split.count", U16, 2), kv("split.tensors.count", I32, 2)]
         info = open_set(whole).tensors[no].info
@@ -142,7 +129,7 @@ def test_shards_of_llama_quantize_keep_their_key_order_in_compat(tools: Tools, t
 @pytest.mark.tools
 def test_a_file_that_the_tool_merged(tools: Tools, tmp_path: Path) -> None:
     """It has the split keys still, split.count 0. The tool splits it but does not merge it again."""
-    whole = model(tmp_path / "whole.gguf", SIZES[4:])
+    whole = sized_gguf(tmp_path / "whole.gguf", SIZES[4:])
     first = split(whole, tmp_path / "m", Limits(3))[0]
     merged = tmp_path / "merged.gguf"
     assert run_tool(tools, "--merge", first, merged).returncode == 0
@@ -163,7 +150,7 @@ def test_a_file_that_the_tool_merged(tools: Tools, tmp_path: Path) -> None:
 
 @pytest.mark.tools
 def test_a_file_without_tensors(tools: Tools, tmp_path: Path) -> None:
-    whole = model(tmp_path / "whole.gguf", [])
+    whole = sized_gguf(tmp_path / "whole.gguf", [])
     for name, extra in (("one", ()), ("two", ("--no-tensor-first-split",))):
         (tmp_path / name).mkdir()
         assert run_tool(tools, *extra, whole, tmp_path / name / "m").returncode == 0
@@ -179,7 +166,7 @@ def test_a_file_without_tensors(tools: Tools, tmp_path: Path) -> None:
 @pytest.mark.tools
 @pytest.mark.parametrize("no_tensor_first", [False, True])
 def test_a_first_tensor_above_the_limit(tools: Tools, tmp_path: Path, no_tensor_first: bool) -> None:
-    whole = model(tmp_path / "whole.gguf", [1_500_000, 10, 999_968, 1])
+    whole = sized_gguf(tmp_path / "whole.gguf", [1_500_000, 10, 999_968, 1])
     extra = ["--no-tensor-first-split"] if no_tensor_first else []
     done = run_tool(tools, "--split-max-size", "1M", *extra, whole, tmp_path / "theirs")
     assert done.returncode == 1
@@ -191,7 +178,7 @@ def test_a_first_tensor_above_the_limit(tools: Tools, tmp_path: Path, no_tensor_
 
 @pytest.mark.tools
 def test_a_truncated_shard_which_the_tool_merges(tools: Tools, tmp_path: Path) -> None:
-    whole = model(tmp_path / "whole.gguf", [4096] * 4)
+    whole = sized_gguf(tmp_path / "whole.gguf", [4096] * 4)
     shards = split(whole, tmp_path / "m", Limits(2))
     os.truncate(shards[1], shards[1].stat().st_size - 1000)
     assert run_tool(tools, "--merge", shards[0], tmp_path / "tool.gguf").returncode == 0
@@ -204,7 +191,7 @@ def test_a_truncated_shard_which_the_tool_merges(tools: Tools, tmp_path: Path) -
 @pytest.mark.tools
 def test_one_shard_of_a_set_is_the_whole_model(tools: Tools, tmp_path: Path) -> None:
     """The tool splits that shard alone."""
-    whole = model(tmp_path / "whole.gguf", SIZES)
+    whole = sized_gguf(tmp_path / "whole.gguf", SIZES)
     first = split(whole, tmp_path / "m", Limits(5))[0]
     (tmp_path / "again").mkdir()
     (tmp_path / "direct").mkdir()
@@ -250,7 +237,7 @@ _quick = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 def test_splitting_splitting_anew_and_merging(sizes: list[int], first: Limits, second: Limits) -> None:
     with tempfile.TemporaryDirectory(dir=_quick) as name:
         folder = Path(name)
-        whole = model(folder / "whole.gguf", sizes)
+        whole = sized_gguf(folder / "whole.gguf", sizes)
         for sub in ("a", "b", "c"):
             (folder / sub).mkdir()
         shards = split(whole, folder / "a" / "m", first)
@@ -293,7 +280,7 @@ def test_more_shards_than_can_be_numbered(tmp_path: Path) -> None:
 
 
 def test_notes_say_what_merging_will_not_give_back(tmp_path: Path) -> None:
-    whole = model(tmp_path / "whole.gguf", [40, 50, 60])
+    whole = sized_gguf(tmp_path / "whole.gguf", [40, 50, 60])
     raw = whole.read_bytes()
     at = open_set(whole).tensors[0].info.offset
     layout = (
@@ -316,7 +303,7 @@ def test_notes_say_what_merging_will_not_give_back(tmp_path: Path) -> None:
 
 
 def test_notes_on_the_header(tmp_path: Path) -> None:
-    path = model(tmp_path / "m.gguf", [64])
+    path = sized_gguf(tmp_path / "m.gguf", [64])
     raw = path.read_bytes()
     path.write_bytes(raw[:4] + struct.pack("<I", 2) + raw[8:])
     assert open_set(path).notes == ("it is GGUF version 2, what is written is version 3",)
@@ -336,7 +323,7 @@ def test_notes_on_the_header(tmp_path: Path) -> None:
 @pytest.fixture
 def shards(tmp_path: Path) -> list[Path]:
     """Four shards of two tensors each."""
-    whole = model(tmp_path / "whole.gguf", [100, 200, 300, 400, 500, 600, 700, 800])
+    whole = sized_gguf(tmp_path / "whole.gguf", [100, 200, 300, 400, 500, 600, 700, 800])
     return split(whole, tmp_path / "m", Limits(2))
 
 
@@ -411,7 +398,7 @@ def test_the_first_under_another_name(shards: list[Path]) -> None:
 
 def test_a_shard_of_a_model_with_another_number_of_tensors(shards: list[Path], tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
-    other = model(tmp_path / "other.gguf", [100, 200, 300, 400, 500, 600, 700])
+    other = sized_gguf(tmp_path / "other.gguf", [100, 200, 300, 400, 500, 600, 700])
     split(other, tmp_path / "other" / "m", Limits(2))[1].replace(shards[1])
     assert refused(shards) == (
         f"{shards[1].name}: is of another set: it says the model has 7 tensors, the first shard says 8; get the shards "
@@ -422,7 +409,7 @@ def test_a_shard_of_a_model_with_another_number_of_tensors(shards: list[Path], t
 def test_a_shard_of_the_same_model_cut_elsewhere(shards: list[Path], tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     sizes = [10, 20, 30_000, 40, 50, 60, 70, 30_000]
-    other = split(model(tmp_path / "other.gguf", sizes), tmp_path / "other" / "m", Limits(max_bytes=30_000))
+    other = split(sized_gguf(tmp_path / "other.gguf", sizes), tmp_path / "other" / "m", Limits(max_bytes=30_000))
     assert len(other) == 4
     other[2].replace(shards[2])  # tensors 3 to 6, where 4 and 5 should be
     assert refused(shards) == (
@@ -468,14 +455,14 @@ def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
 
 
 def test_a_file_that_was_never_split(tmp_path: Path) -> None:
-    whole = model(tmp_path / "whole.gguf", [10])
+    whole = sized_gguf(tmp_path / "whole.gguf", [10])
     assert sentence(lambda: merge(whole, tmp_path / "x.gguf"), SourceError) == (
         f"{whole}: is one whole file, not a shard: there is nothing to merge"
     )
 
 
 def test_a_truncated_single_file(tmp_path: Path) -> None:
-    whole = model(tmp_path / "whole.gguf", [1000])
+    whole = sized_gguf(tmp_path / "whole.gguf", [1000])
     size = whole.stat().st_size
     os.truncate(whole, size - 500)
     assert sentence(lambda: split(whole, tmp_path / "m", Limits()), DamageError) == (
@@ -484,9 +471,9 @@ def test_a_truncated_single_file(tmp_path: Path) -> None:
 
 
 def test_split_keys_of_other_types(tmp_path: Path) -> None:
-    path = model(tmp_path / "m-00001-of-00002.gguf", [10], [*KVS, kv("split.count", STRING, "2")])
+    path = sized_gguf(tmp_path / "m-00001-of-00002.gguf", [10], [*KVS, kv("split.count", STRING, "2")])
     assert sentence(lambda: open_set(path), SourceError) == f"{path}: split.count is of type str, not an integer"
-    path = model(path, [10], [*KVS, kv("split.count", U64, 1 << 40)])
+    path = sized_gguf(path, [10], [*KVS, kv("split.count", U64, 1 << 40)])
     assert sentence(lambda: open_set(path), SourceError) == (
         f"{path}: split.count says 1,099,511,627,776 shards, more than 65,535; get it again"
     )
@@ -599,7 +586,7 @@ def test_stopped_while_the_files_get_their_names(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int, after: bool
 ) -> None:
     """An interrupt just before or after any of the renames: three old files aside, then four new ones in place."""
-    found = open_set(model(tmp_path / "whole.gguf", [100, 200, 300, 400]))
+    found = open_set(sized_gguf(tmp_path / "whole.gguf", [100, 200, 300, 400]))
     out = tmp_path / "out"
     out.mkdir()
     files = plan_split(found, out / "n", Limits(1))
@@ -682,7 +669,7 @@ main()
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_a_process_that_is_stopped(tmp_path: Path, command: str, number: signal.Signals) -> None:
     """A real process, at a copied piece of its own choice. kill -9 leaves files, but none that looks complete."""
-    whole = model(tmp_path / "whole.gguf", [1_000_000] * 4)
+    whole = sized_gguf(tmp_path / "whole.gguf", [1_000_000] * 4)
     first = split(whole, tmp_path / "m", Limits(1))[0]
     out = tmp_path / "out"
     out.mkdir()
@@ -728,7 +715,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
 
 
 def test_what_is_said(quantkit: Run, tmp_path: Path) -> None:
-    model(tmp_path / "w.gguf", [3000, 1000, 2000])
+    sized_gguf(tmp_path / "w.gguf", [3000, 1000, 2000])
     shards = [tmp_path / f"m-{i:05d}-of-00002.gguf" for i in (1, 2)]
     dry = quantkit("split", "w.gguf", "m", "--max-size", "3.04K", "--dry-run", cwd=tmp_path)
     assert (dry.returncode, dry.stderr) == (0, "")
@@ -752,7 +739,7 @@ def test_what_is_said(quantkit: Run, tmp_path: Path) -> None:
 
 
 def test_a_damaged_shard_ends_with_its_own_code(quantkit: Run, tmp_path: Path) -> None:
-    shards = split(model(tmp_path / "w.gguf", [1000, 2000]), tmp_path / "m", Limits(1))
+    shards = split(sized_gguf(tmp_path / "w.gguf", [1000, 2000]), tmp_path / "m", Limits(1))
     os.truncate(shards[1], 500)
     done = quantkit("merge", shards[0], tmp_path / "x.gguf")
     assert done.returncode == 12
@@ -760,7 +747,7 @@ def test_a_damaged_shard_ends_with_its_own_code(quantkit: Run, tmp_path: Path) -
 
 
 def test_a_note_before_splitting(quantkit: Run, tmp_path: Path) -> None:
-    path = model(tmp_path / "w.gguf", [64])
+    path = sized_gguf(tmp_path / "w.gguf", [64])
     raw = path.read_bytes()
     path.write_bytes(raw[:4] + struct.pack("<I", 2) + raw[8:])
     done = quantkit("split", path, tmp_path / "m", "--dry-run")
@@ -773,7 +760,7 @@ def test_a_note_before_splitting(quantkit: Run, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("prefix", ["out/", ".", ".."])
 def test_a_prefix_that_is_no_name(quantkit: Run, tmp_path: Path, prefix: str) -> None:
-    model(tmp_path / "w.gguf", [64])
+    sized_gguf(tmp_path / "w.gguf", [64])
     done = quantkit("split", "w.gguf", prefix, cwd=tmp_path)
     assert done.returncode == 7
     assert "give a prefix for the names, such as " in done.stderr

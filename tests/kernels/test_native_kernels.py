@@ -26,7 +26,7 @@ F32 = npt.NDArray[np.float32]
 SETS = list(kernels.OWN)
 TYPES = sorted(set().union(*kernels.OWN.values()))
 PAIRS = [(name, kernel) for name in TYPES for kernel in SETS if name in kernels.OWN[kernel]]
-#: weights a type that each set is compared on; fewer where sanitizers make it slow (tests/sanitize.py)
+#: weights a type that each set is compared on; fewer where sanitizers make it slow (tests/tools/sanitize.py)
 N_WEIGHTS = int(os.environ.get("QUANTKIT_TEST_WEIGHTS", "10_000_000"))
 
 pytestmark = pytest.mark.skipif(not SETS, reason="this processor has none of the instruction sets")

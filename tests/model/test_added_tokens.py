@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 from conftest import Tools
+from factory import SMALL_LLAMA as LLAMA
+from factory import SMALL_QWEN2 as QWEN2
+from factory import SMALL_V3 as V3
 from factory import checkpoint, dense_checkpoint, edit_json
-from test_configs import LLAMA, NAMED, QWEN2, V3
-from test_differential import fields
+from small_builds import NAMED, fields
 
 from quantkit.gguf.header import decode
 from quantkit.model import demo

@@ -11,9 +11,12 @@ from typing import Any
 import factory
 import pytest
 from conftest import Tools
-from factory import TINY_LLAMA, TINY_QWEN2, TINY_V2, TINY_V3
-from test_arch_dense import build, uniform
-from test_differential import data, fields
+from factory import SMALL_LLAMA as LLAMA
+from factory import SMALL_QWEN2 as QWEN2
+from factory import SMALL_V2 as V2
+from factory import SMALL_V3 as V3
+from factory import TINY_LLAMA
+from small_builds import NAMED, build_named, data, fields, uniform
 
 from quantkit.base.errors import SourceError, UnsupportedError
 from quantkit.gguf.header import decode
@@ -22,13 +25,6 @@ from quantkit.model.catalogue import Catalogue
 from quantkit.model.families.options import Options
 from quantkit.model.open import open_model
 
-NAMED = Options(pre="llama-bpe")
-#: as small as a model can be: what counts here is its keys
-_SMALL = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
-_DEEPSEEK = {**_SMALL, "kv_lora_rank": 32, "moe_intermediate_size": 32, "num_hidden_layers": 2, "qk_nope_head_dim": 32}
-V3 = {k: v for k, v in {**TINY_V3, **_DEEPSEEK, "q_lora_rank": 32}.items() if k != "quantization_config"}
-V2 = {**TINY_V2, **_DEEPSEEK}
-LLAMA, QWEN2 = {**TINY_LLAMA, **_SMALL}, {**TINY_QWEN2, **_SMALL}
 YARN = {"factor": 40.0, "beta_fast": 32.0, "beta_slow": 1.0, "original_max_position_embeddings": 4096}
 MSCALE = {"mscale": 1.0, "mscale_all_dim": 0.707}
 LLAMA3 = TINY_LLAMA["rope_scaling"]
@@ -132,13 +128,16 @@ SPELLINGS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 #: what `save_pretrained` of transformers 5.24 made of V3, V2, LLAMA and QWEN2 (with yarn): whole files, as they were
-SAVED = json.loads((Path(__file__).parent / "data" / "transformers5_configs.json").read_text("utf-8"))
+SAVED = json.loads((Path(__file__).parent.parent / "data" / "transformers5_configs.json").read_text("utf-8"))
 SPELLINGS |= {f"saved-{name}": config for name, config in SAVED.items()}
 
 
 def checkpoint(folder: Path, config: Mapping[str, Any]) -> Path:
     # the weights a trimmed config stands for are those of the whole one
-    whole = {**{"DeepseekV3ForCausalLM": V3, "DeepseekV2ForCausalLM": V2}.get(config["architectures"][0], {}), **config}
+    whole = {
+        **{"DeepseekV3ForCausalLM": V3, "DeepseekV2ForCausalLM": V2}.get(config["architectures"][0], {}),
+        **config,
+    }
     if whole["architectures"][0].startswith("Deepseek"):
         if whole["model_type"] == "deepseek_v3":
             whole |= {key: V3[key] for key in ("num_hidden_layers", "num_nextn_predict_layers")}
@@ -161,7 +160,7 @@ def converted(tools: Tools, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("name", SPELLINGS)
 def test_the_converter_makes_the_same_file(converted: Path, tmp_path: Path, name: str) -> None:
     theirs = converted / f"{name}.gguf"
-    out = build(converted / name / "Tiny", tmp_path / "ours.gguf", uniform("BF16", "BF16"))
+    out = build_named(converted / name / "Tiny", tmp_path / "ours.gguf", uniform("BF16", "BF16"))
     assert fields(out) == fields(theirs)
     assert [item.key for item in open_model(str(converted / name / "Tiny"), NAMED).kvs] == list(fields(theirs))
     assert data(out) == data(theirs)

@@ -17,12 +17,10 @@ import numpy as np
 import pytest
 from conftest import Tools
 from factory import TINY_LLAMA, TINY_QWEN2, TINY_V3, dense_checkpoint, dense_tensors, edit_json
-from test_differential import data, fields, llama_quantize
+from small_builds import NAMED, build_named, data, fields, llama_quantize, mixture, uniform
 from tokenizers import Tokenizer
 
 from quantkit.base.errors import QuantkitError, SourceError, UnsupportedError, WeightError
-from quantkit.building import run as builds
-from quantkit.building.engines import Engine
 from quantkit.building.engines.llama_quantize import LlamaQuantizeEngine
 from quantkit.building.engines.native import NativeEngine
 from quantkit.building.rows import RowReader
@@ -33,12 +31,8 @@ from quantkit.model.catalogue import Catalogue, Part
 from quantkit.model.families.options import Options
 from quantkit.model.families.rope import Llama3Scaling
 from quantkit.model.families.tokenizer import _PROBE, PRE_TOKENIZERS
-from quantkit.model.imatrix import open_imatrix
 from quantkit.model.open import describe_stored, open_model
-from quantkit.planning.plan import make_plan
-from quantkit.recipe.load import Recipe, parse
 
-NAMED = Options(pre="llama-bpe")
 LINEAR = {"type": "linear", "factor": 4.0}
 YARN = {
     "type": "yarn",
@@ -90,26 +84,9 @@ def converted(request: pytest.FixtureRequest, tools: Tools, tmp_path_factory: py
     return Converted(model, tools.convert(model, folder / "bf16.gguf", NAMED.pre))
 
 
-def uniform(type_: str, file_type: str) -> Recipe:
-    head = f"name: all\narch: [llama, qwen2, deepseek2]\nfile_type: {file_type}\n"
-    return parse(f'{head}rules:\n  - {{match: "*", type: {type_}, why: t}}\n', "all.yaml")
-
-
-def mixture(name: str) -> Recipe:
-    head = f"name: mix\narch: [llama, qwen2, deepseek2]\nfile_type: {name}\n"
-    return parse(f"{head}otherwise: mixture {name}\nrules: []\n", "mix.yaml")
-
-
-def build(source: Path, out: Path, recipe: Recipe, engine: Engine | None = None, imatrix: Path | None = None) -> Path:
-    weights = None if imatrix is None else open_imatrix(str(imatrix))
-    plan = make_plan(open_model(str(source), NAMED), recipe, weights)
-    builds.run(builds.prepare(plan, out, weights), engine or NativeEngine(), 2, lambda _name, _n: None)
-    return out
-
-
 @pytest.mark.tools
 def test_bf16_equals_the_converter(converted: Converted, tmp_path: Path) -> None:
-    out = build(converted.checkpoint, tmp_path / "ours.gguf", uniform("BF16", "BF16"))
+    out = build_named(converted.checkpoint, tmp_path / "ours.gguf", uniform("BF16", "BF16"))
     assert data(out) == data(converted.bf16)
     theirs = fields(converted.bf16)
     assert fields(out) == theirs
@@ -121,7 +98,7 @@ def test_whole_files_equal_llama_quantize(tools: Tools, converted: Converted, tm
     stock = llama_quantize(tools, converted.bf16, tmp_path / "stock.gguf", "", "Q4_K_M").read_bytes()
     for engine in (NativeEngine(), NativeEngine(3000), LlamaQuantizeEngine(tools.quantize)):
         out = tmp_path / "ours.gguf"
-        assert build(converted.checkpoint, out, mixture("Q4_K_M"), engine).read_bytes() == stock
+        assert build_named(converted.checkpoint, out, mixture("Q4_K_M"), engine).read_bytes() == stock
         out.unlink()
 
 
@@ -130,7 +107,7 @@ def test_with_an_imatrix(tools: Tools, converted: Converted, tmp_path: Path) -> 
     imatrix = factory.imatrix_for(open_model(str(converted.checkpoint), NAMED), tmp_path / "imatrix.gguf")
     stock = llama_quantize(tools, converted.bf16, tmp_path / "stock.gguf", "", "Q2_K", imatrix).read_bytes()
     out = tmp_path / "ours.gguf"
-    assert build(converted.checkpoint, out, mixture("Q2_K"), imatrix=imatrix).read_bytes() == stock
+    assert build_named(converted.checkpoint, out, mixture("Q2_K"), imatrix=imatrix).read_bytes() == stock
 
 
 # ---------------------------------------------------------------- known models
@@ -214,7 +191,7 @@ def test_a_nan_is_named_by_its_place_in_the_source(tmp_path: Path, row: int, col
     name = "model.layers.1.self_attn.q_proj.weight"
     factory.poke(model, name, 2 * (256 * row + col), b"\xc0\x7f")
     with pytest.raises(WeightError) as e:
-        build(model, tmp_path / "out.gguf", uniform("Q4_K", "Q4_K_S"), NativeEngine(5000))
+        build_named(model, tmp_path / "out.gguf", uniform("Q4_K", "Q4_K_S"), NativeEngine(5000))
     assert str(e.value).startswith(
         f"'blk.1.attn_q.weight' (from model-00001-of-00001.safetensors: '{name}'), row {row}, column {col} is nan; "
     )

@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from conftest import Run, Tools
+from factory import SMALL_LLAMA as LLAMA
+from factory import SMALL_V3 as V3
 from factory import checkpoint, dense_checkpoint, edit_json
 from safetensors.torch import load_file, save_file
-from test_arch_dense import build, uniform
-from test_configs import LLAMA, NAMED, V3
+from small_builds import NAMED, build_named, data, fields, uniform
 from test_dequant import dequant, load, require_equal
-from test_differential import data, fields
 
 FP8 = torch.float8_e4m3fn
 CHANNEL = {
@@ -125,7 +125,7 @@ def made(tools: Tools, tmp_path_factory: pytest.TempPathFactory) -> Made:
 @pytest.mark.parametrize("name", SCHEMES)
 def test_the_converter_makes_the_same_file(made: Made, tmp_path: Path, name: str, arch: str) -> None:
     theirs = made.folder / f"{name}-{arch}.gguf"
-    out = build(made.folder / f"{name}-{arch}" / "Tiny", tmp_path / "ours.gguf", uniform("BF16", "BF16"))
+    out = build_named(made.folder / f"{name}-{arch}" / "Tiny", tmp_path / "ours.gguf", uniform("BF16", "BF16"))
     assert fields(out) == fields(theirs)
     assert data(out) == data(theirs)
 
@@ -144,7 +144,7 @@ def test_dequant_gives_torchs_product(made: Made, tmp_path: Path, name: str, arc
 @pytest.mark.parametrize("name", ["fp8-tensor", "modelopt-row", "compressed-block"])
 def test_verify_derives_the_weights_again(quantkit: Run, made: Made, tmp_path: Path, name: str) -> None:
     model = made.folder / f"{name}-llama" / "Tiny"
-    out = build(model, tmp_path / "ours.gguf", uniform("Q8_0", "Q8_0"))
+    out = build_named(model, tmp_path / "ours.gguf", uniform("Q8_0", "Q8_0"))
     recipe = tmp_path / "all.yaml"
     recipe.write_text('name: all\narch: [llama]\nfile_type: Q8_0\nrules:\n  - {match: "*", type: Q8_0, why: t}\n')
     done = quantkit("verify", out, "--source", model, "--recipe", recipe, "--pre", "llama-bpe", "--sample", "100%")

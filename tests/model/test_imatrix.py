@@ -5,28 +5,23 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from factory import gguf_file, legacy_imatrix
+from factory import IMATRIX_KVS as KVS
+from factory import gguf_file, gguf_imatrix, legacy_imatrix
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quantkit.base.errors import ImatrixError
-from quantkit.gguf.header import ARRAY, I32, KV, STRING, U32, U64, kv, kv_array
+from quantkit.gguf.header import ARRAY, I32, KV, U64, kv, kv_array
 from quantkit.model import demo
 from quantkit.model.imatrix import Imatrix, open_imatrix
 
 F32 = np.float32
-KVS = [
-    kv("general.type", STRING, "imatrix"),
-    kv_array("imatrix.datasets", STRING, ["calib.txt", "more.txt"]),
-    kv("imatrix.chunk_count", U32, 64),
-    kv("imatrix.chunk_size", U32, 512),
-]
 
 
 def sentence(call: Callable[[], Any]) -> str:
@@ -35,15 +30,6 @@ def sentence(call: Callable[[], Any]) -> str:
     assert type(e.value) is ImatrixError
     assert e.value.exit_code == 6
     return str(e.value)
-
-
-def gguf_imatrix(path: Path, entries: Mapping[str, tuple[np.ndarray, np.ndarray]], kvs: list[KV] | None = None) -> Path:
-    """name -> (in_sum2, counts), of any shape and dtype float32."""
-    tensors = {}
-    for name, arrays in entries.items():
-        for suffix, values in zip((".in_sum2", ".counts"), arrays, strict=True):
-            tensors[name + suffix] = (tuple(reversed(values.shape)), "F32", values.astype(F32).tobytes())
-    return gguf_file(path, tensors, KVS if kvs is None else kvs)
 
 
 def one(path: Path, sums: list[float], counts: list[float]) -> Path:

@@ -12,9 +12,10 @@ import factory
 import gguf
 import numpy as np
 import pytest
+from checking import UP, check
 from conftest import Run, Tools
-from test_imatrix import gguf_imatrix
-from verifying import OPTIONS, UP, build, check, plan_of
+from factory import gguf_imatrix
+from small_builds import OPTIONS, build, plan_of
 
 from quantkit import kernels
 from quantkit.building.engines.llama_quantize import LlamaQuantizeEngine

@@ -23,7 +23,7 @@ from quantkit.planning.plan import Plan, Planned, check_imatrix, imatrix_status,
 from quantkit.planning.report import plan_text
 from quantkit.recipe.load import Recipe, load, parse, shipped
 
-PUBLISHED = json.loads((Path(__file__).parent / "data" / "published_quants.json").read_text("utf-8"))["files"]
+PUBLISHED = json.loads((Path(__file__).parent.parent / "data" / "published_quants.json").read_text("utf-8"))["files"]
 RECIPES = [f["recipe"] for f in PUBLISHED]
 
 

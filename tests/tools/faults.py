@@ -1,6 +1,6 @@
 """Faults, tried: builds that are killed, starved, lied to and cut off, and what became of them.
 
-    python benchmarks/faults.py [--kills 100] [--crashes 120] [--seed N] [--markdown] [CASE …]
+    python tests/tools/faults.py [--kills 100] [--crashes 120] [--seed N] [--markdown] [CASE …]
 
 Every case disturbs real builds of a small FP8 checkpoint. It holds when a command that ended early said why in one
 clear sentence, when no name of the output ever had anything but the whole file, and when the same command, run again,

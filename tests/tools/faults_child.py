@@ -1,6 +1,6 @@
 """Processes that run `quantkit` with their system calls watched: forked from one that has everything imported.
 
-    python benchmarks/faults_child.py < requests
+    python tests/tools/faults_child.py < requests
 
 A request is a line of JSON: {"args": […], "env": {…}, "stdout": FILE, "stderr": FILE}; with {"user": UID} it is run as
 that user, with {"cwd": FOLDER} there; and, to watch what is done in a folder, {"root": FOLDER, "log": FILE, "kill_at":

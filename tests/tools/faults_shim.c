@@ -1,4 +1,4 @@
-/* LD_PRELOAD: a call of the C library that fails, for benchmarks/faults.py.
+/* LD_PRELOAD: a call of the C library that fails, for tests/tools/faults.py.
 
    FAULT_CALL   pread pwrite write fsync fdatasync fallocate rename malloc
    FAULT_PATH   a part of the file's path

@@ -1,13 +1,13 @@
 """Mutated inputs through every reader: a QuantkitError of plain lines or success, in bounded time and memory.
 
-    python benchmarks/fuzz_inputs.py [READER …] [--cases 1e6] [--seconds N] [--seed N] [--record FILE]
-    python benchmarks/fuzz_inputs.py READER --replay FILE
+    python tests/tools/fuzz_inputs.py [READER …] [--cases 1e6] [--seconds N] [--seed N] [--record FILE]
+    python tests/tools/fuzz_inputs.py READER --replay FILE
 
 Case k of a reader under a seed is always the same bytes. It runs in this interpreter, in a child process that may take
 256 MiB more than it has; the files are in memory. A finding is any other exception (MemoryError and warnings
 included), a message that is empty, not printable or long, 5 seconds of processor time, or the end of the process. It is
 printed, and its bytes are written to the findings folder, from where those of mended defects go to tests/data/fuzz,
-which tests/test_hostile.py replays. Exits 1 when there were any.
+which tests/cli/test_hostile.py replays. Exits 1 when there were any.
 
 The mutator is our own, of fields, trees and lines: a seed and a number name a case, and it takes a tenth of a
 millisecond, where hypothesis takes milliseconds. atheris, whose cases no seed names, was not tried.
@@ -272,10 +272,10 @@ def main() -> None:
         rows = table(tallies)
         print("\n".join(rows))
         if options.record:
-            command = " ".join(["python benchmarks/fuzz_inputs.py", *sys.argv[1:]])
+            command = " ".join(["python tests/tools/fuzz_inputs.py", *sys.argv[1:]])
             title = f"{date.today()}, quantkit {__version__}: {done:,} cases, {found:,} findings"
             took = f"`{command}`: seed {options.seed}, {(time.monotonic() - start) / 60:.0f} minutes."
-            head = "# Mutated inputs: what benchmarks/fuzz_inputs.py did, as it recorded it\n"
+            head = "# Mutated inputs: what tests/tools/fuzz_inputs.py did, as it recorded it\n"
             before = options.record.read_text() if options.record.exists() else head
             options.record.write_text("\n".join([before, f"## {title}", "", took, "", *rows, ""]))
         sys.exit(found > 0)

@@ -1,6 +1,6 @@
 """Random bit patterns through every kernel of quantkit's own, in every set, against ggml's functions, byte by byte.
 
-    python benchmarks/fuzz_kernels.py [TYPE …] [--seconds 60] [--cases N] [--seed N] [--first N]
+    python tests/tools/fuzz_kernels.py [TYPE …] [--seconds 60] [--cases N] [--seed N] [--first N]
 
 Weights: any float32 pattern, within bands of exponents, NaN, Inf and denormals among them; bfloat16 and float16
 patterns; E4M3 codes under random scales; sparse, constant, few values, outliers, and all of these mixed in one
@@ -345,7 +345,7 @@ def cases(types: list[str], first: int) -> Iterator[tuple[str, int]]:
 
 
 def again(name: str, seed: int, number: int) -> str:
-    command = f"python benchmarks/fuzz_kernels.py {name} --seed {seed} --first {number} --cases 1"
+    command = f"python tests/tools/fuzz_kernels.py {name} --seed {seed} --first {number} --cases 1"
     return f"{name} case {number} (again: {command})"
 
 

@@ -1,4 +1,4 @@
-"""What benchmarks/fuzz_inputs.py feeds: for each kind of input valid seeds, their mutations, and quantkit's reader.
+"""What tests/tools/fuzz_inputs.py feeds: for each kind of input valid seeds, their mutations, and quantkit's reader.
 
 A reader takes the bytes of one file. Where the kind is a file of a checkpoint, the rest of the directory is sound. What
 a reader accepts is used on: a model is planned and laid out, a recipe applied, an importance matrix read to its end.

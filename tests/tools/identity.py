@@ -1,8 +1,8 @@
 """quantkit's own kernels against ggml, byte by byte, on as many weights as asked: every law under every importance.
 
-    python benchmarks/identity.py [TYPE …] --weights 1e9 [--seed N] [--threads N] [--record]
+    python tests/tools/identity.py [TYPE …] --weights 1e9 [--seed N] [--threads N] [--record]
 
---record puts each type's line into benchmarks/results/identity.md, in place of the type's older one.
+--record puts each type's line into tests/tools/results/identity.md, in place of the type's older one.
 Prints a line a type: weights compared, blocks that differ (each of the first ten with its law, seed and place).
 Exits 1 when any differs. 10^9 weights of a slow type take ggml minutes to an hour of processor time.
 """
@@ -63,7 +63,7 @@ def cell(name: str, weights: str, importance: str, seed: int) -> tuple[int, list
 def record(name: str, seen: int, sets: str, different: int, seed: int) -> None:
     """Put a type's line into the record."""
     head = [
-        "# Own kernels against ggml, byte by byte: `python benchmarks/identity.py --record`",
+        "# Own kernels against ggml, byte by byte: `python tests/tools/identity.py --record`",
         "",
         "| type | weights | compared in each of | blocks that differ | seeds from | built as | on |",
         "|---|---|---|---|---|---|---|",

@@ -15,7 +15,7 @@ import numpy.typing as npt
 F32 = npt.NDArray[np.float32]
 Generator = np.random.Generator
 
-TRAINED = Path(__file__).parent.parent / "tests" / "data" / "trained_fp8.npz"
+TRAINED = Path(__file__).parent.parent / "data" / "trained_fp8.npz"
 
 
 def bf16(x: npt.NDArray[Any]) -> F32:

@@ -1,4 +1,4 @@
-// The kernels without Python, for processors that are only emulated here: see tests/neon.py, which writes the cases.
+// The kernels without Python, for processors that are only emulated here: see tests/tools/neon.py, which writes the cases.
 //
 //   neon SET                     prints the set's types, one a line
 //   neon SET CASES RESULTS       runs the cases of a file

@@ -1,10 +1,10 @@
 """The NEON kernels against ggml, byte by byte, on a machine that is no ARM: cross-compiled, and run by an emulator.
 
-    python tests/neon.py [TYPE …] [--weights 600000] [--fuzz 30] [--seed N] [--jobs N] [--keep FOLDER]
+    python tests/tools/neon.py [TYPE …] [--weights 600000] [--fuzz 30] [--seed N] [--jobs N] [--keep FOLDER]
 
-Builds native/ for aarch64 with tests/neon.cpp in place of the Python module, by the same CMakeLists.txt, and gives it
-under qemu-aarch64 what benchmarks/laws.py draws (every law of weights under every importance), the cases of
-benchmarks/fuzz_kernels.py (random bits; as float32, and as stored rows, decoded and in one pass), and every code and
+Builds native/ for aarch64 with neon.cpp in place of the Python module, by the same CMakeLists.txt, and gives it
+under qemu-aarch64 what tests/tools/laws.py draws (every law of weights under every importance), the cases of
+tests/tools/fuzz_kernels.py (random bits; as float32, and as stored rows, decoded and in one pass), and every code and
 pattern of E4M3, BF16 and F16. ggml makes what is expected, on this machine; numpy what the stored rows are.
 
 First a control: one bit turned over in a result must be reported. Prints a line a type. Exits 1 when anything differs,
@@ -27,6 +27,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import fuzz_kernels
+import laws
 import numpy as np
 import numpy.typing as npt
 
@@ -36,16 +38,12 @@ from quantkit.gguf.types import ABORT_WITHOUT_IMATRIX, QTYPES
 from quantkit.kernels import F32, U8
 from quantkit.llama_cpp import toolchain
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(REPOSITORY / "benchmarks"))
-
-import fuzz_kernels  # noqa: E402
-import laws  # noqa: E402
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
 LIBRARIES = "/usr/aarch64-linux-gnu"
 N_COLS = 5 * 256  # lanes wrap from row to row, and the last tile is not full
-HEAD = struct.Struct("<16s16s16s8Q2d")  # Head of tests/neon.cpp
+HEAD = struct.Struct("<16s16s16s8Q2d")  # Head of tests/tools/neon.cpp
 ROUNDED = (False, True)
 
 
@@ -186,7 +184,7 @@ def build(folder: Path, jobs: int) -> Path:
     configure = [
         "cmake", "-G", "Unix Makefiles", "-DCMAKE_BUILD_TYPE=Release", "-DCMAKE_SYSTEM_NAME=Linux",
         "-DCMAKE_SYSTEM_PROCESSOR=aarch64", f"-DCMAKE_CXX_COMPILER={COMPILER}",
-        f"-DQUANTKIT_HARNESS={REPOSITORY / 'tests' / 'neon.cpp'}", str(REPOSITORY / "native"),
+        f"-DQUANTKIT_HARNESS={REPOSITORY / 'tests' / 'tools' / 'neon.cpp'}", str(REPOSITORY / "native"),
     ]  # fmt: skip
     for command in (configure, ["make", f"-j{jobs}"]):
         done = subprocess.run(command, cwd=where, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
@@ -262,7 +260,7 @@ def main() -> None:
     missing = [program for program in ("cmake", "make", COMPILER, EMULATOR) if shutil.which(program) is None]
     if missing:
         print(
-            f"tests/neon.py needs {', '.join(missing)}; on Debian or Ubuntu run: "
+            f"tests/tools/neon.py needs {', '.join(missing)}; on Debian or Ubuntu run: "
             "apt-get install cmake make g++-aarch64-linux-gnu qemu-user",
             file=sys.stderr,
         )

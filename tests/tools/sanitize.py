@@ -1,10 +1,11 @@
 """The kernel tests against a build of _native with GCC's sanitizers, which end the process at their first report.
 
-    python tests/sanitize.py [--sanitizers address undefined …] [--weights 414000] [--keep FOLDER] [-- PYTEST OPTION …]
+    python tests/tools/sanitize.py [--sanitizers address undefined …] [--weights 414000] [--keep FOLDER]
+                                     [-- PYTEST OPTION …]
 
 Builds native/ with QUANTKIT_SANITIZE into a folder of its own (cmake, make, nanobind: what an install needs), puts the
-package beside it, and runs tests/test_kernels.py and tests/test_native_kernels.py there. First a control: freed
-memory given to a kernel must be reported. Here, and not in benchmarks/, since it measures nothing and runs tests.
+package beside it, and runs tests/kernels/ there. First a control: freed
+memory given to a kernel must be reported.
 Exits 1 on a report or a failed test.
 """
 
@@ -19,8 +20,8 @@ import tempfile
 import time
 from pathlib import Path
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-TESTS = ("test_native_kernels.py", "test_kernels.py")
+REPOSITORY = Path(__file__).resolve().parents[2]
+TESTS = ("kernels/test_native_kernels.py", "kernels/test_kernels.py")
 #: what the compiler puts into an instrumented library
 TRACES = {"address": b"__asan_report_", "undefined": b"__ubsan_handle_"}
 #: the package beside the instrumented library, and not one that is installed to be edited

@@ -15,18 +15,9 @@ from typing import Any
 
 import factory
 import pytest
+from checking import GATE, MIX, Silent, assert_found, check, info_of, outcome_of, rules
 from conftest import Run
-from verifying import (
-    GATE,
-    MIX,
-    Silent,
-    assert_found,
-    check,
-    info_of,
-    outcome_of,
-    plan_of,
-    rules,
-)
+from small_builds import plan_of
 
 from quantkit.base.errors import SourceError
 from quantkit.gguf.header import read_header

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from checking import check
 from conftest import Run, Tools
-from test_verify_damage import OPTIONS
-from verifying import build, check, plan_of
+from small_builds import OPTIONS, build, plan_of
 
 from quantkit.authoring.clone import clone
 from quantkit.base.errors import SourceError, UnsupportedError

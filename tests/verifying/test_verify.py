@@ -11,24 +11,9 @@ import factory
 import numpy as np
 import pytest
 import torch
+from checking import DOWN, MIX, UP, Silent, assert_found, check, expert, poke, reshape, rewrite, rules, set_key
 from conftest import Tools
-from verifying import (
-    DOWN,
-    MIX,
-    OPTIONS,
-    UP,
-    Silent,
-    assert_found,
-    build,
-    check,
-    expert,
-    plan_of,
-    poke,
-    reshape,
-    rewrite,
-    rules,
-    set_key,
-)
+from small_builds import OPTIONS, build, plan_of
 
 from quantkit import kernels
 from quantkit.base.errors import ImatrixError, KernelError, SourceError

@@ -11,25 +11,23 @@ from typing import Any
 import factory
 import numpy as np
 import pytest
-from verifying import (
+from checking import (
     DOWN,
     GATE,
     MIX,
-    OPTIONS,
     UP,
     Infos,
     assert_found,
-    build,
     check,
     expert,
     info_of,
     outcome_of,
-    plan_of,
     poke,
     reshape,
     rewrite,
     set_key,
 )
+from small_builds import OPTIONS, build, plan_of
 
 from quantkit.gguf.header import BOOL, KV, STRING, U16, U32, TensorInfo, header_bytes, kv, read_header
 from quantkit.model.open import open_model

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from checking import MIX, check, poke, rules
 from conftest import Run
 from factory import gguf_file
-from verifying import MIX, check, plan_of, poke, rules
+from small_builds import plan_of
 
 from quantkit.gguf.header import F32, KV, STRING, U32, kv, kv_array
 from quantkit.recipe.load import load
