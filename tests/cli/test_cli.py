@@ -128,7 +128,7 @@ def test_plan_to_a_closed_pipe(tmp_path: Path) -> None:
     done = subprocess.run(
         ["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True, cwd=tmp_path, check=False
     )
-    assert (done.stdout, done.stderr) == ('{\n "model"', "")
+    assert (done.stdout, done.stderr) == ('{\n "quantk', "")
 
 
 def test_nobody_reads_standard_output(tmp_path: Path) -> None:
