@@ -126,6 +126,7 @@ def damages(site: Site) -> list[Row]:
                         break
                 else:
                     raise FaultError("nothing was damaged")
+                sound = site.claimed(out)
                 got = site.fork(out, way)
                 if got.code:
                     check_said(got, 7, 13)
@@ -143,6 +144,11 @@ def damages(site: Site) -> list[Row]:
                 else:
                     kept += got.kept
                     site.check_finished(out, way, got)
+                    rows_are_whole = name.startswith("journal: ")
+                    require(
+                        got.kept == sound or not rows_are_whole,
+                        f"kept {got.kept:,} weights, the journal still had {sound:,}",
+                    )
             except FaultError as e:
                 row.failures.append(f"{way.name}: {e}")
             shutil.rmtree(template.parent)

@@ -15,9 +15,10 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+from faults_journal import claim_of
 from faults_site import CACHED, ONE, SHARDS, Done, FaultError, Forked, Row, Site, Way, files_of, require
 
-from quantkit.building import folder as partial_folder
+from quantkit.building.folder import folder_of
 
 #: what has been seen, and how many of 100 kills come after it and before the next
 SEEN = {"start": 10, "folder": 20, "rows": 45, "all rows": 25}
@@ -25,11 +26,11 @@ SEEN = {"start": 10, "folder": 20, "rows": 45, "all rows": 25}
 
 def phase(site: Site, out: Path) -> str:
     """Where a build that was killed had got to."""
-    found = partial_folder.peek(out)
+    found = claim_of(out)
     if found is None or not found.records:
         if files_of(out):
             return "removing its folder"
-        return "before the first rows" if partial_folder.folder_of(out).exists() else "starting"
+        return "before the first rows" if folder_of(out).exists() else "starting"
     if site.claimed(out) == site.n_weights:
         return "giving the names" if files_of(out) else "all rows made"
     return "at the rows"
@@ -39,14 +40,14 @@ def _has(site: Site, out: Path, what: str, before: int) -> bool:
     if what == "start":
         return True
     if what == "folder":
-        return partial_folder.folder_of(out).exists()
+        return folder_of(out).exists()
     claimed = site.claimed(out)
     # a folder that is gone again had them all
     return claimed > before if what == "rows" else claimed == site.n_weights or _over(out)
 
 
 def _over(out: Path) -> bool:
-    return bool(files_of(out)) and not partial_folder.folder_of(out).exists()
+    return bool(files_of(out)) and not folder_of(out).exists()
 
 
 def _wait_for(site: Site, out: Path, process: subprocess.Popen[str] | Forked, what: str, before: int) -> None:
@@ -155,7 +156,7 @@ def kill_at_rows(site: Site, out: Path, way: Way, named: bool = False) -> None:
 def stop_at_rows(site: Site, out: Path, process: subprocess.Popen[str] | Forked, named: bool = False) -> None:
     """SIGSTOP as soon as the journal has rows, or files have names. Raises FaultError when most are done by then."""
     while process.poll() is None:
-        found = partial_folder.peek(out)
+        found = claim_of(out)
         if found is not None and found.records and (not named or files_of(out)):
             process.send_signal(signal.SIGSTOP)
             break

@@ -19,10 +19,9 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from faults_child import events
+from faults_journal import claim_of
 from gguf import GGUFReader
 
-from quantkit.building import folder as partial_folder
-from quantkit.building import journal
 from quantkit.model import demo
 from quantkit.model.families.options import Options
 from quantkit.model.open import open_model
@@ -251,11 +250,8 @@ class Site:
 
     def claimed(self, out: Path) -> int:
         """Weights whose rows the journal has."""
-        found = partial_folder.peek(out)
-        if found is None:
-            return 0
-        rows = zip(journal.durable(found), found.head.tensors, strict=True)
-        return sum(n * self.cols[t[0]] for n, t in rows)
+        claim = claim_of(out)
+        return 0 if claim is None else sum(len(rows) * self.cols[name] for name, rows in claim.rows().items())
 
     def check_names(self, out: Path, way: Way, older: Mapping[str, bytes] | None = None) -> None:
         """No name of the output has anything but the whole file (or the `older` one that it had)."""
@@ -279,7 +275,7 @@ class Site:
         of them was written. Returns the weights claimed and kept. Where the build was whole and only its folder was
         still to go, it may be refused."""
         claimed, whole = self.claimed(out), files_of(out) == self.expected(way)
-        journal_there = partial_folder.peek(out) is not None
+        journal_there = claim_of(out) is not None
         had, log = self._places_of_claimed(out, way) if watched else {}, self.folder / "log"
         watch = {"root": str(out.parent), "log": str(log)} if watched else {}
         done = self.fork(out, way, *more, **watch) if forked else self.run(out, way, *more)
@@ -296,12 +292,12 @@ class Site:
 
     def _places_of_claimed(self, out: Path, way: Way) -> dict[str, list[tuple[int, int]]]:
         """The bytes of files whose rows the journal has: begins and ends."""
-        found, places = partial_folder.peek(out), self._offsets[self._key(way)]
+        claim, places = claim_of(out), self._offsets[self._key(way)]
         had: dict[str, list[tuple[int, int]]] = {}
-        for r in found.records if found is not None else ():
-            name, _, row_bytes, _ = found.head.tensors[r.tensor]  # type: ignore[union-attr]
+        for tensor, row, n_rows in claim.records if claim is not None else ():
+            name, row_bytes = claim.tensors[tensor]
             file, begin = places[name]
-            had.setdefault(file, []).append((begin + r.row * row_bytes, begin + (r.row + r.n_rows) * row_bytes))
+            had.setdefault(file, []).append((begin + row * row_bytes, begin + (row + n_rows) * row_bytes))
         return had
 
 
