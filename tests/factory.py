@@ -201,7 +201,7 @@ def edit_safetensors(path: Path, change: Any) -> None:
 def shard_of(folder: Path, name: str) -> Path:
     """The shard of a checkpoint that holds a tensor."""
     index = json.loads((folder / "model.safetensors.index.json").read_text("utf-8"))
-    return folder / index["weight_map"][name]
+    return folder / str(index["weight_map"][name])
 
 
 def gguf_file(

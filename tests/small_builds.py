@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 from pathlib import Path
+from typing import Any
 
 from conftest import Tools
 from gguf import GGUFReader
@@ -78,8 +79,8 @@ def llama_quantize(
     return out
 
 
-def fields(path: Path) -> dict[str, object]:
-    """All keys of a GGUF as the gguf package reads them."""
+def fields(path: Path) -> dict[str, tuple[list[Any], Any]]:
+    """All keys of a GGUF as the gguf package reads them: types and value."""
     reader = GGUFReader(path)
     return {k: (f.types, f.contents()) for k, f in reader.fields.items() if not k.startswith("GGUF.")}
 

@@ -15,11 +15,11 @@ from conftest import Run
 from quantkit.authoring import report, review
 from quantkit.base.errors import RecipeError
 from quantkit.cli import cli
-from quantkit.model.catalogue import Catalogue
+from quantkit.model.catalogue import Catalogue, ranges
 from quantkit.model.open import open_model
 from quantkit.planning.plan import Plan, make_plan
 from quantkit.recipe import docs
-from quantkit.recipe.load import Recipe, load, parse, shipped
+from quantkit.recipe.load import Recipe, load, parse, shipped, text_of
 from quantkit.recipe.schema import looks_like_recipe
 
 BROKEN = Path(__file__).parent.parent / "data" / "broken"
@@ -243,7 +243,7 @@ def test_the_files_made_from_the_schema_are_current() -> None:
 
 
 def test_the_page_tells_the_truth_of_r1(r1: Catalogue) -> None:
-    groups = {k: report.ranges(v) for k, v in r1.layer_groups().items()}
+    groups = {k: ranges(v) for k, v in r1.layer_groups().items()}
     assert {k: groups[k] for k in ("all", "dense", "moe")} == {"all": "0-60", "dense": "0-2", "moe": "3-60"}
     assert groups["more_bits"].startswith("0-6,9,12,")
     assert groups["more_bits"].endswith(",51,53-60")
@@ -325,7 +325,7 @@ def test_new_writes_no_absolute_path(tmp_path: Path, monkeypatch: pytest.MonkeyP
     home = tmp_path / "home"
     for folder in ("mine", "theirs"):
         (home / folder).mkdir(parents=True)
-    (home / "theirs" / "low.yaml").write_text(docs.text_of("UD-IQ1_S").replace("name: UD-IQ1_S", "name: low"))
+    (home / "theirs" / "low.yaml").write_text(text_of("UD-IQ1_S").replace("name: UD-IQ1_S", "name: low"))
     monkeypatch.chdir(home)
     new("mine/a.yaml", "--base", "theirs/low.yaml")
     new("mine/b.yaml", "--base", home / "theirs" / "low.yaml")

@@ -20,7 +20,7 @@ from quantkit.base.errors import RecipeError
 from quantkit.gguf.header import KV, STRING, U32, header_bytes, kv, pad, read_header
 from quantkit.gguf.types import FILE_TYPES, QTYPES, fit
 from quantkit.model import open as models
-from quantkit.model.catalogue import Catalogue, Tensor
+from quantkit.model.catalogue import Catalogue, Tensor, layer_of
 from quantkit.model.families.options import Options
 from quantkit.model.sources.gguf_file import open_gguf
 from quantkit.planning.mixtures import facts, mixture_types
@@ -196,8 +196,7 @@ def test_types_of_families_with_exceptions_come_back(data: st.DataObject) -> Non
 def tiny(names: Sequence[str], types: Sequence[str]) -> Catalogue:
     """A model of these tensors, 256 x 2 each."""
     tensors = tuple(
-        Tensor(n, (256, 2), "other", models.layer_of(n), n.endswith("weight"), t)
-        for n, t in zip(names, types, strict=True)
+        Tensor(n, (256, 2), "other", layer_of(n), n.endswith("weight"), t) for n, t in zip(names, types, strict=True)
     )
     return Catalogue("tiny", "llama", "as is", 12, (), (), tensors, (), True)
 

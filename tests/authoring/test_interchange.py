@@ -8,6 +8,7 @@ import re
 import subprocess
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -16,12 +17,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quantkit.authoring.clone import Head, write
-from quantkit.authoring.interchange import FORMATS, Imported, export, ggml_name, import_rules
+from quantkit.authoring.interchange import FORMATS, Imported, export, import_rules
 from quantkit.base.errors import QuantkitError, RecipeError
 from quantkit.cli import cli
 from quantkit.gguf.header import read_header
 from quantkit.gguf.types import QTYPES
 from quantkit.llama_cpp import toolchain
+from quantkit.llama_cpp.tensor_types import ggml_name
 from quantkit.model.catalogue import Catalogue
 from quantkit.model.families.options import Options
 from quantkit.model.open import open_model
@@ -41,15 +43,15 @@ def types_of(plan: Plan) -> dict[str, str]:
     return {t.tensor.name: t.type for t in plan.tensors}
 
 
-def read(text: str, form: str = "tensor-types", c: Catalogue = LITE, **options: object) -> Imported:
-    return import_rules(text, form, c, "r", "rules.txt", **options)  # type: ignore[arg-type]
+def read(text: str, form: str = "tensor-types", c: Catalogue = LITE, **options: Any) -> Imported:
+    return import_rules(text, form, c, "r", "rules.txt", **options)
 
 
-def imported(text: str, form: str = "tensor-types", c: Catalogue = LITE, **options: object) -> dict[str, str]:
+def imported(text: str, form: str = "tensor-types", c: Catalogue = LITE, **options: Any) -> dict[str, str]:
     return types_of(make_plan(c, parse(read(text, form, c, **options).text, "r.yaml")))
 
 
-def refusal(text: str, form: str = "tensor-types", **options: object) -> str:
+def refusal(text: str, form: str = "tensor-types", **options: Any) -> str:
     with pytest.raises(QuantkitError) as e:
         read(text, form, **options)
     assert isinstance(e.value, RecipeError)

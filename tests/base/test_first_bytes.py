@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,7 @@ def test_everywhere_else(tmp_path: Path, head: bytes, says: str) -> None:
     assert sentence(lambda: open_model(str(model)), SourceError) == f"{model}: {says}"
     assert sentence(lambda: verify_gguf.read(model, Findings()), SourceError) == f"{model}: {says}"
     for path in (imatrix, dat):
-        assert sentence(lambda path=path: open_imatrix(str(path)), ImatrixError) == f"{path}: {says}"
+        assert sentence(partial(open_imatrix, str(path)), ImatrixError) == f"{path}: {says}"
     recipe, lock, config = file("r.yaml"), file("sizes.lock"), file("config.json")
     assert sentence(lambda: load(str(recipe)), RecipeError) == f"{recipe}: cannot be read: it {says}"
     assert sentence(lambda: size_lock.read(lock), SourceError) == f"{lock}: cannot be read: it {says}"

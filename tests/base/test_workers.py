@@ -44,7 +44,8 @@ def test_every_job_once_each_thread_with_a_worker_of_its_own(n_threads: int) -> 
 
 def test_jobs_are_made_as_they_are_taken() -> None:
     """Never ahead by more than one a thread."""
-    made, done = [], []
+    made: list[int] = []
+    done: list[int] = []
 
     def jobs() -> Iterator[int]:
         for i in range(50):

@@ -11,7 +11,7 @@ import os
 import re
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +25,13 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from quantkit import kernels
-from quantkit.authoring.interchange import tensor_type_file
 from quantkit.base.errors import KernelError, OutputError, QuantkitError, WeightError
 from quantkit.building import run as builds
 from quantkit.building.engines.llama_quantize import _batches
 from quantkit.building.engines.native import NativeEngine, slabs
 from quantkit.gguf.header import STRING, U32, kv, read_header
 from quantkit.gguf.types import QTYPES
+from quantkit.llama_cpp.tensor_types import tensor_type_file
 from quantkit.model.catalogue import Part, Tensor
 from quantkit.model.families.options import Options
 from quantkit.model.imatrix import open_imatrix
@@ -446,8 +446,13 @@ def of(name: str, type_: str, quantizable: bool = True, shape: tuple[int, ...] =
     return Planned(Tensor(name, shape, "other", None, quantizable, "BF16"), type_, type_, 0, "", "", "used")
 
 
+def rule_file(tensors: Iterable[Planned]) -> str:
+    """The rules of those that llama-quantize is to quantize."""
+    return tensor_type_file((t.tensor.name, t.type) for t in tensors if t.tensor.quantizable)
+
+
 def test_tensor_type_file() -> None:
-    text = tensor_type_file(
+    text = rule_file(
         [
             of("output.weight", "Q6_K"),
             of("output_norm.weight", "F32", quantizable=False),
@@ -470,7 +475,7 @@ def test_tensor_type_file() -> None:
     )
 )
 def test_each_rule_of_a_tensor_type_file_matches_its_tensor_only(names: list[str]) -> None:
-    lines = tensor_type_file([of(name, "Q4_K") for name in names]).splitlines()
+    lines = rule_file([of(name, "Q4_K") for name in names]).splitlines()
     assert len(lines) == len(names)
     for line, name in zip(lines, names, strict=True):
         assert line.endswith("=q4_k")
@@ -480,7 +485,7 @@ def test_each_rule_of_a_tensor_type_file_matches_its_tensor_only(names: list[str
 
 def test_every_quantizable_tensor_of_r1_has_its_rule() -> None:
     plan = make_plan(open_model("deepseek-r1"), rules('match: "*", type: Q4_K'))
-    lines = tensor_type_file(plan.tensors).splitlines()
+    lines = rule_file(plan.tensors).splitlines()
     assert len(lines) == len(set(lines)) == 725
     assert Counter(line.partition("=")[2] for line in lines) == {"q4_k": 664, "q5_0": 61}
 

@@ -423,7 +423,7 @@ def test_the_hidden_folder_is_closed_to_others(scene: Scene, shards: Path) -> No
     out.mkdir()
     out.chmod(0o777)
     found = open_set(shards)
-    modes = []
+    modes: list[int] = []
     write(found, plan_split(found, out / "n", Limits(2)), lambda _n: modes.extend(
         p.stat().st_mode & 0o777 for p in out.glob(".quantkit-shards-*")))  # fmt: skip
     assert set(modes) == {0o700}
@@ -437,8 +437,12 @@ def test_inputs_that_are_something_else(scene: Scene, shards: Path, command: str
         path = scene.folder / f"s-0000{no}-of-00004.gguf"
         path.rename(scene.folder / "aside")
         harm(scene, path)
-        out = {"merge": [scene.folder / "m.gguf"], "split": [scene.folder / "n", "--max-tensors", "1"], "verify": []}
-        done = scene.run(command, shards, *out[command])
+        options: dict[str, list[str | Path]] = {
+            "merge": [scene.folder / "m.gguf"],
+            "split": [scene.folder / "n", "--max-tensors", "1"],
+            "verify": [],
+        }
+        done = scene.run(command, shards, *options[command])
         assert done.code in (4, 12), (done.code, done.err, done.out)
         assert path.name in done.err + done.out
         path.unlink()

@@ -42,6 +42,7 @@ from quantkit.base.errors import (
 from quantkit.dequant import Options, make_plan, prepare, run
 from quantkit.dequant.checksum import joined
 from quantkit.dequant.decode import Decoder, Native, Torch
+from quantkit.kernels import F32, U8
 from quantkit.model.sources.gguf_file import open_gguf
 from quantkit.model.sources.safetensors_dir import DTYPE_BYTES, open_checkpoint
 
@@ -213,10 +214,11 @@ def test_partial_blocks_whatever_the_slab(
     class Small:
         slab_values = 100
 
-        def __call__(self, *args: Any) -> bool:
-            return decoder(*args)
+        def __call__(self, stored: U8, row: int, scale: F32, block: tuple[int, int], dtype: str, out: U8) -> bool:
+            return decoder(stored, row, scale, block, dtype, out)
 
-    for i, each in enumerate((decoder, Small())):
+    decoders: tuple[Decoder, ...] = (decoder, Small())
+    for i, each in enumerate(decoders):
         got = load(dequant(src, tmp_path / f"out{i}", decoder=each))
         require_equal(got, {"w": want.bfloat16()})
 

@@ -12,9 +12,10 @@ from pathlib import Path
 import factory
 import pytest
 from conftest import Run, Tools
-from small_builds import NAMED, build_named, data, fields, llama_quantize, mixture
+from small_builds import NAMED, build, build_named, data, fields, llama_quantize, mixture
 
 from quantkit.base.errors import RecipeError, SourceError, UnsupportedError
+from quantkit.building.engines import Engine
 from quantkit.building.engines.llama_quantize import LlamaQuantizeEngine
 from quantkit.gguf.header import STRING, decode, header_bytes, kv, read_header
 from quantkit.gguf.pre_tokenizers import PRE_KEY, PRE_NAMES, unknown_pre
@@ -136,16 +137,15 @@ def test_a_gguf_gets_another_pre_tokenizer_and_padding(tools: Tools, tiny_bf16: 
     values = {item.key: decode(item) for item in made.kvs if item.key in (PRE_KEY, PAD)}
     assert values == {PRE_KEY: "deepseek-llm", PAD: 382}
     assert [i.key for i in made.kvs] == [i.key for i in open_model(str(tiny_bf16)).kvs]
-    from quantkit.building import run as builds
     from quantkit.building.engines.native import NativeEngine
     from quantkit.planning.plan import make_plan
 
     files = []
-    for i, engine in enumerate((NativeEngine(), LlamaQuantizeEngine(tools.quantize))):
+    engines: tuple[Engine, ...] = (NativeEngine(), LlamaQuantizeEngine(tools.quantize))
+    for i, engine in enumerate(engines):
         out = tmp_path / f"{i}.gguf"
         plan = make_plan(made, mixture("Q8_0"))
-        builds.run(builds.prepare(plan, out, None), engine, 2, lambda _name, _n: None)
-        files.append(out)
+        files.append(build(plan, out, engine=engine))
     assert files[0].read_bytes() == files[1].read_bytes()
     stock = llama_quantize(tools, tiny_bf16, tmp_path / "stock.gguf", "", "Q8_0")
     assert data(files[0]) == data(stock)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -505,8 +506,8 @@ def test_outputs_that_are_refused(shards: list[Path], tmp_path: Path) -> None:
     ]
     before = {p: p.lstat().st_size for p in tmp_path.iterdir()}
     for out, force, says in cases:
-        plan = plan_merge(open_set(first), out)
-        assert sentence(lambda p=plan, f=force: check_output(open_set(first), (p,), f), OutputError) == f"{out}: {says}"
+        check = partial(check_output, open_set(first), (plan_merge(open_set(first), out),), force)
+        assert sentence(check, OutputError) == f"{out}: {says}"
     assert {p: p.lstat().st_size for p in tmp_path.iterdir()} == before
     make(first, (plan_merge(open_set(first), taken),), force=True)
     assert taken.read_bytes() == (tmp_path / "whole.gguf").read_bytes()

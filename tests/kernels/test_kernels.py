@@ -52,7 +52,7 @@ def assert_same_bits(ours: F32, theirs: F32) -> None:
 def guarded(shape: tuple[int, ...], dtype: type = np.float32) -> tuple[Any, Any]:
     """An array between guard values: (the whole, the part to write to)."""
     n = math.prod(shape)
-    whole = np.full(n + 128, SENTINEL if dtype is np.float32 else 0xA5, dtype)
+    whole: npt.NDArray[Any] = np.full(n + 128, SENTINEL if dtype is np.float32 else 0xA5, dtype)
     return whole, whole[64 : 64 + n].reshape(shape)
 
 
@@ -493,14 +493,15 @@ def test_is_valid(name: str) -> None:
 
 def test_dequantize_refuses() -> None:
     blocks = np.zeros((2, 144), np.uint8)
-    for given_, out, message in (
+    refused: list[tuple[Any, Any, str]] = [
         (blocks[0], None, "blocks must be C-ordered uint8 [-1, 144], not uint8 [144]"),
         (blocks[:, :100].copy(), None, "blocks must be C-ordered uint8 [2, 144], not uint8 [2, 100]"),
         (blocks.astype(np.int16), None, "blocks must be C-ordered uint8 [2, 144], not int16 [2, 144]"),
         (blocks[::-1], None, "blocks must be C-ordered uint8 [2, 144], not uint8 [2, 144], not C-ordered"),
         (blocks, np.zeros((3, 256), np.float32), "out must be C-ordered float32 [2, 256], not float32 [3, 256]"),
         (blocks, np.zeros((2, 256)), "out must be C-ordered float32 [2, 256], not float64 [2, 256]"),
-    ):
+    ]
+    for given_, out, message in refused:
         with pytest.raises(KernelError) as e:
             kernels.dequantize(given_, "Q4_K", 256, out)
         assert str(e.value) == message
@@ -551,7 +552,7 @@ def test_e4m3_refuses(change: dict[str, Any], message: str) -> None:
 
 def test_float_to_f32_refuses() -> None:
     out = np.zeros((2, 4), np.float32)
-    for src, dtype, to, message in (
+    refused: list[tuple[Any, str, Any, str]] = [
         (np.zeros((2, 8), np.uint8), "Q8_0", out, "Q8_0 is not a float type"),
         (np.zeros((2, 7), np.uint8), "F16", out, "src must be C-ordered uint8 [2, 8], not uint8 [2, 7]"),
         (np.zeros((2, 8), np.uint8), "F32", out, "src must be C-ordered uint8 [2, 16], not uint8 [2, 8]"),
@@ -561,7 +562,8 @@ def test_float_to_f32_refuses() -> None:
             np.zeros((2, 8), np.uint8), "BF16", np.zeros((2, 8), np.float32)[:, ::2],
             "out must be C-ordered float32 [2, 4], not float32 [2, 4], not C-ordered",
         ),
-    ):  # fmt: skip
+    ]  # fmt: skip
+    for src, dtype, to, message in refused:
         with pytest.raises(KernelError) as e:
             kernels.float_to_f32(src, dtype, to, False)
         assert str(e.value) == message
@@ -581,7 +583,8 @@ def test_the_compiled_kernels_check_for_themselves() -> None:
     ):
         with pytest.raises(ValueError, match=f"^{message}$"):
             _native.e4m3_to_f32(*args)
-    for wrong in (out.astype(np.float64), np.zeros((4, 16), np.float32)[:, ::2]):
+    no_float32: tuple[Any, ...] = (out.astype(np.float64), np.zeros((4, 16), np.float32)[:, ::2])
+    for wrong in no_float32:
         with pytest.raises(TypeError, match="incompatible function arguments"):
             _native.e4m3_to_f32(src, one, 0, 128, 128, False, wrong)
     codes, flat = np.zeros(4, np.uint16), np.zeros(3, np.float32)

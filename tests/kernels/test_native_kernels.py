@@ -54,7 +54,8 @@ def differing(a: bytes, b: bytes, name: str) -> list[int]:
     """The first blocks that differ."""
     size = QTYPES[name].block_bytes
     x, y = (np.frombuffer(blocks, np.uint8).reshape(-1, size) for blocks in (a, b))
-    return np.flatnonzero((x != y).any(1)).tolist()[:5]
+    found: list[int] = np.flatnonzero((x != y).any(1)).tolist()
+    return found[:5]
 
 
 def compare(x: F32, name: str, importance: F32 | None, kernel: str, what: str, expected: bytes | str) -> None:
@@ -192,8 +193,9 @@ def scales_of_every_size() -> F32:
     edges = [tiny * np.float32(2.0**k) for k in range(-23, 12)] + [most * np.float32(2.0**-k) for k in range(3)]
     around = [np.nextafter(e, np.float32(side), dtype=np.float32) for e in edges for side in (0, 1e38)]
     spread = np.exp(rng.uniform(-103, 82, 200)).astype(np.float32)
-    scales = np.array([*edges, *around, 1.0, 1.5, 1.75, 1 + 2.0**-8, *spread], np.float32)
-    return scales[(scales > 0) & (scales <= most)]
+    scales: F32 = np.array([*edges, *around, 1.0, 1.5, 1.75, 1 + 2.0**-8, *spread], np.float32)
+    in_range: F32 = scales[(scales > 0) & (scales <= most)]
+    return in_range
 
 
 @pytest.mark.parametrize("kernel", SETS)

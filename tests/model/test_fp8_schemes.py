@@ -67,7 +67,7 @@ SCHEMES = {
 def quantized(folder: Path, scheme: Scheme) -> dict[str, torch.Tensor]:
     """Turn the projections of a checkpoint to FP8 by a scheme; returns what their weights are as bfloat16."""
     want: dict[str, torch.Tensor] = {}
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for file in sorted(folder.glob("*.safetensors")):
         out: dict[str, torch.Tensor] = {}
         for name, tensor in load_file(file).items():

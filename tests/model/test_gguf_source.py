@@ -123,7 +123,7 @@ def test_another_shard_than_the_first_given(first: Path, no: int) -> None:
 
 
 def test_another_shard_than_the_first_given_under_another_name(first: Path) -> None:
-    given = shutil.copy(shard(first.parent, 2), first.parent / "x.gguf")
+    given = Path(shutil.copy(shard(first.parent, 2), first.parent / "x.gguf"))
     assert sentence(lambda: open_gguf(given)) == (
         f"{given}: this is shard 2 of 3; give the first, the one with split.no = 0"
     )

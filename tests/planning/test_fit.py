@@ -19,12 +19,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from quantkit.base.errors import UnsupportedError
+from quantkit.base.text import GIB
 from quantkit.cli.fit import GpuList, fit
 from quantkit.gguf.header import I32, STRING, U32, kv, kv_array
 from quantkit.model.families.options import Options
 from quantkit.model.open import open_model
 from quantkit.planning import fit as offload
-from quantkit.planning.fit import GIB, Gpus, Layer, Weights
+from quantkit.planning.fit import Layer, Weights
+from quantkit.planning.gpus import Gpus
 from quantkit.planning.plan import Plan, make_plan
 from quantkit.recipe.load import load
 

@@ -264,7 +264,7 @@ def test_an_entry_of_another_size_is_refused_for_every_type(
         for args in (("plan", tiny_v3, *common), ("build", tiny_v3, "-o", tmp_path / "o.gguf", *common)):
             said = quantkit(*args)
             assert (said.returncode, said.stdout, said.stderr) == (6, "", sentence)
-        command = [tools.quantize, "--imatrix", other, tiny_bf16, tmp_path / "theirs.gguf", recipe]
+        command: list[str | Path] = [tools.quantize, "--imatrix", other, tiny_bf16, tmp_path / "theirs.gguf", recipe]
         theirs = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
         assert theirs.returncode != 0
         assert f"is different from tensor size {values.shape[-1]} for {name}" in theirs.stdout + theirs.stderr

@@ -144,8 +144,8 @@ def test_shards(tmp_path_factory: pytest.TempPathFactory, plan: Plan, limit: int
         # a shard has one tensor, or as many as fit: not more, and not fewer
         assert len(group) == 1 or sum(group) <= limit
         assert i + 1 == len(sizes) or sum(group) + sizes[i + 1][0] > limit
-    for no, (file, group) in enumerate(zip(files, groups, strict=True)):
-        check_file(file, group)
+    for no, (file, tensors) in enumerate(zip(files, groups, strict=True)):
+        check_file(file, tensors)
         own = [
             KV("split.no", U16, no.to_bytes(2, "little")),
             KV("split.tensors.count", I32, len(plan.tensors).to_bytes(4, "little")),

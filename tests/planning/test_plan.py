@@ -100,7 +100,7 @@ def layer_bytes(plan: Plan) -> dict[int, int]:
 
 @pytest.mark.parametrize("file", [f for f in PUBLISHED if f["layer_bytes"]], ids=lambda f: f["recipe"])
 def test_layers_of_the_published_files(file: dict[str, Any]) -> None:
-    expected = {}
+    expected: dict[int, int] = {}
     for span, nbytes in file["layer_bytes"].items():
         first, last = (int(n) for n in span.split("-"))
         expected |= dict.fromkeys(range(first, last + 1), nbytes)

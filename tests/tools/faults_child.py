@@ -20,9 +20,11 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from quantkit.base import folders
+
+Result = TypeVar("Result")
 
 
 class Event(NamedTuple):
@@ -76,7 +78,7 @@ class Recorder:
         text = os.path.join(os.path.realpath(os.path.dirname(os.path.abspath(text))), os.path.basename(text))
         return text if text == self.root or text.startswith(self.root + "/") else None
 
-    def did(self, event: Event, call: Callable[[], Any], half: Callable[[], Any] | None = None) -> Any:
+    def did(self, event: Event, call: Callable[[], Result], half: Callable[[], Result] | None = None) -> Result:
         """Make a call and note it, or die there."""
         with self.lock:
             self.number += 1
@@ -86,7 +88,9 @@ class Recorder:
                     half()
                 self.die(event)
             result = call()
-            self.note(event._replace(data=event.data[:result]) if event.what == "write" else event)
+            if isinstance(result, int) and event.what == "write":
+                event = event._replace(data=event.data[:result])
+            self.note(event)
             if dies:
                 self.die(event)
             return result
@@ -101,12 +105,13 @@ class Recorder:
     def _open(self, path: Any, flags: int, mode: int = 0o777, *, dir_fd: int | None = None) -> int:
         where = self.path_of(path, dir_fd)
         if where is None:
-            fd = self.real["open"](path, flags, mode, dir_fd=dir_fd)
+            fd: int = self.real["open"](path, flags, mode, dir_fd=dir_fd)
             self.fds.pop(fd, None)  # of a file that was closed in another way
             return fd
 
         def call() -> int:
-            return self.real["open"](path, flags, mode, dir_fd=dir_fd)
+            fd: int = self.real["open"](path, flags, mode, dir_fd=dir_fd)
+            return fd
 
         with self.lock:
             if flags & os.O_CREAT and not os.path.lexists(where):
@@ -125,24 +130,28 @@ class Recorder:
         self.fds.pop(fd, None)
         self.real["close"](fd)
 
+    def _written(self, how: str, *args: Any) -> int:
+        n: int = self.real[how](*args)
+        return n
+
     def _write(self, fd: int, data: Any) -> int:
         if fd not in self.fds:
-            return self.real["write"](fd, data)
+            return self._written("write", fd, data)
         with self.lock:
             appends = bool(_flags(fd) & os.O_APPEND)
             at = os.fstat(fd).st_size if appends else os.lseek(fd, 0, os.SEEK_CUR)
             number, path = self.fds[fd]
             raw = bytes(data)
-            return self.did(Event("write", number, path, at, raw), lambda: self.real["write"](fd, raw),
-                            lambda: self.real["write"](fd, raw[: len(raw) // 2]))  # fmt: skip
+            return self.did(Event("write", number, path, at, raw), lambda: self._written("write", fd, raw),
+                            lambda: self._written("write", fd, raw[: len(raw) // 2]))  # fmt: skip
 
     def _pwrite(self, fd: int, data: Any, at: int) -> int:
         if fd not in self.fds:
-            return self.real["pwrite"](fd, data, at)
+            return self._written("pwrite", fd, data, at)
         number, path = self.fds[fd]
         raw = bytes(data)
-        return self.did(Event("write", number, path, at, raw), lambda: self.real["pwrite"](fd, raw, at),
-                        lambda: self.real["pwrite"](fd, raw[: len(raw) // 2], at))  # fmt: skip
+        return self.did(Event("write", number, path, at, raw), lambda: self._written("pwrite", fd, raw, at),
+                        lambda: self._written("pwrite", fd, raw[: len(raw) // 2], at))  # fmt: skip
 
     def _copied(self, fd: int, at: int, call: Callable[[], int]) -> int:
         """A copy in the kernel is noted as the write that it is."""
@@ -154,29 +163,33 @@ class Recorder:
             return n
 
     def _copy_file_range(self, src: int, dst: int, count: int, offset_src: int, offset_dst: int) -> int:
-        return self._copied(dst, offset_dst, lambda: self.real["copy_file_range"](src, dst, count, offset_src,
-                                                                                  offset_dst))  # fmt: skip
+        return self._copied(dst, offset_dst, lambda: self._written("copy_file_range", src, dst, count, offset_src,
+                                                             offset_dst))  # fmt: skip
 
     def _sendfile(self, dst: int, src: int, offset: int, count: int) -> int:
-        return self._copied(dst, os.lseek(dst, 0, os.SEEK_CUR), lambda: self.real["sendfile"](dst, src, offset, count))
+        return self._copied(
+            dst, os.lseek(dst, 0, os.SEEK_CUR), lambda: self._written("sendfile", dst, src, offset, count)
+        )
 
     def _ftruncate(self, fd: int, size: int) -> None:
         if fd not in self.fds:
-            return self.real["ftruncate"](fd, size)
+            self.real["ftruncate"](fd, size)
+            return
         number, path = self.fds[fd]
-        return self.did(Event("truncate", number, path, size), lambda: self.real["ftruncate"](fd, size))
+        self.did(Event("truncate", number, path, size), lambda: self.real["ftruncate"](fd, size))
 
     def _sync(self, name: str, fd: int) -> None:
         """What was written before it began is on the disk when it has ended; others may write meanwhile."""
         if fd not in self.fds:
-            return self.real[name](fd)
+            self.real[name](fd)
+            return
         number, path = self.fds[fd]
         is_data = path.endswith(".gguf")
         if (self.plant == "data" and is_data) or (self.plant == "names" and number < 0):
-            return None
+            return
         if self.plant == "order" and name == "fdatasync" and is_data:
             self.late.append(fd)
-            return None
+            return
         with self.lock:
             self.syncs += 1
             mine = self.syncs
@@ -188,7 +201,6 @@ class Recorder:
             for each in late:
                 self._sync(name, each)
             self.plant = plant
-        return None
 
     def _fsync(self, fd: int) -> None:
         self._sync("fsync", fd)
@@ -199,8 +211,8 @@ class Recorder:
     def _replace(self, src: Any, dst: Any, *, src_dir_fd: int | None = None, dst_dir_fd: int | None = None) -> None:
         self._renamed("replace", src, dst, src_dir_fd, dst_dir_fd)
 
-    def _rename_to_new(self, src: str, dst: str, *, src_dir_fd: int, dst_dir_fd: int) -> None:
-        self._renamed("rename_to_new", src, dst, src_dir_fd, dst_dir_fd)
+    def _rename_to_new(self, name: str, new: str, *, src_dir_fd: int, dst_dir_fd: int) -> None:
+        self._renamed("rename_to_new", name, new, src_dir_fd, dst_dir_fd)
 
     def _renamed(self, how: str, src: Any, dst: Any, src_dir_fd: int | None, dst_dir_fd: int | None) -> None:
         old, new = self.path_of(src, src_dir_fd), self.path_of(dst, dst_dir_fd)
@@ -209,38 +221,40 @@ class Recorder:
             self.real[how](src, dst, src_dir_fd=src_dir_fd, dst_dir_fd=dst_dir_fd)
 
         if old is None or new is None:
-            return call()
+            call()
+            return
         with self.lock:
             number = self.files.get(old, -1)
             self.did(Event("rename", number, new, old=old), call)
             self.files[new] = self.files.pop(old, -1)
-            return None
 
     _rename = _replace
 
     def _unlink(self, path: Any, *, dir_fd: int | None = None) -> None:
         where = self.path_of(path, dir_fd)
         if where is None:
-            return self.real["unlink"](path, dir_fd=dir_fd)
+            self.real["unlink"](path, dir_fd=dir_fd)
+            return
         with self.lock:
             event = Event("unlink", self.files.get(where, -1), where)
             self.did(event, lambda: self.real["unlink"](path, dir_fd=dir_fd))
             self.files.pop(where, None)
-            return None
 
     _remove = _unlink
 
     def _mkdir(self, path: Any, mode: int = 0o777, *, dir_fd: int | None = None) -> None:
         where = self.path_of(path, dir_fd)
         if where is None:
-            return self.real["mkdir"](path, mode, dir_fd=dir_fd)
-        return self.did(Event("mkdir", -1, where), lambda: self.real["mkdir"](path, mode, dir_fd=dir_fd))
+            self.real["mkdir"](path, mode, dir_fd=dir_fd)
+            return
+        self.did(Event("mkdir", -1, where), lambda: self.real["mkdir"](path, mode, dir_fd=dir_fd))
 
     def _rmdir(self, path: Any, *, dir_fd: int | None = None) -> None:
         where = self.path_of(path, dir_fd)
         if where is None:
-            return self.real["rmdir"](path, dir_fd=dir_fd)
-        return self.did(Event("rmdir", -1, where), lambda: self.real["rmdir"](path, dir_fd=dir_fd))
+            self.real["rmdir"](path, dir_fd=dir_fd)
+            return
+        self.did(Event("rmdir", -1, where), lambda: self.real["rmdir"](path, dir_fd=dir_fd))
 
 
 def _flags(fd: int) -> int:

@@ -10,9 +10,9 @@ from pathlib import Path
 from faults_kill import kill_at_rows
 from faults_site import ONE, SHARDS, FaultError, Row, Site, Way, check_said, files_of, require
 
-from quantkit.building.unfinished import folder_of
+from quantkit.building.folder import folder_of
 
-Damage = Callable[[Site, Path, random.Random], None]
+Damage = Callable[[Site, Path, random.Random], object]
 
 
 def _flip(path: Path, rng: random.Random, bits: int = 1, begin: int = 0, end: int | None = None) -> None:
@@ -67,20 +67,20 @@ DAMAGES: dict[str, tuple[int, Damage]] = {
         4, lambda _s, out, rng: _flip(_journal(out), rng, 1, 0, _first_line(_journal(out)) - 1)),
     "journal: cut in the records": (6, lambda _s, out, rng: _cut(_journal(out), rng, begin=_first_line(_journal(out)))),
     "journal: cut in the first line": (2, lambda _s, out, rng: _cut(_journal(out), rng, _first_line(_journal(out)))),
-    "journal: garbage": (2, lambda _s, out, rng: _journal(out).write_bytes(rng.randbytes(5000)) and None),
+    "journal: garbage": (2, lambda _s, out, rng: _journal(out).write_bytes(rng.randbytes(5000))),
     "journal: garbage after it": (
-        2, lambda _s, out, rng: _journal(out).write_bytes(_journal(out).read_bytes() + rng.randbytes(500)) and None),
-    "journal: empty": (2, lambda _s, out, _rng: _journal(out).write_bytes(b"") and None),
+        2, lambda _s, out, rng: _journal(out).write_bytes(_journal(out).read_bytes() + rng.randbytes(500))),
+    "journal: empty": (2, lambda _s, out, _rng: _journal(out).write_bytes(b"")),
     "journal: of another run": (2, _of_another_run),
     "header half-written": (2, lambda _s, out, rng: _half_header(_made(out, rng), rng)),
     "rows: bits flipped": (6, lambda _s, out, rng: _flip(_with_rows(out, rng), rng, 40)),
     "rows: zeros": (2, _same_length),
     "file cut": (3, lambda _s, out, rng: _cut(_made(out, rng), rng)),
-    "file too long": (2, lambda _s, out, rng: _made(out, rng).open("ab").write(b"more") and None),
+    "file too long": (2, lambda _s, out, rng: _made(out, rng).open("ab").write(b"more")),
     "file gone": (2, lambda _s, out, rng: _made(out, rng).unlink()),
     "file a folder": (2, lambda _s, out, rng: _to_folder(_made(out, rng))),
     "file a link": (2, lambda _s, out, rng: _to_link(_made(out, rng))),
-    "lock: garbage": (2, lambda _s, out, rng: (folder_of(out) / "lock").write_bytes(rng.randbytes(99)) and None),
+    "lock: garbage": (2, lambda _s, out, rng: (folder_of(out) / "lock").write_bytes(rng.randbytes(99))),
     "lock gone": (2, lambda _s, out, _rng: (folder_of(out) / "lock").unlink()),
     "lock a folder": (2, lambda _s, out, _rng: _to_folder(folder_of(out) / "lock")),
 }  # fmt: skip
@@ -219,7 +219,11 @@ def caches(site: Site) -> list[Row]:
             for p, raw in zip(same, contents[1:] + contents[:1], strict=True):
                 p.write_bytes(raw)
 
-    def memos(change: Callable[[Path], None]) -> None:
+    def entries_are(change: Callable[[Path], object], step: int = 1) -> None:
+        for r in relative[::step]:
+            change(cache / r)
+
+    def memos(change: Callable[[Path], object]) -> None:
         for path in (cache / "sources").iterdir():
             change(path)
 
@@ -234,19 +238,23 @@ def caches(site: Site) -> list[Row]:
                 words[i] = w
             path.write_text('"'.join(words))
 
+    def without_folders() -> None:
+        for name in ("objects", "sources", "tmp"):
+            shutil.rmtree(cache / name)
+
     rng = site.rng
-    every: dict[str, Callable[[], None]] = {
-        "cache: a bit flipped in each entry": lambda: [_flip(cache / r, rng) for r in relative] and None,
-        "cache: each entry cut": lambda: [_cut(cache / r, rng) for r in relative] and None,
-        "cache: each entry garbage": lambda: [(cache / r).write_bytes(rng.randbytes(9999)) for r in relative] and None,
+    every: dict[str, Callable[[], object]] = {
+        "cache: a bit flipped in each entry": lambda: entries_are(lambda p: _flip(p, rng)),
+        "cache: each entry cut": lambda: entries_are(lambda p: _cut(p, rng)),
+        "cache: each entry garbage": lambda: entries_are(lambda p: p.write_bytes(rng.randbytes(9999))),
         "cache: entries swapped": swap,
-        "cache: entries are folders": lambda: [_to_folder(cache / r) for r in relative[::2]] and None,
-        "cache: digests garbage": lambda: memos(lambda p: p.write_bytes(rng.randbytes(999)) and None),
+        "cache: entries are folders": lambda: entries_are(_to_folder, 2),
+        "cache: digests garbage": lambda: memos(lambda p: p.write_bytes(rng.randbytes(999))),
         "cache: digests cut": lambda: memos(lambda p: _cut(p, rng)),
         "cache: digests moved about": rotate_memos,
         "cache: stale unfinished entries": lambda: [
-            (cache / "tmp" / f"tmp{i}").write_bytes(rng.randbytes(999)) for i in range(9)] and None,
-        "cache: its folders gone": lambda: [shutil.rmtree(cache / n) for n in ("objects", "sources", "tmp")] and None,
+            (cache / "tmp" / f"tmp{i}").write_bytes(rng.randbytes(999)) for i in range(9)],
+        "cache: its folders gone": without_folders,
     }  # fmt: skip
     for name, damage in every.items():
         row = Row(name, f"a cache of {len(entries)} entries", 1, "the right bytes")

@@ -11,13 +11,14 @@ import subprocess
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 from faults_calls import failing
 from faults_kill import disturbed, kill_at_rows
 from faults_site import ONE, SHARDS, FaultError, Row, Site, SkipError, Way, check_said, files_of, require
 
-from quantkit.building.unfinished import folder_of
+from quantkit.building.folder import folder_of
 
 #: what glibc says as it ends a process in such a case
 GLIBC = "cannot allocate"
@@ -151,7 +152,7 @@ def disk_filled(kind: str, reserved: bool) -> Callable[[Site], Row]:
             way = (ONE, SHARDS)[n % 2]
             with filesystem(site, kind, size) as folder:
                 out = folder / "m.gguf"
-                got = disturbed(site, way, lambda folder=folder: fill(folder), out, env=env)
+                got = disturbed(site, way, partial(fill, folder), out, env=env)
                 require((folder / "filler").stat().st_size > 0, "nothing was filled")
                 (folder / "filler").unlink()
                 try:

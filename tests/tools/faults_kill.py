@@ -167,7 +167,7 @@ def stop_at_rows(site: Site, out: Path, process: subprocess.Popen[str] | Forked,
         raise FaultError("too late")
 
 
-def disturbed(site: Site, way: Way, disturb: Callable[[], None], out: Path, *more: str, **how: object) -> Done:
+def disturbed(site: Site, way: Way, disturb: Callable[[], object], out: Path, *more: str, **how: object) -> Done:
     """A build that is stopped at its first rows, disturbed, and let go on."""
     for _ in range(20):
         process = site.start(out, way, "-q", *more, **how)  # type: ignore[arg-type]

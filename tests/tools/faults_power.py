@@ -40,8 +40,8 @@ class Disk:
 
     def put(self, root: Path) -> None:
         """Make a folder hold just this."""
-        for path in root.iterdir():
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        for there in root.iterdir():
+            shutil.rmtree(there) if there.is_dir() else there.unlink()
         for folder in sorted(self.folders - {str(root)}, key=len):
             if str(Path(folder).parent) in self.folders:
                 Path(folder).mkdir()

@@ -294,7 +294,9 @@ class Site:
         """The bytes of files whose rows the journal has: begins and ends."""
         claim, places = claim_of(out), self._offsets[self._key(way)]
         had: dict[str, list[tuple[int, int]]] = {}
-        for tensor, row, n_rows in claim.records if claim is not None else ():
+        if claim is None:
+            return had
+        for tensor, row, n_rows in claim.records:
             name, row_bytes = claim.tensors[tensor]
             file, begin = places[name]
             had.setdefault(file, []).append((begin + row * row_bytes, begin + (row + n_rows) * row_bytes))

@@ -30,7 +30,7 @@ import laws
 import numpy as np
 import numpy.typing as npt
 
-from quantkit import kernels
+from quantkit import _native, kernels
 from quantkit.base.errors import QuantkitError
 from quantkit.gguf.types import QTYPES
 from quantkit.llama_cpp import toolchain
@@ -63,12 +63,13 @@ def band(rng: Generator, shape: Shape | int) -> U32:
         low, high = min(low, 254), 254
     exponent = rng.integers(low, high, shape, endpoint=True, dtype=np.uint32)
     mantissa = rng.integers(0, 1 << 23, shape, dtype=np.uint32) & np.uint32(rng.choice([0x7FFFFF, 0x7F0000, 0x700000]))
-    return (rng.integers(0, 2, shape, dtype=np.uint32) << 31) | (exponent << 23) | mantissa
+    bits: U32 = (rng.integers(0, 2, shape, dtype=np.uint32) << 31) | (exponent << 23) | mantissa
+    return bits
 
 
 def any_bits(rng: Generator, shape: Shape) -> U32:
     """Every pattern as likely as any other, those that are no numbers left as they are in one case of ten."""
-    bits = rng.integers(0, 1 << 32, shape, dtype=np.uint32)
+    bits: U32 = rng.integers(0, 1 << 32, shape, dtype=np.uint32)
     if rng.random() < 0.9:
         bits[(bits & 0x7F800000) == 0x7F800000] &= 0x807FFFFF
     return bits
@@ -76,14 +77,16 @@ def any_bits(rng: Generator, shape: Shape) -> U32:
 
 def denormal(rng: Generator, shape: Shape) -> U32:
     width = np.uint32((1 << rng.integers(1, 25)) - 1)
-    return rng.integers(0, 1 << 32, shape, dtype=np.uint32) & (width | np.uint32(1 << 31))
+    bits: U32 = rng.integers(0, 1 << 32, shape, dtype=np.uint32) & (width | np.uint32(1 << 31))
+    return bits
 
 
 def few_values(rng: Generator, shape: Shape) -> U32:
     """Small multiples of one value: ties, and runs of equal weights."""
     scale = band(rng, 1).view(np.float32)[0]
     with np.errstate(all="ignore"):
-        return (rng.integers(-rng.integers(1, 20), 20, shape) * scale).astype(np.float32).view(np.uint32)
+        bits: U32 = (rng.integers(-rng.integers(1, 20), 20, shape) * scale).astype(np.float32).view(np.uint32)
+    return bits
 
 
 def constant(rng: Generator, shape: Shape) -> U32:
@@ -92,7 +95,8 @@ def constant(rng: Generator, shape: Shape) -> U32:
 
 def sparse(rng: Generator, shape: Shape) -> U32:
     zero = np.uint32(rng.choice([0, 1 << 31]))
-    return np.where(rng.random(shape) < rng.choice([0.5, 0.1, 0.01]), band(rng, shape), zero).astype(np.uint32)
+    bits: U32 = np.where(rng.random(shape) < rng.choice([0.5, 0.1, 0.01]), band(rng, shape), zero).astype(np.uint32)
+    return bits
 
 
 def outliers(rng: Generator, shape: Shape) -> U32:
@@ -104,12 +108,14 @@ def outliers(rng: Generator, shape: Shape) -> U32:
 
 
 def one_sign(rng: Generator, shape: Shape) -> U32:
-    return band(rng, shape) & np.uint32(0x7FFFFFFF) | np.uint32(rng.choice([0, 1 << 31]))
+    bits: U32 = band(rng, shape) & np.uint32(0x7FFFFFFF) | np.uint32(rng.choice([0, 1 << 31]))
+    return bits
 
 
 def normal(rng: Generator, shape: Shape) -> U32:
     with np.errstate(all="ignore"):
-        return (rng.standard_normal(shape) * 10.0 ** rng.uniform(-30, 20)).astype(np.float32).view(np.uint32)
+        bits: U32 = (rng.standard_normal(shape) * 10.0 ** rng.uniform(-30, 20)).astype(np.float32).view(np.uint32)
+    return bits
 
 
 LAWS: list[Callable[[Generator, Shape], U32]] = [
@@ -136,7 +142,7 @@ def importance(rng: Generator, n: int) -> F32 | None:
     if how < 3:
         return None
     if how < 8:
-        out = np.exp(rng.choice([0.5, 1, 3, 4]) * rng.standard_normal(n)).astype(np.float32)
+        out: F32 = np.exp(rng.choice([0.5, 1, 3, 4]) * rng.standard_normal(n)).astype(np.float32)
     else:
         bits = band(rng, n) & np.uint32(0x7FFFFFFF)
         bits[bits >= 0x7F800000] = 0x7F7FFFFF
@@ -157,7 +163,8 @@ def bf16_rounded(x: F32) -> F32:
     """To nearest even; a NaN stays one."""
     u = x.view(np.uint32)
     rounded = ((u + np.uint32(0x7FFF) + ((u >> 16) & 1)) & np.uint32(0xFFFF0000)).view(np.float32)
-    return np.where(np.isnan(x), np.float32(np.nan), rounded).astype(np.float32)
+    out: F32 = np.where(np.isnan(x), np.float32(np.nan), rounded).astype(np.float32)
+    return out
 
 
 def unaligned(rng: Generator, values: npt.NDArray[Any], step: int) -> Any:
@@ -187,10 +194,9 @@ def store(rng: Generator, dtype: str, shape: Shape) -> tuple[kernels.StoredRows,
                 codes[rng.random(shape) < 0.9] = 0
             block = (int(rng.choice([1, 7, 128])), int(rng.choice([1, 32, 100, 128, 4096])))
             n_blocks = (-(-int(matrix_row.max() + 1) // block[0]), -(-n_cols // block[1]))
-            scale = band(rng, n_blocks) & np.uint32(0x7FFFFFFF)  # type: ignore[assignment]
+            scale = np.ascontiguousarray(band(rng, n_blocks) & np.uint32(0x7FFFFFFF)).view(np.float32)
             if rng.random() < 0.5:
-                scale = np.exp(rng.normal(-9, 0.5, n_blocks)).astype(np.float32).view(np.uint32)  # type: ignore[assignment]
-            scale = np.ascontiguousarray(scale).view(np.float32)  # type: ignore[arg-type, union-attr]
+                scale = np.exp(rng.normal(-9, 0.5, n_blocks)).astype(np.float32)
             stored: npt.NDArray[Any] = codes
             spread = scale[matrix_row // block[0]][:, np.arange(n_cols) // block[1]]
             x = laws.e4m3_values()[codes] * spread
@@ -298,16 +304,17 @@ def rows_by_set(case: Case, sets: list[str]) -> None:
     flat = np.empty(case.x.size, np.float32)
     for name in (*sets, "plain"):
         if rows.dtype == "F8_E4M3":
-            kernels._native.e4m3_to_f32(
+            assert rows.scale is not None
+            _native.e4m3_to_f32(
                 rows.stored, rows.scale, int(rows.first_rows[0]), *rows.block, rows.round_bf16,
                 flat.reshape(case.x.shape), name,
             )  # fmt: skip
         elif rows.dtype == "F32":
-            kernels._native.f32_to_f32(rows.stored.copy().view(np.float32).reshape(-1), rows.round_bf16, flat, name)
+            _native.f32_to_f32(rows.stored.copy().view(np.float32).reshape(-1), rows.round_bf16, flat, name)
         elif rows.dtype == "F16":
-            kernels._native.f16_to_f32(rows.stored.copy().view(np.uint16).reshape(-1), rows.round_bf16, flat, name)
+            _native.f16_to_f32(rows.stored.copy().view(np.uint16).reshape(-1), rows.round_bf16, flat, name)
         else:
-            kernels._native.bf16_to_f32(rows.stored.copy().view(np.uint16).reshape(-1), flat, name)
+            _native.bf16_to_f32(rows.stored.copy().view(np.uint16).reshape(-1), flat, name)
         got = flat.reshape(case.x.shape)
         bad = np.where(nan, ~np.isnan(got), got.view(np.uint32) != want)
         if bad.any():

@@ -10,7 +10,7 @@ import json
 import random
 import shutil
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -104,7 +104,7 @@ TYPE_IDS = {"F32": 0, "Q8_0": 8, "BF16": 30}
 SIZES = {U16: 2, I32: 4}
 
 
-def gguf_bytes(kvs: list[Any], tensors: list[tuple[str, tuple[int, ...], str, int]]) -> bytes:
+def gguf_bytes(kvs: list[Any], tensors: Sequence[tuple[str, tuple[int, ...], str, int]]) -> bytes:
     """A GGUF: (name, ne shape, type, bytes) each."""
     infos, at = [], 0
     for name, shape, type_, nbytes in tensors:

@@ -62,7 +62,7 @@ def entry(path: Path, name: str) -> int:
 def after_name(path: Path, name: str, field: str) -> int:
     """Where a field of a tensor's entry is."""
     at = entry(path, name) + 8 + len(name)
-    n = struct.unpack_from("<I", path.read_bytes(), at)[0]
+    n: int = struct.unpack_from("<I", path.read_bytes(), at)[0]
     return {"dims": at, "shape": at + 4, "type": at + 4 + 8 * n, "offset": at + 8 + 8 * n}[field]
 
 
