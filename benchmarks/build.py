@@ -22,8 +22,8 @@ from typing import NamedTuple
 
 from footprint import CONFIG, status
 
-from quantkit.authoring.interchange import tensor_type_file
 from quantkit.llama_cpp import toolchain
+from quantkit.llama_cpp.tensor_types import tensor_type_file
 from quantkit.model import demo
 from quantkit.model.families.options import Options
 from quantkit.model.open import open_model
@@ -62,8 +62,11 @@ def measure(commands: list[list[str]], outputs: list[Path], env: dict[str, str])
 
 
 def sha(path: Path) -> str:
+    digest = hashlib.sha256()
     with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
+        while piece := f.read(1 << 24):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def main() -> None:
@@ -85,7 +88,8 @@ def main() -> None:
         demo.make_imatrix(imatrix, {t.name: t.shape for t in model.tensors if t.quantizable and t.layer is not None})
         recipe = load(args.recipe)
         types = folder / "types.txt"
-        types.write_text(tensor_type_file(make_plan(model, recipe).tensors))
+        planned = make_plan(model, recipe).tensors
+        types.write_text(tensor_type_file((t.tensor.name, t.type) for t in planned if t.tensor.quantizable))
         # the converter does not know the demo's tokenizer by its hash
         convert = (
             "import runpy, sys, pathlib; script = sys.argv[1]; sys.argv = sys.argv[1:];"

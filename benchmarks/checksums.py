@@ -36,8 +36,12 @@ from quantkit.model.open import open_model
 from quantkit.planning.plan import make_plan
 from quantkit.recipe.load import load
 
-Checksum = Callable[[memoryview], "bytes | int"]
+Checksum = Callable[["memoryview | bytes"], "bytes | int"]
 BASE, OURS = "BLAKE2b-128", "XXH3-128 (xxhash)"
+
+
+def _of_a_copy(call: Checksum) -> Checksum:
+    return lambda raw: call(bytes(raw))
 
 
 def checksums() -> dict[str, Checksum]:
@@ -59,7 +63,7 @@ def checksums() -> dict[str, Checksum]:
             continue
         call: Checksum = getattr(module, function)
         # google_crc32c takes bytes only, so that a copy belongs to its price
-        found[name] = (lambda raw, call=call: call(bytes(raw))) if package == "google_crc32c" else call
+        found[name] = _of_a_copy(call) if package == "google_crc32c" else call
     return found
 
 

@@ -21,7 +21,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from footprint import CONFIG, status
 
@@ -109,7 +109,10 @@ def require_equal(a: Path, b: Path) -> int:
     import torch
     from safetensors import safe_open
 
-    files = {name: f for p in sorted(b.glob("*.safetensors")) for f in [safe_open(p, "pt")] for name in f.keys()}  # noqa: SIM118
+    files: dict[str, Any] = {}
+    for path in sorted(b.glob("*.safetensors")):
+        opened: Any = safe_open(path, "pt")
+        files |= dict.fromkeys(opened.keys(), opened)
     total = 0
     for path in sorted(a.glob("*.safetensors")):
         with safe_open(path, "pt") as f:

@@ -11,16 +11,21 @@ from __future__ import annotations
 import argparse
 import re
 import statistics
+import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
-import laws
 import numpy as np
 
 from quantkit import kernels
 from quantkit.gguf.types import ABORT_WITHOUT_IMATRIX, QTYPES
 from quantkit.llama_cpp import toolchain
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "tools"))
+
+import laws
 
 ROUNDS = 7
 SECONDS = 0.15
@@ -66,19 +71,19 @@ def main() -> None:
             x = laws.WEIGHTS["fp8 normal"](rng, (64, 4096))
             out = np.empty((x.shape[0], qt.row_bytes(4096)), np.uint8)
 
-            def run(kernel: str, x=x, w=w, out=out, name=name) -> None:  # type: ignore[no-untyped-def]
-                kernels.quantize(x, name, w, kernel, out)
+            job = partial(kernels.quantize, x, name, w, out=out)
 
-            run(reference)
+            job(kernel=reference)
             expected = out.tobytes()
-            run(options.name)
+            job(kernel=options.name)
             if out.tobytes() != expected:
                 raise SystemExit(f"{name}, importance {law}: the bytes differ")
-            repeat = {k: max(1, round(SECONDS / seconds(lambda k=k: run(k), 1))) for k in (reference, options.name)}
+            once = {k: seconds(partial(job, kernel=k), 1) for k in (reference, options.name)}
+            repeat = {k: max(1, round(SECONDS / taken)) for k, taken in once.items()}
             times: dict[str, list[float]] = {reference: [], options.name: []}
             for _ in range(ROUNDS):
                 for kernel, taken in times.items():
-                    taken.append(seconds(lambda k=kernel: run(k), repeat[kernel]))
+                    taken.append(seconds(partial(job, kernel=kernel), repeat[kernel]))
             theirs, ours = (statistics.median(t) for t in times.values())
             speeds = [f"{x.size / t / 1e6:.1f}" for t in (theirs, ours)]
             cycles = f"{rate * ours / x.size:.1f}" if rate else ""

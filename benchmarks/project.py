@@ -9,9 +9,10 @@ multiplied out over the plan's tensors; cores are taken to scale without loss, d
 from __future__ import annotations
 
 import argparse
+import sys
 import time
+from pathlib import Path
 
-import laws
 import numpy as np
 
 from quantkit import kernels
@@ -20,6 +21,10 @@ from quantkit.llama_cpp import toolchain
 from quantkit.model.open import open_model
 from quantkit.planning.plan import make_plan
 from quantkit.recipe.load import load
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "tools"))
+
+import laws
 
 SECONDS = 0.5
 SHAPE = (128, 4096)

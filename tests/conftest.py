@@ -120,18 +120,19 @@ def tiny_bf16(tools: Tools, tiny_v3: Path, tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture(scope="session")
 def sound_plan(tiny_v3: Path, tiny_imatrix: Path) -> Plan:
-    """tiny_v3 as verifying.MIX has it."""
-    import verifying
+    """tiny_v3 as checking.MIX has it."""
+    import checking
+    import small_builds
 
-    return verifying.plan_of(tiny_v3, verifying.MIX, tiny_imatrix)
+    return small_builds.plan_of(tiny_v3, checking.MIX, tiny_imatrix)
 
 
 @pytest.fixture(scope="session")
 def sound(sound_plan: Plan, tiny_imatrix: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A sound build of sound_plan; read it, do not change it."""
-    import verifying
+    import small_builds
 
-    return verifying.build(sound_plan, tmp_path_factory.mktemp("sound") / "tiny.gguf", tiny_imatrix)
+    return small_builds.build(sound_plan, tmp_path_factory.mktemp("sound") / "tiny.gguf", tiny_imatrix)
 
 
 @pytest.fixture
@@ -143,7 +144,7 @@ def copied(sound: Path, tmp_path: Path) -> Path:
 @pytest.fixture(scope="session")
 def sound_set(sound_plan: Plan, tiny_imatrix: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same in shards: a folder."""
-    import verifying
+    import small_builds
 
     out = tmp_path_factory.mktemp("sound-set") / "tiny.gguf"
-    return verifying.build(sound_plan, out, tiny_imatrix, split=500_000).parent
+    return small_builds.build(sound_plan, out, tiny_imatrix, split=500_000).parent

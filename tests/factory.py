@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from quantkit.gguf.header import KV, STRING, U32, header_bytes, kv, pad
+from quantkit.gguf.header import F32 as FLOAT32
+from quantkit.gguf.header import KV, STRING, U32, header_bytes, kv, kv_array, pad
 from quantkit.model import demo
 
 #: a V3 in the exact layout, as small as 256-value blocks allow: 3 layers (1 dense), 4 experts
@@ -84,6 +85,19 @@ TINY_QWEN2: dict[str, Any] = {
     "tie_word_embeddings": True,
     "use_sliding_window": False,
 }
+
+#: as small as a model can be: what counts here is its keys
+_SMALLEST = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
+_DEEPSEEK = {
+    **_SMALLEST,
+    "kv_lora_rank": 32,
+    "moe_intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "qk_nope_head_dim": 32,
+}
+SMALL_V3 = {k: v for k, v in {**TINY_V3, **_DEEPSEEK, "q_lora_rank": 32}.items() if k != "quantization_config"}
+SMALL_V2 = {**TINY_V2, **_DEEPSEEK}
+SMALL_LLAMA, SMALL_QWEN2 = {**TINY_LLAMA, **_SMALLEST}, {**TINY_QWEN2, **_SMALLEST}
 
 
 def checkpoint(folder: Path, config: Mapping[str, Any] = TINY_V3, seed: int = 7, n_shards: int = 2) -> Path:
@@ -187,7 +201,7 @@ def edit_safetensors(path: Path, change: Any) -> None:
 def shard_of(folder: Path, name: str) -> Path:
     """The shard of a checkpoint that holds a tensor."""
     index = json.loads((folder / "model.safetensors.index.json").read_text("utf-8"))
-    return folder / index["weight_map"][name]
+    return folder / str(index["weight_map"][name])
 
 
 def gguf_file(
@@ -204,6 +218,38 @@ def gguf_file(
     )
     path.write_bytes(header_bytes(head, infos) + b"".join(blobs))
     return path
+
+
+LLAMA_KVS = [
+    kv("general.architecture", STRING, "llama"),
+    kv("llama.block_count", U32, 3),
+    kv_array("tokenizer.ggml.tokens", STRING, ["a", "bc", ""]),
+    kv_array("tokenizer.ggml.scores", FLOAT32, [0.5, -1.0, 2.0]),
+    kv("general.file_type", U32, 7),
+]
+
+
+def sized_gguf(path: Path, sizes: Sequence[int], kvs: Sequence[KV] = LLAMA_KVS, seed: int = 1) -> Path:
+    """A GGUF with a tensor of each of these sizes in bytes."""
+    rng = np.random.default_rng(seed)
+    return gguf_file(path, {f"blk.{i}.t": ((n,), "I8", rng.bytes(n)) for i, n in enumerate(sizes)}, list(kvs))
+
+
+IMATRIX_KVS = [
+    kv("general.type", STRING, "imatrix"),
+    kv_array("imatrix.datasets", STRING, ["calib.txt", "more.txt"]),
+    kv("imatrix.chunk_count", U32, 64),
+    kv("imatrix.chunk_size", U32, 512),
+]
+
+
+def gguf_imatrix(path: Path, entries: Mapping[str, tuple[np.ndarray, np.ndarray]], kvs: list[KV] | None = None) -> Path:
+    """name -> (in_sum2, counts), of any shape and dtype float32."""
+    tensors = {}
+    for name, arrays in entries.items():
+        for suffix, values in zip((".in_sum2", ".counts"), arrays, strict=True):
+            tensors[name + suffix] = (tuple(reversed(values.shape)), "F32", values.astype(np.float32).tobytes())
+    return gguf_file(path, tensors, IMATRIX_KVS if kvs is None else kvs)
 
 
 def poke(folder: Path, name: str, at: int, raw: bytes) -> None:

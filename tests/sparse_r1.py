@@ -34,9 +34,9 @@ def make(folder: Path) -> Path:
     for i, items in enumerate(shards):
         file = f"model-{i + 1:05d}-of-{N_SHARDS:06d}.safetensors"
         header, end = {}, 0
-        for name, dtype, shape in items:
-            n = prod(shape) * _BYTES[dtype]
-            header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [end, end + n]}
+        for name, dtype, sizes in items:
+            n = prod(sizes) * _BYTES[dtype]
+            header[name] = {"dtype": dtype, "shape": sizes, "data_offsets": [end, end + n]}
             weight_map[name] = file
             end += n
         raw = json.dumps(header).encode()

@@ -18,23 +18,25 @@ import quantkit as qk
 from quantkit import api
 from quantkit.base import errors
 
+#: types come from __init__.pyi, which has no list
+PUBLIC: list[str] = vars(qk)["__all__"]
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 
 
 def test_what_is_public() -> None:
     every_error = {n for n, e in vars(errors).items() if inspect.isclass(e) and issubclass(e, errors.QuantkitError)}
-    assert {name for name in qk.__all__ if name.endswith("Error")} == every_error
-    for name in set(qk.__all__) - {"__version__"}:
+    assert {name for name in PUBLIC if name.endswith("Error")} == every_error
+    for name in set(PUBLIC) - {"__version__"}:
         thing = getattr(qk, name)
         assert inspect.isclass(thing) or inspect.isfunction(thing), name
         assert inspect.getdoc(thing), name
     own = {n for n, f in vars(api).items() if inspect.isfunction(f) and f.__module__ == api.__name__ and n[0] != "_"}
-    assert own - {"default_threads"} <= set(qk.__all__)
-    assert set(qk.__all__) <= set(dir(qk))
+    assert own - {"default_threads"} <= set(PUBLIC)
+    assert set(PUBLIC) <= set(dir(qk))
     stub = (Path(qk.__file__).with_suffix(".pyi")).read_text()
-    assert set(re.findall(r" as (\w+)", stub)) == set(qk.__all__)
+    assert set(re.findall(r" as (\w+)", stub)) == set(PUBLIC)
     with pytest.raises(AttributeError, match=r"^module 'quantkit' has no attribute 'quantise'$"):
-        _ = qk.quantise
+        _ = getattr(qk, "quantise")  # noqa: B009, a type checker refuses the plain spelling
 
 
 def test_nothing_is_imported_before_it_is_used(tmp_path: Path) -> None:
@@ -141,9 +143,9 @@ def test_rows_there_and_back() -> None:
     rng = np.random.default_rng(5)
     rows = rng.standard_normal((3, 512), np.float32)
     blocks = qk.quantize(rows, "iq2_xxs", rng.random(512, np.float32))
-    assert (blocks.dtype, blocks.shape) == (np.uint8, (3, 132))
+    assert (blocks.dtype.name, blocks.shape) == ("uint8", (3, 132))
     back = qk.dequantize(blocks, "IQ2_XXS", 512)
-    assert (back.dtype, back.shape) == (np.float32, (3, 512))
+    assert (back.dtype.name, back.shape) == ("float32", (3, 512))
     assert float(np.corrcoef(rows.ravel(), back.ravel())[0, 1]) > 0.8
     with pytest.raises(qk.KernelError):
         qk.quantize(rows, "IQ2_XXS")
