@@ -11,21 +11,24 @@ import click
 
 from .files import Command
 
-#: the distributions quantkit cannot build without
+#: the distributions quantkit is installed with
 REQUIRED = (
     "click",
     "gguf",
     "huggingface_hub",
     "libggml-python",
+    "ml_dtypes",
     "numpy",
     "pydantic",
     "PyYAML",
     "safetensors",
     "tokenizers",
     "tqdm",
+    "xxhash",
 )
-#: and what only some commands use
-OPTIONAL = {"torch": "converting the stock way and evaluating on a GPU"}
+#: those of the extra `lab`, and what needs them
+LAB = {"torch": "dequant --device cuda, convert_hf_to_gguf.py", "scipy": ""}
+INSTALL_LAB = "pip install 'quantkit[lab]'"
 CPU_FEATURES = ("avx2", "avx512f", "f16c", "fma", "neon")
 
 _GIB = 2**30
@@ -65,12 +68,13 @@ def examine() -> dict[str, Any]:
     def problem(severity: str, what: str, fix: str) -> None:
         problems.append({"severity": severity, "what": what, "fix": fix})
 
-    packages = {name: _installed_version(name) for name in (*REQUIRED, *OPTIONAL)}
-    for name, version in packages.items():
-        if version is None and name in OPTIONAL:
-            problem("warning", f"{name} is not installed: no {OPTIONAL[name]}", f"pip install {name}")
-        elif version is None:
+    packages = {name: _installed_version(name) for name in (*REQUIRED, *LAB)}
+    for name in REQUIRED:
+        if packages[name] is None:
             problem("error", f"{name} is not installed", f"pip install {name}")
+    lab_lacks = [f"{name} ({use})" if use else name for name, use in LAB.items() if packages[name] is None]
+    if lab_lacks:
+        problem("warning", f"the extra lab lacks {' and '.join(lab_lacks)}", INSTALL_LAB)
 
     kernels, ggml = _kernels(problem)
     tools = describe()
@@ -89,6 +93,7 @@ def examine() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": packages,
+        "extras": {"lab": not lab_lacks},
         "ggml": ggml,
         "toolchain": tools,
         "cpu": {
@@ -211,6 +216,7 @@ def _lines(found: dict[str, Any]) -> list[str]:
 
     lines = [f"quantkit {found['quantkit']}, Python {found['python']}, {found['platform']}", "", "packages"]
     lines += [f"  {name:18}  {version or 'not installed'}" for name, version in found["packages"].items()]
+    lines.append(f"  {'extra lab':18}  {'complete' if found['extras']['lab'] else 'not complete'}")
     lines += [f"  {'ggml of the wheel':18}  {found['ggml']['version'] or 'not found'}", "", "llama.cpp"]
     lines += [f"  {line}" for line in tool_lines(found["toolchain"])]
     lines += ["", "machine", f"  {'CPU':18}  {found['cpu']['model']}"]

@@ -60,13 +60,20 @@ class Native:
 
 
 class Torch:
-    """torch on any of its devices. Raises KernelError where it has not that device, or not the memory."""
+    """torch on any of its devices, from the extra `lab`. Raises KernelError where there is no torch, or it has not
+    that device, or not the memory."""
 
     #: an expert of R1 is 14.7 M values; larger than `Native`'s, for the calls
     slab_values = 1 << 23
 
     def __init__(self, device: str) -> None:
-        import torch
+        try:
+            import torch
+        except ModuleNotFoundError:
+            raise KernelError(
+                f"torch, which computes on {device}, is not installed; run: pip install 'quantkit[lab]', or leave out "
+                f"--device {device}: the bytes are the same"
+            ) from None
 
         self._dtypes = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
         if device.startswith("cuda") and not torch.cuda.is_available():

@@ -104,7 +104,7 @@ def make_checkpoint(folder: Path, config: Mapping[str, Any] | None = None, seed:
 
 
 def _write_checkpoint(folder: Path, config: Mapping[str, Any] | None, seed: int, n_shards: int) -> None:
-    from safetensors.torch import save_file
+    from safetensors.numpy import save_file
 
     cfg = dict(config or CONFIG)
     tensors: dict[str, Any] = {}
@@ -185,30 +185,29 @@ def _ffn(prefix: str, hidden: int, ffn: int, kind: str) -> Iterator[tuple[str, t
 
 
 def _tensor(name: str, shape: tuple[int, ...], kind: str, seed: int, c: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """The stored tensors of a weight: itself and, for FP8, its scales."""
-    import torch
+    """The stored tensors of a weight, contiguous as save_file takes them: itself and, for FP8, its scales."""
+    from ml_dtypes import bfloat16, float8_e4m3fn
 
     # a generator of its own for each name, so that a weight does not depend on the others
     rng = np.random.default_rng([seed, *name.encode()])
     if kind == "norm":
-        yield name, torch.from_numpy(1 + 0.1 * rng.standard_normal(shape, np.float32)).bfloat16()
+        yield name, (1 + 0.1 * rng.standard_normal(shape, np.float32)).astype(bfloat16)
     elif kind == "bias":
-        yield name, torch.from_numpy(0.1 * rng.standard_normal(shape, np.float32))
+        yield name, 0.1 * rng.standard_normal(shape, np.float32)
     else:
         values = rng.standard_normal(shape, np.float32) * np.float32(0.7 / math.sqrt(shape[-1]))
         # outliers in a few columns, as real weights have them
         values[:, rng.integers(0, shape[1], max(1, shape[1] // 128))] *= 6
-        weight = torch.from_numpy(values)
         if kind == "bf16":
-            yield name, weight.bfloat16()
+            yield name, values.astype(bfloat16)
             return
         rows, cols = (int(b) for b in c["quantization_config"]["weight_block_size"])
-        padded = torch.nn.functional.pad(weight, (0, -shape[1] % cols, 0, -shape[0] % rows))
-        tiles = padded.view(padded.shape[0] // rows, rows, padded.shape[1] // cols, cols)
-        scale = tiles.abs().amax(dim=(1, 3)).clamp(min=1e-12) / 448
-        codes = (tiles / scale[:, None, :, None]).view_as(padded)[: shape[0], : shape[1]]
-        yield name, codes.to(torch.float8_e4m3fn).contiguous()
-        yield name + "_scale_inv", scale.contiguous()
+        padded = np.pad(values, ((0, -shape[0] % rows), (0, -shape[1] % cols)))
+        tiles = padded.reshape(padded.shape[0] // rows, rows, padded.shape[1] // cols, cols)
+        scale = np.abs(tiles).max((1, 3)).clip(np.float32(1e-12)) / np.float32(448)
+        codes = (tiles / scale[:, None, :, None]).reshape(padded.shape)[: shape[0], : shape[1]]
+        yield name, np.ascontiguousarray(codes.astype(float8_e4m3fn))
+        yield name + "_scale_inv", np.ascontiguousarray(scale)
 
 
 def make_tokenizer(folder: Path, vocab_size: int) -> None:

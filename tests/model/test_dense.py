@@ -14,7 +14,9 @@ from typing import Any, NamedTuple
 
 import factory
 import numpy as np
+import numpy.typing as npt
 import pytest
+import torch
 from conftest import Tools
 from factory import TINY_LLAMA, TINY_QWEN2, TINY_V3, dense_checkpoint, dense_tensors, edit_json
 from small_builds import NAMED, build_named, data, fields, llama_quantize, mixture, uniform
@@ -197,26 +199,52 @@ def test_a_nan_is_named_by_its_place_in_the_source(tmp_path: Path, row: int, col
     )
 
 
-@pytest.mark.parametrize("head", [32, 64, 96, 128])
-@pytest.mark.parametrize("theta", [500000.0, 10000.0, 7.5])
-@pytest.mark.parametrize(("factor", "low", "high", "context"), [(8.0, 1.0, 4.0, 8192), (32.0, 1.5, 3.0, 999)])
-def test_rope_factors_one_by_one(head: int, theta: float, factor: float, low: float, high: float, context: int) -> None:
-    """Each by itself and of scalars, as the converter goes about it; the last bits count."""
-    import torch
-
-    want = []
-    for frequency in 1.0 / (theta ** (torch.arange(0, head, 2, dtype=torch.float32) / head)):
+def torch_factors(
+    powers: torch.Tensor, factor: float, low: float, high: float, context: int
+) -> npt.NDArray[np.float32]:
+    """Each by itself and of scalars, as the converter goes about it."""
+    out = []
+    for frequency in 1.0 / powers:
         wavelength = 2 * math.pi / frequency
         if wavelength < context / high:
-            want.append(torch.tensor(1.0))
+            out.append(torch.tensor(1.0))
         elif wavelength > context / low:
-            want.append(torch.tensor(factor))
+            out.append(torch.tensor(factor))
         else:
             smooth = (context / wavelength - low) / (high - low)
-            want.append(1 / ((1 - smooth) / factor + smooth))
-    got = Llama3Scaling(theta, head, factor, low, high, context).factors()
+            out.append(1 / ((1 - smooth) / factor + smooth))
+    return torch.stack(out).numpy()
+
+
+def torch_powers(theta: float, head: int) -> torch.Tensor:
+    powers: torch.Tensor = theta ** (torch.arange(0, head, 2, dtype=torch.float32) / head)
+    return powers
+
+
+STRETCHES = [
+    (8.0, 1.0, 4.0, 8192), (32.0, 1.0, 4.0, 8192), (4.0, 1.0, 4.0, 2048), (16.0, 1.5, 3.0, 4096), (32.0, 1.5, 3.0, 999)
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("head", [64, 128])
+@pytest.mark.parametrize("stretch", STRETCHES)
+def test_rope_factors_of_published_shapes_equal_torch(head: int, stretch: tuple[float, float, float, int]) -> None:
+    got = Llama3Scaling(500000.0, head, *stretch).factors()
     assert got.dtype == np.float32
-    assert got.tobytes() == torch.stack(want).numpy().tobytes()
+    assert got.tobytes() == torch_factors(torch_powers(500000.0, head), *stretch).tobytes()
+
+
+@pytest.mark.parametrize("head", [2, 32, 64, 80, 96, 128, 256])
+@pytest.mark.parametrize("theta", [500000.0, 10000.0, 7.5, 1e6, 5e6, 123456.7, 5e4, 1e39])
+def test_rope_factors_of_other_shapes(head: int, theta: float) -> None:
+    """torch's powers are at most one float32 beside the nearest, which is ours; of the same powers all is the same."""
+    powers = torch_powers(theta, head)
+    scaling = Llama3Scaling(theta, head, *STRETCHES[0])
+    steps = scaling.powers().view(np.int32) - powers.numpy().view(np.int32)
+    assert np.abs(steps).max() <= 1
+    for stretch in STRETCHES:
+        got = Llama3Scaling(theta, head, *stretch).factors_of(powers.numpy())
+        assert got.tobytes() == torch_factors(powers, *stretch).tobytes()
 
 
 def test_the_rope_factors_of_llama_3() -> None:

@@ -168,16 +168,32 @@ class Llama3Scaling(NamedTuple):
 
     def factors(self) -> npt.NDArray[np.float32]:
         """float32 [head / 2]: rope_freqs.weight. 1 where waves are short, `factor` where they are long,
-        between the two in the middle. By torch, as in a converter: the power of another library may
-        differ in the last bit."""
-        import torch
+        between the two in the middle. Bit for bit what a converter gets of torch, where the powers are."""
+        return self.factors_of(self.powers())
 
-        frequencies = 1.0 / (self.theta ** (torch.arange(0, self.head, 2, dtype=torch.float32) / self.head))
-        wavelengths = 2 * math.pi / frequencies
-        smooth = (self.context / wavelengths - self.low) / (self.high - self.low)
-        between = 1 / ((1 - smooth) / self.factor + smooth)
-        stretched = torch.where(wavelengths > self.context / self.low, self.factor, between)
-        out: npt.NDArray[np.float32] = torch.where(wavelengths < self.context / self.high, 1.0, stretched).numpy()
+    def powers(self) -> npt.NDArray[np.float32]:
+        """float32 [head / 2]: theta to the powers 0, 2 / head, 4 / head, …, each the float32 nearest to the exact one.
+
+        torch's are the same for a theta of 500000 and heads of 64 and 128, as in every published Llama 3. Its powf is
+        not correctly rounded, and not the same on every processor: of other shapes a few of its powers are the float32
+        beside ours, and since `factors_of` subtracts, a factor made of one can differ in its last bits.
+        """
+        exponents = np.arange(0, self.head, 2, dtype=np.float32) / np.float32(self.head)
+        with np.errstate(over="ignore"):  # to infinity, as in torch: the factor is then `factor`
+            base = float(np.float32(self.theta))
+        return np.array([base ** float(e) for e in exponents], np.float32)
+
+    def factors_of(self, powers: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        """float32 [head / 2]: the factors of these powers of theta, in float32 and in torch's order of operations,
+        which divides a number by a tensor as the tensor's reciprocal times the number."""
+        one, low, factor = (np.float32(x) for x in (1, self.low, self.factor))
+        with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
+            frequencies = one / powers
+            wavelengths = one / frequencies * np.float32(2 * math.pi)
+            smooth = (one / wavelengths * np.float32(self.context) - low) / np.float32(self.high - self.low)
+            between = one / ((one - smooth) / factor + smooth)
+            stretched = np.where(wavelengths > np.float32(self.context / self.low), factor, between)
+            out: npt.NDArray[np.float32] = np.where(wavelengths < np.float32(self.context / self.high), one, stretched)
         return out
 
 
