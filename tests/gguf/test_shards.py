@@ -646,7 +646,7 @@ def test_a_source_that_changes_meanwhile(shards: list[Path], tmp_path: Path) -> 
 _DRIVER = """
 import os, sys
 import tqdm
-from quantkit import copying
+from quantkit.base import copying
 from quantkit.cli import main
 
 copying.CHUNK = 1 << 16
