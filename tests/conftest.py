@@ -8,9 +8,9 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import factory
 import pytest
@@ -20,6 +20,10 @@ from quantkit.llama_cpp import toolchain
 from quantkit.model.families.options import Options
 from quantkit.model.open import open_model
 from quantkit.planning.plan import Plan
+
+if TYPE_CHECKING:
+    from evil import Scene
+    from faults_site import Server
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -148,3 +152,24 @@ def sound_set(sound_plan: Plan, tiny_imatrix: Path, tmp_path_factory: pytest.Tem
 
     out = tmp_path_factory.mktemp("sound-set") / "tiny.gguf"
     return small_builds.build(sound_plan, out, tiny_imatrix, split=500_000).parent
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    """Forks the processes that commands run in."""
+    from faults_site import Server
+
+    with tempfile.TemporaryDirectory() as folder:
+        made = Server(Path(folder))
+        yield made
+        made.close()
+
+
+@pytest.fixture
+def scene(server: Server) -> Iterator[Scene]:
+    """A folder that all users reach, for what somebody else prepares there."""
+    from evil import Scene, open_folder
+
+    folder = open_folder()
+    yield Scene(server, folder)
+    shutil.rmtree(folder)

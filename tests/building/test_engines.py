@@ -23,6 +23,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from small_builds import OPTIONS, rules
 
 from quantkit import kernels
 from quantkit.base.errors import KernelError, OutputError, QuantkitError, WeightError
@@ -37,15 +38,7 @@ from quantkit.model.families.options import Options
 from quantkit.model.imatrix import open_imatrix
 from quantkit.model.open import open_model
 from quantkit.planning.plan import ImatrixStatus, Plan, Planned, make_plan, types_asked
-from quantkit.recipe.load import Recipe, parse
-
-OPTIONS = Options(pre="deepseek-v3")
-
-
-def rules(*lines: str) -> Recipe:
-    head = "name: r\narch: [deepseek2]\nfile_type: Q4_K_M\nrules:\n"
-    return parse(head + "".join(f"  - {{{line}, why: t}}\n" for line in lines), "r.yaml")
-
+from quantkit.recipe.load import Recipe
 
 #: a type with and one without an imatrix, floats, a fallback (attn_k_b), and the routed experts' own
 MIX = rules(

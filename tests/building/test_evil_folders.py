@@ -9,14 +9,12 @@ import hashlib
 import os
 import shutil
 import stat
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from conftest import Tools
 from evil import OTHER, SECRET, WHO, Harm, Scene, as_two_users, open_folder
-from faults_site import Server
 from stopping import Builder, EnoughError, N, rename_in
 
 from quantkit.base.errors import OutputError
@@ -32,14 +30,6 @@ RULES = (
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    with tempfile.TemporaryDirectory() as folder:
-        made = Server(Path(folder))
-        yield made
-        made.close()
-
-
-@pytest.fixture(scope="module")
 def sources(tiny_v3: Path, tiny_imatrix: Path) -> Iterator[Path]:
     """A checkpoint, an importance matrix and a recipe that all users can read."""
     folder = open_folder()
@@ -49,13 +39,6 @@ def sources(tiny_v3: Path, tiny_imatrix: Path) -> Iterator[Path]:
     for path in folder.rglob("*"):
         path.chmod(0o755 if path.is_dir() else 0o644)
     yield folder
-    shutil.rmtree(folder)
-
-
-@pytest.fixture
-def scene(server: Server) -> Iterator[Scene]:
-    folder = open_folder()
-    yield Scene(server, folder)
     shutil.rmtree(folder)
 
 

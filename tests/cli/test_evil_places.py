@@ -5,14 +5,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from evil import OTHER, SECRET, WHO, Harm, Scene, as_two_users, open_folder
+from evil import OTHER, SECRET, WHO, Harm, Scene, as_two_users
 from factory import sized_gguf
-from faults_site import Server
 
 from quantkit import dequant
 from quantkit.base.errors import OutputError, SourceError
@@ -27,21 +24,6 @@ from quantkit.gguf.split_writer import write
 from quantkit.model.sources.safetensors_dir import open_checkpoint
 
 SHARD_SIZE = 1_000_000
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    with tempfile.TemporaryDirectory() as folder:
-        made = Server(Path(folder))
-        yield made
-        made.close()
-
-
-@pytest.fixture
-def scene(server: Server) -> Iterator[Scene]:
-    folder = open_folder()
-    yield Scene(server, folder)
-    shutil.rmtree(folder)
 
 
 @pytest.fixture

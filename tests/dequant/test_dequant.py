@@ -24,6 +24,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import Run, Tools
+from dequantizing import dequant, load, require_equal
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -52,25 +53,6 @@ TORCH = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
 CODES = [c for c in range(256) if c & 0x7F != 0x7F]
 
 
-def dequant(
-    src: Path, dst: Path, dtype: str = "bf16", shard_size: int = 5 * 10**9, *, mtp: bool = True, restart: bool = False,
-    decoder: Decoder | None = None, threads: int = 2,
-) -> Path:  # fmt: skip
-    job = prepare(open_checkpoint(src), dst, DequantOptions(dtype, shard_size, mtp), restart)
-    run(job, decoder or Native(), threads, lambda name, done: None)
-    return dst
-
-
-def load(folder: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a checkpoint, by safetensors' own reader."""
-    out: dict[str, torch.Tensor] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, "pt") as f:
-            assert f.metadata() == {"format": "pt"}
-            out |= {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118, it is no dict
-    return out
-
-
 def reference(folder: Path, dtype: torch.dtype = torch.bfloat16, block: tuple[int, int] = (128, 128)) -> dict[str, Any]:
     """What torch makes of a checkpoint: weight.float() * scale, rounded."""
     out = {}
@@ -85,14 +67,6 @@ def reference(folder: Path, dtype: torch.dtype = torch.bfloat16, block: tuple[in
         else:
             out[name] = tensor
     return out
-
-
-def require_equal(got: Mapping[str, torch.Tensor], want: Mapping[str, torch.Tensor]) -> None:
-    assert got.keys() == want.keys()
-    for name, tensor in want.items():
-        assert (got[name].dtype, got[name].shape) == (tensor.dtype, tensor.shape), name
-        same = got[name].reshape(-1).view(torch.uint8) == tensor.reshape(-1).view(torch.uint8)
-        assert bool(same.all()), name
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:

@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from conftest import Run, Tools
+from dequantizing import dequant, load, require_equal
 from factory import SMALL_LLAMA as LLAMA
 from factory import SMALL_V3 as V3
 from factory import checkpoint, dense_checkpoint, edit_json
 from safetensors.torch import load_file, save_file
 from small_builds import NAMED, build_named, data, fields, uniform
-from test_dequant import dequant, load, require_equal
 
 FP8 = torch.float8_e4m3fn
 CHANNEL = {

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Mapping
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import factory
 import pytest
+import small_builds
 
 from quantkit.base.errors import ImatrixError, RecipeError, UnsupportedError
 from quantkit.gguf.types import QTYPES
@@ -21,7 +22,7 @@ from quantkit.model.open import open_model
 from quantkit.planning.file_layout import lay_out, output_kvs
 from quantkit.planning.plan import Plan, Planned, check_imatrix, imatrix_status, make_plan
 from quantkit.planning.report import plan_text
-from quantkit.recipe.load import Recipe, load, parse, shipped
+from quantkit.recipe.load import load, shipped
 
 PUBLISHED = json.loads((Path(__file__).parent.parent / "data" / "published_quants.json").read_text("utf-8"))["files"]
 RECIPES = [f["recipe"] for f in PUBLISHED]
@@ -41,11 +42,8 @@ def tiny(config: Mapping[str, Any] = factory.TINY_V3, layout: str = "k_b+v_b") -
     return families.build("Tiny", config, Options(layout=layout))
 
 
-def rules(*lines: str, head: str = "arch: [deepseek2]\nfile_type: Q4_K_M") -> Recipe:
-    """A recipe of these rules; rules[i] stands in line 5 + i."""
-    return parse(f"name: r\n{head}\nrules:\n" + "".join(f"  - {{{line}, why: t}}\n" for line in lines), "r.yaml")
-
-
+#: rules[i] stands in line 5 + i
+rules = partial(small_builds.rules, head="arch: [deepseek2]\nfile_type: Q4_K_M")
 EVERYTHING = 'match: "*", type: Q4_K'
 
 
@@ -166,6 +164,7 @@ def test_json_has_the_promised_structure() -> None:
         "tensors",
         "totals",
     ]
+    assert made["quantkit_plan"] == 1
     assert [made[k] for k in ("model", "arch", "layout", "recipe")] == ["deepseek-r1", "deepseek2", "kv_b", "UD-IQ1_S"]
     assert made["totals"] == {
         "tensors": 1025,
