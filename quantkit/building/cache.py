@@ -41,6 +41,8 @@ from .unfinished import Partial
 MAGIC = b"qkcache2"
 _TRAILER = struct.Struct("<32sQ8s")
 _CHUNK = 1 << 22
+#: the entries are listed again after a share of the size has been added: others may add to the same folder
+_LOOKS = 16
 #: bytes of a memo that are read at all; one of R1's files names 600 tensors
 _MAX_MEMO = 1 << 26
 
@@ -57,6 +59,8 @@ class Cache:
         self._counting = threading.Lock()
         self.failure = ""
         """the first reason why something could not be read or kept; the build does not end for it"""
+        self._room = 0
+        """bytes that may be added before the entries are listed again"""
         self._disk = CacheFolder(folder, make)
 
     def _failed(self, what: Path, e: Exception) -> None:
@@ -211,9 +215,19 @@ class Cache:
                 os.pwrite(out, _TRAILER.pack(digest.digest(), nbytes, MAGIC), nbytes)
                 self._disk.put(temporary, out, key)
             self.n_kept += 1
-            self.evict()
+            self._room -= nbytes + _TRAILER.size
+            if self._room < 0:
+                self.evict()
         except (OSError, QuantkitError) as e:
             self._failed(self.folder, e)
+
+    def settle(self) -> None:
+        """At the end of a build that kept something: the size is kept exactly, whatever others have added meanwhile."""
+        if self.n_kept:
+            try:
+                self.evict()
+            except (OSError, QuantkitError) as e:
+                self._failed(self.folder, e)
 
     def entries(self) -> list[tuple[float, int, Path]]:
         """When each was used last, its bytes, its path; the longest unused first."""
@@ -221,7 +235,7 @@ class Cache:
 
     def evict(self) -> None:
         """Remove what was not used longest until the size is kept. Raises OSError, OutputError."""
-        self._disk.evict(self.max_bytes)
+        self._room = min(self.max_bytes - self._disk.evict(self.max_bytes), self.max_bytes // _LOOKS)
 
 
 def _key(planned: Planned, block: tuple[int, int], digests: dict[str, str], weights: ImportanceValues | None) -> str:

@@ -166,8 +166,8 @@ class CacheFolder:
                         out.append((info.st_mtime, info.st_size, shelf.path / key))
         return sorted(out)
 
-    def evict(self, max_bytes: int) -> None:
-        """Remove what was not used longest until no more bytes are left. Raises OSError, OutputError."""
+    def evict(self, max_bytes: int) -> int:
+        """Remove what was not used longest until no more bytes are left; how many are. Raises OSError, OutputError."""
         with self._locked():
             entries = self.entries()
             total = sum(n for _, n, _ in entries)
@@ -182,6 +182,7 @@ class CacheFolder:
                     info = self.tmp.look(name)
                     if info is not None and time.time() - info.st_mtime > _STALE:
                         self.tmp.unlink(name)
+            return total
 
     # ------------------------------------------------------------ making files
 

@@ -199,6 +199,8 @@ def run(build: Build, engine: Engine, n_threads: int, progress: Progress, cache:
                 _use(cache, build, partial, n_threads, progress)
             engine.run(Work(build.plan, file_layouts, partial, build.imatrix, n_threads, progress, partial.scratch))
         partial.finish()
+        if cache is not None:
+            cache.settle()
     except BaseException as e:
         # with weights or kernels as they are, the same command would end here again
         in_vain = isinstance(e, (WeightError, KernelError, UnsupportedError, InternalCheckError))

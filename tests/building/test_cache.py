@@ -23,6 +23,7 @@ from stopping import SLAB, recipe
 from quantkit.base.errors import OutputError
 from quantkit.building import run as builds
 from quantkit.building.cache import Cache
+from quantkit.building.cache_folder import CacheFolder
 from quantkit.building.engines.native import NativeEngine
 from quantkit.model.imatrix import open_imatrix
 from quantkit.model.open import open_model
@@ -231,6 +232,23 @@ def test_the_size_is_kept_while_building(tiny_v3: Path, tiny_imatrix: Path, tmp_
     cache = Cache(tmp_path / "cache", 200_000)
     build(tiny_v3, tmp_path / "a.gguf", cache, tiny_imatrix)
     assert 0 < sum(n for _, n, _ in cache.entries()) <= 200_000
+
+
+def test_the_entries_are_not_listed_for_each_tensor(
+    tiny_v3: Path, tiny_imatrix: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = Cache(tmp_path / "cache", 10**9)
+    listed = []
+    entries = CacheFolder.entries
+
+    def counted(self: CacheFolder) -> list[tuple[float, int, Path]]:
+        listed.append(self)
+        return entries(self)
+
+    monkeypatch.setattr(CacheFolder, "entries", counted)
+    build(tiny_v3, tmp_path / "a.gguf", cache, tiny_imatrix)
+    assert cache.n_kept > 50
+    assert len(listed) == 2  # the first addition, and the end
 
 
 def test_a_cache_that_cannot_be_written_does_not_end_the_build(
