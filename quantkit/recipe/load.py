@@ -19,6 +19,7 @@ import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 
@@ -250,15 +251,21 @@ def mixture_recipe(name: str) -> str:
     )
 
 
-def shipped() -> dict[str, str]:
-    """Names of the recipes that come with quantkit, and their texts: the files, then every mixture of
-    llama.cpp that no file describes."""
+@cache
+def _shipped_files() -> Mapping[str, str]:
+    """Names and texts of the recipe files that come with quantkit, which are read once."""
     found = {
         item.name.removesuffix(".yaml"): item.read_text("utf-8")
         for item in files("quantkit.recipes").iterdir()
         if item.name.endswith(".yaml")
     }
-    out = dict(sorted(found.items()))
+    return dict(sorted(found.items()))
+
+
+def shipped() -> dict[str, str]:
+    """Names of the recipes that come with quantkit, and their texts: the files, then every mixture of
+    llama.cpp that no file describes."""
+    out = dict(_shipped_files())
     out.update({name: mixture_recipe(name) for name in FILE_TYPES if name not in out})
     return out
 

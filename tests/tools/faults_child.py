@@ -313,22 +313,28 @@ def run(request: dict[str, Any]) -> None:
 
 
 def serve() -> None:
-    """Import what a build needs, once, and answer requests."""
-    import importlib.readers  # noqa: F401, for the recipes of the package: another user may not read the venv
+    """Import what a build needs, once, and answer requests. Another user may not reach what is installed: so all of it
+    is read here."""
     import pkgutil
     from importlib import import_module
 
     import gguf.quants  # noqa: F401
+    import numpy as np
+    import tokenizers  # noqa: F401
     import tqdm  # noqa: F401
 
     import quantkit
     from quantkit import kernels
     from quantkit.llama_cpp import toolchain
+    from quantkit.recipe.load import shipped
 
     for module in pkgutil.walk_packages(quantkit.__path__, "quantkit."):
         if not module.name.endswith("__main__"):
             import_module(module.name)
     kernels.use_pinned_library(toolchain.ggml_library())
+    kernels.version()
+    kernels.is_valid(np.zeros((1, 34), np.uint8), "Q8_0")  # by ggml, which is loaded for it
+    shipped()
     for line in sys.stdin:
         pid = os.fork()
         if pid == 0:
