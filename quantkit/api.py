@@ -148,6 +148,7 @@ def build(
     """
     from . import kernels
     from .base.errors import OutputError
+    from .base.workers import default_threads
     from .building import run as building
     from .building.cache import Cache
     from .building.engines.native import NativeEngine
@@ -181,6 +182,7 @@ def verify(
     unless given, a number, "all" or "none", and `seed` chooses them. What is wrong is in the verdict (`ok`,
     `findings`); raised is what keeps it from being checked: SourceError, ImatrixError, KernelError.
     """
+    from .base.workers import default_threads
     from .llama_cpp import toolchain
     from .verifying import against_plan
     from .verifying.ggml import Ggml
@@ -252,8 +254,3 @@ def dequantize(blocks: npt.NDArray[np.uint8], type: str, n_cols: int) -> npt.NDA
     from .gguf.types import qtype
 
     return kernels.dequantize(blocks, qtype(type).name, n_cols)
-
-
-def default_threads() -> int:
-    """The processors this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

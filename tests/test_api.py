@@ -31,7 +31,7 @@ def test_what_is_public() -> None:
         assert inspect.isclass(thing) or inspect.isfunction(thing), name
         assert inspect.getdoc(thing), name
     own = {n for n, f in vars(api).items() if inspect.isfunction(f) and f.__module__ == api.__name__ and n[0] != "_"}
-    assert own - {"default_threads"} <= set(PUBLIC)
+    assert own <= set(PUBLIC)
     assert set(PUBLIC) <= set(dir(qk))
     stub = (Path(qk.__file__).with_suffix(".pyi")).read_text()
     assert set(re.findall(r" as (\w+)", stub)) == set(PUBLIC)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -10,6 +11,11 @@ from typing import TypeVar
 from .errors import QuantkitError
 
 T = TypeVar("T")
+
+
+def default_threads() -> int:
+    """The processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def share_out(jobs: Iterable[T], n_threads: int, worker: Callable[[], Callable[[T], object]]) -> None:

@@ -13,7 +13,6 @@ from .files import ATTESTATION, BUILT, CACHE, TOOL, Command, will_write
 from .options import (
     Size,
     conversion,
-    default_threads,
     imatrix_of,
     plan_first_options,
     ready_kernels,
@@ -121,6 +120,7 @@ def build(
         raise click.UsageError("--llama-quantize needs --engine llama-quantize")
     from quantkit.base.errors import OutputError
     from quantkit.base.outputs import Output
+    from quantkit.base.workers import default_threads
     from quantkit.building.cache import Cache
     from quantkit.building.leftovers import finished_shards
     from quantkit.building.run import prepare

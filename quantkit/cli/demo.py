@@ -8,7 +8,7 @@ import click
 
 from .build import make_engine, run_with_progress
 from .files import DEMO, RECIPE, Command
-from .options import default_threads, ready_kernels, threads_option
+from .options import ready_kernels, threads_option
 
 
 @click.command(cls=Command)
@@ -30,6 +30,7 @@ def demo(folder: Path, recipe: str, threads: int | None) -> None:
     quantkit demo --recipe UD-Q2_K_XL --dir /tmp/demo
     """
     from quantkit.authoring.clone import slug
+    from quantkit.base.workers import default_threads
     from quantkit.building import run as builds
     from quantkit.model import demo as demos
     from quantkit.model.families.options import Options

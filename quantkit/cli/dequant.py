@@ -10,7 +10,7 @@ import click
 
 from .bars import by_name, open_bar
 from .files import CHECKPOINT, MADE_FOLDER, Command
-from .options import Size, default_threads, plan_first_options, ready_kernels, threads_option
+from .options import Size, plan_first_options, ready_kernels, threads_option
 
 if TYPE_CHECKING:
     from quantkit.dequant import Job
@@ -78,6 +78,7 @@ def dequant(
     quantkit dequant DeepSeek-R1/ DeepSeek-R1-BF16/
     quantkit dequant DeepSeek-R1/ R1-F16/ --dtype f16 --mtp drop --shard-size 10G
     """
+    from quantkit.base.workers import default_threads
     from quantkit.dequant import DequantOptions, prepare
     from quantkit.dequant.decode import Native, Torch
     from quantkit.model.sources.safetensors_dir import open_checkpoint

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Sequence
 from fractions import Fraction
@@ -145,8 +144,3 @@ def imatrix_of(path: str | None) -> Imatrix | None:
     from quantkit.model.imatrix import open_imatrix
 
     return None if path is None else open_imatrix(path)
-
-
-def default_threads() -> int:
-    """The processors this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

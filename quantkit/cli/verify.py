@@ -14,7 +14,6 @@ from .bars import Bars
 from .files import GGUF, IMATRIX, MANIFEST, MODEL, PATH, RECIPE, Command
 from .options import (
     conversion,
-    default_threads,
     imatrix_of,
     layout_option,
     mixture_version_option,
@@ -109,6 +108,7 @@ def verify(
     quantkit verify R1-UD-IQ1_S.gguf --recipe UD-IQ1_S --source DeepSeek-R1/ --imatrix imatrix.gguf --sample 1%
     quantkit verify R1-UD-IQ1_S.gguf --write-manifest R1.json
     """
+    from quantkit.base.workers import default_threads
     from quantkit.verifying import against_plan, attestation
     from quantkit.verifying import manifest as manifests
     from quantkit.verifying.run import Request
