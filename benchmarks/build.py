@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 from footprint import CONFIG, status
 
+from quantkit.base.text import markdown_table
 from quantkit.llama_cpp import toolchain
 from quantkit.llama_cpp.tensor_types import tensor_type_file
 from quantkit.model import demo
@@ -126,15 +127,15 @@ def main() -> None:
                 sys.exit("the two ways gave different files")
         weights = sum(t.n_elements for t in model.tensors)
         print(f"{weights:,} weights, {args.recipe}, {threads} threads, {args.rounds} rounds each; the same bytes")
-        print("| way | wall, s | processor, s | peak RSS, bytes | bytes written | beside the output |")
-        print("|---|---|---|---|---|---|")
-        medians = {}
+        head = ["way", "wall, s", "processor, s", "peak RSS, bytes", "bytes written", "beside the output"]
+        medians, rows = {}, []
         for way, some in runs.items():
             medians[way] = statistics.median(r.wall for r in some)
             cpu = statistics.median(r.cpu for r in some)
             beside = some[0].written - ours.stat().st_size
             rss, written = max(r.rss for r in some), some[0].written
-            print(f"| {way} | {medians[way]:.1f} | {cpu:.1f} | {rss:,} | {written:,} | {beside:,} |")
+            rows.append([way, f"{medians[way]:.1f}", f"{cpu:.1f}", f"{rss:,}", f"{written:,}", f"{beside:,}"])
+        print(markdown_table(rows, head))
         print(f"ratio of wall times: {medians['stock'] / medians['quantkit']:.1f}")
 
 

@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 from footprint import CONFIG
 
-from quantkit.building import journal
+from quantkit.base import journal
 from quantkit.building import run as builds
 from quantkit.building.engines.native import SLAB_VALUES, NativeEngine
 from quantkit.gguf.types import QTYPES

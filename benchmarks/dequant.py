@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 
 from footprint import CONFIG, status
 
+from quantkit.base.text import table
 from quantkit.model import demo
 
 SYNC = "import os, pathlib, sys\nfor p in pathlib.Path(sys.argv[-1]).iterdir():\n fd = os.open(p, 0); os.fsync(fd)\n"
@@ -158,12 +159,15 @@ def main() -> None:
             if i == 0:
                 nbytes = require_equal(ours, theirs)
                 print(f"bits equal: {nbytes:,} bytes of tensors from {stored:,} of FP8, {args.threads} threads")
-        print(f"{'':18}{'wall s':>8}{'MB/s':>8}{'CPU s':>8}{'RSS MiB':>9}{'disk MB':>9}   medians of {args.rounds}")
+        print(f"medians of {args.rounds}")
+        rows = []
         for way, made in runs.items():
             wall, cpu, rss, disk = (statistics.median(getattr(r, f) for r in made) for f in Run._fields)
             # the shell waits for cp, whose memory is not the shell's
             memory = "" if way.startswith("cp") else f"{rss / 2**20:.0f}"
-            print(f"{way:18}{wall:8.2f}{nbytes / wall / 1e6:8.0f}{cpu:8.2f}{memory:>9}{disk / 1e6:9.0f}")
+            speed = f"{nbytes / wall / 1e6:.0f}"
+            rows.append([way, f"{wall:.2f}", speed, f"{cpu:.2f}", memory, f"{disk / 1e6:.0f}"])
+        print(table(rows, ["", "wall s", "MB/s", "CPU s", "RSS MiB", "disk MB"], right=range(1, 6)))
         first = runs["quantkit dequant"]
         for way in list(ways)[1:]:
             ratios = [b.wall / a.wall for a, b in zip(first, runs[way], strict=True)]

@@ -20,8 +20,8 @@ from pathlib import Path
 import numpy as np
 
 from quantkit import kernels
+from quantkit.base.text import columns, markdown_head, markdown_row
 from quantkit.gguf.types import ABORT_WITHOUT_IMATRIX, QTYPES
-from quantkit.llama_cpp import toolchain
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "tools"))
 
@@ -47,6 +47,9 @@ def seconds(call: Callable[[], object], repeat: int) -> float:
     return (time.perf_counter() - start) / repeat
 
 
+HEAD = ["type", "importance", "ggml, Mweights/s", "quantkit, Mweights/s", "ratio", "cycles a weight"]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("types", nargs="*", help="all that have a kernel of our own")
@@ -54,13 +57,11 @@ def main() -> None:
     parser.add_argument("--set", dest="name", default=next(iter(kernels.OWN), None), choices=list(kernels.OWN))
     parser.add_argument("--markdown", action="store_true")
     options = parser.parse_args()
-    kernels.use_pinned_library(toolchain.ggml_library())
     types = options.types or sorted(kernels.OWN[options.name], key=lambda t: QTYPES[t].id)
     rate = hertz()
     rng = np.random.default_rng(1)
     if options.markdown:
-        print("| type | importance | ggml, Mweights/s | quantkit, Mweights/s | ratio | cycles a weight |")
-        print("|---|---|---|---|---|---|")
+        print(markdown_head(HEAD))
     for name in types:
         qt = QTYPES[name]
         reference = "ggml-pinned" if name in kernels.DIFFERS_IN_WHEEL else "ggml"
@@ -88,7 +89,8 @@ def main() -> None:
             speeds = [f"{x.size / t / 1e6:.1f}" for t in (theirs, ours)]
             cycles = f"{rate * ours / x.size:.1f}" if rate else ""
             row = [name, law, *speeds, f"{theirs / ours:.1f}", cycles]
-            print(f"| {' | '.join(row)} |" if options.markdown else "  ".join(c.rjust(11) for c in row), flush=True)
+            (line,) = [markdown_row(row)] if options.markdown else columns([row], right=range(6), least=[11] * 6)
+            print(line, flush=True)
 
 
 if __name__ == "__main__":

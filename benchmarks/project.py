@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 
 from quantkit import kernels
+from quantkit.base.text import markdown_head, markdown_row
 from quantkit.gguf.types import QTYPES
-from quantkit.llama_cpp import toolchain
 from quantkit.model.open import open_model
 from quantkit.planning.plan import make_plan
 from quantkit.recipe.load import load
@@ -54,12 +54,10 @@ def main() -> None:
     parser.add_argument("--recipe", nargs="*", default=["UD-IQ1_S", "UD-IQ1_M", "UD-IQ2_XXS", "UD-Q2_K_XL", "Q4_K_M"])
     parser.add_argument("--cores", nargs="*", type=int, default=[2, 16, 64])
     args = parser.parse_args()
-    kernels.use_pinned_library(toolchain.ggml_library())
     catalogue = open_model(args.model)
     rates: dict[tuple[str, bool], float] = {}
     print(f"projection for {args.model}: core-hours from rates measured on one thread here; hours at so many cores")
-    print("| recipe | kernels | core-hours | " + " | ".join(f"{n} cores, h" for n in args.cores) + " |")
-    print("|---|---|---|" + "---|" * len(args.cores))
+    print(markdown_head(["recipe", "kernels", "core-hours", *(f"{n} cores, h" for n in args.cores)]))
     for name in args.recipe:
         plan = make_plan(catalogue, load(name))
         for own in (True, False):
@@ -71,8 +69,8 @@ def main() -> None:
                         reference = "ggml-pinned" if t.type in kernels.DIFFERS_IN_WHEEL else "ggml"
                         rates[key] = rate(t.type, None if own else reference)
                     hours += t.tensor.n_elements / rates[key] / 3600
-            spread = " | ".join(f"{hours / n:.2f}" for n in args.cores)
-            print(f"| {name} | {'quantkit' if own else 'ggml'} | {hours:.1f} | {spread} |", flush=True)
+            spread = [f"{hours / n:.2f}" for n in args.cores]
+            print(markdown_row([name, "quantkit" if own else "ggml", f"{hours:.1f}", *spread]), flush=True)
 
 
 if __name__ == "__main__":

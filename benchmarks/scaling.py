@@ -25,13 +25,12 @@ from pathlib import Path
 
 from footprint import CONFIG
 
-from quantkit import kernels
+from quantkit.base.text import markdown_table
 from quantkit.building import run as builds
 from quantkit.building.engines.native import SLAB_VALUES, NativeEngine
-from quantkit.llama_cpp import toolchain
+from quantkit.imatrix.matrix import Imatrix, open_imatrix
 from quantkit.model import demo
 from quantkit.model.families.options import Options
-from quantkit.model.imatrix import Imatrix, open_imatrix
 from quantkit.model.open import open_model
 from quantkit.planning.plan import Plan, make_plan
 from quantkit.recipe.load import load
@@ -115,7 +114,6 @@ def main() -> None:
     parser.add_argument("--recipe", default="UD-IQ1_S")
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
-    kernels.use_pinned_library(toolchain.ggml_library())
     n_cpus = len(os.sched_getaffinity(0))
     with tempfile.TemporaryDirectory(prefix="quantkit-scaling-") as name:
         folder = Path(name)
@@ -151,15 +149,15 @@ def main() -> None:
             walls = {row: statistics.median(wall for wall, _, _ in runs) for row, runs in taken.items()}
             rates = {threads: statistics.median(found) for threads, found in alone.items()}
             print(f"{what}: {plan.n_elements:,} weights, {args.rounds} rounds")
-            print("| threads | slab, values | s | Mweights/s | ratio to 1 thread | ceiling | cores busy |")
-            print("|---|---|---|---|---|---|---|")
+            head = ["threads", "slab, values", "s", "Mweights/s", "ratio to 1 thread", "ceiling", "cores busy"]
+            lines = []
             for (threads, slab), runs in taken.items():
                 wall = walls[threads, slab]
                 busy = statistics.median(cpu / w for w, cpu, _ in runs)
-                print(
-                    f"| {threads} | {slab:,} | {wall:.2f} | {plan.n_elements / wall / 1e6:.1f} "
-                    f"| {walls[1, SLAB_VALUES] / wall:.2f} | {rates[threads] / rates[1]:.2f} | {busy:.2f} |"
-                )
+                ratios = (walls[1, SLAB_VALUES] / wall, rates[threads] / rates[1], busy)
+                speed = f"{plan.n_elements / wall / 1e6:.1f}"
+                lines.append([str(threads), f"{slab:,}", f"{wall:.2f}", speed, *(f"{r:.2f}" for r in ratios)])
+            print(markdown_table(lines, head))
             d, c, w = statistics.median(disk), statistics.median(t for t, _, _ in cold), walls[n_cpus, SLAB_VALUES]
             print(
                 f"cold page cache, {n_cpus} threads: disk alone {d:.2f} s, warm build {w:.2f} s, cold build {c:.2f} s: "

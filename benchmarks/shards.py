@@ -23,6 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from quantkit.base.text import markdown_table
 from quantkit.gguf.header import STRING, U32, header_bytes, kv, pad
 from quantkit.llama_cpp import toolchain
 
@@ -93,14 +94,15 @@ def table(title: str, ways: dict[str, tuple[list[str], Path]], rounds: int, chec
             same(ways[a][1], ways[b][1])
     medians = {way: statistics.median(r.wall for r in some) for way, some in runs.items()}
     print(f"\n{title}; the same bytes\n")
-    print("| way | wall, s (median, all) | to cp | to cp + sync | processor, s | peak RSS, bytes | bytes made |")
-    print("|---|---|---|---|---|---|---|")
+    head = ["way", "wall, s (median, all)", "to cp", "to cp + sync", "processor, s", "peak RSS, bytes", "bytes made"]
+    rows = []
     for way, some in runs.items():
         walls = " ".join(f"{r.wall:.2f}" for r in some)
         to_cp, to_sync = (medians[way] / medians[base] for base in ("cp", "cp + sync"))
         cpu, rss = statistics.median(r.cpu for r in some), max(r.rss for r in some)
-        print(f"| {way} | {medians[way]:.2f} ({walls}) | {to_cp:.2f} | {to_sync:.2f} | {cpu:.2f} | {rss:,} "
-              f"| {some[0].made:,} |")  # fmt: skip
+        wall = f"{medians[way]:.2f} ({walls})"
+        rows.append([way, wall, f"{to_cp:.2f}", f"{to_sync:.2f}", f"{cpu:.2f}", f"{rss:,}", f"{some[0].made:,}"])
+    print(markdown_table(rows, head))
 
 
 def main() -> None:

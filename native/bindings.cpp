@@ -1,4 +1,4 @@
-// Python's view of the kernels: checks shapes, releases the GIL, calls. quantkit/kernels.py is its only importer.
+// Python's view of the kernels: checks shapes, releases the GIL, calls. quantkit/kernels/ is its only importer.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
@@ -9,6 +9,7 @@
 #include <string>
 
 #include "codebooks.h"
+#include "feedback.h"
 #include "kernels.h"
 #include "rows.h"
 
@@ -169,6 +170,74 @@ static void set_codebook(const std::string& name, In<int8_t, 2> values) {
     quantkit::set_codebook(name.c_str(), values.data(), values.shape(0), values.shape(1));
 }
 
+// [(set, [types])] of the sets of error feedback that this processor can run, best first.
+static nb::list feedback_sets() {
+    nb::list out;
+    size_t n = 0;
+    const quantkit::FeedbackSet* sets = quantkit::feedback_sets(&n);
+    for (size_t i = 0; i < n; ++i) {
+        if (!sets[i].supported()) continue;
+        nb::list types;
+        for (size_t k = 0; k < sets[i].n_kernels; ++k) types.append(sets[i].kernels[k].type);
+        out.append(nb::make_tuple(sets[i].name, types));
+    }
+    return out;
+}
+
+static const quantkit::FeedbackSet& feedback_set_of(const std::string& name) {
+    const quantkit::FeedbackSet* set = quantkit::find_feedback_set(name.c_str());
+    require(set != nullptr, "no such set of error feedback");
+    return *set;
+}
+
+static bool feedback_quantize(const std::string& set, const std::string& type, In<float, 2> rows, In<float, 2> u,
+                              In<float, 1> importance, bool search, Out<uint8_t, 2> out) {
+    const size_t n_rows = rows.shape(0), n_cols = rows.shape(1);
+    const quantkit::FeedbackSet& kernels = feedback_set_of(set);
+    const quantkit::FeedbackKernel* kernel = quantkit::find_feedback_kernel(kernels, type.c_str());
+    require(kernel != nullptr, "feedback_quantize: no such kernel");
+    require(n_cols > 0 && n_cols % kernel->block == 0, "feedback_quantize: the columns do not divide into blocks");
+    require(u.shape(0) == n_cols && u.shape(1) == n_cols, "feedback_quantize: u has not the shape of the columns");
+    require(importance.shape(0) == n_cols, "feedback_quantize: not an importance for each column");
+    require(out.shape(0) == n_rows && out.shape(1) == n_cols / kernel->block * kernel->block_bytes,
+            "feedback_quantize: out has not the shape of the blocks");
+    nb::gil_scoped_release release;
+    return kernels.quantize(*kernel, {rows.data(), n_rows, n_cols, u.data(), importance.data()}, search, out.data());
+}
+
+static void feedback_pass_on(const std::string& set, Out<float, 2> x, size_t column, In<float, 2> values,
+                             In<float, 2> u) {
+    const size_t n_rows = x.shape(0), n_cols = x.shape(1), width = values.shape(1);
+    const quantkit::FeedbackSet& kernels = feedback_set_of(set);
+    require(values.shape(0) == n_rows, "feedback_pass_on: not values for each row");
+    require(column <= n_cols && width <= n_cols - column, "feedback_pass_on: the values end past the columns");
+    require(n_cols % 32 == 0 && column % 32 == 0 && width % 32 == 0, "feedback_pass_on: not multiples of 32 columns");
+    require(u.shape(0) == n_cols && u.shape(1) == n_cols, "feedback_pass_on: u has not the shape of the columns");
+    nb::gil_scoped_release release;
+    kernels.pass_on(x.data(), n_rows, n_cols, column, width, values.data(), u.data());
+}
+
+// The column at which h is not positive definite, or n.
+static size_t feedback_factor(const std::string& set, In<float, 2> h, double damp, int exponent, Out<float, 2> u) {
+    const size_t n = h.shape(0);
+    const quantkit::FeedbackSet& kernels = feedback_set_of(set);
+    require(n > 0 && h.shape(1) == n, "feedback_factor: h is not square");
+    require(u.shape(0) == n && u.shape(1) == n, "feedback_factor: u has not the shape of h");
+    nb::gil_scoped_release release;
+    return kernels.factor(h.data(), n, damp, exponent, u.data());
+}
+
+static void feedback_products(const std::string& set, In<float, 2> w, In<float, 2> q, In<float, 2> h,
+                              Out<double, 2> out) {
+    const size_t n_rows = w.shape(0), n = w.shape(1);
+    const quantkit::FeedbackSet& kernels = feedback_set_of(set);
+    require(q.shape(0) == n_rows && q.shape(1) == n, "feedback_products: q has not the shape of w");
+    require(h.shape(0) == n && h.shape(1) == n, "feedback_products: h has not the shape of the columns");
+    require(out.shape(0) == n_rows && out.shape(1) == 2, "feedback_products: out has not two columns");
+    nb::gil_scoped_release release;
+    kernels.products(w.data(), q.data(), n_rows, n, h.data(), out.data());
+}
+
 NB_MODULE(_native, m) {
     m.doc() = "quantkit's compiled kernels; use quantkit.kernels";
     // noconvert: nanobind would copy an array of another type or order, and the results would go to the copy
@@ -184,5 +253,11 @@ NB_MODULE(_native, m) {
           array("first_rows"), array("scale").none(), "block_rows"_a, "block_cols"_a, array("importance").none(),
           "largest_weight"_a, "largest_product"_a, array("out"));
     m.def("set_codebook", &set_codebook, "name"_a, array("values"));
+    m.def("feedback_sets", &feedback_sets);
+    m.def("feedback_quantize", &feedback_quantize, "set"_a, "type"_a, array("rows"), array("u"), array("importance"),
+          "search"_a, array("out"));
+    m.def("feedback_pass_on", &feedback_pass_on, "set"_a, array("x"), "column"_a, array("values"), array("u"));
+    m.def("feedback_factor", &feedback_factor, "set"_a, array("h"), "damp"_a, "exponent"_a, array("u"));
+    m.def("feedback_products", &feedback_products, "set"_a, array("w"), array("q"), array("h"), array("out"));
     m.def("first_nonfinite", &first_nonfinite, array("x"), "set"_a = "");
 }

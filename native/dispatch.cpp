@@ -4,6 +4,7 @@
 
 #include <cstring>
 
+#include "feedback.h"
 #include "rows.h"
 
 namespace quantkit {
@@ -13,6 +14,7 @@ namespace quantkit {
     extern const Kernel KERNELS[];      \
     extern const size_t N_KERNELS;      \
     extern const RowKernels ROWS;       \
+    extern FeedbackSet feedback_set(bool (*supported)()); \
     }
 #if defined(__x86_64__)
 QK_SET(avx512)
@@ -21,6 +23,9 @@ QK_SET(avx2)
 QK_SET(neon)
 #endif
 #undef QK_SET
+namespace plain {
+extern FeedbackSet feedback_set(bool (*supported)());
+}
 
 #if defined(__x86_64__)
 static bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c"); }
@@ -28,9 +33,8 @@ static bool has_avx512() {
     return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
-#elif defined(__aarch64__)
-static bool always() { return true; }
 #endif
+static bool always() { return true; }
 
 const KernelSet* kernel_sets(size_t* n) {
 #if defined(__x86_64__)
@@ -59,6 +63,34 @@ const KernelSet* find_set(const char* name) {
 }
 
 const Kernel* find_kernel(const KernelSet& set, const char* type) {
+    for (size_t k = 0; k < set.n_kernels; ++k)
+        if (std::strcmp(type, set.kernels[k].type) == 0) return &set.kernels[k];
+    return nullptr;
+}
+
+const FeedbackSet* feedback_sets(size_t* n) {
+    static const FeedbackSet sets[] = {
+#if defined(__x86_64__)
+        avx512::feedback_set(has_avx512),
+        avx2::feedback_set(has_avx2),
+#elif defined(__aarch64__)
+        neon::feedback_set(always),
+#endif
+        plain::feedback_set(always),
+    };
+    *n = sizeof sets / sizeof *sets;
+    return sets;
+}
+
+const FeedbackSet* find_feedback_set(const char* name) {
+    size_t n = 0;
+    const FeedbackSet* sets = feedback_sets(&n);
+    for (size_t i = 0; i < n; ++i)
+        if (std::strcmp(name, sets[i].name) == 0 && sets[i].supported()) return &sets[i];
+    return nullptr;
+}
+
+const FeedbackKernel* find_feedback_kernel(const FeedbackSet& set, const char* type) {
     for (size_t k = 0; k < set.n_kernels; ++k)
         if (std::strcmp(type, set.kernels[k].type) == 0) return &set.kernels[k];
     return nullptr;

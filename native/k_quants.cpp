@@ -10,39 +10,13 @@
 // Reproduces quantize_row_q{2..6}_K_ref (without importance) and quantize_row_q{2..6}_K_impl (with) of
 // ggml/src/ggml-quants.c, bit for bit, LANES super-blocks at once.
 #include "blocks.h"
-#include "k_search.h"
+#include "k_blocks.h"
+#include "k_scales.h"
 #include "tables.h"
 
 namespace quantkit::QK_ISA {
 
 namespace {
-
-constexpr int QK_K = 256;
-constexpr int SIDE = 4;  // groups searched side by side
-
-// Four levels as the bytes of a word.
-QK_INLINE I bytes(I a, I b, I c, I d) { return a | (b << 8) | (c << 16) | (d << 24); }
-
-// Weights of N values in place of the importance: w = w * sqrt(sigma2 + x*x). Returns their sum.
-template <int N>
-QK_INLINE F weigh(const F* x, F* w, F sigma2) {
-    F sum{};
-    for (int k = 0; k < N; ++k) {
-        w[k] = w[k] * sqrt_of(sigma2 + x[k] * x[k]);
-        sum += w[k];
-    }
-    return sum;
-}
-
-// The importance of a tile to w; returns the sum of squares of x, a long chain of additions that goes on meanwhile.
-QK_INLINE F load_importance(const float* const* ws, F* w, const F* x) {
-    F sum{};
-    for (int j = 0; j < QK_K; j += 16) {
-        load_lanes<16>(ws, w + j, j);
-        for (int k = j; k < j + 16; ++k) sum += x[k] * x[k];
-    }
-    return sum;
-}
 
 QK_INLINE F sum_of_squares(const F* x, int n) {
     F sum{};
@@ -88,34 +62,7 @@ QK_INLINE void symmetric_words(const F* x, F d, Found found, I* words) {
     }
 }
 
-// Two-bit fields of 256 levels: byte l of half h has levels 128h + l, +32, +64, +96.
-QK_INLINE void store_two_bits(const I* level, uint8_t* const* y, int offset) {
-    I words[16];
-    for (int half = 0; half < 2; ++half)
-        for (int t = 0; t < 8; ++t) {
-            I b[4];
-            for (int i = 0; i < 4; ++i) {
-                const I* l = level + 128 * half + 4 * t + i;
-                b[i] = l[0] | (l[32] << 2) | (l[64] << 4) | (l[96] << 6);
-            }
-            words[8 * half + t] = bytes(b[0], b[1], b[2], b[3]);
-        }
-    store_lanes<16>(words, y, offset);
-}
-
 // ---------------------------------------------------------------- Q4_K, Q5_K
-
-// With importance: make_qkx3 searches, then make_qp of scales and minima.
-template <int NMAX>
-QK_INLINE void search_k45_weighted(const F* x, F* w, F sum_x2, Affine* found, I* ls, I* lm, F* d, F* dm) {
-    F sw[8], scales[8], mins[8];
-    for (int j = 0; j < 8; ++j) sw[j] = weigh<32>(x + 32 * j, w + 32 * j, 2.0f * sum_x2 / 256.0f);
-    for (int j = 0; j < 8; j += SIDE)
-        search_affine<32, NMAX, true, false, SIDE>(x + 32 * j, w + 32 * j, -0.9f, 0.05f, 36, found + j);
-    for (int j = 0; j < 8; ++j) scales[j] = found[j].scale, mins[j] = found[j].minimum;
-    *d = search_positive<8, 63>(scales, ls, sw);
-    *dm = search_positive<8, 63>(mins, lm, sw);
-}
 
 // Without: make_qkx2 searches, scales and minima in 63 steps of the largest.
 template <int NMAX>
@@ -141,23 +88,6 @@ QK_INLINE void search_k45_plain(const F* x, F* w, float rmin, int nstep, Affine*
     *dm = max_min / 63.0f;
 }
 
-// The 12 bytes of eight 6-bit scales and minima; then they are read back from the bytes, as ggml does.
-QK_INLINE void pack_scales(I* ls, I* lm, I* words) {
-    I q[12];
-    for (int j = 0; j < 4; ++j) {
-        q[j] = (ls[j] | ((ls[j + 4] >> 4) << 6)) & 0xff;
-        q[j + 4] = (lm[j] | ((lm[j + 4] >> 4) << 6)) & 0xff;
-        q[j + 8] = (ls[j + 4] & 0xf) | ((lm[j + 4] & 0xf) << 4);
-    }
-    for (int j = 0; j < 4; ++j) {
-        ls[j] = q[j] & 63;
-        lm[j] = q[j + 4] & 63;
-        ls[j + 4] = (q[j + 8] & 0xf) | ((q[j] >> 6) << 4);
-        lm[j + 4] = (q[j + 8] >> 4) | ((q[j + 4] >> 6) << 4);
-    }
-    for (int i = 0; i < 3; ++i) words[i] = bytes(q[4 * i], q[4 * i + 1], q[4 * i + 2], q[4 * i + 3]);
-}
-
 template <int NMAX, bool WEIGHTS>
 QK_INLINE void tile_k45(const float* const* xs, const float* const* ws, uint8_t* const* y) {
     alignas(64) F x[QK_K], w[QK_K];
@@ -168,8 +98,6 @@ QK_INLINE void tile_k45(const float* const* xs, const float* const* ws, uint8_t*
     if constexpr (WEIGHTS) {
         const F sum_x2 = load_importance(ws, w, x);
         search_k45_weighted<NMAX>(x, w, sum_x2, found, ls, lm, &d, &dm);
-        if constexpr (NMAX == 31)
-            for (int j = 0; j < 8; ++j) ls[j] = min_of(splat(63), ls[j]), lm[j] = min_of(splat(63), lm[j]);
     } else if constexpr (NMAX == 15) {
         search_k45_plain<NMAX>(x, w, -1.0f, 20, found, ls, lm, &d, &dm);
     } else {
@@ -179,31 +107,10 @@ QK_INLINE void tile_k45(const float* const* xs, const float* const* ws, uint8_t*
     pack_scales(ls, lm, head);
     const I hd = to_half(d), hdm = to_half(dm);
     const F fd = from_half(hd), fdm = from_half(hdm);
-    I words[32], high[32] = {};
-    for (int pair = 0; pair < 4; ++pair) {
-        I level[64];
-        for (int k = 0; k < 2; ++k) {
-            const int j = 2 * pair + k;
-            affine_levels<32, NMAX>(x + 32 * j, fd * to_float(ls[j]), fdm * to_float(lm[j]), found[j], level + 32 * k);
-        }
-        for (int t = 0; t < 8; ++t) {
-            I b[4];
-            for (int i = 0; i < 4; ++i) {
-                const I l1 = level[4 * t + i], l2 = level[4 * t + i + 32];
-                b[i] = (l1 & 15) | ((l2 & 15) << 4);
-                if constexpr (NMAX == 31) high[4 * t + i] |= ((l1 >> 4) | ((l2 >> 4) << 1)) << (2 * pair);
-            }
-            words[8 * pair + t] = bytes(b[0], b[1], b[2], b[3]);
-        }
-    }
-    store_word(hd | (hdm << 16), y, 0);
-    for (int i = 0; i < 3; ++i) store_word(head[i], y, 4 + 4 * i);
-    if constexpr (NMAX == 31) {
-        I qh[8];
-        for (int t = 0; t < 8; ++t) qh[t] = bytes(high[4 * t], high[4 * t + 1], high[4 * t + 2], high[4 * t + 3]);
-        store_lanes<8>(qh, y, 16);
-    }
-    store_lanes<32>(words, y, NMAX == 31 ? 48 : 16);
+    const auto levels = [&](int j, I* level) QK_LAMBDA {
+        affine_levels<32, NMAX>(x + 32 * j, fd * to_float(ls[j]), fdm * to_float(lm[j]), found[j], level);
+    };
+    store_k45<NMAX>(hd, hdm, head, levels, y);
 }
 
 // ---------------------------------------------------------------- Q2_K
@@ -214,16 +121,10 @@ QK_INLINE void tile_q2_k(const float* const* xs, const float* const* ws, uint8_t
     load_lanes<QK_K>(xs, x);
     Affine found[16];
     I ls[16], lm[16];
-    F d, dm, scales[16], mins[16];
+    F d, dm;
     if constexpr (WEIGHTS) {
         const F sum_x2 = load_importance(ws, w, x);
-        F sw[16];
-        for (int j = 0; j < 16; ++j) sw[j] = weigh<16>(x + 16 * j, w + 16 * j, sum_x2 / 256.0f);
-        for (int j = 0; j < 16; j += SIDE)
-            search_affine<16, 3, true, false, SIDE>(x + 16 * j, w + 16 * j, -0.9f, 0.05f, 36, found + j);
-        for (int j = 0; j < 16; ++j) scales[j] = found[j].scale, mins[j] = found[j].minimum;
-        d = search_positive<16, 15>(scales, ls, sw);
-        dm = search_positive<16, 15>(mins, lm, sw);
+        search_q2_k_weighted(x, w, sum_x2, found, ls, lm, &d, &dm);
     } else {
         for (int k = 0; k < QK_K; ++k) w[k] = abs_of(x[k]);
         for (int j = 0; j < 16; j += SIDE)
@@ -249,9 +150,7 @@ QK_INLINE void tile_q2_k(const float* const* xs, const float* const* ws, uint8_t
         q[j] = (ls[j] | (lm[j] << 4)) & 0xff;
         affine_levels<16, 3>(x + 16 * j, fd * to_float(q[j] & 15), fdm * to_float(q[j] >> 4), found[j], level + 16 * j);
     }
-    for (int i = 0; i < 4; ++i) store_word(bytes(q[4 * i], q[4 * i + 1], q[4 * i + 2], q[4 * i + 3]), y, 4 * i);
-    store_two_bits(level, y, 16);
-    store_word(hd | (hdm << 16), y, 80);
+    store_q2_k(hd, hdm, q, level, y);
 }
 
 // ---------------------------------------------------------------- Q3_K
@@ -268,16 +167,7 @@ QK_INLINE void tile_q3_k(const float* const* xs, const float* const* ws, uint8_t
     if constexpr (WEIGHTS) {
         alignas(64) F w[QK_K];
         const F sum_x2 = load_importance(ws, w, x);
-        F sw[16];
-        for (int j = 0; j < 16; ++j) {
-            sw[j] = weigh<16>(x + 16 * j, w + 16 * j, 2.0f * sum_x2 / 256.0f);
-            found[j] = search_symmetric<16, 4, true>(x + 16 * j, w + 16 * j);
-            scales[j] = found[j].scale;
-        }
-        const Symmetric block = all_finite<16>(scales) ? search_symmetric<16, 32, true>(scales, sw)
-                                                       : search_symmetric<16, 32, true, false>(scales, sw);
-        for (int j = 0; j < 16; ++j) ls[j] = levels_of<32>(block, scales[j]);
-        d = block.scale;
+        search_q3_k_weighted(x, w, sum_x2, found, scales, ls, &d);
     } else {
         F amax{}, max_scale{};
         for (int j = 0; j < 16; j += 1)
@@ -299,34 +189,16 @@ QK_INLINE void tile_q3_k(const float* const* xs, const float* const* ws, uint8_t
     }
     const I hd = to_half(d);
     const F fd = from_half(hd);
-    I q[12] = {};
-    for (int j = 0; j < 16; ++j) {
-        if (j < 8)
-            q[j] = ls[j] & 0xf;
-        else
-            q[j - 8] |= (ls[j] & 0xf) << 4;
-        q[8 + j % 4] |= ((ls[j] >> 4) & 3) << (2 * (j / 4));
-    }
-    I hmask[8] = {}, qs[16] = {};
-    for (int j = 0; j < 16; ++j) {
+    const auto words_of = [&](int j, I* words) QK_LAMBDA {
         const auto kept = [&](F at, int i) QK_LAMBDA {
             if constexpr (WEIGHTS)
                 return levels_of<4>(found[j], at);
             else
                 return select(found_zero[j], I{}, nearest_int(found_level[16 * j + i]) + 4);
         };
-        I words[4];
         symmetric_words<16, 4>(x + 16 * j, fd * to_float((ls[j] & 63) - 32), kept, words);
-        for (int t = 0; t < 4; ++t) {
-            const int at = 4 * (j % 2) + t;  // of the 8 words that 32 values make
-            hmask[at] |= (words[t] >> 2 & 0x01010101) << (j / 2);
-            qs[8 * (j / 8) + at] |= (words[t] & 0x03030303) << (2 * (j / 2 % 4));
-        }
-    }
-    store_lanes<8>(hmask, y, 0);
-    store_lanes<16>(qs, y, 32);
-    for (int i = 0; i < 3; ++i) store_word(bytes(q[4 * i], q[4 * i + 1], q[4 * i + 2], q[4 * i + 3]), y, 96 + 4 * i);
-    store_word(hd, y, 108, 2);
+    };
+    store_q3_k(hd, ls, words_of, y);
 }
 
 // ---------------------------------------------------------------- Q6_K
@@ -338,15 +210,8 @@ QK_INLINE void tile_q6_k(const float* const* xs, const float* const* ws, uint8_t
     if constexpr (WEIGHTS) load_lanes<QK_K>(ws, w);
     I level[QK_K];
     Symmetric found[16];
-    F scales[16], amax{}, max_scale{};
-    for (int j = 0; j < 16; ++j) {
-        found[j] = search_symmetric<16, 32, WEIGHTS>(x + 16 * j, WEIGHTS ? w + 16 * j : nullptr);
-        scales[j] = found[j].scale;
-        const F a = abs_of(scales[j]);
-        const I more = I(a > amax);
-        amax = select(more, a, amax);
-        max_scale = select(more, scales[j], max_scale);
-    }
+    F scales[16], amax, max_scale;
+    search_q6_k<WEIGHTS>(x, w, found, scales, &amax, &max_scale);
     const I zero = I(amax < GROUP_MAX_EPS);  // then the whole block is zero bytes
     const F iscale = -128.0f / max_scale;
     const I hd = select(zero, I{}, to_half(1.0f / iscale));
@@ -359,26 +224,7 @@ QK_INLINE void tile_q6_k(const float* const* xs, const float* const* ws, uint8_t
         symmetric_levels<16, 32>(x + 16 * j, fd * to_float(sc[j]), kept, level + 16 * j);
     }
     for (int k = 0; k < QK_K; ++k) level[k] = select(zero, I{}, level[k]);
-    I ql[32], qh[16];
-    for (int half = 0; half < 2; ++half)
-        for (int t = 0; t < 8; ++t) {
-            I a[4], b[4], h[4];
-            for (int i = 0; i < 4; ++i) {
-                const I* l = level + 128 * half + 4 * t + i;
-                a[i] = (l[0] & 15) | ((l[64] & 15) << 4);
-                b[i] = (l[32] & 15) | ((l[96] & 15) << 4);
-                h[i] = (l[0] >> 4) | ((l[32] >> 4) << 2) | ((l[64] >> 4) << 4) | ((l[96] >> 4) << 6);
-            }
-            ql[16 * half + t] = bytes(a[0], a[1], a[2], a[3]);
-            ql[16 * half + 8 + t] = bytes(b[0], b[1], b[2], b[3]);
-            qh[8 * half + t] = bytes(h[0], h[1], h[2], h[3]);
-        }
-    store_lanes<32>(ql, y, 0);
-    store_lanes<16>(qh, y, 128);
-    for (int i = 0; i < 4; ++i)
-        store_word(bytes(sc[4 * i] & 255, sc[4 * i + 1] & 255, sc[4 * i + 2] & 255, sc[4 * i + 3] & 255), y,
-                   192 + 4 * i);
-    store_word(hd, y, 208, 2);
+    store_q6_k(hd, sc, level, y);
 }
 
 }  // namespace

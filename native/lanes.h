@@ -5,6 +5,8 @@
 // bit for bit what the scalar code would. Vectors are GCC/Clang vector extensions: the same source
 // compiles to AVX2, AVX-512 and NEON; this file is compiled once for each, in a namespace of its own.
 //
+// Without any of them it compiles too, for the set `plain` of error feedback (feedback.h).
+//
 // Contract: no fused multiply-add (-ffp-contract=off); sqrt and division are the correctly rounded
 // ones; a comparison with NaN is false, as in C.
 #pragma once
@@ -117,6 +119,54 @@ QK_INLINE bool any(I mask) {
 // ggml's nearest_int, out of range included: it wraps, and Inf and NaN give what their bits give.
 QK_INLINE I nearest_int(F x) { return (bits_of(x + 12582912.0f) & 0x007fffff) - 0x00400000; }
 
+#if !defined(__AVX2__)
+// float -> IEEE half, to nearest even; and back.
+#if defined(__aarch64__)
+QK_INLINE uint16_t half_of(float x) {
+    const __fp16 h = static_cast<__fp16>(x);
+    uint16_t u;
+    std::memcpy(&u, &h, 2);
+    return u;
+}
+QK_INLINE float float_of_half(uint16_t u) {
+    __fp16 h;
+    std::memcpy(&h, &u, 2);
+    return static_cast<float>(h);
+}
+#else
+inline uint16_t half_of(float x) {
+    uint32_t u;
+    std::memcpy(&u, &x, 4);
+    const uint32_t sign = u >> 16 & 0x8000u, magnitude = u & 0x7fffffffu;
+    if (magnitude > 0x7f800000u) return static_cast<uint16_t>(sign | 0x7e00u | (magnitude >> 13 & 0x3ffu));
+    if (magnitude >= 0x477ff000u) return static_cast<uint16_t>(sign | 0x7c00u);  // 65520 and more
+    if (magnitude < 0x38800000u) {  // subnormal: adding 0.5 leaves units of 2^-24 in the last places, rounded
+        float a;
+        std::memcpy(&a, &magnitude, 4);
+        a += 0.5f;
+        uint32_t bits;
+        std::memcpy(&bits, &a, 4);
+        return static_cast<uint16_t>(sign | (bits - 0x3f000000u));
+    }
+    return static_cast<uint16_t>(sign | ((magnitude + 0xfffu + (magnitude >> 13 & 1u) - 0x38000000u) >> 13));
+}
+inline float float_of_half(uint16_t h) {
+    const uint32_t sign = static_cast<uint32_t>(h & 0x8000u) << 16, exponent = h >> 10 & 0x1fu, mantissa = h & 0x3ffu;
+    uint32_t u;
+    if (exponent == 0) {
+        const float a = static_cast<float>(mantissa) * 0x1p-24f;
+        std::memcpy(&u, &a, 4);
+    } else {
+        u = (exponent == 31 ? 0x7f800000u : (exponent + 112u) << 23) | mantissa << 13;
+    }
+    u |= sign;
+    float x;
+    std::memcpy(&x, &u, 4);
+    return x;
+}
+#endif
+#endif
+
 // float -> IEEE half, to nearest even, as bits in the low 16 of each lane; and back, exactly.
 QK_INLINE I to_half(F x) {
 #if defined(__AVX512F__)
@@ -127,12 +177,7 @@ QK_INLINE I to_half(F x) {
     return reinterpret_cast<I>(_mm256_cvtepu16_epi32(h));
 #else
     I out{};
-    for (int i = 0; i < LANES; ++i) {
-        const __fp16 h = static_cast<__fp16>(x[i]);
-        uint16_t u;
-        std::memcpy(&u, &h, 2);
-        out[i] = u;
-    }
+    for (int i = 0; i < LANES; ++i) out[i] = half_of(x[i]);
     return out;
 #endif
 }
@@ -145,12 +190,7 @@ QK_INLINE F from_half(I h) {
     return reinterpret_cast<F>(_mm256_cvtph_ps(_mm256_castsi256_si128(_mm256_permute4x64_epi64(v, 0x08))));
 #else
     F out{};
-    for (int i = 0; i < LANES; ++i) {
-        const uint16_t u = static_cast<uint16_t>(h[i]);
-        __fp16 f;
-        std::memcpy(&f, &u, 2);
-        out[i] = static_cast<float>(f);
-    }
+    for (int i = 0; i < LANES; ++i) out[i] = float_of_half(static_cast<uint16_t>(h[i]));
     return out;
 #endif
 }

@@ -19,12 +19,15 @@ __all__ = [
     "BuildOptions",
     "BuildResult",
     "Catalogue",
+    "Check",
     "DamageError",
+    "Evaluation",
     "Finding",
     "Imatrix",
     "ImatrixError",
     "InternalCheckError",
     "KernelError",
+    "Optimized",
     "OutputError",
     "Plan",
     "Planned",
@@ -32,39 +35,65 @@ __all__ = [
     "Recipe",
     "RecipeError",
     "ResumeError",
+    "Sensitivity",
     "SourceError",
+    "Study",
+    "StudyOptions",
+    "StudyResults",
     "Tensor",
+    "TextError",
     "ToolError",
     "UnsupportedError",
     "Verdict",
     "WeightError",
     "__version__",
     "build",
+    "check_imatrix",
     "dequantize",
+    "evaluate",
+    "forward",
+    "imatrix",
     "load_recipe",
     "open_imatrix",
     "open_model",
+    "optimize",
     "plan",
     "quantize",
+    "run_study",
+    "sensitivity",
+    "text",
     "verify",
 ]
 
 #: where what is not in quantkit.api or quantkit.base.errors comes from
 _HOMES = {
     "Catalogue": "model.catalogue",
+    "Check": "planning.imatrix_check",
     "Tensor": "model.catalogue",
-    "Imatrix": "model.imatrix",
+    "Imatrix": "imatrix.matrix",
     "Plan": "planning.plan",
     "Planned": "planning.plan",
     "Recipe": "recipe.load",
+    "Optimized": "lab.allocation.optimized",
+    "Sensitivity": "lab.allocation.damage",
     "Finding": "verifying.verdict",
     "Verdict": "verifying.verdict",
+    "Evaluation": "lab.evaluation.scores",
+    "evaluate": "lab.scripting",
+    "run_study": "lab.scripting",
+    "Study": "lab.scripting",
+    "StudyOptions": "lab.scripting",
+    "StudyResults": "lab.scripting",
 }
+#: rooms that are public as they are: modules
+_ROOMS = ("forward", "imatrix", "text")
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'quantkit' has no attribute {name!r}")
+    if name in _ROOMS:
+        return import_module(f"quantkit.{name}")
     home = _HOMES.get(name, "base.errors" if name.endswith("Error") else "api")
     return getattr(import_module(f"quantkit.{home}"), name)
 

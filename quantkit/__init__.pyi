@@ -1,3 +1,8 @@
+from quantkit import forward as forward
+from quantkit import (
+    imatrix as imatrix,
+)
+from quantkit import text as text
 from quantkit.api import (
     BuildOptions as BuildOptions,
 )
@@ -6,6 +11,9 @@ from quantkit.api import (
 )
 from quantkit.api import (
     build as build,
+)
+from quantkit.api import (
+    check_imatrix as check_imatrix,
 )
 from quantkit.api import (
     dequantize as dequantize,
@@ -20,10 +28,16 @@ from quantkit.api import (
     open_model as open_model,
 )
 from quantkit.api import (
+    optimize as optimize,
+)
+from quantkit.api import (
     plan as plan,
 )
 from quantkit.api import (
     quantize as quantize,
+)
+from quantkit.api import (
+    sensitivity as sensitivity,
 )
 from quantkit.api import (
     verify as verify,
@@ -56,6 +70,9 @@ from quantkit.base.errors import (
     SourceError as SourceError,
 )
 from quantkit.base.errors import (
+    TextError as TextError,
+)
+from quantkit.base.errors import (
     ToolError as ToolError,
 )
 from quantkit.base.errors import (
@@ -65,9 +82,30 @@ from quantkit.base.errors import (
     WeightError as WeightError,
 )
 from quantkit.base.version import __version__ as __version__
+from quantkit.imatrix.matrix import Imatrix as Imatrix
+from quantkit.lab.allocation.damage import Sensitivity as Sensitivity
+from quantkit.lab.allocation.optimized import Optimized as Optimized
+from quantkit.lab.evaluation.scores import (
+    Evaluation as Evaluation,
+)
+from quantkit.lab.scripting import (
+    Study as Study,
+)
+from quantkit.lab.scripting import (
+    StudyOptions as StudyOptions,
+)
+from quantkit.lab.scripting import (
+    StudyResults as StudyResults,
+)
+from quantkit.lab.scripting import (
+    evaluate as evaluate,
+)
+from quantkit.lab.scripting import (
+    run_study as run_study,
+)
 from quantkit.model.catalogue import Catalogue as Catalogue
 from quantkit.model.catalogue import Tensor as Tensor
-from quantkit.model.imatrix import Imatrix as Imatrix
+from quantkit.planning.imatrix_check import Check as Check
 from quantkit.planning.plan import Plan as Plan
 from quantkit.planning.plan import Planned as Planned
 from quantkit.recipe.load import Recipe as Recipe

@@ -38,5 +38,38 @@ def quantize_rows(
     largest_weight: float,
     largest_product: float,
     out: npt.NDArray[np.uint8],
-) -> bool: ...
+) -> bool:
+    """Whether every weight and importance is within the limits; where not, `out` is unfinished."""
+
 def set_codebook(name: str, values: npt.NDArray[np.int8]) -> None: ...
+def feedback_sets() -> list[tuple[str, list[str]]]: ...
+def feedback_quantize(
+    set: str,
+    type: str,
+    rows: npt.NDArray[np.float32],
+    u: npt.NDArray[np.float32],
+    importance: npt.NDArray[np.float32],
+    search: bool,
+    out: npt.NDArray[np.uint8],
+) -> bool:
+    """False where a row's errors grew beyond float32."""
+
+def feedback_pass_on(
+    set: str,
+    x: npt.NDArray[np.float32],
+    column: int,
+    values: npt.NDArray[np.float32],
+    u: npt.NDArray[np.float32],
+) -> None: ...
+def feedback_factor(
+    set: str, h: npt.NDArray[np.float32], damp: float, exponent: int, u: npt.NDArray[np.float32]
+) -> int:
+    """The column at which h is not positive definite, with `u` unfinished; or n."""
+
+def feedback_products(
+    set: str,
+    w: npt.NDArray[np.float32],
+    q: npt.NDArray[np.float32],
+    h: npt.NDArray[np.float32],
+    out: npt.NDArray[np.float64],
+) -> None: ...

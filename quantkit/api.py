@@ -18,14 +18,23 @@ import numpy as np
 if TYPE_CHECKING:
     import numpy.typing as npt
 
+    from .imatrix.matrix import Imatrix
+    from .imatrix.policies import Completed
+    from .lab.allocation.damage import Sensitivity
+    from .lab.allocation.optimize import OptimizeOptions
+    from .lab.allocation.optimized import Optimized
+    from .lab.allocation.sensitivity import ProbeOptions
     from .model.catalogue import Catalogue
-    from .model.imatrix import Imatrix
+    from .planning.imatrix_check import Check
     from .planning.plan import Plan
     from .recipe.load import Recipe
+    from .text.chunking import Chunks
     from .verifying.verdict import Verdict
 
 #: called with a tensor's name and how many of its values are done since the last call, from any thread
 Progress = Callable[[str, int], None]
+#: called with a stage, and how much of how much of it is done
+Stages = Callable[[str, int, int], None]
 Name = str | os.PathLike[str]
 
 
@@ -105,56 +114,100 @@ def load_recipe(recipe: Name, sets: Mapping[str, str] | None = None) -> Recipe:
 def open_imatrix(path: Name) -> Imatrix:
     """An importance matrix of llama-imatrix, GGUF or .dat. Its values stay in the file until they are asked for. Raises
     ImatrixError."""
-    from .model.imatrix import open_imatrix as open_it
+    from .imatrix.matrix import open_imatrix as open_it
 
     return open_it(os.fspath(path))
 
 
 def plan(
     model: Catalogue | Name, recipe: Recipe | Name, imatrix: Imatrix | Name | None = None, *,
-    mixture_version: str = "current",
+    imatrix_policy: str | None = None, mixture_version: str = "current", rounding: str | None = None,
+    covariance: Name | None = None,
 ) -> Plan:  # fmt: skip
     """The type of every tensor, with its rule, its reason and its exact bytes. With `imatrix` all its values are read
-    and checked, as a build does it. `mixture_version` "2025" means the mixtures of files made until March 2026.
-    Raises RecipeError, ImatrixError, SourceError, UnsupportedError.
+    and checked, as a build does it. `imatrix_policy` says what stands in for data that it lacks, such as
+    "sibling,prior"; without it the recipe's counts, else an expert that was never seen is an error. `mixture_version`
+    "2025" means the mixtures of files made until March 2026.
+
+    `rounding` says how to round, whatever the recipe says: "ggml", "coarse", "feedback", "feedback+gain", or the name
+    or the path (ending in .yaml) of a policy. All but ggml's needs the `covariance` of the inputs, a folder of
+    `quantkit imatrix make --covariance`, to be built. Raises RecipeError, ImatrixError, SourceError,
+    UnsupportedError, and ValueError for a policy of the importance matrix that is none.
 
     >>> import quantkit as qk
     >>> made = qk.plan("deepseek-r1", "UD-IQ1_S")
     >>> made.tensor_bytes, round(made.bpw, 2), made["blk.3.ffn_down_exps.weight"].type
     (140350064128, 1.67, 'IQ2_XXS')
     """
+    from .imatrix.matrix import Imatrix
+    from .imatrix.policies import parse_policy
     from .model.catalogue import Catalogue
-    from .model.imatrix import Imatrix
     from .planning.plan import make_plan, with_values
+    from .planning.rounding import with_covariance
     from .recipe.load import Recipe
+    from .rounding.covariance import Covariances
 
     tensors = model if isinstance(model, Catalogue) else open_model(model)
     rules = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     weights = imatrix if isinstance(imatrix, Imatrix) or imatrix is None else open_imatrix(imatrix)
-    made = make_plan(tensors, rules, weights, mixture_version)
+    policy = None if imatrix_policy is None else parse_policy(imatrix_policy)
+    if rounding is not None:
+        rules = _rounded(rules, rounding)
+    made = make_plan(tensors, rules, weights, mixture_version, policy)
+    if covariance is not None:
+        made = with_covariance(made, Covariances(Path(covariance)))
     return made if weights is None else with_values(made, weights)
+
+
+def _rounded(recipe: Recipe, rounding: str) -> Recipe:
+    from .recipe.load import Rounding
+    from .recipe.schema import ROUNDINGS
+
+    if rounding in ROUNDINGS:
+        return recipe.with_rounding(Rounding(rounding, said_by="rounding"))
+    return recipe.with_rounding(Rounding("", rounding, Path(), said_by="rounding"))
+
+
+def check_imatrix(
+    imatrix: Imatrix | Name, recipe: Recipe | Name, model: Catalogue | Name, *,
+    imatrix_policy: str | None = None, min_tokens: int = 100, mixture_version: str = "current",
+) -> Check:  # fmt: skip
+    """What an importance matrix lacks for a recipe on a model: entries, sizes, values, experts never or rarely seen.
+
+    Each of `lacks` says whether it `matters`: whether the type that the recipe gives needs weights or uses them, and
+    `imatrix_policy` (or the recipe's) gives no others; `ok` is True where none does. Raises ImatrixError for a file
+    that is no importance matrix, RecipeError, SourceError, UnsupportedError, and ValueError for a policy that is none.
+    """
+    from .imatrix.matrix import Imatrix
+    from .imatrix.policies import parse_policy
+    from .model.catalogue import Catalogue
+    from .planning.imatrix_check import check
+    from .recipe.load import Recipe
+
+    tensors = model if isinstance(model, Catalogue) else open_model(model)
+    rules = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    matrix = imatrix if isinstance(imatrix, Imatrix) else open_imatrix(imatrix)
+    policy = None if imatrix_policy is None else parse_policy(imatrix_policy)
+    return check(tensors, rules, matrix, policy, min_tokens, mixture_version)
 
 
 def build(
     plan: Plan, out: Name, *, threads: int | None = None, force: bool = False, resume: bool | None = None,
     options: BuildOptions = BuildOptions(), progress: Progress = lambda _name, _n: None,
 ) -> BuildResult:  # fmt: skip
-    """Build the GGUF that a plan describes, with the importance matrix that it was made with.
+    """Build the GGUF that a plan describes, with the importance matrix and the covariance that it was made with.
 
     `threads`: all processors unless given. `force` replaces files that are there. An unfinished build of the same is
     gone on with: `resume` True insists on one, False starts again. Whatever is wrong is raised before the first byte,
     or leaves an unfinished build behind: ImatrixError, SourceError, OutputError, ResumeError, UnsupportedError,
     WeightError, KernelError.
     """
-    from . import kernels
     from .base.errors import OutputError
     from .base.workers import default_threads
     from .building import run as building
     from .building.cache import Cache
     from .building.engines.native import NativeEngine
-    from .llama_cpp import toolchain
 
-    kernels.use_pinned_library(toolchain.ggml_library())
     start, engine, warning, kept_in = time.monotonic(), NativeEngine(), "", None
     weights = _imatrix_of(plan)
     ready = building.prepare(
@@ -180,37 +233,106 @@ def verify(
     Alone: structure, padding, lengths, every block's scales. With `plan`: types, shapes, bytes and metadata too, and
     where its model has weights, rows are derived from them again by ggml and compared bit for bit: `sample` is "1%"
     unless given, a number, "all" or "none", and `seed` chooses them. What is wrong is in the verdict (`ok`,
-    `findings`); raised is what keeps it from being checked: SourceError, ImatrixError, KernelError.
+    `findings`); raised is what keeps it from being checked: SourceError, ImatrixError, KernelError. Rows that ggml did
+    not round are compared where the plan has the covariance.
     """
     from .base.workers import default_threads
     from .llama_cpp import toolchain
+    from .rounding.rounder import Rounder
     from .verifying import against_plan
     from .verifying.ggml import Ggml
     from .verifying.rederive import RowCheck, check_source, parse_sample
+    from .verifying.rounding import headers, recorded, settled
     from .verifying.run import Request
     from .verifying.run import verify as run
 
+    said = recorded(headers(Path(out)))
+    covariance = None if plan is None or plan.rounding is None else plan.rounding.covariance
+    plan, rounding, notes = settled(plan, said, covariance)
     rows = None
     if plan is not None and sample != "none" and (sample is not None or plan.catalogue.source is not None):
         source = check_source(plan.catalogue)
         rows = RowCheck(
             plan.catalogue,
             source,
-            _imatrix_of(plan),
+            _weights_of(plan),
             Ggml(toolchain.ggml_library()),
             parse_sample(sample or "1%"),
             seed,
+            rounding,
+            None if covariance is None else Rounder(covariance),
         )
     expected = None if plan is None else against_plan.expected_of(plan)
     weights = None if plan is None else _imatrix_of(plan)
-    request = Request(Path(out), expected, plan, weights, rows=rows, n_threads=threads or default_threads())
-    return run(request, _Silent()).verdict
+    request = Request(
+        Path(out), expected, plan, weights, rows=rows, n_threads=threads or default_threads(), recorded=said
+    )
+    verdict = run(request, _Silent()).verdict
+    verdict.notes += notes
+    return verdict
+
+
+def sensitivity(
+    model: Catalogue | Name, texts: Chunks, imatrix: Imatrix | Name | None = None, *, out: Name | None = None,
+    options: ProbeOptions | None = None, progress: Stages = lambda _stage, _done, _total: None,
+) -> Sensitivity:  # fmt: skip
+    """How much each group of a model's tensors matters, measured over chunks of text (`quantkit.text.chunks`).
+
+    With `out` the file is written after every pass, and what is in it already is not done again. `options`
+    (`quantkit.lab.allocation.sensitivity.ProbeOptions`) say what is probed. Raises SourceError, UnsupportedError,
+    ResumeError, WeightError, OutputError.
+    """
+    from .imatrix.matrix import Imatrix
+    from .lab import require_torch
+    from .model.catalogue import Catalogue
+
+    require_torch()
+    from .lab.allocation.sensitivity import sensitivity as run
+
+    tensors = model if isinstance(model, Catalogue) else open_model(model)
+    weights = imatrix if isinstance(imatrix, Imatrix) or imatrix is None else open_imatrix(imatrix)
+    return run(tensors, texts, weights, None if out is None else Path(out), options, progress)
+
+
+def optimize(
+    model: Catalogue | Name, known: Sensitivity | Name, target: str, imatrix: Imatrix | Name | None = None, *,
+    texts: tuple[Chunks, Chunks] | None = None, options: OptimizeOptions | None = None,
+    progress: Stages = lambda _stage, _done, _total: None,
+) -> Optimized:  # fmt: skip
+    """The recipe of least damage for a file of `target`: "131GiB", "14517920B", "1.67bpw", or "fit 2x80".
+
+    `known` is a sensitivity or its file; `texts` are one to choose on and one to report, without which nothing is
+    measured. `options` (`quantkit.lab.allocation.optimize.OptimizeOptions`) hold the constraints. The result has the
+    recipe's `text`, its `plan`, and what was predicted and measured. Raises SourceError, UnsupportedError, RecipeError.
+    """
+    from .imatrix.matrix import Imatrix
+    from .lab import require_torch
+    from .model.catalogue import Catalogue
+
+    require_torch()
+    from .lab.allocation.damage import Sensitivity, read_sensitivity
+    from .lab.allocation.optimize import optimize as run
+    from .lab.allocation.targets import parse_fit, parse_target
+
+    tensors = model if isinstance(model, Catalogue) else open_model(model)
+    weights = imatrix if isinstance(imatrix, Imatrix) or imatrix is None else open_imatrix(imatrix)
+    measured = known if isinstance(known, Sensitivity) else read_sensitivity(Path(known))
+    wanted = parse_fit(target[4:]) if target.startswith("fit ") else parse_target(target)
+    return run(tensors, measured, wanted, weights, texts, options, progress)
 
 
 def _imatrix_of(plan: Plan) -> Imatrix | None:
-    from .model.imatrix import Imatrix
+    from .imatrix.matrix import Imatrix
 
     return plan.imatrix if isinstance(plan.imatrix, Imatrix) else None
+
+
+def _weights_of(plan: Plan) -> Completed | None:
+    """The importance matrix of a plan, completed by its policy."""
+    from .planning.gaps import completed
+
+    imatrix = _imatrix_of(plan)
+    return None if imatrix is None else completed(plan.catalogue, imatrix, plan.policy)
 
 
 class _Silent:
@@ -236,9 +358,7 @@ def quantize(
     """
     from . import kernels
     from .gguf.types import qtype
-    from .llama_cpp import toolchain
 
-    kernels.use_pinned_library(toolchain.ggml_library())
     return kernels.quantize(rows, qtype(type).name, importance)
 
 

@@ -11,7 +11,8 @@ from typing import Any
 import small_builds
 
 from quantkit.gguf.header import KV, TensorInfo, header_bytes, read_header
-from quantkit.model.imatrix import open_imatrix
+from quantkit.imatrix.matrix import open_imatrix
+from quantkit.planning.gaps import completed
 from quantkit.planning.plan import Plan
 from quantkit.verifying.against_plan import expected_of
 from quantkit.verifying.ggml import Ggml
@@ -60,7 +61,8 @@ def outcome_of(
     weights = None if imatrix is None else open_imatrix(str(imatrix))
     rows = None
     if plan is not None and sample is not None and plan.catalogue.source is not None:
-        rows = RowCheck(plan.catalogue, plan.catalogue.source, weights, Ggml(pinned), parse_sample(sample), 0)
+        values = None if weights is None else completed(plan.catalogue, weights, plan.policy)
+        rows = RowCheck(plan.catalogue, plan.catalogue.source, values, Ggml(pinned), parse_sample(sample), 0)
     expected = None if plan is None else expected_of(plan)
     return verify(Request(out, expected, plan, weights, rows=rows, n_threads=2, **more), Silent())
 

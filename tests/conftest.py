@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, NamedTuple
 import factory
 import pytest
 
-from quantkit import kernels
 from quantkit.llama_cpp import toolchain
 from quantkit.model.families.options import Options
 from quantkit.model.open import open_model
@@ -26,6 +25,13 @@ if TYPE_CHECKING:
     from faults_site import Server
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # threads of torch that wait for each other on processors that other workers use take many times as long
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+#: pytest-xdist's workers have it, and what a command prints to a pipe depends on it
+os.environ.pop("COLUMNS", None)
 
 
 def pytest_configure() -> None:
@@ -71,6 +77,13 @@ def tiny_imatrix(tiny_v3: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return factory.imatrix_for(catalogue, tmp_path_factory.mktemp("imatrix") / "imatrix.gguf")
 
 
+@pytest.fixture(scope="session")
+def tiny_covariance(tiny_v3: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A covariance for tiny_v3, as `quantkit imatrix make --covariance` writes them; read it, do not change it."""
+    catalogue = open_model(str(tiny_v3), Options(pre="deepseek-v3"))
+    return factory.covariance_for(catalogue, tmp_path_factory.mktemp("covariance") / "cov")
+
+
 @pytest.fixture
 def v3(tiny_v3: Path, tmp_path: Path) -> Path:
     """A copy of tiny_v3 to damage."""
@@ -112,7 +125,6 @@ class Tools(NamedTuple):
 @pytest.fixture(scope="session")
 def tools() -> Tools:
     """The toolchain, which must be there: run `quantkit toolchain install` first."""
-    kernels.use_pinned_library(toolchain.ggml_library())
     return Tools(*(toolchain.find(f"llama-{t}") for t in ("quantize", "gguf-split", "perplexity")))
 
 
@@ -120,6 +132,25 @@ def tools() -> Tools:
 def tiny_bf16(tools: Tools, tiny_v3: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """tiny_v3 as the converter's BF16 GGUF."""
     return tools.convert(tiny_v3, tmp_path_factory.mktemp("bf16") / "tiny-bf16.gguf")
+
+
+@pytest.fixture(scope="session")
+def imatrix_tool(tools: Tools) -> Path:
+    """llama-imatrix."""
+    return toolchain.find("llama-imatrix")
+
+
+@pytest.fixture(scope="session")
+def real_imatrices(imatrix_tool: Path, tiny_bf16: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """llama-imatrix's files of tiny_v3, of chunks of 64 tokens (a, b) and of 32 (short): some experts are hardly ever
+    used."""
+    import imatrices
+
+    folder = tmp_path_factory.mktemp("real")
+    return {
+        name: imatrices.of_random_text(imatrix_tool, tiny_bf16, folder / f"{name}.gguf", ctx, chunks)
+        for name, ctx, chunks in (("a", 64, 6), ("b", 64, 4), ("short", 32, 3))
+    }
 
 
 @pytest.fixture(scope="session")

@@ -163,6 +163,33 @@ def imatrix_for(catalogue: Any, path: Path, seed: int = 11) -> Path:
     return path
 
 
+def covariance_for(catalogue: Any, folder: Path, seed: int = 13, own_experts: bool = True, n_tokens: int = 600) -> Path:
+    """A covariance's folder, as `quantkit imatrix make --covariance` writes it, of correlated random inputs. Expert 1
+    of each layer saw 40 tokens for its ffn_down, and expert 2 none."""
+    from quantkit.lab.calibration.inputs import planned
+
+    folder.mkdir(parents=True, exist_ok=True)
+    layers: dict[str, list[dict[str, Any]]] = {}
+    for p in planned(catalogue, own_experts):
+        layer, kind = p.names[0].split(".")[1:3]
+        rng = np.random.default_rng([seed, *p.names[0].encode()])
+        counts = [n_tokens] * p.n_mats
+        if own_experts and kind == "ffn_down_exps":
+            counts[1:3] = [40, 0]
+        packed = np.empty((p.n_mats, p.n_cols * (p.n_cols + 1) // 2), np.float32)
+        mix = rng.standard_normal((p.n_cols // 4, p.n_cols))
+        for mat, count in enumerate(counts):
+            x = rng.standard_normal((count, p.n_cols // 4)) @ mix + 0.3 * rng.standard_normal((count, p.n_cols))
+            packed[mat] = (x.T @ x).astype(np.float32)[np.triu_indices(p.n_cols)]
+        file = f"layer-{int(layer):05d}-{kind}.npy"
+        np.save(folder / file, packed)
+        about = {"file": file, "tensors": list(p.names), "n_cols": p.n_cols, "counts": counts}
+        layers.setdefault(layer, []).append(about)
+    for layer, about_all in layers.items():
+        (folder / f"layer-{int(layer):05d}.json").write_text(json.dumps(about_all))
+    return folder
+
+
 def legacy_imatrix(path: Path, entries: Mapping[str, tuple[int, np.ndarray]], chunks: int = 3) -> Path:
     """A .dat importance matrix: name -> (ncall, float32 values)."""
     out = struct.pack("<i", len(entries))

@@ -12,8 +12,9 @@ from gguf import GGUFReader
 from quantkit.building import run as builds
 from quantkit.building.engines import Engine
 from quantkit.building.engines.native import NativeEngine
+from quantkit.imatrix.matrix import open_imatrix
+from quantkit.imatrix.policies import parse_policy
 from quantkit.model.families.options import Options
-from quantkit.model.imatrix import open_imatrix
 from quantkit.model.open import open_model
 from quantkit.planning.plan import Plan, make_plan
 from quantkit.recipe.load import Recipe, parse
@@ -40,9 +41,12 @@ def mixture(name: str) -> Recipe:
     return parse(f"name: mix\narch: {ARCHS}\nfile_type: {name}\notherwise: mixture {name}\nrules: []\n", "mix.yaml")
 
 
-def plan_of(source: Path, recipe: Recipe, imatrix: Path | None, options: Options = OPTIONS) -> Plan:
+def plan_of(
+    source: Path, recipe: Recipe, imatrix: Path | None, options: Options = OPTIONS, policy: str | None = None
+) -> Plan:
     weights = None if imatrix is None else open_imatrix(str(imatrix))
-    return make_plan(open_model(str(source), options), recipe, weights)
+    chosen = None if policy is None else parse_policy(policy)
+    return make_plan(open_model(str(source), options), recipe, weights, policy=chosen)
 
 
 def build(

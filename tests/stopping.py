@@ -16,7 +16,7 @@ from quantkit.building import folder as partial_folder
 from quantkit.building import run as builds
 from quantkit.building.engines import Work
 from quantkit.building.engines.native import NativeEngine
-from quantkit.model.imatrix import open_imatrix
+from quantkit.imatrix.matrix import open_imatrix
 from quantkit.recipe.load import Recipe
 
 SLAB = 1 << 14
@@ -67,10 +67,15 @@ class Builder:
         assert self.folder.is_dir()
 
 
-def rename_in(journal: Path, change: Callable[[list[list[object]]], None]) -> None:
-    """Change the files that a journal names, with a right checksum."""
+def edit_head(journal: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change what a journal's first line says, with a right checksum."""
     line, _, records = journal.read_bytes().partition(b"\n")
     head = json.loads(line[:-9])
-    change(head["files"])
+    change(head)
     text = json.dumps(head).encode()
     journal.write_bytes(b"%s %08x\n" % (text, zlib.crc32(text)) + records)
+
+
+def rename_in(journal: Path, change: Callable[[list[list[object]]], None]) -> None:
+    """Change the files that a build's journal names."""
+    edit_head(journal, lambda head: change(head["files"]))

@@ -27,10 +27,10 @@ from ..llama_cpp.tensor_types import escape, ggml_name, tensor_type_file
 from ..model.catalogue import Catalogue, Tensor
 from ..planning.mixtures import facts, mixture_types
 from ..planning.plan import Plan, Planned, types_asked
+from ..recipe.foreign import tool_regex
 from .clone import Head, RoundTrip, alternatives, common_file_type, count, families, needs_imatrix, prove, write
 
 FORMATS = ("tensor-types", "custom-q", "thireus")
-_MAX_PATTERN = 1000
 _TOOLS = {
     "tensor-types": "llama-quantize --tensor-type-file",
     "custom-q": "ik_llama.cpp's --custom-q",
@@ -144,6 +144,8 @@ def _unsaid(plan: Plan, form: str) -> Iterator[str]:
             f"the type that the rows allow, not the one the recipe asks for, is given to {count(len(fell))}, the first "
             f"{fell[0].tensor.name} {fell[0].requested} -> {fell[0].type}"
         )
+    if plan.rounding is not None:
+        yield f"how {count(len(plan.rounding.choices))} are rounded is left out: other tools round as ggml does"
     if recipe.imatrix == "required":
         yield "the recipe requires an importance matrix: give llama-quantize --imatrix FILE"
     base = recipe.file_type
@@ -297,23 +299,12 @@ def _type(place: str, type_: str, renamed: Mapping[str, str]) -> str:
     raise RecipeError(f"{place}: unknown type '{type_:.60}'{did_you_mean(name, set(QTYPES) - INTEGER_TYPES)}")
 
 
-#: what Python's re knows and ECMAScript does not, or means otherwise
-_FOREIGN = re.compile(r"\\\\|(?P<bad>\(\?(?![:=!])|\\[AZz]|[*+?}]\+|\[[:.=]|\{,)|\\.")
-
-
 def _regex(place: str, written: str, form: str) -> re.Pattern[str]:
-    """A pattern as std::regex (ECMAScript) takes it."""
-    if len(written) > _MAX_PATTERN:
-        raise RecipeError(f"{place}: '{written:.60}…' is longer than {_MAX_PATTERN:,} characters")
-    # llama-quantize lower-cases the whole pattern, so \S becomes \s
-    pattern = re.sub("[A-Z]", lambda m: m[0].lower(), written) if form == "tensor-types" else written
-    for m in _FOREIGN.finditer(pattern):
-        if m["bad"]:
-            raise RecipeError(f"{place}: '{written:.60}' has '{m['bad']}', which quantkit does not read; write it out")
+    """A pattern as the tool takes it."""
     try:
-        return re.compile(pattern, re.ASCII)
-    except (re.error, OverflowError, RecursionError) as e:
-        raise RecipeError(f"{place}: '{written:.60}' is not a regular expression: {e}") from None
+        return tool_regex(written, in_lower_case=form == "tensor-types")
+    except ValueError as e:
+        raise RecipeError(f"{place}: {e}") from None
 
 
 def _dead_lines(lines: Sequence[_Line], hits: Sequence[Sequence[Tensor]]) -> Iterator[str]:

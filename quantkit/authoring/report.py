@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..base.text import shape_text, table
+from ..base.text import in_unit, shape_text, table, unit_of
 from ..model.catalogue import family_of, ranges
 from ..recipe.load import Recipe
 from .review import Change, Difference, Explanation
@@ -32,6 +32,7 @@ def difference_text(d: Difference, every_tensor: bool = False) -> str:
     """Two recipes on a model: what changed, by tensor and by role."""
     a, b = d.before, d.after
     parts = [f"{a.catalogue.model} (layout {a.catalogue.layout}): {a.recipe.name} -> {b.recipe.name}"]
+    unit = unit_of(max(a.tensor_bytes, b.tensor_bytes))
     groups: dict[tuple[str, ...], list[Change]] = {}
     for c in d.changes:
         name = c.name if every_tensor else family_of(c.name)
@@ -42,23 +43,30 @@ def difference_text(d: Difference, every_tensor: bool = False) -> str:
         shown = name.replace("blk.*.", f"blk.{{{ranges(layers)}}}.") if len(some) > 1 else some[0].name
         nbytes = sum(c.nbytes for c in some)
         rows.append(
-            [shown, str(len(some)), before, after, f"{nbytes:+,}", f"{nbytes / 2**30:+,.3f}", some[0].after.rule]
+            [shown, str(len(some)), before, after, f"{nbytes:+,}", in_unit(nbytes, unit, sign="+"), some[0].after.rule]
         )
     if rows:
-        head = ["tensor", "n", a.recipe.name, b.recipe.name, "bytes", "GiB", "by"]
+        head = ["tensor", "n", a.recipe.name, b.recipe.name, "bytes", unit, "by"]
         parts.append(table(rows, head, right=(1, 4, 5)))
     else:
         parts.append("the same type for every tensor")
-    rows = [_role_row(r.role, r.n_elements, r.before, r.after) for r in d.roles]
-    rows.append(_role_row("all", a.n_elements, a.tensor_bytes, b.tensor_bytes))
-    head = ["role", f"{a.recipe.name}, bytes", f"{b.recipe.name}, bytes", "difference", "GiB", "%", "bits", "bits"]
+    rounded = d.roundings()
+    if rounded is not None:
+        lines = [
+            f"{p.recipe.name}: {', '.join(r) or 'all as ggml does it'}" for p, r in zip((a, b), rounded, strict=True)
+        ]
+        parts.append("\n".join(["rounded otherwise than by ggml", *(f"  {line}" for line in lines)]))
+    rows = [_role_row(r.role, r.n_elements, r.before, r.after, unit) for r in d.roles]
+    rows.append(_role_row("all", a.n_elements, a.tensor_bytes, b.tensor_bytes, unit))
+    head = ["role", f"{a.recipe.name}, bytes", f"{b.recipe.name}, bytes", "difference", unit, "%", "bits", "bits"]
     parts.append(table(rows, head, right=range(1, 8)))
     return "\n\n".join(parts)
 
 
-def _role_row(role: str, n: int, before: int, after: int) -> list[str]:
+def _role_row(role: str, n: int, before: int, after: int, unit: str) -> list[str]:
     more = after - before
+    difference = [f"{more:+,}", in_unit(more, unit, sign="+")] if more else ["=", "="]
     return [
-        role, f"{before:,}", f"{after:,}", f"{more:+,}" if more else "=", f"{more / 2**30:+,.3f}" if more else "=",
+        role, f"{before:,}", f"{after:,}", *difference,
         f"{100 * more / before:+.2f}" if more else "=", f"{8 * before / n:.2f}", f"{8 * after / n:.2f}",
     ]  # fmt: skip

@@ -84,7 +84,7 @@ class Explanation:
             "bytes": t.nbytes,
             "rule": t.rule,
             "why": t.why,
-            "imatrix": t.imatrix,
+            "imatrix": t.imatrix_status,
             "steps": [s._asdict() for s in self.steps],
             "verdict": list(self.verdict),
         }
@@ -116,17 +116,26 @@ def explain(plan: Plan, name: str) -> Explanation:
         steps.append(Step(recipe.place("rules", i), m.rule.match, m.rule.layers, m.rule.type, outcome))
     if recipe.mixture is not None:
         choice = mixture_choice(
-            plan.catalogue, recipe, planned.imatrix in (ImatrixStatus.USED, ImatrixStatus.MISSING), plan.mixture_version
+            plan.catalogue,
+            recipe,
+            planned.imatrix_status in (ImatrixStatus.USED, ImatrixStatus.MISSING),
+            plan.mixture_version,
         )
         outcome = "not asked: a rule has taken it" if taken else "takes it: llama-quantize's own choice"
-        steps.append(Step(recipe.place("otherwise"), f"mixture {recipe.mixture}", None, choice[name], outcome))
+        steps.append(Step(recipe.place("otherwise"), f"mixture {recipe.mixture}", None, choice.get(name, ""), outcome))
     asked, given = QTYPES[planned.requested], QTYPES[planned.type]
     if planned.fell_back:
         shape = f"rows of {t.n_cols} do not divide into blocks of {asked.block}: {given.name} in place of {asked.name}"
     else:
         shape = f"rows of {t.n_cols} divide into blocks of {given.block}"
     size = f"{t.n_elements:,} weights x {given.bits:g} bits = {planned.nbytes:,} bytes"
-    return Explanation(planned, tuple(steps), (shape, size, _IMATRIX[planned.imatrix]))
+    verdict = [shape, size, _IMATRIX[planned.imatrix_status]]
+    by = None if plan.rounding is None else plan.rounding.choices.get(name)
+    if by is not None:
+        verdict.append(f"rounded by {by.rounding}, where the covariance of its inputs allows it: {by.why}")
+    elif plan.rounding is not None:
+        verdict.append("rounded as ggml does it")
+    return Explanation(planned, tuple(steps), tuple(verdict))
 
 
 _IMATRIX = {
@@ -181,7 +190,14 @@ class Difference:
     changes: tuple[Change, ...]
     roles: tuple[RoleShare, ...]
 
+    def roundings(self) -> tuple[list[str], list[str]] | None:
+        """What rounds otherwise than ggml in either, in a line each; None where that is the same."""
+        a, b = ([] if p.rounding is None else p.rounding.listed() for p in (self.before, self.after))
+        return None if a == b else (a, b)
+
     def to_json(self) -> dict[str, Any]:
+        rounded = self.roundings()
+
         def total(p: Plan) -> dict[str, Any]:
             return {"recipe": p.recipe.name, "tensor_bytes": p.tensor_bytes, "bpw": round(p.bpw, 4), "types": p.types()}
 
@@ -192,6 +208,7 @@ class Difference:
             "after": total(self.after),
             "bytes": self.after.tensor_bytes - self.before.tensor_bytes,
             "roles": [r._asdict() for r in self.roles],
+            **({} if rounded is None else {"rounding": {"before": rounded[0], "after": rounded[1]}}),
             "changes": [
                 {
                     "name": c.name,

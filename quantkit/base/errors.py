@@ -15,7 +15,8 @@ thing, the numbers and the next step. Anything else that escapes is a defect of 
     ├── ToolError               10   llama.cpp tools: not found, failed, gave something else than asked
     ├── InternalCheckError      11   a check of quantkit's own result failed; please report it
     ├── DamageError             12   a finished file that is not what it should be: verify, merge, split
-    └── ResumeError             13   an unfinished build that cannot be gone on with: of another plan, in use, damaged
+    ├── ResumeError             13   an unfinished build that cannot be gone on with: of another plan, in use, damaged
+    └── TextError               14   a text to be made into tokens: missing, not UTF-8, too short, a chat it cannot be
 
 2 is click's own code for wrong usage, and 130 an interrupt.
 """
@@ -23,7 +24,7 @@ thing, the numbers and the next step. Anything else that escapes is a defect of 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable
 
 #: characters of a line of a message that are kept at its start, and at its end, where the next step is
 _LINE_START, _LINE_END = 1200, 600
@@ -48,11 +49,11 @@ def showable(line: str) -> str:
     return line if line.isprintable() else "".join(ch if ch.isprintable() else ascii(ch)[1:-1] for ch in line)
 
 
-def listed(mistakes: Sequence[str]) -> str:
+def listed(mistakes: Collection[str]) -> str:
     """A line for each mistake; of very many, the first and how many there are."""
     if len(mistakes) <= _MAX_MISTAKES:
         return "\n".join(mistakes)
-    return "\n".join([*mistakes[:_MAX_MISTAKES], f"and {len(mistakes) - _MAX_MISTAKES:,} mistakes more"])
+    return "\n".join([*list(mistakes)[:_MAX_MISTAKES], f"and {len(mistakes) - _MAX_MISTAKES:,} mistakes more"])
 
 
 class RecipeError(QuantkitError):
@@ -97,6 +98,10 @@ class DamageError(QuantkitError):
 
 class ResumeError(QuantkitError):
     exit_code = 13
+
+
+class TextError(QuantkitError):
+    exit_code = 14
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

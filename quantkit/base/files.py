@@ -1,14 +1,16 @@
-"""Files as a build needs them: reserved, written at an offset, and on the disk when that is said; small texts, read
-to a limit."""
+"""Files as a build needs them: reserved, written at an offset, on the disk when that is said, and under their names
+only when they are whole; small texts, read to a limit."""
 
 from __future__ import annotations
 
 import codecs
 import ctypes
 import errno
+import hashlib
 import io
 import os
 import stat
+from contextlib import suppress
 from pathlib import Path
 
 from .first_bytes import ENOUGH, not_the_file
@@ -20,7 +22,7 @@ def create(folder: Folder, name: str, header: bytes, nbytes: int) -> int:
     Returns its descriptor, for reading and writing. Raises OSError."""
     fd = folder.create(name)
     try:
-        _reserve(fd, nbytes)
+        reserve(fd, nbytes)
         os.ftruncate(fd, nbytes)
         write_at(fd, header, 0)
         os.fsync(fd)
@@ -30,7 +32,52 @@ def create(folder: Folder, name: str, header: bytes, nbytes: int) -> int:
     return fd
 
 
-def _reserve(fd: int, nbytes: int) -> None:
+class NewFile:
+    """A file that is made under another name, and gets its own when it is whole: whoever looks there finds what was
+    there before, or all of the new one. It is gone when the block ends, unless `publish` was called.
+
+        with NewFile(folder, ".config.json.new") as new:
+            write_at(new.fd, data, 0)
+            new.publish(folder, "config.json")
+    """
+
+    def __init__(self, folder: Folder, temporary: str) -> None:
+        """A file in a folder, in place of a leftover of the temporary name; a link is removed, not followed. `fd` is
+        for reading and writing. Raises OSError."""
+        self.folder, self.temporary = folder, temporary
+        info = folder.look(temporary)
+        if info is not None and not stat.S_ISDIR(info.st_mode):
+            folder.unlink(temporary)
+        self.fd = folder.create(temporary)
+        self._has_name = False
+
+    def publish(self, to: Folder, name: str, replace: bool = True, durable: bool = True) -> None:
+        """Give it its name, in this folder or another; `durable`: when its bytes are on the disk, and so that the name
+        is too. Raises OSError (FileExistsError where something has the name, unless `replace`), and OutputError where
+        another file has the temporary name by now."""
+        if durable:
+            os.fsync(self.fd)
+        self.folder.give_name(self.temporary, self.fd, to, name, replace)
+        self._has_name = True
+        if durable:
+            to.sync()
+
+    def close(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+            if not self._has_name:
+                with suppress(FileNotFoundError):
+                    self.folder.unlink(self.temporary)
+
+    def __enter__(self) -> NewFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def reserve(fd: int, nbytes: int) -> None:
     """Reserve the space, where the filesystem can. Not os.posix_fallocate: where it cannot, the C
     library writes to every block instead, which for a model takes longer than building it."""
     libc = ctypes.CDLL(None, use_errno=True)
@@ -107,3 +154,12 @@ def text_within(path: Path, most: int) -> str | None:
         at = data.index(0)
         raise UnicodeDecodeError("utf-8", data, at, at + 1, "a NUL, as in a binary file or UTF-16 without a mark")
     return io.StringIO(text, None).getvalue()  # \r\n as \n
+
+
+def file_sha256(path: str | os.PathLike[str]) -> str:
+    """SHA-256 of a file's content, 64 hex digits. Raises OSError."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        while piece := f.read(1 << 22):
+            digest.update(piece)
+    return digest.hexdigest()

@@ -1,7 +1,7 @@
 """Where a run writes: never over what it reads or writes elsewhere, and over what is there only when asked to.
 
-`check` is the one place where that is decided, for every command; `write_text` the one way in which small files
-(reports, recipes, locks, manifests, statements) come to be: whole, or not at all.
+`check` is the one place where that is decided, for every command; `making` the one way in which files that one run
+makes (reports, recipes, locks, manifests, statements, importance matrices) come to be: whole, or not at all.
 
 One rule for names: an output is a new regular file, or replaces one with --force. A symbolic link is refused, wherever
 it points: writing through it may hit another folder or disk than was meant, and replacing it loses it. Only a folder to
@@ -14,13 +14,13 @@ import errno
 import os
 import secrets
 import unicodedata
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
 from .errors import OutputError
-from .files import write_at
+from .files import NewFile, reserve, write_at
 from .folders import Folder
 
 #: bytes of a file's name where the filesystem does not say
@@ -134,23 +134,31 @@ def files_of_folder(folder: Path) -> list[Path]:
 def write_text(path: Path, text: str, replace: bool = False) -> None:
     """Write a small UTF-8 file whole or not at all: beside its place under a name of its own, brought to the disk, then
     renamed. Raises OutputError, where a file is there and not to be replaced too."""
+    # what is no UTF-8, of a file's name, is written as JSON escapes it
+    write_bytes(path, text.encode("utf-8", "backslashreplace"), replace)
+
+
+def write_bytes(path: Path, data: bytes, replace: bool = False) -> None:
+    """The same of a small file that is no text."""
+    with making(path, replace) as fd:
+        write_at(fd, data, 0)
+
+
+@contextmanager
+def making(path: Path, replace: bool = False, nbytes: int = 0) -> Iterator[int]:
+    """A descriptor to write a file by, whole or not at all: the file is beside its place under a name of its own, with
+    room for `nbytes` where the filesystem can reserve it, and after the body it is brought to the disk, then renamed.
+    Where the body raises, nothing is left. Raises OutputError, for an OSError of the body too."""
     check_replaceable(path, replace)
     # short, whatever the name: that may have 255 bytes itself
     temporary = f".quantkit-{os.getpid()}-{secrets.token_hex(4)}.tmp"
-    # what is no UTF-8, of a file's name, is written as JSON escapes it
-    data = text.encode("utf-8", "backslashreplace")
     try:
-        with Folder.hold(path.parent) as folder:
-            fd = folder.create(temporary)
-            try:
-                write_at(fd, data, 0)
-                os.fsync(fd)
-                give_name(folder, temporary, fd, folder, path, replace)
-                folder.sync()
-            finally:
-                os.close(fd)
-                with suppress(FileNotFoundError):
-                    folder.unlink(temporary)
+        with Folder.hold(path.parent) as folder, NewFile(folder, temporary) as new:
+            if nbytes:
+                reserve(new.fd, nbytes)
+            yield new.fd
+            with _at_its_place(path, replace):
+                new.publish(folder, path.name, replace)
     except OSError as e:
         raise OutputError(f"{path}: cannot be written: {e.strerror or e}") from None
 
@@ -158,9 +166,15 @@ def write_text(path: Path, text: str, replace: bool = False) -> None:
 def give_name(source: Folder, name: str, fd: int, to: Folder, path: Path, replace: bool) -> None:
     """Give a finished file, open as `fd`, the output's name `path` in folder `to`, by the rules of
     `check_replaceable`: something may have come there since they were asked. Raises OutputError, OSError."""
+    with _at_its_place(path, replace):
+        source.give_name(name, fd, to, path.name, replace)
+
+
+@contextmanager
+def _at_its_place(path: Path, replace: bool) -> Iterator[None]:
     check_replaceable(path, replace)
     try:
-        source.give_name(name, fd, to, path.name, replace)
+        yield
     except FileExistsError:  # it came just now
         check_replaceable(path, replace)
         raise

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import textwrap
+from collections.abc import Iterable, Iterator, Sequence
 from enum import Enum
 
 GIB = 1 << 30
+#: what bytes are shown in, the largest first
+_UNITS = {"GiB": GIB, "MiB": 1 << 20, "KiB": 1 << 10}
+#: what stands for them where powers of ten are wanted
+DECIMAL = {"GiB": "GB", "MiB": "MB", "KiB": "kB"}
+_BYTES = {**_UNITS, "GB": 10**9, "MB": 10**6, "kB": 10**3}
+#: a column that is wrapped keeps so many characters at least
+_NARROWEST = 12
 
 
 class TextEnum(str, Enum):
@@ -18,30 +26,123 @@ class TextEnum(str, Enum):
         return str.__format__(self, spec)
 
 
-def table(rows: Iterable[Sequence[str]], head: Sequence[str], right: Iterable[int] = ()) -> str:
-    """Columns aligned, those in `right` to the right."""
-    all_rows = [list(head), *[list(r) for r in rows]]
-    widths = [max(len(r[i]) for r in all_rows) for i in range(len(head))]
-    ends = frozenset(right)
-    lines = [
+def table(
+    rows: Iterable[Sequence[str]], head: Sequence[str], right: Iterable[int] = (), width: int | None = None
+) -> str:
+    """Columns aligned, those in `right` to the right. Where lines have more than `width` characters, the cells
+    of the first column go on in further lines."""
+    every = [head, *rows]
+    over = 0 if width is None else table_width(every) - width
+    if over > 0:
+        room = max(_NARROWEST, max(len(row[0]) for row in every) - over)
+        every = [line for row in every for line in _broken(row, room)]
+    widths = _widths(every, ())
+    lines = columns(every, right)
+    return "\n".join([lines[0], "  ".join("-" * w for w in widths), *lines[1:]])
+
+
+def table_width(rows: Sequence[Sequence[str]]) -> int:
+    """How many characters the lines of a table have; the head is one of the rows."""
+    widths = _widths(rows, ())
+    return sum(widths) + 2 * (len(widths) - 1)
+
+
+def _broken(row: Sequence[str], room: int) -> Iterator[Sequence[str]]:
+    """A row as several, of which the first column has at most `room` characters: broken behind a comma, dot, _ or
+    space where there is one."""
+    first, rest = row[0], tuple(row[1:])
+    while len(first) > room:
+        cut = max(first.rfind(ch, 0, room) for ch in ",._ ") + 1 or room
+        yield (first[:cut].rstrip(), *rest)
+        first, rest = first[cut:], ("",) * len(rest)
+    yield (first, *rest)
+
+
+def wrapped(text: str, width: int | None, indent: str = "    ") -> str:
+    """A line as several of at most `width` characters, those behind the first indented; words stay whole."""
+    if width is None or len(text) <= width:
+        return text
+    return "\n".join(
+        textwrap.wrap(
+            text, max(width, 2 * len(indent) + 1), subsequent_indent=indent, break_long_words=False,
+            break_on_hyphens=False, replace_whitespace=False, drop_whitespace=True,
+        )
+    )  # fmt: skip
+
+
+def columns(rows: Iterable[Sequence[str]], right: Iterable[int] = (), least: Sequence[int] = ()) -> list[str]:
+    """The lines of a table without a head. `least`: how wide the first columns are at least."""
+    every = list(rows)
+    widths, ends = _widths(every, least), frozenset(right)
+    return [
         "  ".join(
             c.rjust(w) if i in ends else c.ljust(w) for i, (c, w) in enumerate(zip(r, widths, strict=True))
         ).rstrip()
-        for r in all_rows
+        for r in every
     ]
-    return "\n".join([lines[0], "  ".join("-" * w for w in widths), *lines[1:]])
+
+
+def _widths(rows: Sequence[Sequence[str]], least: Sequence[int]) -> list[int]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [max(w, least[i]) if i < len(least) else w for i, w in enumerate(widths)]
+
+
+def markdown_row(cells: Iterable[str]) -> str:
+    """A row of a Markdown table."""
+    return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+
+
+def markdown_head(head: Sequence[str], right: Iterable[int] = ()) -> str:
+    """The first two lines of a Markdown table whose columns in `right` are aligned to the right."""
+    ends = frozenset(right)
+    return f"{markdown_row(head)}\n|{'|'.join('--:' if i in ends else '---' for i in range(len(head)))}|"
+
+
+def markdown_table(rows: Iterable[Sequence[str]], head: Sequence[str], right: Iterable[int] = ()) -> str:
+    """As `table`, in Markdown."""
+    return "\n".join([markdown_head(head, right), *map(markdown_row, rows)])
+
+
+def unit_of(nbytes: int) -> str:
+    """The unit in which so many bytes are read best: GiB, MiB or KiB."""
+    return next((unit for unit, n in _UNITS.items() if abs(nbytes) >= n), "KiB")
+
+
+def in_unit(nbytes: int, unit: str, decimals: int = 3, sign: str = "") -> str:
+    """Bytes in that unit (GiB, GB and so on), `sign` being "+" for changes. What the decimals cannot show is "<0.001",
+    never zero."""
+    text = f"{nbytes / _BYTES[unit]:{sign},.{decimals}f}"
+    if nbytes and not any(ch in "123456789" for ch in text):
+        return f"{'>-' if nbytes < 0 else '<' + sign}{10**-decimals:.{decimals}f}"
+    return text
 
 
 def gib(nbytes: int) -> str:
     """Bytes in GiB, with three decimals."""
-    return f"{nbytes / 2**30:,.3f}"
+    return in_unit(nbytes, "GiB")
+
+
+def short_size(nbytes: int) -> str:
+    """Bytes for a person: 130.71 GiB, 58.00 KiB, 512 B."""
+    if abs(nbytes) < _UNITS["KiB"]:
+        return f"{nbytes} B"
+    unit = unit_of(nbytes)
+    return f"{in_unit(nbytes, unit, 2)} {unit}"
 
 
 def size(nbytes: int) -> str:
-    """Bytes exactly, with GiB (or MiB) and GB (or MB)."""
-    if nbytes >= 2**30:
-        return f"{nbytes:,} bytes = {nbytes / 2**30:,.2f} GiB = {nbytes / 1e9:,.2f} GB"
-    return f"{nbytes:,} bytes = {nbytes / 2**20:,.2f} MiB = {nbytes / 1e6:,.2f} MB"
+    """Bytes exactly, with GiB and GB, or with smaller units where they are few."""
+    if nbytes < _UNITS["KiB"]:
+        return f"{nbytes:,} bytes"
+    unit = unit_of(nbytes)
+    decimal = DECIMAL[unit]
+    return f"{nbytes:,} bytes = {in_unit(nbytes, unit, 2)} {unit} = {in_unit(nbytes, decimal, 2)} {decimal}"
+
+
+def bar(share: float, width: int = 10) -> str:
+    """A share of 1 as a bar of at most `width` characters; what is more than nothing is seen."""
+    eighths = round(8 * width * min(max(share, 0.0), 1.0)) or int(share > 0)
+    return "█" * (eighths // 8) + ("", "▏", "▎", "▍", "▌", "▋", "▊", "▉")[eighths % 8]
 
 
 def shape_text(shape: Sequence[int]) -> str:

@@ -6,7 +6,8 @@
     DIR/lock                  held while entries are removed
 
 KEY is SHA-256 over the type, the shape, the source's rows by content (dtype, scales, and how the rows are dealt), the
-importance values, and the version of the kernels; the tensor's name is not in it. Reading a source for its digests is
+importance values, and the version of the kernels; the tensor's name is not in it, but where it is rounded otherwise
+than by ggml: then it tells with the covariance what it is rounded by. Reading a source for its digests is
 done once for each of its files. Any number of processes may use one folder: entries appear whole by rename, are read
 through an open file that outlives its removal, and what arrived is compared with their digest before it is used.
 quantkit.building.cache_folder says whose entries are believed.
@@ -19,8 +20,7 @@ import json
 import os
 import struct
 import threading
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -28,15 +28,18 @@ from typing import Any
 import numpy as np
 
 from .. import kernels
+from ..base import journal
 from ..base.copying import Opened, copy_range
 from ..base.errors import OutputError, QuantkitError, SourceError
-from ..base.files import read_at
+from ..base.files import NewFile, read_at, write_at
+from ..base.workers import share_out
 from ..model.catalogue import Source, SourceTensor
 from ..planning.plan import ImatrixStatus, Plan, Planned
-from . import identity, journal
+from ..planning.rounding import Rounding
+from . import identity
 from .cache_folder import CacheFolder
 from .engines import ImportanceValues
-from .unfinished import Partial
+from .sink import RowSink
 
 MAGIC = b"qkcache2"
 _TRAILER = struct.Struct("<32sQ8s")
@@ -83,10 +86,13 @@ class Cache:
         names = set(wanted)
         tensors = [t for t in plan.tensors if t.tensor.name in names]
         digests = self._digests(source, {p.source for t in tensors for p in t.tensor.parts}, n_threads, progress)
-        with ThreadPoolExecutor(n_threads) as pool:
-            return dict(
-                pool.map(lambda t: (t.tensor.name, _key(t, source.block, digests, weights)), tensors)
-            )  # fmt: skip
+        keys: dict[str, str] = {}
+
+        def make(t: Planned) -> None:
+            keys[t.tensor.name] = _key(t, source.block, digests, weights, plan.rounding)
+
+        share_out(tensors, n_threads, lambda: make)
+        return keys
 
     def _digests(
         self, source: Source, names: set[str], n_threads: int, progress: Callable[[str, int], None]
@@ -100,16 +106,14 @@ class Cache:
             known.update({n: d for n, d in self._read_memo(memos[file]).items() if n in names})
         missing = [source.tensor(n) for n in sorted(names - known.keys())]
 
-        def digest(st: SourceTensor) -> tuple[SourceTensor, str]:
-            found = _digest(source, st)
+        def digest(st: SourceTensor) -> None:
+            known[st.name] = _digest(source, st)
             progress(st.name, st.nbytes)
-            return st, found
 
+        share_out(missing, n_threads, lambda: digest)
         fresh: dict[Path, dict[str, str]] = {}
-        with ThreadPoolExecutor(n_threads) as pool:
-            for st, found in pool.map(digest, missing):
-                known[st.name] = found
-                fresh.setdefault(st.file, {})[st.name] = found
+        for st in missing:
+            fresh.setdefault(st.file, {})[st.name] = known[st.name]
         try:  # without its memo the next build reads the source again, no more
             for file, found_there in fresh.items():
                 if identity.stat_of(file) == before[file]:
@@ -138,14 +142,13 @@ class Cache:
 
     def _write_memo(self, name: str, digests: dict[str, str]) -> None:
         """Raises OSError, OutputError."""
-        with self._disk.made() as (temporary, f):
-            f.write(json.dumps({"digests": digests, "check": _memo_check(name, digests)}).encode())
-            f.flush()
-            self._disk.tmp.give_name(temporary, f.fileno(), self._disk.sources, name)
+        with self._disk.made() as new:
+            write_at(new.fd, json.dumps({"digests": digests, "check": _memo_check(name, digests)}).encode(), 0)
+            new.publish(self._disk.sources, name, durable=False)
 
     # ------------------------------------------------------------ entries
 
-    def fill(self, key: str, name: str, partial: Partial) -> bool:
+    def fill(self, key: str, name: str, sink: RowSink) -> bool:
         """Put a tensor from the cache into an unfinished build, if it is here and sound."""
         path = self._disk.path_of(key)
         try:
@@ -156,7 +159,7 @@ class Cache:
         if fd is None:
             return False
         try:
-            rows = self._copied(fd, key, name, partial)
+            rows = self._copied(fd, key, name, sink)
             if rows is None:
                 with self._counting:
                     self.n_corrupt += 1
@@ -171,20 +174,20 @@ class Cache:
         finally:
             os.close(fd)
         for row, n, found in rows:
-            partial.note(name, row, n, found)
+            sink.note(name, row, n, found)
         with self._counting:
             self.n_found += 1
-            self.bytes_found += partial.target(name)[1].n_rows * partial.target(name)[1].row_bytes
+            self.bytes_found += sink.target(name)[1].n_rows * sink.target(name)[1].row_bytes
         return True
 
-    def _copied(self, fd: int, key: str, name: str, partial: Partial) -> list[tuple[int, int, bytes]] | None:
+    def _copied(self, fd: int, key: str, name: str, sink: RowSink) -> list[tuple[int, int, bytes]] | None:
         """Copy an entry to its place: row, number and digest of the rows; None where it is not sound. What is compared
         is what has arrived, since the entry's owner may write to it meanwhile. Raises OSError, QuantkitError."""
-        fd_out, place = partial.target(name)
+        fd_out, place = sink.target(name)
         nbytes = place.n_rows * place.row_bytes
         if os.fstat(fd).st_size != nbytes + _TRAILER.size:
             return None
-        copy_range(Opened(fd, self._disk.path_of(key)), 0, Opened(fd_out, partial.folder), place.offset, nbytes)
+        copy_range(Opened(fd, self._disk.path_of(key)), 0, Opened(fd_out, sink.folder), place.offset, nbytes)
         digest, step = hashlib.sha256(), max(1, _CHUNK // place.row_bytes)
         rows = []
         for row in range(0, place.n_rows, step):
@@ -195,31 +198,106 @@ class Cache:
         digest.update(key.encode())
         return rows if read_at(fd, _TRAILER.size, nbytes) == _TRAILER.pack(digest.digest(), nbytes, MAGIC) else None
 
-    def keep(self, key: str, name: str, partial: Partial) -> None:
+    def keep(self, key: str, name: str, sink: RowSink) -> None:
         """Keep a tensor that a build has on the disk."""
-        fd, place = partial.target(name)
+        fd, place = sink.target(name)
         nbytes = place.n_rows * place.row_bytes
         if nbytes + _TRAILER.size > self.max_bytes:
             return
         try:
             if self._disk.has(key):
                 return
-            with self._disk.made() as (temporary, f):
-                out = f.fileno()
-                path = self._disk.tmp.path / temporary
-                copy_range(Opened(fd, partial.folder), place.offset, Opened(out, path), 0, nbytes)
-                digest = hashlib.sha256()
-                for at in range(0, nbytes, _CHUNK):
-                    digest.update(read_at(out, min(_CHUNK, nbytes - at), at))
-                digest.update(key.encode())  # so that no entry is taken for another
-                os.pwrite(out, _TRAILER.pack(digest.digest(), nbytes, MAGIC), nbytes)
-                self._disk.put(temporary, out, key)
+            with self._disk.made() as new:
+                path = self._disk.tmp.path / new.temporary
+                copy_range(Opened(fd, sink.folder), place.offset, Opened(new.fd, path), 0, nbytes)
+                self._publish(new, key, nbytes)
+        except (OSError, QuantkitError) as e:
+            self._failed(self.folder, e)
+
+    def _publish(self, new: NewFile, key: str, nbytes: int) -> None:
+        """Make an entry of a file that has a tensor's data. Raises OSError, OutputError."""
+        digest = hashlib.sha256()
+        for at in range(0, nbytes, _CHUNK):
+            digest.update(read_at(new.fd, min(_CHUNK, nbytes - at), at))
+        digest.update(key.encode())  # so that no entry is taken for another
+        write_at(new.fd, _TRAILER.pack(digest.digest(), nbytes, MAGIC), nbytes)
+        self._disk.put(new, key)
+        with self._counting:
             self.n_kept += 1
             self._room -= nbytes + _TRAILER.size
             if self._room < 0:
                 self.evict()
-        except (OSError, QuantkitError) as e:
-            self._failed(self.folder, e)
+
+    # ------------------------------------------------------------ without a build
+
+    def has(self, key: str) -> bool:
+        """Whether there is an entry, sound or not."""
+        try:
+            return self._disk.has(key)
+        except OSError as e:
+            self._failed(self._disk.path_of(key), e)
+            return False
+
+    def begin(self) -> NewFile:
+        """A file for a tensor's data, which `end` makes an entry. Raises OSError."""
+        return self._disk.made()
+
+    def end(self, new: NewFile, key: str, nbytes: int) -> None:
+        """See `begin`. Raises OSError, OutputError."""
+        self._publish(new, key, nbytes)
+
+    def pieces(self, key: str, sizes: Sequence[int]) -> list[bytes] | None:
+        """Digests (quantkit.base.journal's) of the pieces of an entry, which have these bytes together; None where it
+        is not here, or not sound."""
+        try:
+            fd = self._disk.open_entry(key)
+        except (OSError, OutputError) as e:
+            self._failed(self._disk.path_of(key), e)
+            return None
+        if fd is None:
+            return None
+        nbytes, at, whole, out = sum(sizes), 0, hashlib.sha256(), []
+        try:
+            if os.fstat(fd).st_size == nbytes + _TRAILER.size:
+                for n in sizes:
+                    raw = read_at(fd, n, at)
+                    whole.update(raw)
+                    out.append(journal.digest(raw))
+                    at += n
+                whole.update(key.encode())
+                if read_at(fd, _TRAILER.size, nbytes) == _TRAILER.pack(whole.digest(), nbytes, MAGIC):
+                    with suppress(OSError):
+                        os.utime(fd)  # used now: the last to be evicted
+                    with self._counting:
+                        self.n_found += 1
+                        self.bytes_found += nbytes
+                    return out
+            with self._counting:
+                self.n_corrupt += 1
+            with suppress(OSError):
+                self._disk.drop(key)
+        except OSError as e:
+            self._failed(self._disk.path_of(key), e)
+        finally:
+            os.close(fd)
+        return None
+
+    def read(self, key: str, at: int, nbytes: int) -> bytes | None:
+        """Some bytes of an entry; None where it is gone."""
+        try:
+            fd = self._disk.open_entry(key)
+            if fd is None:
+                return None
+            try:
+                raw = read_at(fd, nbytes, at)
+            finally:
+                os.close(fd)
+        except (OSError, OutputError) as e:
+            self._failed(self._disk.path_of(key), e)
+            return None
+        return raw if len(raw) == nbytes else None
+
+    # ------------------------------------------------------------ its size
 
     def settle(self) -> None:
         """At the end of a build that kept something: the size is kept exactly, whatever others have added meanwhile."""
@@ -238,13 +316,18 @@ class Cache:
         self._room = min(self.max_bytes - self._disk.evict(self.max_bytes), self.max_bytes // _LOOKS)
 
 
-def _key(planned: Planned, block: tuple[int, int], digests: dict[str, str], weights: ImportanceValues | None) -> str:
+def _key(
+    planned: Planned, block: tuple[int, int], digests: dict[str, str], weights: ImportanceValues | None,
+    rounding: Rounding | None,
+) -> str:  # fmt: skip
     t = planned.tensor
     h = hashlib.sha256()
     made_of: list[Any] = [kernels.version(), planned.type, t.source_type, t.quantizable, t.shape, block]
     made_of += [(digests[p.source], p[1:]) for p in t.parts]
+    if rounding is not None and (said := rounding.identity(t.name)):
+        made_of.append(said)
     h.update(repr(made_of).encode())
-    if weights is not None and planned.imatrix == ImatrixStatus.USED:
+    if weights is not None and planned.imatrix_status == ImatrixStatus.USED:
         for mat in range(t.shape[2] if len(t.shape) > 2 else 1):
             h.update(np.ascontiguousarray(weights.weights(t.name, mat, t.n_cols)).tobytes())
     return h.hexdigest()

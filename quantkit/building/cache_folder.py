@@ -9,7 +9,6 @@ their permissions by the umask; in a cache that its group may write to, folders 
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import re
 import secrets
@@ -18,10 +17,11 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
 
 from ..base.errors import OutputError
+from ..base.files import NewFile
 from ..base.folders import Folder, kind, who
+from ..base.lock import HeldError, Lock
 
 _SUBS = ("objects", "sources", "tmp")
 _SHELF, _KEY = re.compile("[0-9a-f]{2}"), re.compile("[0-9a-f]{64}")
@@ -186,55 +186,28 @@ class CacheFolder:
 
     # ------------------------------------------------------------ making files
 
-    @contextmanager
-    def made(self) -> Iterator[tuple[str, BinaryIO]]:
+    def made(self) -> NewFile:
         """A new file in tmp/, removed in the end unless it has been given another name. Raises OSError."""
-        name = f"new-{secrets.token_hex(8)}"
         try:
-            fd = self.tmp.create(name)
+            return NewFile(self.tmp, f"new-{secrets.token_hex(8)}")
         except OSError as e:
             whose = f", the folder is {who(self.tmp.info.st_uid)}'s" if isinstance(e, PermissionError) else ""
             raise OSError(e.errno, f"{e.strerror}{whose}", str(self.tmp.path)) from None
-        try:
-            with open(fd, "r+b") as f:
-                yield name, f
-        finally:
-            with suppress(OSError):
-                self.tmp.unlink(name)
 
-    def put(self, name: str, fd: int, key: str) -> None:
-        """Give a file in tmp/ the name of an entry. Raises OSError, OutputError."""
+    def put(self, new: NewFile, key: str) -> None:
+        """Give a file of `made` the name of an entry. Raises OSError, OutputError."""
         with self.shelf(self.objects, key[:2]) as shelf:
-            self.tmp.give_name(name, fd, shelf, key)
+            new.publish(shelf, key, durable=False)
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
         """Held against others who remove entries. Raises OSError, OutputError."""
-        fd = self._open_lock()
         try:
-            until = time.monotonic() + _PATIENCE
-            while True:
-                try:
-                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    if time.monotonic() > until:
-                        raise OutputError(
-                            f"{self.path / 'lock'}: has been held by another process for {_PATIENCE:.0f} seconds; "
-                            "nothing was removed"
-                        ) from None
-                    time.sleep(0.02)
+            lock = Lock.of_file(self.folder, "lock", patience=_PATIENCE)
+        except HeldError:
+            raise OutputError(
+                f"{self.path / 'lock'}: has been held by another process for {_PATIENCE:.0f} seconds; nothing was "
+                "removed"
+            ) from None
+        with lock:
             yield
-        finally:
-            os.close(fd)
-
-    def _open_lock(self) -> int:
-        while True:
-            try:
-                try:
-                    return self.folder.open("lock", os.O_RDWR)
-                except PermissionError:  # another user's; to be locked it need not be written
-                    return self.folder.open("lock")
-            except FileNotFoundError:
-                with suppress(FileExistsError):
-                    return self.folder.create("lock")

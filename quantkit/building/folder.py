@@ -12,7 +12,6 @@ which bytes the output gets. Others may read it (`quantkit status`).
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 from collections.abc import Collection
 from contextlib import suppress
@@ -20,9 +19,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..base.errors import OutputError, ResumeError
-from ..base.folders import Folder, kind, same, who
+from ..base.folders import Folder, kind, who
+from ..base.lock import HeldError, Lock, holder
 from . import journal
-from .journal import Journal
+from .journal import ToldBuild
 
 LOCK, SCRATCH = "lock", "scratch"
 #: nobody but the owner may put anything into it, whatever the umask
@@ -58,7 +58,7 @@ def _no_build(path: Path, what: str) -> str:
     return f"{path}: {what} and is no unfinished build of quantkit; move it away, or give another output"
 
 
-def read_journal(out: Path, own: bool = False) -> Journal | None:
+def read_journal(out: Path, own: bool = False) -> ToldBuild | None:
     """The journal of an unfinished build of `out`, if there is one; `own`: of this user. Raises ResumeError, and
     OutputError for a folder that cannot be an unfinished build."""
     try:
@@ -75,27 +75,19 @@ def owner(out: Path) -> int | None:
     """The process that is building `out` now, 0 when it cannot be told, None when there is none."""
     try:
         with Folder.hold(folder_of(out), follow=False) as folder:
-            fd = folder.open(LOCK)
+            return holder(folder, LOCK)
     except (OSError, OutputError):
         return None
-    try:
-        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except OSError:
-        said = os.read(fd, 32).strip()
-        return int(said) if said.isdigit() else 0
-    finally:
-        os.close(fd)
-    return None
 
 
 class Taken(NamedTuple):
     """The folder of an unfinished build, held by this process against others."""
 
     folder: Folder
-    lock_fd: int
+    lock: Lock
 
     def close(self) -> None:
-        os.close(self.lock_fd)
+        self.lock.close()
         self.folder.close()
 
 
@@ -117,48 +109,29 @@ def take(out: Path, ours: Collection[str]) -> Taken:
                 continue  # whoever had it has finished
             raise OutputError(f"{path}: is {kind(info)}; move it away, or give another output")
         try:
-            fd = _locked(out, folder, ours)
+            lock = _locked(out, folder, ours)
         except BaseException:
             folder.close()
             raise
-        if fd is not None:
-            return Taken(folder, fd)
+        if lock is not None:
+            return Taken(folder, lock)
         folder.close()  # whoever held it has finished and removed the folder: once more
 
 
-def _locked(out: Path, folder: Folder, ours: Collection[str]) -> int | None:
-    """The descriptor that holds the lock of a folder, None where the folder is no longer there."""
+def _locked(out: Path, folder: Folder, ours: Collection[str]) -> Lock | None:
+    """The lock of a folder, None where the folder is no longer there."""
     _check_ours(folder, {LOCK, journal.NAME, SCRATCH, *ours})
     folder.close_to_others()
     try:
-        fd = _open_lock(folder)
+        lock = Lock.of_file(folder, LOCK, folder.own)
     except FileNotFoundError:
         return None
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        by = os.read(fd, 32).decode("ascii", "replace").strip()
-        os.close(fd)
-        raise ResumeError(
-            f"{out}: is being built by process {by or 'unknown'}; wait for it, or give another output"
-        ) from None
-    with suppress(OSError):
-        there = folder.look(LOCK)
-        if there is not None and same(os.fstat(fd), there) and folder.is_still(folder.path):
-            os.ftruncate(fd, 0)
-            os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
-            return fd
-    os.close(fd)
+    except HeldError as e:
+        raise ResumeError(f"{out}: is being built by process {e.by}; wait for it, or give another output") from None
+    if folder.is_still(folder.path):
+        return lock
+    lock.close()
     return None
-
-
-def _open_lock(folder: Folder) -> int:
-    while True:
-        try:
-            return folder.open(LOCK, os.O_RDWR, owner=folder.own, alone=True)
-        except FileNotFoundError:
-            with suppress(FileExistsError):
-                return folder.create(LOCK)
 
 
 def _check_ours(folder: Folder, ours: set[str]) -> None:

@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .. import kernels
-from ..base.errors import SourceError
+from ..base.errors import ResumeError, SourceError
+from ..base.files import file_sha256
 from ..gguf.header import ARRAY, KV, array_head, decode
 from ..planning.plan import Plan
+from ..rounding.options import VERSION as ROUNDING_VERSION
 
 _HEAD_BYTES = 1 << 16
-_CHUNK = 1 << 22
 #: before the names of metadata keys
 _KEY = "metadata "
 _MAX_VALUE = 80
@@ -69,14 +70,16 @@ def identity_of(plan: Plan, kvs: Iterable[KV], split_max_size: int | None, imatr
     items = list(kvs)
     types = [f"{t.tensor.name} {t.type}" for t in plan.tensors]
     rows = [repr((t.tensor.name, t.tensor.shape, t.tensor.parts)) for t in plan.tensors]
+    policy = f", policy {plan.policy.text}" if plan.applied else ""
     out = {
         "recipe": f"{plan.recipe.name} (types {short(*types)})",
         "model": f"{catalogue.arch}, {len(types)} tensors (rows {short(*rows)})",
         "metadata": short(*(b"%s %d %s" % (i.key.encode(), i.type, i.payload) for i in items)),
         "layout": f"{catalogue.layout}, "
         + ("one file" if split_max_size is None else f"shards of at most {split_max_size:,} bytes"),
-        "imatrix": "none" if imatrix is None else f"{imatrix.name} (sha256 {_content(imatrix)})",
+        "imatrix": "none" if imatrix is None else f"{imatrix.name} (sha256 {file_sha256(imatrix)[:12]}){policy}",
         "kernels": kernels.version(),
+        **_rounding(plan),
     }
     for path in catalogue.source.files:
         s = stat_of(path)
@@ -87,6 +90,22 @@ def identity_of(plan: Plan, kvs: Iterable[KV], split_max_size: int | None, imatr
     return out | {_KEY + i.key: _value(i) for i in items}
 
 
+def _rounding(plan: Plan) -> dict[str, str]:
+    """What rounds otherwise than ggml, with what; nothing where nothing does."""
+    rounding = plan.rounding
+    if rounding is None or rounding.covariance is None:
+        return {}
+    listed, covariance = rounding.listed(), rounding.covariance
+    if not listed:
+        return {}
+    policy = "" if rounding.policy is None else f", policy {rounding.policy.name} ({rounding.policy.digest})"
+    judge = "" if covariance.held_out is None else f", held-out {covariance.held_out.digest[:12]}"
+    return {
+        "rounding": f"{rounding.options}{policy} (method {ROUNDING_VERSION}, tensors {short(*listed)})",
+        "covariance": f"{covariance.n_tokens:,} tokens (sha256 {covariance.digest[:12]}{judge})",
+    }
+
+
 def _value(item: KV) -> str:
     """A key's value: itself where it is short, else how it begins or how much it is, and a digest."""
     digest = short(item.payload)
@@ -94,14 +113,6 @@ def _value(item: KV) -> str:
         return f"{array_head(item)[1]:,} values ({digest})"
     text = repr(decode(item))
     return text if len(text) <= _MAX_VALUE else f"{text[: _MAX_VALUE - 20]}… ({digest})"
-
-
-def _content(path: Path) -> str:
-    h = hashlib.sha256()
-    with open(path, "rb") as f:
-        while chunk := f.read(_CHUNK):
-            h.update(chunk)
-    return h.hexdigest()[:12]
 
 
 def difference(was: Mapping[str, str], now: Mapping[str, str]) -> str:
@@ -114,3 +125,13 @@ def difference(was: Mapping[str, str], now: Mapping[str, str]) -> str:
     names = [n for n in names if (n != "metadata" if by_key else n not in keys)]
     shown = [f"{n} was {was.get(n, 'absent')}, is {now.get(n, 'absent')}" for n in names[:3]]
     return "; ".join(shown) + (f"; and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def require_same(folder: Path, was: Mapping[str, str], now: Mapping[str, str]) -> None:
+    """Raises ResumeError, which says what differs, unless the unfinished build in a folder is one of the same."""
+    differs = difference(was, now)
+    if differs:
+        raise ResumeError(
+            f"{folder}: is an unfinished build of something else: {differs}; start again with --restart, or give "
+            "another output"
+        )

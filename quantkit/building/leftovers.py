@@ -11,15 +11,15 @@ from collections.abc import Collection
 from pathlib import Path
 
 from ..base.errors import OutputError, ResumeError, SourceError
-from ..base.files import read_at
 from ..base.folders import Folder, same
+from ..base.journal import is_there
 from ..gguf.header import read_header_of
 from ..planning.file_layout import file_names
 from .folder import held_folder, take
-from .journal import Journal, digest, durable, read
+from .journal import ToldBuild, durable, read
 
 
-def whole_files(journal: Journal) -> set[str]:
+def whole_files(journal: ToldBuild) -> set[str]:
     """The names of the files all of whose rows are on the disk by what the journal tells."""
     there = zip(durable(journal), journal.head.tensors, strict=True)
     short = {file for n, (_, n_rows, _, file) in there if n < n_rows}
@@ -58,10 +58,10 @@ def _finished(out: Path, above: Folder, kept: Collection[Path]) -> list[tuple[st
     return [(name, info) for name, info in its if out.with_name(name) not in kept] if len(its) < len(names) else []
 
 
-def _if_its(above: Folder, name: str, owner: int, journal: Journal, file: int) -> os.stat_result | None:
+def _if_its(above: Folder, name: str, owner: int, journal: ToldBuild, file: int) -> os.stat_result | None:
     """Which file has a name, if it has what a journal tells of it."""
     tensors = {i: t for i, t in enumerate(journal.head.tensors) if t[3] == file}
-    records = [r for r in journal.records if r.tensor in tensors]
+    records = [r for r in journal.records if r.part in tensors]
     try:
         with open(above.open(name, owner=owner), "rb") as f:
             header = read_header_of(f, above.path / name)
@@ -73,10 +73,11 @@ def _if_its(above: Folder, name: str, owner: int, journal: Journal, file: int) -
                 or not records
             ):
                 return None
-            most = max(records, key=lambda r: r.n_rows * tensors[r.tensor][2])
-            tensor, _, row_bytes, _ = tensors[most.tensor]
-            raw = read_at(f.fileno(), most.n_rows * row_bytes, stored[tensor].offset + most.row * row_bytes)
-            return os.fstat(f.fileno()) if digest(raw) == most.digest else None
+            most = max(records, key=lambda r: r.n * tensors[r.part][2])
+            tensor, n_rows, row_bytes, _ = tensors[most.part]
+            offset = stored[tensor].offset + most.start * row_bytes
+            its = most.n <= n_rows and is_there(f.fileno(), offset, most.n * row_bytes, most.digest)
+            return os.fstat(f.fileno()) if its else None
     except (SourceError, OutputError, OSError):
         return None
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,18 +23,21 @@ from ..base.errors import (
     WeightError,
 )
 from ..base.outputs import Output
+from ..base.workers import share_out
 from ..gguf.types import IK_TYPES, QTYPES
+from ..imatrix.matrix import Imatrix
+from ..imatrix.policies import Completed
 from ..model.catalogue import Catalogue
-from ..model.imatrix import Imatrix
 from ..planning.file_layout import FileLayout, file_names, lay_out, output_kvs
 from ..planning.plan import Plan, with_values
+from ..planning.rounding import check_covariance
 from . import leftovers
 from .cache import Cache
 from .engines import Engine, Progress, Work
 from .folder import folder_of, read_journal
-from .identity import FileStat, check_unchanged, difference, identity_of, stat_of
-from .journal import Journal
-from .unfinished import Partial
+from .identity import FileStat, check_unchanged, identity_of, require_same, stat_of
+from .journal import ToldBuild
+from .unfinished import UnfinishedBuild
 
 
 @dataclass(frozen=True)
@@ -53,8 +55,13 @@ class Build:
     """names under which a file may be replaced: all with --force, else those of shards that are the unfinished build's
     own"""
     restart: bool
-    begun: Journal | None
+    begun: ToldBuild | None
     """the journal of an unfinished build that this one goes on with"""
+
+    @property
+    def weights(self) -> Completed | None:
+        """The importance matrix, completed by the plan's policy."""
+        return self.plan.weights
 
     @property
     def file_bytes(self) -> int:
@@ -81,7 +88,13 @@ def prepare(
             f"{catalogue.model}: only the {'header' if catalogue.kvs_complete else 'config'} is known, there are no "
             "weights to build from; give a checkpoint directory or a GGUF"
         )
-    read = [*catalogue.source.files, *([imatrix.path] if imatrix else [])]
+    check_covariance(plan)
+    if plan.rounding is not None and engine is not None and not engine.rounds:
+        raise UnsupportedError(
+            f"the engine {engine.name} only rounds as ggml does, and the plan rounds {len(plan.rounding.choices)} "
+            "tensors otherwise; take --engine native, or --rounding ggml"
+        )
+    read = [*catalogue.source.files, *([imatrix.path] if imatrix else []), *_covariance_files(plan)]
     sources = {path: stat_of(path) for path in read}
     plan = with_values(plan, imatrix)
     _check_requantize(catalogue, plan, allow_requantize)
@@ -106,7 +119,12 @@ def prepare(
     return Build(plan, imatrix, files, out, identity, sources, replace, resume is False, begun)
 
 
-def _begun(out: Path, identity: Mapping[str, str], resume: bool | None) -> Journal | None:
+def _covariance_files(plan: Plan) -> tuple[Path, ...]:
+    covariance = None if plan.rounding is None else plan.rounding.covariance
+    return () if covariance is None else covariance.files
+
+
+def _begun(out: Path, identity: Mapping[str, str], resume: bool | None) -> ToldBuild | None:
     """The unfinished build to go on with. Raises ResumeError when it is of something else."""
     if resume is False:
         return None
@@ -115,16 +133,11 @@ def _begun(out: Path, identity: Mapping[str, str], resume: bool | None) -> Journ
         if resume:
             raise ResumeError(f"{out}: there is no unfinished build to go on with; leave --resume away to begin one")
         return None
-    differs = difference(found.head.identity, identity)
-    if differs:
-        raise ResumeError(
-            f"{folder_of(out)}: is an unfinished build of something else: {differs}; start again with --restart, "
-            "or give another output"
-        )
+    require_same(folder_of(out), found.head.identity, identity)
     return found
 
 
-def _told(out: Path) -> Journal | None:
+def _told(out: Path) -> ToldBuild | None:
     """What is there when a build starts again: shards that it has finished are its own, and may be replaced."""
     try:
         return read_journal(out, own=True)
@@ -132,7 +145,7 @@ def _told(out: Path) -> Journal | None:
         return None
 
 
-def _finished(names: tuple[Path, ...], begun: Journal | None, folder: Path) -> set[Path]:
+def _finished(names: tuple[Path, ...], begun: ToldBuild | None, folder: Path) -> set[Path]:
     """The files of an unfinished build that have their names already: all their rows are in its journal."""
     if begun is None:
         return set()
@@ -188,40 +201,46 @@ def run(build: Build, engine: Engine, n_threads: int, progress: Progress, cache:
     """Run an engine and give the files their names. Tensors that the cache has come from there, and those made are
     kept there. Returns how many values an earlier run had made. Raises what the engine raises; what was there under the
     names is then as it was, and the exception's `kept` says where the unfinished build is, if it is kept."""
-    partial = Partial(build.out, build.files, build.identity, lambda: check_unchanged(build.sources), build.replace)
+    begun = UnfinishedBuild(
+        build.out, build.files, build.identity, lambda: check_unchanged(build.sources), build.replace
+    )
     try:
         if build.restart:
             leftovers.remove(build.out, [name for name, _ in build.files])
-        partial.start(build.restart, n_threads, progress)
+        begun.start(build.restart, n_threads, progress)
         file_layouts = tuple(file_layout for _, file_layout in build.files)
-        with partial.committing():
+        with begun.durability.committing():
             if cache is not None:
-                _use(cache, build, partial, n_threads, progress)
-            engine.run(Work(build.plan, file_layouts, partial, build.imatrix, n_threads, progress, partial.scratch))
-        partial.finish()
+                _use(cache, build, begun, n_threads, progress)
+            engine.run(Work(build.plan, file_layouts, begun.sink, build.weights, n_threads, progress, begun.scratch))
+        begun.finish()
         if cache is not None:
             cache.settle()
     except BaseException as e:
         # with weights or kernels as they are, the same command would end here again
         in_vain = isinstance(e, (WeightError, KernelError, UnsupportedError, InternalCheckError))
-        kept = partial.abort(keep=not in_vain)
+        kept = begun.abort(keep=not in_vain)
         said = (
             OutputError(f"{build.out}: {e.strerror or e}; mend that and build again") if isinstance(e, OSError) else e
         )
         said.kept = kept  # type: ignore[attr-defined]
         raise said from said.__cause__
-    return partial.n_kept
+    return begun.n_kept
 
 
-def _use(cache: Cache, build: Build, partial: Partial, n_threads: int, progress: Progress) -> None:
+def _use(cache: Cache, build: Build, begun: UnfinishedBuild, n_threads: int, progress: Progress) -> None:
     """Fill what the cache has, and have it keep what is made."""
+    sink = begun.sink
     sizes = {t.tensor.name: t.tensor.n_elements for t in build.plan.tensors}
-    wanted = [t.tensor.name for t in build.plan.tensors if not partial.has(t.tensor.name, 0, t.tensor.n_rows)]
-    keys = cache.keys(build.plan, wanted, build.imatrix, n_threads)
-    with ThreadPoolExecutor(n_threads) as pool:
-        for name, found in zip(wanted, pool.map(lambda n: cache.fill(keys[n], n, partial), wanted), strict=True):
-            if found:
-                partial.have_whole(name)
-                progress(name, sizes[name])
-                del keys[name]
-    partial.on_whole = lambda name: cache.keep(keys[name], name, partial) if name in keys else None
+    wanted = [t.tensor.name for t in build.plan.tensors if not sink.has(t.tensor.name, 0, t.tensor.n_rows)]
+    keys = cache.keys(build.plan, wanted, build.weights, n_threads)
+    made = dict(keys)
+
+    def fill(name: str) -> None:
+        if cache.fill(keys[name], name, sink):
+            sink.have_whole(name)
+            progress(name, sizes[name])
+            del made[name]
+
+    share_out(wanted, n_threads, lambda: fill)
+    begun.durability.on_whole = lambda name: cache.keep(made[name], name, sink) if name in made else None

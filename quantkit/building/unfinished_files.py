@@ -1,4 +1,5 @@
-"""The files of an unfinished build, open, in OUT.partial or already under their names beside it.
+"""The files of an unfinished build, open, in OUT.partial or already under their names beside it, and where in them
+each tensor's rows go.
 
 What is found is taken for ours only if it is: a regular file of this user, without another name where it is written to.
 """
@@ -10,14 +11,38 @@ import stat
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 from ..base import outputs
 from ..base.copying import Opened, copy_range
-from ..base.errors import OutputError
+from ..base.errors import InternalCheckError, OutputError
 from ..base.files import create, read_at, write_at
 from ..base.folders import Folder
 from ..gguf.header import pad
+from ..gguf.types import QTYPES
 from ..planning.file_layout import FileLayout
+
+
+class Place(NamedTuple):
+    """Where a tensor's rows go. `number` counts the plan's tensors, `file` the output's files."""
+
+    number: int
+    file: int
+    offset: int
+    n_rows: int
+    row_bytes: int
+    n_cols: int
+
+
+def places(file_layouts: Sequence[FileLayout]) -> dict[str, Place]:
+    """The place of every tensor by name."""
+    out: dict[str, Place] = {}
+    for file, file_layout in enumerate(file_layouts):
+        for p in file_layout.tensors:
+            t = p.planned.tensor
+            row_bytes = QTYPES[p.planned.type].row_bytes(t.n_cols)
+            out[t.name] = Place(len(out), file, p.offset, t.n_rows, row_bytes, t.n_cols)
+    return out
 
 
 class Files:
@@ -29,6 +54,7 @@ class Files:
     ) -> None:  # fmt: skip
         """`replace`: the names under which a file may be replaced."""
         self.inside, self.above, self.names, self.file_layouts = inside, above, names, file_layouts
+        self.places = places(file_layouts)
         self._replace = replace
         self.together = False
         """none gets its name before all do, since older files have the names"""
@@ -121,7 +147,30 @@ class Files:
         self.fds[i] = fd
         scratch.give_name(name, fd, self.inside, self.names[i].name)
 
-    def give_name(self, i: int) -> None:
+    def sync(self) -> None:
+        """Bring all to the disk. Raises OSError, and InternalCheckError for one that is not as long as planned."""
+        for fd, name, file_layout in zip(self.fds, self.names, self.file_layouts, strict=True):
+            size = os.fstat(fd).st_size
+            if size != file_layout.nbytes:
+                raise InternalCheckError(f"{name}: has {size:,} bytes, planned are {file_layout.nbytes:,}")
+            os.fsync(fd)
+
+    def publish(self, i: int) -> None:
+        """Bring a file and its name to the disk. Raises OSError, OutputError."""
+        os.fsync(self.fds[i])
+        self._give_name(i)
+        self.above.sync()
+        self.inside.sync()
+
+    def publish_all(self) -> None:
+        """Give those their names that have none yet, the first shard last: without it the others are not taken for a
+        model. Raises OSError, OutputError."""
+        for i in reversed(range(len(self.names))):
+            if not self.final[i]:
+                self._give_name(i)
+        self.above.sync()
+
+    def _give_name(self, i: int) -> None:
         """A file gets its final name, if it is still the one that was written. Raises OSError, and OutputError where
         something else has the name, which it had not when the build began."""
         path = self.names[i]

@@ -5,6 +5,7 @@ Nothing heavy is imported here or at the top of a command's file, so that `--hel
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from types import FrameType
@@ -15,8 +16,32 @@ import click
 from quantkit.base.errors import QuantkitError
 from quantkit.base.version import __version__
 
-from . import build, cache, demo, dequant, doctor, fit, inspect, plan, recipe, shards, sizes, status, toolchain, verify
+from . import (
+    ablate,
+    build,
+    cache,
+    demo,
+    dequant,
+    doctor,
+    eval,
+    fit,
+    imatrix,
+    inspect,
+    optimize,
+    plan,
+    recipe,
+    report,
+    rounding,
+    sensitivity,
+    shards,
+    sizes,
+    status,
+    tokenize,
+    toolchain,
+    verify,
+)
 from .files import Group
+from .shells import VARIABLE, complete
 from .terminal import Streams
 
 INTERRUPTED = 130
@@ -36,6 +61,7 @@ def cli() -> None:
 
 
 for _command in (
+    ablate.ablate,
     plan.plan,
     build.build,
     status.status,
@@ -46,11 +72,18 @@ for _command in (
     shards.split,
     shards.merge,
     recipe.recipe,
+    report.report,
     sizes.sizes,
+    imatrix.imatrix,
     fit.fit,
+    sensitivity.sensitivity,
+    optimize.optimize,
+    rounding.rounding,
+    tokenize.tokenize,
     demo.demo,
     toolchain.toolchain,
     doctor.doctor,
+    eval.group,
 ):
     cli.add_command(_command)
 
@@ -77,6 +110,8 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _stop)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where a shell has it ignored
         signal.signal(signal.SIGINT, _stop)
+    if os.environ.get(VARIABLE):  # a shell asks, and reads every byte itself
+        complete(cli)
     with Streams():
         _run()
 

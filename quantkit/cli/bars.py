@@ -40,6 +40,17 @@ def by_name(bar: Any) -> Callable[[str, int], None]:
     return progress
 
 
+def whole_progress(bar: Any) -> Callable[[str, int, int], None]:
+    """Progress on a bar whose length comes with each step."""
+
+    def progress(what: str, n_done: int, n_total: int) -> None:
+        bar.total = n_total
+        bar.set_description_str(showable(what), refresh=False)
+        bar.update(n_done - bar.n)
+
+    return progress
+
+
 class Bars:
     """A progress bar for each stage, with the time left."""
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from .bars import Bars, by_name, open_bar
+from .changes import changes
 from .files import ATTESTATION, BUILT, CACHE, TOOL, Command, will_write
 from .options import (
     Size,
@@ -17,19 +18,26 @@ from .options import (
     plan_first_options,
     ready_kernels,
     recipe_of,
+    rounded,
+    rounding_options,
     source_options,
     threads_option,
+    with_covariance,
 )
+from .terminal import width
 
 if TYPE_CHECKING:
     from quantkit.building.cache import Cache
     from quantkit.building.engines import Engine
     from quantkit.building.run import Build
-    from quantkit.verifying.attestation import Asked, Evidence
+    from quantkit.imatrix.policies import Policy
+    from quantkit.planning.plan import Plan
+    from quantkit.verifying.attestation import Asked, AskedRounding, Evidence
 
 
 @click.command(cls=Command)
 @source_options
+@rounding_options
 @click.option(
     "-o",
     "--output",
@@ -52,7 +60,7 @@ if TYPE_CHECKING:
     help="The binary to drive (else PATH, else the toolchain's).",
 )
 @threads_option
-@click.option("--allow-requantize", is_flag=True, help="Quantize tensors again that the source has quantized.")
+@click.option("--allow-requantize", is_flag=True, help="Allow a source that is quantized already.")
 @click.option(
     "--attest",
     type=ATTESTATION,
@@ -65,7 +73,7 @@ if TYPE_CHECKING:
     "--resume/--restart",
     "resume",
     default=None,
-    help="Go on with an unfinished build of this output, or start again without what it made.  [default: go on if "
+    help="Continue an unfinished build of this output, or discard what it made and start over.  [default: continue if "
     "there is one]",
 )
 @click.option(
@@ -73,14 +81,17 @@ if TYPE_CHECKING:
     "cache_dir",
     type=CACHE,
     metavar="DIR",
-    help="Keep finished tensors in DIR, and take from there what an earlier build has made of the same weights.",
+    help="Keep finished tensors in DIR, and reuse those that an earlier build made from the same weights.",
 )
 @click.option(
     "--cache-size",
     type=Size(),
     default="200G",
     show_default=True,
-    help="At most so much in DIR; what was not used longest goes.",
+    help="The most DIR may hold; what was used least recently is removed first.",
+)
+@click.option(
+    "-v", "--verbose", is_flag=True, help="Print the whole plan, as `quantkit plan` does, not ten lines of it."
 )
 @plan_first_options
 def build(
@@ -90,9 +101,13 @@ def build(
     mixture_version: str,
     layout: str,
     imatrix: str | None,
+    policy: Policy | None,
     pre: str | None,
     pad_token: str | None,
     split_max_size: int | None,
+    rounding: str | None,
+    rounding_policy: str | None,
+    covariance: Path | None,
     output: Path,
     engine: str,
     binary: str | None,
@@ -104,6 +119,7 @@ def build(
     resume: bool | None,
     cache_dir: Path | None,
     cache_size: int,
+    verbose: bool,
     dry_run: bool,
     quiet: bool,
 ) -> None:
@@ -125,32 +141,25 @@ def build(
     from quantkit.building.leftovers import finished_shards
     from quantkit.building.run import prepare
     from quantkit.model.open import open_model
-    from quantkit.planning import report
-    from quantkit.planning.gaps import gap_warnings
     from quantkit.planning.plan import make_plan
 
     ready_kernels()
-    rules = recipe_of(recipe, sets)
-    weights = imatrix_of(imatrix)
-    made = make_plan(open_model(source, conversion(layout, pre, pad_token)), rules, weights, mixture_version)
+    rules = rounded(recipe_of(recipe, sets), rounding, rounding_policy)
+    weights = imatrix_of(imatrix, policy)
+    made = make_plan(open_model(source, conversion(layout, pre, pad_token)), rules, weights, mixture_version, policy)
+    made = with_covariance(made, covariance)
     chosen = make_engine(engine, binary)
     ready = prepare(made, output, weights, split_max_size, force, allow_requantize, chosen, resume)
     will_write(*(Output(name, "--output", is_later=True) for name, _ in ready.files))
-    if not quiet:
-        click.echo(report.plan_text(ready.plan, [(path.name, f.nbytes) for path, f in ready.files]))
-        click.echo()
-    else:
-        for warning in gap_warnings(ready.plan.gaps):
-            click.echo(f"warning: {warning}", err=True)
+    show_plan(ready, verbose, quiet)
     if ready.begun is not None and not quiet:
-        click.echo(
-            f"going on with the build of {output} begun {ready.begun.head.started}; what it made is checked first"
-        )
+        click.echo(f"continuing the build of {output} begun {ready.begun.head.started}; what it made is checked first")
     if ready.restart and not quiet:
         gone = finished_shards(output, [name for name, _ in ready.files])
         if gone:
             click.echo(
-                f"finished shards of the build that is started again, which go: {len(gone)}, {gone[0]} the first"
+                f"{len(gone)} finished shard{'s' * (len(gone) != 1)} of the build that starts over will be removed, "
+                f"first {gone[0]}"
             )
     if dry_run:
         click.echo("dry run: everything was checked, nothing was written")
@@ -169,9 +178,36 @@ def build(
 
         asked = Asked(
             recipe, rules.text, parse_sets(sets), mixture_version, layout, pre, pad_token, split_max_size,
-            allow_requantize, engine, rules.base_text,
+            allow_requantize, engine, rules.base_text, None if policy is None else policy.text,
+            changes().to_json(),
+            _asked_rounding(ready.plan, rounding, rounding_policy),
         )  # fmt: skip
         write_attestation(attest, ready, asked, evidence, hash_source, force, quiet)
+
+
+def show_plan(ready: Build, verbose: bool, quiet: bool) -> None:
+    """Print the plan: in ten lines, or all of it, or only its warnings, on standard error."""
+    from quantkit.planning import brief, report
+
+    files = [(path.name, f.nbytes) for path, f in ready.files]
+    if quiet:
+        for warning in report.plan_warnings(ready.plan):
+            click.echo(f"warning: {warning}", err=True)
+    elif verbose:
+        click.echo(report.plan_text(ready.plan, files, width=width()) + "\n")
+    else:
+        click.echo(brief.brief_text(ready.plan, files, width()) + "\n")
+
+
+def _asked_rounding(plan: Plan, method: str | None, policy: str | None) -> AskedRounding | None:
+    """What an attestation says of how to round: what the command line said, and the text of a policy."""
+    from quantkit.verifying.attestation import AskedRounding
+
+    used = None if plan.rounding is None else plan.rounding.policy
+    if method is None and used is None:
+        return None
+    text = None if used is None else (used.text, used.name)
+    return AskedRounding(method or "", text, method is not None or policy is not None)
 
 
 def gather_evidence(ready: Build, quiet: bool) -> Evidence:
@@ -181,7 +217,10 @@ def gather_evidence(ready: Build, quiet: bool) -> Evidence:
     assert ready.plan.catalogue.source is not None
     bars = Bars(quiet)
     try:
-        return gather(ready.plan.catalogue.source, ready.imatrix, bars)
+        rounding = ready.plan.rounding
+        return gather(
+            ready.plan.catalogue.source, ready.imatrix, bars, None if rounding is None else rounding.covariance
+        )
     finally:
         bars.close()
 
@@ -218,6 +257,7 @@ def make_engine(name: str, binary: str | None) -> Engine:
 
 def run_with_progress(ready: Build, engine: Engine, n_threads: int, quiet: bool, cache: Cache | None = None) -> None:
     """Run a build with one progress bar, in weights, and say what was made."""
+    from quantkit.base.text import short_size
     from quantkit.building import run as builds
 
     start = time.monotonic()
@@ -244,6 +284,6 @@ def run_with_progress(ready: Build, engine: Engine, n_threads: int, quiet: bool,
         if kept:
             click.echo(f"{kept:,} of {n:,} weights were kept from before, {n - kept:,} quantized now")
         click.echo(
-            f"{ready.file_bytes / 2**30:.3f} GiB in {seconds:.1f} s, {(n - kept) / seconds / 1e6:.1f} M weights/s, "
+            f"{short_size(ready.file_bytes)} in {seconds:.1f} s, {(n - kept) / seconds / 1e6:.1f} M weights/s, "
             f"{ready.plan.bpw:.2f} BPW, engine {engine.name}, {n_threads} thread{'s' * (n_threads != 1)}"
         )

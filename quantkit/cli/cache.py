@@ -35,6 +35,8 @@ def show(folder: Path, as_json: bool) -> None:
     \b
     quantkit cache show ~/quantkit-cache
     """
+    from quantkit.base.text import size
+
     entries = _open(folder, 0).entries()
     total = sum(n for _, n, _ in entries)
     if as_json:
@@ -42,7 +44,7 @@ def show(folder: Path, as_json: bool) -> None:
         used = {"first_used": entries[0][0], "last_used": entries[-1][0]} if entries else {}
         click.echo(json.dumps({**said, **used}))
         return
-    click.echo(f"{folder}: {len(entries):,} tensors, {total:,} bytes ({total / 2**30:.2f} GiB)")
+    click.echo(f"{folder}: {len(entries):,} tensors, {size(total)}")
     if entries:
         ends = (entries[0][0], entries[-1][0])
         first, last = (datetime.fromtimestamp(t, timezone.utc).isoformat(" ", "minutes") for t in ends)

@@ -9,6 +9,7 @@ import click
 from .build import make_engine, run_with_progress
 from .files import DEMO, RECIPE, Command
 from .options import ready_kernels, threads_option
+from .terminal import width
 
 
 @click.command(cls=Command)
@@ -32,11 +33,11 @@ def demo(folder: Path, recipe: str, threads: int | None) -> None:
     from quantkit.authoring.clone import slug
     from quantkit.base.workers import default_threads
     from quantkit.building import run as builds
+    from quantkit.imatrix.matrix import open_imatrix
     from quantkit.model import demo as demos
     from quantkit.model.families.options import Options
-    from quantkit.model.imatrix import open_imatrix
     from quantkit.model.open import describe_stored, open_model
-    from quantkit.planning import report
+    from quantkit.planning import brief
     from quantkit.planning.plan import make_plan
     from quantkit.recipe.load import load
 
@@ -56,7 +57,7 @@ def demo(folder: Path, recipe: str, threads: int | None) -> None:
     weights = open_imatrix(str(imatrix))
     made = make_plan(model, rules, weights)
     ready = builds.prepare(made, out, weights, force=True, resume=False)
-    click.echo(report.plan_text(made, [(path.name, f.nbytes) for path, f in ready.files]))
+    click.echo(brief.brief_text(made, [(path.name, f.nbytes) for path, f in ready.files], width()))
     click.echo("\n4. the build: FP8 -> BF16 -> F32 -> blocks, in one pass\n")
     run_with_progress(ready, make_engine("native", None), threads or default_threads(), quiet=False)
     bf16 = sum(2 * t.n_elements if t.quantizable else 4 * t.n_elements for t in model.tensors)

@@ -108,6 +108,8 @@ def _check_names(job: Job) -> None:
 
 def _plan_text(job: Job) -> str:
     """What is to be made, in a few lines."""
+    from quantkit.base.text import size
+
     plan = job.plan
     counts: dict[tuple[str, str], int] = {}
     for t in plan.tensors:
@@ -118,8 +120,8 @@ def _plan_text(job: Job) -> str:
         f"{job.source.path} -> {job.dst}",
         f"  tensors      {sum(counts.values()):,}: {', '.join(kinds)}",
         f"  shards       {n:,}, {plan.tensor_bytes:,} bytes of tensors",
-        f"  other files  {len(plan.carried):,} copied, {sum(size for _, size in plan.carried):,} bytes",
-        f"  directory    {plan.nbytes:,} bytes = {plan.nbytes / 2**30:.3f} GiB",
+        f"  other files  {len(plan.carried):,} copied, {sum(n for _, n in plan.carried):,} bytes",
+        f"  directory    {size(plan.nbytes)}",
     ]
     if plan.n_dropped:
         lines.insert(2, f"  dropped      {plan.n_dropped:,} weights of MTP layers")
@@ -164,6 +166,8 @@ def _run(job: Job, decoder: Decoder, n_threads: int, quiet: bool) -> None:
             err=True,
         )
         raise SystemExit(130 if isinstance(e, KeyboardInterrupt) else 143) from None
+    from quantkit.base.text import short_size
+
     seconds = time.monotonic() - start
     for name in damaged:
         click.echo(f"warning: {job.dst / name}: was damaged after it was finished; it is written again", err=True)
@@ -171,6 +175,6 @@ def _run(job: Job, decoder: Decoder, n_threads: int, quiet: bool) -> None:
     if not quiet:
         click.echo(
             f"{job.dst}  {len(job.plan.shards):,} shard{'s' * (len(job.plan.shards) != 1)}, {job.plan.nbytes:,} bytes; "
-            f"{total / 2**30:.3f} GiB written in {seconds:.1f} s, {total / seconds / 1e6:,.0f} MB/s, "
+            f"{short_size(total)} written in {seconds:.1f} s, {total / seconds / 1e6:,.0f} MB/s, "
             f"{n_threads} thread{'s' * (n_threads != 1)}"
         )

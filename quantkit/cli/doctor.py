@@ -27,7 +27,7 @@ REQUIRED = (
     "xxhash",
 )
 #: those of the extra `lab`, and what needs them
-LAB = {"torch": "dequant --device cuda, convert_hf_to_gguf.py", "scipy": ""}
+LAB = {"torch": "imatrix make, dequant --device cuda, convert_hf_to_gguf.py", "scipy": "", "jinja2": "--chat"}
 INSTALL_LAB = "pip install 'quantkit[lab]'"
 CPU_FEATURES = ("avx2", "avx512f", "f16c", "fma", "neon")
 
@@ -132,7 +132,6 @@ def _kernels(problem: Callable[[str, str, str], None]) -> tuple[dict[str, str], 
         ggml = {"path": str(library), "version": _ggml_version(library)}
     except (KernelError, OSError, AttributeError) as e:
         problem("error", f"the ggml of libggml-python: {e}", "pip install --force-reinstall libggml-python")
-    kernels.use_pinned_library(toolchain.ggml_library())
     active = kernels.active()
     none = [name for name, kernel in active.items() if kernel.startswith("none")]
     try:
@@ -209,23 +208,31 @@ def _memory() -> dict[str, int | None]:
 def _lines(found: dict[str, Any]) -> list[str]:
     import textwrap
 
-    from .toolchain import tool_lines
+    from quantkit.base.text import columns
+
+    from .toolchain import LABEL, tool_lines
 
     def gib(nbytes: int | None) -> str:
         return "unknown" if nbytes is None else f"{nbytes / _GIB:.1f} GiB"
 
-    lines = [f"quantkit {found['quantkit']}, Python {found['python']}, {found['platform']}", "", "packages"]
-    lines += [f"  {name:18}  {version or 'not installed'}" for name, version in found["packages"].items()]
-    lines.append(f"  {'extra lab':18}  {'complete' if found['extras']['lab'] else 'not complete'}")
-    lines += [f"  {'ggml of the wheel':18}  {found['ggml']['version'] or 'not found'}", "", "llama.cpp"]
-    lines += [f"  {line}" for line in tool_lines(found["toolchain"])]
-    lines += ["", "machine", f"  {'CPU':18}  {found['cpu']['model']}"]
-    features = found["cpu"]["features"]
-    lines.append(f"  {'':18}  {', '.join(f'{name} {_yes(has)}' for name, has in features.items())}")
-    memory = found["memory"]
-    lines.append(f"  {'memory':18}  {gib(memory['available_nbytes'])} available of {gib(memory['total_nbytes'])}")
+    lines = [f"quantkit {found['quantkit']}, Python {found['python']}, {found['platform']}"]
+    packages = [(name, version or "not installed") for name, version in found["packages"].items()]
+    packages.append(("extra lab", "complete" if found["extras"]["lab"] else "not complete"))
+    packages.append(("ggml of the wheel", found["ggml"]["version"] or "not found"))
+    features, memory = found["cpu"]["features"], found["memory"]
+    machine = [
+        ("CPU", found["cpu"]["model"]),
+        ("", ", ".join(f"{name} {_yes(has)}" for name, has in features.items())),
+        ("memory", f"{gib(memory['available_nbytes'])} available of {gib(memory['total_nbytes'])}"),
+    ]
     for place, disk in found["disk"].items():
-        lines.append(f"  {'free disk, ' + place:18}  {gib(disk['free_nbytes'])} ({disk['path']})")
+        machine.append((f"free disk, {place}", f"{gib(disk['free_nbytes'])} ({disk['path']})"))
+    for title, section in (
+        ("packages", columns(packages, least=(LABEL,))),
+        ("llama.cpp", tool_lines(found["toolchain"])),
+        ("machine", columns(machine, least=(LABEL,))),
+    ):
+        lines += ["", title, *(f"  {line}" for line in section)]
     lines += ["", "kernels"]
     by_kernel: dict[str, list[str]] = {}
     for name, kernel in found["kernels"].items():

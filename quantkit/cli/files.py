@@ -16,6 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+from click.shell_completion import CompletionItem
+
+from .completing import Items, models, or_files, recipes
+from .ggufs import as_built
 
 if TYPE_CHECKING:
     from quantkit.base.outputs import Output
@@ -49,7 +53,12 @@ class Read(_Type):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         _check_text(value, param, self.error)
+        value = _at_home(value)
         return Path(value) if self._as_path else value
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> Items:
+        names = {"source": models, "recipe": recipes}.get(self.name)
+        return or_files(() if names is None else names(), incomplete)
 
     def files(self, value: Any) -> Iterable[Path]:
         return [Path(value)] if self._files is None else self._files(str(value))
@@ -81,7 +90,10 @@ class Written(_Type):
         _check_text(value, param, "OutputError")
         if self._is_file and isinstance(value, str):
             check_file_name(value, self._wanted, self._example)
-        return Path(value)
+        return Path(_at_home(value))
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> Items:
+        return [CompletionItem(incomplete, type="file" if self._is_file else "dir")]
 
     def files(self, value: Path) -> Iterable[Path]:
         return () if self._files is None else self._files(value)
@@ -98,6 +110,16 @@ class Written(_Type):
 
 class Command(click.Command):
     """A command whose files are checked before it runs."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except click.UsageError as e:
+            from .unknown import too_many
+
+            if says := too_many(e.message):
+                raise click.UsageError(e.message + says, e.ctx) from None
+            raise
 
     def invoke(self, ctx: click.Context) -> Any:
         reads: list[Path] = []
@@ -126,9 +148,31 @@ class Command(click.Command):
 
 
 class Group(click.Group):
-    """A group whose commands are `Command`s."""
+    """A group whose commands are `Command`s, and which says what was meant by one that it does not have."""
 
     command_class = Command
+    default: str | None = None
+    """the command that words belong to which name none"""
+
+    @classmethod
+    def of(cls, default: str) -> type[Group]:
+        """A group in which words that name no command are that one's."""
+        return type("DefaultGroup", (cls,), {"default": default})
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        names = {*self.commands, *self.get_help_option_names(ctx)}
+        if self.default is not None and args and args[0] not in names:
+            args = [self.default, *args]
+        return super().parse_args(ctx, args)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        from .unknown import no_such
+
+        if args and self.get_command(ctx, args[0]) is None and not args[0].startswith("-"):
+            ctx.fail(no_such(args[0], self, ctx.find_root().command))
+        return super().resolve_command(ctx, args)
 
 
 def will_write(*more: Output) -> None:
@@ -150,6 +194,11 @@ def _check_text(value: Any, param: click.Parameter | None, error: str) -> None:
         raise getattr(errors, error)(f"{named}: is empty; give a name")
     if isinstance(value, str) and "\0" in value:
         raise getattr(errors, error)(f"{named}: has a NUL in it, which no file's name has; give another")
+
+
+def _at_home(value: Any) -> Any:
+    """A name with its ~ replaced, which a shell leaves alone in --option=~/name; unless it is there as it is."""
+    return os.path.expanduser(value) if str(value).startswith("~") and not os.path.lexists(value) else value
 
 
 def _shown(param: click.Parameter) -> str:
@@ -182,7 +231,7 @@ def _of_gguf(value: str) -> Iterator[Path]:
     """A GGUF and the other shards of its set."""
     from quantkit.gguf.shards import split_name
 
-    path = Path(value)
+    path = as_built(Path(value))
     yield path
     parts = split_name(path.name)
     if parts is not None:
@@ -269,6 +318,24 @@ def _of_dequant(value: str) -> Iterator[Path]:
         yield from (Path(folder, name) for name in names if not name.startswith("."))
 
 
+def _of_text(value: str) -> Iterable[Path]:
+    """The files of a text: itself, or those of a folder."""
+    from quantkit.text.sources import files_of
+
+    return map(Path, files_of(value))
+
+
+def _of_covariance_in(value: str) -> Iterable[Path]:
+    """All files of a covariance's folder; or what is no folder."""
+    from quantkit.base.outputs import files_of_folder
+
+    folder = Path(value)
+    if not os.path.isdir(folder):
+        return [folder]
+    inside = folder / "held-out"
+    return [*files_of_folder(folder), *(files_of_folder(inside) if inside.is_dir() else [])]
+
+
 def _nothing(_: str) -> Iterable[Path]:
     return ()
 
@@ -281,8 +348,15 @@ CHECKPOINT = Read(_of_dequant, as_path=True)
 RECIPE = Read(_of_recipe, error="RecipeError", name="recipe")
 RECIPES = Read(_of_recipes, error="RecipeError", name="recipe")
 IMATRIX = Read(error="ImatrixError")
+SENSITIVITY = Read(as_path=True)
 RULES = Read(as_path=True, error="RecipeError")
 TOOL = Read(error="ToolError")
+#: the folder that `imatrix make --covariance` made
+COVARIANCE_IN = Read(_of_covariance_in, as_path=True, name="folder")
+#: these may be the names of shipped ones
+ROUNDING_POLICY = Read(error="RecipeError", name="policy")
+RUBRIC = Read(error="RecipeError", name="rubric")
+TEXT = Read(_of_text, error="TextError", name="text")
 LOCK = Read(_of_lock, unless_given=_DEFAULT)
 #: a folder of which a command only tells
 FOLDER = Read(_nothing, as_path=True)
@@ -299,11 +373,31 @@ def _of_build(out: Path, one: Output) -> Iterator[Output]:
     yield one._replace(path=folder_of(out), option="the unfinished build", is_folder=True, only_compared=True)
 
 
+def _of_unfinished(out: Path, one: Output) -> Iterator[Output]:
+    """OUT, and the folder where it is made."""
+    from quantkit.building.folder import folder_of
+
+    yield one._replace(suffix=".partial")
+    yield one._replace(path=folder_of(out), option="what is unfinished", is_folder=True, only_compared=True)
+
+
+def _of_covariance(folder: Path, one: Output) -> Iterator[Output]:
+    """A folder, and the one beside it where it is made."""
+    yield from (each._replace(is_folder=True) for each in _of_unfinished(folder, one))
+
+
 def _of_cache(folder: Path, one: Output) -> Iterator[Output]:
     """The folders of a cache. One that cannot be used is no error: the build goes on without it and says why."""
     for name in ("objects", "sources", "tmp"):
         yield one._replace(path=folder / name, is_folder=True, only_compared=True)
     yield one._replace(path=folder / "lock", only_compared=True)
+
+
+def _of_study(folder: Path, one: Output) -> Iterator[Output]:
+    """The record of a study's files, which every run writes again; the files' names the command knows and checks."""
+    from quantkit.lab.studies.record import RECORD
+
+    yield one._replace(path=folder / RECORD, only_compared=True)
 
 
 def _of_demo(folder: Path, one: Output) -> Iterator[Output]:
@@ -325,6 +419,16 @@ def _of_update(given: Path, one: Output) -> Iterator[Output]:
     yield one._replace(path=path, replace=one.replace or is_lock(path))
 
 
+def _of_sensitivity(path: Path, one: Output) -> Iterator[Output]:
+    """A sensitivity is gone on with. What is there and is none is replaced with --force only."""
+    from quantkit.base.files import open_regular
+
+    first = b""
+    with suppress(OSError), open(open_regular(path), "rb") as f:  # not a pipe, whose reading would never end
+        first = f.read(64)
+    yield one._replace(replace=one.replace or b'"quantkit_sensitivity"' in first)
+
+
 def _as_folder(_: Path, one: Output) -> Iterable[Output]:
     return (one._replace(is_folder=True),)
 
@@ -336,11 +440,23 @@ def _as_prefix(_: Path, one: Output) -> Iterable[Output]:
 BUILT = Written(outputs=_of_build)
 MERGED = Written(outputs=lambda _, one: [one._replace(suffix=".part")])
 REPORT = Written("report.txt")
+#: grows with every run
+RESULTS = Written("results.db", outputs=lambda _, one: [one._replace(replace=True)])
 MANIFEST = Written("manifest.json")
 ATTESTATION = Written("build.json")
 RECIPE_OUT = Written("recipe.yaml")
+POLICY_OUT = Written("policy.yaml")
+IMATRIX_OUT = Written("imatrix.gguf")
+IMATRIX_MADE = Written("imatrix.gguf", outputs=_of_unfinished)
+COVARIANCE = Written(outputs=_of_covariance, is_file=False)
+FIGURE = Written("coverage.svg")
+PAGE = Written("report.html")
+#: files are added to it, whose names are checked when they are known
+FIGURES = Written(outputs=lambda _path, _one: (), is_file=False)
 LOCK_OUT = Written("quantkit-sizes.yaml", outputs=_of_update, files=_behind_lock, unless_given=_DEFAULT)
+SENSITIVITY_OUT = Written("sensitivity.json", outputs=_of_sensitivity)
 PREFIX = Written("model", "a prefix for the names", outputs=_as_prefix)
+STUDY_FILES = Written(outputs=_of_study, is_file=False)
 CACHE = Written(outputs=_of_cache, is_file=False)
 DEMO = Written(outputs=_of_demo, is_file=False)
 MADE_FOLDER = Written(outputs=_as_folder, is_file=False)

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from .changes import change_options, changes, say_warnings
 from .files import MODEL, RECIPE, Command
-from .options import Size, conversion, layout_option
+from .options import Size, layout_option, mixture_version_option, only_types, recipe_of, set_option, tokenizer_options
 
 if TYPE_CHECKING:
     from quantkit.planning.gpus import Gpus
@@ -62,7 +63,11 @@ class GpuList(_GpusParam):
     metavar="GIB",
     help="Kept free on each GPU, for compute buffers.",
 )
+@set_option
+@change_options
+@mixture_version_option
 @layout_option
+@tokenizer_options
 @click.option("--json", "as_json", is_flag=True, help="The answers as JSON.")
 def fit(
     model: str,
@@ -72,7 +77,11 @@ def fit(
     context: int,
     cache_type: str,
     reserve: int,
+    sets: tuple[str, ...],
+    mixture_version: str,
     layout: str,
+    pre: str | None,
+    pad_token: str | None,
     as_json: bool,
 ) -> None:
     """Show how many layers fit on GPUs, and the llama.cpp flags for it.
@@ -89,12 +98,15 @@ def fit(
     from quantkit.model.open import open_model
     from quantkit.planning import fit, report
     from quantkit.planning.plan import make_plan
-    from quantkit.recipe.load import load
 
-    catalogue = open_model(model, conversion(layout, None, None))
+    if recipe is None and (sets or changes()):
+        raise click.UsageError("--set, --type and the like need --recipe: they change one")
+    catalogue = open_model(model, only_types(layout, pre, pad_token))
     if recipe is None and not all(t.parts and t.parts[0].source == t.name for t in catalogue.tensors):
         raise click.UsageError(f"{model} is not a GGUF, so --recipe must say which types it gets")
-    plan = None if recipe is None else make_plan(catalogue, load(recipe))
+    plan = None if recipe is None else make_plan(catalogue, recipe_of(recipe, sets), None, mixture_version)
+    if plan is not None:
+        say_warnings(plan)
     weights = fit.weigh(catalogue, plan, context, cache_type)
     common = ["-c", str(context)]
     if cache_type != "f16":

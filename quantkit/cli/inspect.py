@@ -7,7 +7,7 @@ import json
 import click
 
 from .files import MODEL, Command
-from .options import json_option
+from .options import json_option, layout_option, only_types, tokenizer_options
 
 
 @click.command(cls=Command)
@@ -16,21 +16,23 @@ from .options import json_option
     "--all", "every_tensor", is_flag=True, help="A line for each tensor, not one for alike ones of many layers."
 )
 @json_option
-@click.option("--pre", metavar="NAME", help="tokenizer.ggml.pre, for a tokenizer that is not recognized.")
-def inspect(source: str, every_tensor: bool, as_json: bool, pre: str | None) -> None:
+@layout_option
+@tokenizer_options
+def inspect(
+    source: str, every_tensor: bool, as_json: bool, layout: str, pre: str | None, pad_token: str | None
+) -> None:
     """Show what is inside a GGUF or a checkpoint: metadata, tensors, types, sizes. Reads headers only.
 
     \b
     quantkit inspect R1-UD-IQ1_S-00001-of-00003.gguf
     quantkit inspect DeepSeek-R1/ --json | jq .stored
     """
-    from quantkit.model.families.options import Options
     from quantkit.model.open import describe_stored, open_model
     from quantkit.model.sources.remote import is_remote
     from quantkit.planning import report
 
     # a tokenizer nobody knows is no reason not to look
-    catalogue = open_model(source, Options(pre=pre or "(not recognized)", recognize=pre is None, any_kind=True))
+    catalogue = open_model(source, only_types(layout, pre, pad_token)._replace(any_kind=True))
     paths = (
         [str(p) for p in catalogue.source.files]
         if catalogue.source

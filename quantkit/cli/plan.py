@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from .files import Command
-from .options import conversion, imatrix_of, recipe_of, source_options
+from .options import conversion, imatrix_of, recipe_of, rounded, rounding_options, source_options, with_covariance
+from .terminal import width
+
+if TYPE_CHECKING:
+    from quantkit.imatrix.policies import Policy
 
 
 @click.command(cls=Command)
 @source_options
+@rounding_options
 @click.option(
     "--all", "every_tensor", is_flag=True, help="A line for each tensor, not one for alike ones of many layers."
 )
@@ -23,9 +30,13 @@ def plan(
     mixture_version: str,
     layout: str,
     imatrix: str | None,
+    policy: Policy | None,
     pre: str | None,
     pad_token: str | None,
     split_max_size: int | None,
+    rounding: str | None,
+    rounding_policy: str | None,
+    covariance: Path | None,
     every_tensor: bool,
     as_json: bool,
 ) -> None:
@@ -38,15 +49,14 @@ def plan(
     quantkit plan deepseek-r1 --recipe UD-IQ1_S
     quantkit plan deepseek-r1 --recipe UD-IQ1_S --layout kv_b --json | jq .totals
     """
-    from pathlib import Path
-
     from quantkit.model.open import open_model
     from quantkit.planning import file_layout, report
     from quantkit.planning.plan import make_plan, with_values
 
-    rules = recipe_of(recipe, sets)
-    weights = imatrix_of(imatrix)
-    made = make_plan(open_model(source, conversion(layout, pre, pad_token)), rules, weights, mixture_version)
+    rules = rounded(recipe_of(recipe, sets), rounding, rounding_policy)
+    weights = imatrix_of(imatrix, policy)
+    made = make_plan(open_model(source, conversion(layout, pre, pad_token)), rules, weights, mixture_version, policy)
+    made = with_covariance(made, covariance)
     if weights is not None:  # without one a plan still tells what would be made
         made = with_values(made, weights)
     files = file_layout.lay_out(made, file_layout.output_kvs(made, weights), split_max_size)
@@ -57,4 +67,4 @@ def plan(
     if as_json:
         click.echo(json.dumps(made.to_json(sum(n for _, n in sizes)), indent=1, ensure_ascii=False))
     else:
-        click.echo(report.plan_text(made, sizes, every_tensor))
+        click.echo(report.plan_text(made, sizes, every_tensor, width()))

@@ -4,17 +4,33 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from . import transfer
-from .files import IMATRIX, MODEL, RECIPE, RECIPE_OUT, Group
-from .options import conversion, imatrix_of, json_option, layout_option, mixture_version_option, recipe_of, set_option
+from .changes import change_options, changes, own_change_options, say_warnings
+from .files import IMATRIX, MODEL, PAGE, RECIPE, RECIPE_OUT, Group
+from .ggufs import gguf_of, title
+from .options import (
+    imatrix_of,
+    imatrix_policy_option,
+    json_option,
+    layout_option,
+    mixture_version_option,
+    only_types,
+    recipe_of,
+    set_option,
+    tokenizer_options,
+)
 
 if TYPE_CHECKING:
+    from quantkit.imatrix.policies import Policy
     from quantkit.model.catalogue import Catalogue
+    from quantkit.model.families.options import Options
+    from quantkit.planning.plan import Plan
     from quantkit.recipe.load import Recipe
 
 _MODEL_HELP = "The model to try it on: a name, config.json, checkpoint or GGUF.  [default: one of the recipe's arch]"
@@ -61,24 +77,27 @@ def list_(as_json: bool) -> None:
 @click.argument("name", metavar="RECIPE", type=RECIPE)
 @click.option("--resolved", is_flag=True, help="With the base's rules in place and variables replaced.")
 @set_option
+@own_change_options
 def show(name: str, resolved: bool, sets: tuple[str, ...]) -> None:
     """Print a recipe, by name or path.
 
     \b
     quantkit recipe show UD-IQ1_S
     quantkit recipe show mine.yaml --resolved --set down=Q2_K
+    quantkit recipe show UD-IQ1_S --type output.weight=Q8_0 --name mine > mine.yaml
     """
     from quantkit.recipe import docs
     from quantkit.recipe.load import text_of
 
     made = recipe_of(name, sets)
-    click.echo(docs.resolved(made) if resolved or sets else text_of(name), nl=False)
+    click.echo(docs.resolved(made) if resolved or sets or changes() else text_of(name), nl=False)
 
 
 @recipe.command()
 @click.argument("names", metavar="RECIPE...", type=RECIPE, nargs=-1, required=True)
 @click.option("-m", "--model", "models", type=MODEL, metavar="SOURCE", multiple=True, help=_MODEL_HELP)
 @layout_option
+@tokenizer_options
 @mixture_version_option
 @set_option
 @click.option("--strict", is_flag=True, help="Exit with 1 when there are only warnings.")
@@ -90,6 +109,8 @@ def lint(
     names: tuple[str, ...],
     models: tuple[str, ...],
     layout: str,
+    pre: str | None,
+    pad_token: str | None,
     mixture_version: str,
     sets: tuple[str, ...],
     strict: bool,
@@ -124,7 +145,7 @@ def lint(
         tried[:] = wanted
         for model in wanted:
             if model not in opened:
-                opened[model] = _open(model, layout, named=bool(models))
+                opened[model] = _open(model, only_types(layout, pre, pad_token), named=bool(models))
         return [opened[model] for model in wanted]
 
     found: list[LintMessage] = []
@@ -151,18 +172,24 @@ def lint(
 @click.argument("tensor")
 @_model_option
 @layout_option
+@tokenizer_options
 @mixture_version_option
 @set_option
+@change_options
 @click.option("--imatrix", type=IMATRIX, metavar="FILE", help="Importance matrix, to say whether it has an entry.")
+@imatrix_policy_option
 @json_option
 def explain(
     name: str,
     tensor: str,
     model: str | None,
     layout: str,
+    pre: str | None,
+    pad_token: str | None,
     mixture_version: str,
     sets: tuple[str, ...],
     imatrix: str | None,
+    policy: Policy | None,
     as_json: bool,
 ) -> None:
     """Walk the rules for one tensor: which fired, which did not and why, and what the shape made of it.
@@ -174,9 +201,10 @@ def explain(
     from quantkit.authoring import report, review
     from quantkit.planning.plan import make_plan, with_values
 
-    rules, weights = recipe_of(name, sets), imatrix_of(imatrix)
-    described = _open(model or _references(rules)[0], layout, named=model is not None)
-    plan = make_plan(described, rules, weights, mixture_version)
+    rules, weights = recipe_of(name, sets), imatrix_of(imatrix, policy)
+    options = only_types(layout, pre, pad_token)
+    described = _open(model or _references(rules)[0], options, named=model is not None)
+    plan = make_plan(described, rules, weights, mixture_version, policy)
     made = review.explain(plan, tensor)
     click.echo(json.dumps(made.to_json(), indent=1, ensure_ascii=False) if as_json else report.explanation_text(made))
     if weights is not None:  # a build would be refused for another tensor, perhaps
@@ -184,34 +212,76 @@ def explain(
 
 
 @recipe.command()
-@click.argument("before", metavar="RECIPE_A", type=RECIPE)
-@click.argument("after", metavar="RECIPE_B", type=RECIPE)
+@click.argument("before", metavar="A", type=RECIPE)
+@click.argument("after", metavar="[B]", type=RECIPE, required=False)
 @_model_option
 @layout_option
+@tokenizer_options
 @mixture_version_option
+@set_option
+@change_options
 @click.option("--all", "every_tensor", is_flag=True, help="A line for each tensor, not one for alike ones.")
+@click.option("--report", "page", type=PAGE, metavar="FILE", help="Draw both side by side, as a page of HTML.")
+@click.option("--force", is_flag=True, help="Replace the page if it exists.")
 @json_option
 def diff(
     before: str,
-    after: str,
+    after: str | None,
     model: str | None,
     layout: str,
+    pre: str | None,
+    pad_token: str | None,
     mixture_version: str,
+    sets: tuple[str, ...],
     every_tensor: bool,
+    page: Path | None,
+    force: bool,
     as_json: bool,
 ) -> None:
-    """Compare two recipes on a model: which tensors, bytes, BPW, by role.
+    """Compare two recipes, or GGUFs by the types they have: which tensors, bytes, BPW, by role.
+
+    A and B are recipes or GGUFs (of a split one the first shard; elsewhere: hf://org/repo/file.gguf). --set, --type and
+    the like change B; without a B they change A, and the two are compared. A recipe is planned on the GGUF beside it.
 
     \b
     quantkit recipe diff UD-IQ1_S UD-IQ1_M
+    quantkit recipe diff UD-IQ1_S --type 'blk.*.attn_output.weight=Q5_K'
+    quantkit recipe diff UD-IQ1_S R1-UD-IQ1_S-00001-of-00003.gguf
+    quantkit recipe diff UD-IQ1_S UD-IQ1_M --report two.html
     quantkit recipe diff Q4_K_M mine.yaml --model deepseek-v2-lite --json | jq .bytes
     """
     from quantkit.authoring import report, review
+    from quantkit.authoring.stored import require_same_tensors, stored_plan
     from quantkit.planning.plan import make_plan
 
-    a, b = recipe_of(before, ()), recipe_of(after, ())
-    catalogue = _open(model or _references(a)[0], layout, named=model is not None)
-    made = review.diff(make_plan(catalogue, a, None, mixture_version), make_plan(catalogue, b, None, mixture_version))
+    if after is None and not (sets or changes()):
+        raise click.UsageError("what A is compared with is missing: give a second recipe or GGUF, or a change of A")
+    options = only_types(layout, pre, pad_token)
+    given = [before, before if after is None else after]
+    files = [gguf_of(name) for name in given]
+    if files[1] is not None and (sets or changes()):
+        raise click.UsageError(f"--set, --type and the like change a recipe, and {given[1]} is a GGUF")
+    recipes = [None if f else recipe_of(g, sets * i, i > 0) for i, (g, f) in enumerate(zip(given, files, strict=True))]
+    stored = [None if f is None else _open(f, options, named=True) for f in files]
+    models = [c for c in stored if c is not None]
+    if model is not None or not models:
+        named = model if model is not None else _references(next(r for r in recipes if r is not None))[0]
+        models.insert(0, _open(named, options, named=model is not None))
+    for other in models[1:]:
+        require_same_tensors(models[0], other)
+    titles = [title(f or "") for f in files]
+    if titles[0] == titles[1]:
+        titles = [f or "" for f in files]
+    plans = []
+    for name, rules, own in zip(titles, recipes, stored, strict=True):
+        if own is not None:
+            plans.append(stored_plan(own, name))
+        elif rules is not None:
+            plans.append(make_plan(models[0], rules, None, mixture_version))
+    say_warnings(plans[1])
+    made = review.diff(*plans)
+    if page is not None:
+        _draw(plans, page, force)
     if as_json:
         click.echo(json.dumps(made.to_json(), indent=1, ensure_ascii=False))
     else:
@@ -269,6 +339,17 @@ for _command in (transfer.from_gguf, transfer.import_, transfer.export):
     recipe.add_command(_command)
 
 
+def _draw(plans: Sequence[Plan], page: Path, force: bool) -> None:
+    """The page of `quantkit report` with two recipes."""
+    from quantkit.reporting import documents
+    from quantkit.reporting.sections import sections_of
+    from quantkit.reporting.write import check_drawable, write
+
+    check_drawable()
+    found = [documents.of_difference(*plans), *(documents.of_plan(p, p.recipe.name) for p in plans)]
+    write(documents.names(found), sections_of(found), page, None, force)
+
+
 def _is_yaml(name: str) -> bool:
     return name.endswith((".yaml", ".yml"))
 
@@ -286,9 +367,8 @@ def _references(rules: Recipe) -> list[str]:
     return known
 
 
-def _open(model: str, layout: str, named: bool) -> Catalogue:
+def _open(model: str, options: Options, named: bool) -> Catalogue:
     """The model that was named, or one that stands for its arch, whose layout nobody asked for."""
     from quantkit.model.open import open_model
 
-    options = conversion(layout, None, None)._replace(pre="(not recognized)", recognize=True)
     return open_model(model, options if named else options._replace(layout_given=False))

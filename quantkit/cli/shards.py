@@ -107,6 +107,8 @@ def merge(
 
 def _make(model: ShardSet, files: Sequence[OutputFile], force: bool, dry_run: bool, quiet: bool, as_json: bool) -> None:
     """Write the files, unless it is a dry run, and say what was made."""
+    from quantkit.base.text import short_size
+
     total, start, how = sum(file.nbytes for file in files), time.monotonic(), {}
     if not dry_run:
         how = _write(model, files, force, quiet)
@@ -129,7 +131,7 @@ def _make(model: ShardSet, files: Sequence[OutputFile], force: bool, dry_run: bo
     if dry_run:
         click.echo("dry run: everything was checked, nothing was written")
     else:
-        click.echo(f"{total / 2**30:.3f} GiB in {seconds:.1f} s by {' and '.join(how) or 'header only'}")
+        click.echo(f"{short_size(total)} in {seconds:.1f} s by {' and '.join(how) or 'header only'}")
 
 
 def _write(model: ShardSet, files: Sequence[OutputFile], force: bool, quiet: bool) -> dict[str, int]:

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from .changes import change_options, changes
 from .files import LOCK, LOCK_OUT, MODEL, RECIPES, REPORT, Group, will_write
-from .options import conversion, layout_option
+from .options import layout_option, mixture_version_option, only_types, recipe_of, set_option, tokenizer_options
 
 if TYPE_CHECKING:
     from fractions import Fraction
@@ -193,20 +194,42 @@ def check(file: str | None, tolerance: Fraction, form: str, output: Path | None,
     multiple=True,
     help="Shipped recipe, glob, or path.  [default: all shipped]",
 )
+@set_option
+@change_options
+@mixture_version_option
 @layout_option
+@tokenizer_options
 @click.option(
     "--format", "form", type=click.Choice(["text", "markdown", "json"]), default="text", show_default=True, help="Form."
 )
-def table_(model: str, recipes: tuple[str, ...], layout: str, form: str) -> None:
+def table_(
+    model: str,
+    recipes: tuple[str, ...],
+    sets: tuple[str, ...],
+    mixture_version: str,
+    layout: str,
+    pre: str | None,
+    pad_token: str | None,
+    form: str,
+) -> None:
     """Print the size table of a model: recipes by size, with bits a weight.
 
     \b
     quantkit sizes table deepseek-r1 --layout kv_b
     quantkit sizes table deepseek-r1 -r 'UD-*' --format markdown
     """
+    from pathlib import Path
+
     from quantkit.authoring.sizes import compare, report
     from quantkit.model.open import open_model
 
-    catalogue = open_model(model, conversion(layout, None, None))
-    rows, notes = compare.size_table(catalogue, recipes or ("all",))
+    if (sets or changes()) and not recipes:
+        raise click.UsageError("--set, --type and the like need --recipe: say which recipes they change")
+    catalogue = open_model(model, only_types(layout, pre, pad_token))
+    names = compare.expand_recipes(recipes or ("all",), Path())
+    if changes().name is not None and len(names) > 1:
+        raise click.UsageError(f"--name is for one recipe, and these are {len(names)}")
+    loaded = [(name, recipe_of(name, sets)) for name in names]
+    named = [(recipe.name if changes() else name, recipe) for name, recipe in loaded]
+    rows, notes = compare.size_table(catalogue, named, mixture_version)
     click.echo(report.size_table(catalogue.model, catalogue.layout, rows, notes, form))

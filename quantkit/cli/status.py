@@ -3,46 +3,74 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from .files import PATH, Command
+from .ggufs import as_built
 
 if TYPE_CHECKING:
-    from quantkit.building.journal import Journal
+    from quantkit.building.journal import ToldBuild
 
 
 @click.command(cls=Command)
 @click.argument("out", type=PATH)
 @click.option("--json", "as_json", is_flag=True, help="The same for a script.")
 def status(out: Path, as_json: bool) -> None:
-    """Show how far a build of OUT is: OUT as it was given to `quantkit build -o`.
+    """Show how far a build of OUT has got. OUT is what was given to `quantkit build -o`.
 
-    What is told here is on the disk for good; `quantkit build` with the same arguments goes on from there.
+    What is counted here is safely on the disk. Run the same `quantkit build` again to continue.
 
     \b
     quantkit status R1-UD-IQ1_S.gguf
     """
-    from quantkit.base.errors import OutputError
     from quantkit.base.outputs import Output, check_name
     from quantkit.building.folder import folder_of, owner, read_journal
 
     check_name(Output(out))
     found = read_journal(out)
     if found is None:
-        if not out.is_file():
-            raise OutputError(f"{out}: there is neither such a file nor an unfinished build of it")
-        said: dict[str, Any] = {"state": "complete", "bytes": out.stat().st_size}
-        text = f"{out}: complete, {out.stat().st_size:,} bytes; `quantkit verify {out}` checks it"
+        said, text = _finished(out)
     else:
         said = _facts(found, out, owner(out))
         text = _text(found, said, folder_of(out))
     click.echo(json.dumps({"output": str(out), **said}, indent=1) if as_json else text)
 
 
-def _facts(found: Journal, out: Path, pid: int | None) -> dict[str, Any]:
+def _finished(out: Path) -> tuple[dict[str, Any], str]:
+    """What is known of a build that is done: of one file, or of shards, which were built under a name that none of them
+    has. Raises OutputError."""
+    from quantkit.base.errors import OutputError
+    from quantkit.gguf.shards import shard_name, split_name
+
+    first = as_built(out)
+    if not first.is_file():
+        raise OutputError(f"{out}: there is neither such a file nor an unfinished build of it")
+    parts = split_name(first.name)
+    if parts is None or first == out:
+        nbytes = out.stat().st_size
+        text = f"{out}: complete, {nbytes:,} bytes; `quantkit verify {shlex.quote(str(out))}` checks it"
+        return {"state": "complete", "bytes": nbytes}, text
+    names = [shard_name(parts.prefix, i, parts.n_shards) for i in range(parts.n_shards)]
+    there = [p for name in names if (p := out.with_name(name)).is_file()]
+    nbytes = sum(p.stat().st_size for p in there)
+    files = [{"name": p.name, "bytes": p.stat().st_size} for p in there]
+    if len(there) < len(names):
+        missing = next(name for name in names if not out.with_name(name).is_file())
+        text = (
+            f"{out}: {len(there)} of {len(names)} shards are there, {missing} is not, and no build of it is unfinished"
+        )
+        return {"state": "incomplete", "bytes": nbytes, "files": files, "shards": len(names)}, text
+    text = (
+        f"{out}: complete, {len(there)} shards, {nbytes:,} bytes; `quantkit verify {shlex.quote(str(out))}` checks them"
+    )
+    return {"state": "complete", "bytes": nbytes, "files": files, "shards": len(names)}, text
+
+
+def _facts(found: ToldBuild, out: Path, pid: int | None) -> dict[str, Any]:
     """What is known of an unfinished build."""
     from quantkit.building.journal import durable
 
@@ -67,16 +95,20 @@ def _facts(found: Journal, out: Path, pid: int | None) -> dict[str, Any]:
     }
 
 
-def _text(found: Journal, said: dict[str, Any], folder: Path) -> str:
+def _text(found: ToldBuild, said: dict[str, Any], folder: Path) -> str:
     from quantkit.base.errors import showable
 
     done, total = said["durable_bytes"], said["tensor_bytes"]
     pid = said["process"]
-    at_work = "nobody is at it: the same `quantkit build` goes on" if pid is None else f"process {pid} is at it"
+    at_work = (
+        "no process is working on it: run the same `quantkit build` again"
+        if pid is None
+        else f"process {pid} is working on it"
+    )
     lines = [
         f"unfinished, in {folder}; begun {said['started']}; {at_work}",
-        f"on the disk for good: {done:,} of {total:,} bytes ({100 * done / max(1, total):.1f} %), "
-        f"{said['tensors_complete']:,} of {said['tensors']:,} tensors whole",
+        f"safely on the disk: {done:,} of {total:,} bytes ({100 * done / max(1, total):.1f} %), "
+        f"{said['tensors_complete']:,} of {said['tensors']:,} tensors complete",
     ]
     if len(said["files"]) > 1:
         complete = sum(f["complete"] for f in said["files"])

@@ -21,6 +21,9 @@ from quantkit.base.errors import OutputError
 _UNSAFE = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 _UNSAFE_BUT_RETURN = re.compile(_UNSAFE.pattern.replace("\x0b-\x1f", "\x0b\x0c\x0e-\x1f"))
 
+#: characters of a line, where a terminal does not say; and the fewest that are reckoned with
+_USUAL, _NARROWEST = 80, 40
+
 
 def showable(text: str) -> str:
     """Text without anything that steers a terminal; inside of a JSON string it means the same."""
@@ -123,6 +126,19 @@ def _hold_descriptors() -> None:
             os.fstat(fd)
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
+
+
+def width() -> int | None:
+    """How many characters fit on a line of standard output: $COLUMNS, else what the terminal says. None where it is no
+    terminal: what goes to a file or another program is neither shortened nor wrapped."""
+    asked = os.environ.get("COLUMNS", "")
+    if asked.isascii() and asked.isdecimal() and len(asked) < 6 and int(asked):
+        return max(_NARROWEST, int(asked))
+    if not sys.stdout.isatty():
+        return None
+    with suppress(OSError, ValueError):
+        return max(_NARROWEST, os.get_terminal_size(sys.stdout.fileno()).columns or _USUAL)
+    return _USUAL
 
 
 def bars_file() -> Any:

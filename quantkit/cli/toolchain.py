@@ -9,6 +9,9 @@ import click
 from .files import Group
 from .terminal import bars_file
 
+#: columns of the first column in what this and the doctor list
+LABEL = 18
+
 
 @click.group(cls=Group)
 def toolchain() -> None:
@@ -130,6 +133,8 @@ def describe() -> dict[str, Any]:
 
 def tool_lines(found: dict[str, Any]) -> list[str]:
     """The text of `describe`: name, origin, version and path, a line each."""
+    from quantkit.base.text import columns
+
     rows = [(t["name"], t["origin"], t["version"], t["path"]) for t in found["tools"]]
     cached = ("cache" if found["converter"] else None, "", found["converter"])
     rows.append(("convert_hf_to_gguf", *cached))
@@ -141,5 +146,4 @@ def tool_lines(found: dict[str, Any]) -> list[str]:
             found["ggml_library"],
         )
     )
-    width = max(len(str(version or "")) for _, _, version, _ in rows)
-    return [f"{n:18}  {o or '-':5}  {v or '':{width}}  {p or 'not found'}" for n, o, v, p in rows]
+    return columns([(n, o or "-", v or "", p or "not found") for n, o, v, p in rows], least=(LABEL, 5))

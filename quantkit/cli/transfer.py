@@ -8,8 +8,9 @@ from typing import Any
 
 import click
 
+from .changes import change_options, say_warnings
 from .files import MODEL, RECIPE, RECIPE_OUT, RULES, Command
-from .options import conversion, layout_option
+from .options import layout_option, mixture_version_option, only_types, recipe_of, set_option, tokenizer_options
 
 _FORMATS = ("tensor-types", "custom-q", "thireus")
 _MAX_BYTES = 1 << 22
@@ -62,6 +63,7 @@ def from_gguf(source: str, output: Path | None, name: str | None, force: bool, a
 @_form
 @_model
 @layout_option
+@tokenizer_options
 @click.option(
     "--file-type", metavar="NAME", help="What llama-quantize is given as its type, for tensors no rule names."
 )
@@ -78,6 +80,8 @@ def import_(
     form: str,
     model: str,
     layout: str,
+    pre: str | None,
+    pad_token: str | None,
     file_type: str | None,
     with_imatrix: bool,
     maps: tuple[str, ...],
@@ -112,7 +116,7 @@ def import_(
     if text is None:
         raise RecipeError(f"{file}: has more bytes than a list of rules may have ({_MAX_BYTES:,})")
     made = import_rules(
-        text, form, open_model(model, conversion(layout, None, None)), name or slug(file.stem), file.name,
+        text, form, open_model(model, only_types(layout, pre, pad_token)), name or slug(file.stem), file.name,
         known_file_type(file_type) if file_type else None, with_imatrix, renamed,
     )  # fmt: skip
     proof = {"tensors": made.proof.n_tensors, "bytes": made.proof.nbytes, "equal": True}
@@ -125,10 +129,25 @@ def import_(
 @click.argument("recipe", type=RECIPE)
 @_form
 @_model
+@set_option
+@change_options
+@mixture_version_option
 @layout_option
+@tokenizer_options
 @_output
 @_force
-def export(recipe: str, form: str, model: str, layout: str, output: Path | None, force: bool) -> None:
+def export(
+    recipe: str,
+    form: str,
+    model: str,
+    sets: tuple[str, ...],
+    mixture_version: str,
+    layout: str,
+    pre: str | None,
+    pad_token: str | None,
+    output: Path | None,
+    force: bool,
+) -> None:
     """Write a recipe's types for one model in another tool's format: every tensor, by anchored rules.
 
     What the format cannot say goes to standard error.
@@ -140,9 +159,10 @@ def export(recipe: str, form: str, model: str, layout: str, output: Path | None,
     from quantkit.authoring import interchange
     from quantkit.model.open import open_model
     from quantkit.planning.plan import make_plan
-    from quantkit.recipe.load import load
 
-    plan = make_plan(open_model(model, conversion(layout, None, None)), load(recipe))
+    model_ = open_model(model, only_types(layout, pre, pad_token))
+    plan = make_plan(model_, recipe_of(recipe, sets), None, mixture_version)
+    say_warnings(plan)
     made = interchange.export(plan, form)
     _give(made.text, output, force, [f"note: {n}" for n in made.notes], False, {})
 

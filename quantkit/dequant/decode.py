@@ -1,19 +1,18 @@
 """FP8 rows to rows of BF16, F16 or F32: float32(code) * scale of its block, then rounded to nearest even.
 
-Two decoders, the same bytes: `native` a few rows at a time in the nearest cache, and `Torch` on a
-torch device. Both say only whether every value is finite in the output's dtype; `refuse` then finds
-the one that is not.
+Two decoders, the same bytes and the same refusals: `Native` a few rows at a time in the nearest cache, and `Torch` on
+a torch device.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from .. import kernels
-from ..base.errors import InternalCheckError, KernelError, WeightError
+from ..base.errors import KernelError, WeightError
 from ..model.catalogue import SourceTensor
 
 if TYPE_CHECKING:
@@ -22,18 +21,42 @@ if TYPE_CHECKING:
 F32 = npt.NDArray[np.float32]
 U8 = npt.NDArray[np.uint8]
 
-#: the smallest magnitude that rounds to infinity: half a step above the largest finite value
-OVERFLOW = {"F32": np.inf, "F16": 65520.0, "BF16": 2.0**128 - 2.0**119}
+
+class Fp8Rows(NamedTuple):
+    """Rows row… of a weight of E4M3 codes."""
+
+    tensor: SourceTensor
+    row: int
+    stored: U8
+    """the codes, [n_rows, n_cols]"""
+    scale: F32
+    """of the whole weight, [ceil(rows/block[0]), ceil(n_cols/block[1])]"""
+    block: tuple[int, int]
+
+    def refusal(self, row: int, column: int, value: float, dtype: str) -> WeightError:
+        """What is wrong with a value, the float32 product in that row of these and that column, that is not finite in
+        the dtype."""
+        code, s = self.stored[row, column], self.scale[(self.row + row) // self.block[0], column // self.block[1]]
+        what = f"{self.tensor.file}: '{self.tensor.name}', row {self.row + row}, column {column}"
+        if np.isfinite(value):
+            return WeightError(
+                f"{what}: {value:.6g} is out of the range of {dtype}, which ends at "
+                f"{65504 if dtype == 'F16' else 3.38953139e38:,}; choose another --dtype"
+            )
+        return WeightError(
+            f"{what} is {value} (code 0x{code:02x} with the scale {s:.6g}); the checkpoint is damaged, download that "
+            "shard again"
+        )
 
 
 class Decoder(Protocol):
-    """Rows of an FP8 weight to a dtype: see `native`."""
+    """Rows of an FP8 weight to a dtype: see `Native`."""
 
     @property
     def slab_values(self) -> int:
         """Values to give it at once."""
 
-    def __call__(self, stored: U8, row: int, scale: F32, block: tuple[int, int], dtype: str, out: U8) -> bool: ...
+    def __call__(self, rows: Fp8Rows, dtype: str, out: U8) -> None: ...
 
 
 class Native:
@@ -41,22 +64,20 @@ class Native:
 
     slab_values = 1 << 20
 
-    def __call__(self, stored: U8, row: int, scale: F32, block: tuple[int, int], dtype: str, out: U8) -> bool:
-        """Fill `out`, uint8 [n_rows, bytes of a row], with rows row… of a weight.
-
-        stored: uint8 [n_rows, n_cols], E4M3 codes; scale: float32 [ceil(rows/block[0]), ceil(n_cols/block[1])], of
-        the whole weight; dtype: a key of OVERFLOW. False, with `out` unfinished, where a value is not finite.
-        """
-        first = np.array([row], np.uint64)
-        rows = kernels.StoredRows(stored, "F8_E4M3", stored.shape[1], first, scale, block, False)
-        if kernels.quantize_stored(rows, dtype, None, out):
-            return True
-        values = np.empty(stored.shape, np.float32)
-        kernels.e4m3_to_f32(stored, scale, row, block, values, False)
-        if _unfit(values, dtype) is not None:
-            return False
-        kernels.quantize(values, dtype, out=out)
-        return True
+    def __call__(self, rows: Fp8Rows, dtype: str, out: U8) -> None:
+        """Fill `out`, uint8 [n_rows, bytes of a row], with the rows as BF16, F16 or F32. Raises WeightError for the
+        first value that is not finite in the dtype."""
+        first = np.array([rows.row], np.uint64)
+        stored = kernels.StoredRows(
+            rows.stored, "F8_E4M3", rows.stored.shape[1], first, rows.scale, rows.block, round_bf16=False
+        )
+        try:
+            if kernels.can_quantize_stored(stored.dtype, dtype):
+                kernels.quantize_stored(stored, dtype, None, out)
+            else:
+                kernels.quantize(stored.decode(), dtype, out=out)
+        except kernels.UnfitWeightError as e:
+            raise rows.refusal(e.row, e.column, e.value, dtype) from None
 
 
 class Torch:
@@ -81,57 +102,32 @@ class Torch:
             raise KernelError(f"torch {torch.__version__} {lacks}; leave out --device {device}: the bytes are the same")
         self.device = torch.device(device)
 
-    def __call__(self, stored: U8, row: int, scale: F32, block: tuple[int, int], dtype: str, out: U8) -> bool:
+    def __call__(self, rows: Fp8Rows, dtype: str, out: U8) -> None:
         """As `Native`."""
         import torch
 
         try:
-            made = self._product(stored, row, scale, block).to(self._dtypes[dtype])
-            if not bool(torch.isfinite(made).all()):
-                return False
+            product = self._product(rows)
+            made = product.to(self._dtypes[dtype])
+            finite = torch.isfinite(made)
+            if not bool(finite.all()):
+                row, column = torch.nonzero(~finite)[0].tolist()
+                raise rows.refusal(row, column, float(product[row, column]), dtype)
             torch.from_numpy(out).copy_(made.view(torch.uint8))
         except RuntimeError as e:
             raise KernelError(
                 f"torch on {self.device}: {str(e).splitlines()[0]:.200}; use fewer threads, or leave out --device"
             ) from None
-        return True
 
-    def _product(self, stored: U8, row: int, scale: F32, block: tuple[int, int]) -> torch.Tensor:
+    def _product(self, rows: Fp8Rows) -> torch.Tensor:
         """float32 [n_rows, n_cols] on the device."""
         import torch
 
-        n_rows, n_cols = stored.shape
-        weight = torch.from_numpy(stored).to(self.device).view(torch.float8_e4m3fn).to(torch.float32)
-        first, last = row // block[0], (row + n_rows - 1) // block[0]
-        of_rows = torch.arange(row, row + n_rows, device=self.device) // block[0] - first
-        scales = torch.from_numpy(scale[first : last + 1]).to(self.device)
+        (n_rows, n_cols), block = rows.stored.shape, rows.block
+        weight = torch.from_numpy(rows.stored).to(self.device).view(torch.float8_e4m3fn).to(torch.float32)
+        first, last = rows.row // block[0], (rows.row + n_rows - 1) // block[0]
+        of_rows = torch.arange(rows.row, rows.row + n_rows, device=self.device) // block[0] - first
+        scales = torch.from_numpy(rows.scale[first : last + 1]).to(self.device)
         columns = scales.repeat_interleave(min(block[1], n_cols), 1)[:, :n_cols]
         weight *= columns[of_rows]
         return weight
-
-
-def refuse(tensor: SourceTensor, stored: U8, row: int, scale: F32, block: tuple[int, int], dtype: str) -> None:
-    """Raise WeightError for the first value of rows row… that is not finite in the dtype."""
-    values = np.empty(stored.shape, np.float32)
-    kernels.e4m3_to_f32(stored, scale, row, block, values, False)
-    at = _unfit(values, dtype)
-    if at is None:
-        raise InternalCheckError(f"'{tensor.name}', rows from {row}: refused, but every value fits {dtype}")
-    code, s = stored[at], scale[(row + at[0]) // block[0], at[1] // block[1]]
-    what = f"{tensor.file}: '{tensor.name}', row {row + at[0]}, column {at[1]}"
-    if np.isfinite(values[at]):
-        raise WeightError(
-            f"{what}: {values[at]:.6g} is out of the range of {dtype}, which ends at "
-            f"{65504 if dtype == 'F16' else 3.38953139e38:,}; choose another --dtype"
-        )
-    raise WeightError(
-        f"{what} is {values[at]} (code 0x{code:02x} with the scale {s:.6g}); the checkpoint is damaged, download that "
-        "shard again"
-    )
-
-
-def _unfit(values: F32, dtype: str) -> tuple[int, int] | None:
-    """Row and column of the first value of float32 [n_rows, n_cols] that is not finite in the dtype."""
-    unfit = ~(np.abs(values) < OVERFLOW[dtype])
-    at = int(unfit.argmax())
-    return divmod(at, values.shape[1]) if unfit.flat[at] else None

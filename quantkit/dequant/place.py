@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import stat
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from ..base.errors import OutputError
+from ..base.files import NewFile
 from ..base.folders import Folder, who
 
 #: suffix of a file that is being written
@@ -38,25 +37,9 @@ def place_of(folder: Folder, name: str, make: bool = False) -> Iterator[tuple[Fo
 @contextmanager
 def replacing(folder: Folder, name: str) -> Iterator[int]:
     """A new file under a temporary name, which gets its own when it is whole and on disk."""
-    part = part_of(name)
-    fd = new(folder, part)
-    try:
-        yield fd
-        os.fsync(fd)
-        folder.give_name(part, fd, folder, name)
-        folder.sync()
-    finally:
-        os.close(fd)
-        with suppress(FileNotFoundError):
-            folder.unlink(part)
-
-
-def new(folder: Folder, part: str) -> int:
-    """A new file of that name, in place of a leftover. Raises OSError."""
-    info = folder.look(part)
-    if info is not None and not stat.S_ISDIR(info.st_mode):
-        folder.unlink(part)
-    return folder.create(part)
+    with NewFile(folder, part_of(name)) as new:
+        yield new.fd
+        new.publish(folder, name)
 
 
 def part_of(name: str) -> str:

@@ -3,18 +3,16 @@
 Work is cut into slabs: a few rows of an FP8 weight, or a few MiB of any other tensor. A thread reads
 one, decodes it, and writes it at its own offset, so memory is threads x slab whatever the model's
 size. Who writes the last slab of a shard brings it to disk and gives it its name, while the others
-are at the next one. Each slab's CRC-32 is taken as it is written; a run that goes on reads the finished shards back.
+are at the next one. Each slab's checksum is taken as it is written; a run that goes on reads the finished shards back.
 """
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import threading
-import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,16 +22,17 @@ import numpy.typing as npt
 
 from ..base.copying import Opened, copy_range
 from ..base.errors import OutputError, ResumeError
-from ..base.files import read_at, write_at
+from ..base.files import NewFile, write_at
 from ..base.folders import Folder
+from ..base.journal import Journal, Record, Told, digest, is_there, temporary_name
+from ..base.lock import HeldError, Lock
 from ..base.workers import share_out
 from ..model.sources.safetensors_dir import DTYPE_BYTES, INDEX, Checkpoint
 from .beside import open_to_copy
-from .checksum import joined
-from .decode import Decoder, refuse
-from .place import PART, hold, new, part_of, place_of, replacing
+from .decode import Decoder, Fp8Rows
+from .place import hold, part_of, place_of, replacing
 from .plan import CONFIG, FP8, DequantOptions, DequantPlan, Moved, Shard, plan_dequant
-from .state import STATE, finished, leftovers, read_state, require_same, state_bytes, state_of
+from .state import OF, STATE, finished, leftovers, read_state, require_same, state_of
 
 #: called with the name of the tensor at work and the bytes written since the last call
 Progress = Callable[[str, int], None]
@@ -49,11 +48,12 @@ class Job:
     source: Checkpoint
     plan: DequantPlan
     dst: Path
-    finished: frozenset[str]
-    """names of the shards that an earlier run has finished; `run` reads them back"""
+    finished: Mapping[str, list[Record]]
+    """the shards that an earlier run has finished by name, and what its journal tells of them; `run` reads them back"""
     state: dict[str, Any]
-    found: dict[str, Any] | None
-    """the state of the run that was not finished"""
+    """what this run is of"""
+    found: Told[dict[str, Any]] | None
+    """the journal of the run that was not finished"""
     restart: bool
 
     @property
@@ -86,14 +86,13 @@ def _prepare(source: Checkpoint, plan: DequantPlan, dst: Path, state: dict[str, 
     folder = hold(dst)
     with nullcontext() if folder is None else folder:
         found = read_state(folder)
-        done: frozenset[str] = frozenset()
+        done: dict[str, list[Record]] = {}
         if folder is not None and found is None:
-            if any(name != STATE + PART for name in folder.names()):
+            if any(name != temporary_name(STATE) for name in folder.names()):
                 raise OutputError(f"{dst}: is not empty, and holds no unfinished run; choose another directory")
         elif folder is not None and found is not None and not restart:
-            require_same(dst, found, state)
-            done = finished(folder, plan, found["finished"])
-            state["finished"] = {name: found["finished"][name] for name in sorted(done)}
+            require_same(dst, found.head, state)
+            done = finished(folder, plan, found.records)
         freed = sum(nbytes for _, nbytes in leftovers(folder, found, restart))
     job = Job(source, plan, dst, done, state, found, restart)
     free = shutil.disk_usage(dst if dst.is_dir() else dst.parent).free + freed
@@ -125,13 +124,13 @@ def run(job: Job, decoder: Decoder, n_threads: int, progress: Progress) -> tuple
     nothing stays. Raises WeightError for a value that is not finite in the dtype, SourceError, OutputError,
     ResumeError."""
     try:
-        with _begun(job) as folder:
-            state = _State(job, folder)
+        with _begun(job) as (folder, state):
             damaged = _damaged(job, folder, n_threads, progress)
+            todo = replace(job, finished={name: told for name, told in job.finished.items() if name not in damaged})
+            if damaged:
+                state.begin(todo)
             for name in damaged:
-                state.forget(name)
                 folder.unlink(name)
-            todo = replace(job, finished=job.finished.difference(damaged))
             _Mover(todo, folder, decoder, progress, state).run(n_threads)
             for name, _ in job.plan.carried:
                 with place_of(folder, name, make=True) as (inner, last), replacing(inner, last) as fd:
@@ -151,30 +150,28 @@ def run(job: Job, decoder: Decoder, n_threads: int, progress: Progress) -> tuple
 
 
 @contextmanager
-def _begun(job: Job) -> Iterator[Folder]:
-    """The directory, held against other runs, with the state in it and nothing unfinished."""
+def _begun(job: Job) -> Iterator[tuple[Folder, _State]]:
+    """The directory, held against other runs, with the journal in it and nothing unfinished."""
     made = not job.dst.exists()
     job.dst.mkdir(exist_ok=True)
     with Folder.hold(job.dst) as folder:
         try:
-            fcntl.flock(folder.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            lock = Lock.of_folder(folder)
+        except HeldError:
             raise ResumeError(f"{job.dst}: another quantkit is at work there; wait for it") from None
-        except OSError:
-            pass  # not every filesystem has locks
-        if read_state(folder) != job.found:
-            raise ResumeError(f"{job.dst}: has changed in the meantime; run the same again")
-        for name, _ in leftovers(folder, job.found, job.restart):
-            with place_of(folder, name) as (inner, last):
-                inner.unlink(last)
-        try:
-            with replacing(folder, STATE) as fd:
-                write_at(fd, state_bytes(job.state), 0)
-            yield folder
-        except BaseException:
-            if not any(folder.look(s.name) is not None for s in job.plan.shards):
-                _undo(job, folder, made)
-            raise
+        with lock, closing(_State(folder)) as state:
+            if read_state(folder) != job.found:
+                raise ResumeError(f"{job.dst}: has changed in the meantime; run the same again")
+            for name, _ in leftovers(folder, job.found, job.restart):
+                with place_of(folder, name) as (inner, last):
+                    inner.unlink(last)
+            try:
+                state.begin(job)
+                yield folder, state
+            except BaseException:
+                if not any(folder.look(s.name) is not None for s in job.plan.shards):
+                    _undo(job, folder, made)
+                raise
 
 
 def _undo(job: Job, folder: Folder, made: bool) -> None:
@@ -195,64 +192,62 @@ def _copy(source: Path, name: str, to: Opened) -> None:
 
 
 class _State:
-    """The state file, which tells of each shard when it is finished. Its methods raise OSError."""
+    """The journal, which tells of each shard when it is finished. Its methods raise OSError, OutputError."""
 
-    def __init__(self, job: Job, folder: Folder) -> None:
+    def __init__(self, folder: Folder) -> None:
         self.folder = folder
-        self.state = {**job.state, "finished": dict(job.state["finished"])}
-        self.lock = threading.Lock()
+        self._journal: Journal | None = None
+        self._lock = threading.Lock()
 
-    def tell(self, name: str, crc: int) -> None:
-        with self.lock:
-            self.state["finished"][name] = _shown(crc)
-            self._write()
+    def begin(self, job: Job) -> None:
+        """Begin it anew, with what is told of the shards that are finished."""
+        self.close()
+        told = [record for records in job.finished.values() for record in records]
+        self._journal = Journal.begin(self.folder, STATE, OF, job.state, told)
 
-    def forget(self, name: str) -> None:
-        with self.lock:
-            del self.state["finished"][name]
-            self._write()
+    def tell(self, records: Sequence[Record]) -> None:
+        assert self._journal is not None
+        with self._lock:
+            self._journal.tell(records)
 
-    def _write(self) -> None:
-        with replacing(self.folder, STATE) as fd:
-            write_at(fd, state_bytes(self.state), 0)
-
-
-def _shown(crc: int) -> str:
-    return f"{crc:08x}"
+    def close(self) -> None:
+        if self._journal is not None:
+            self._journal.close()
 
 
 def _damaged(job: Job, folder: Folder, n_threads: int, progress: Progress) -> tuple[str, ...]:
     """The finished shards whose bytes are not those that were written, or cannot be read."""
-    sums: dict[str, dict[int, tuple[int, int]]] = {s.name: {} for s in job.done}
+    damaged = set()
 
-    def check(piece: tuple[Shard, int]) -> None:
-        shard, start = piece
+    def check(piece: tuple[Shard, Record]) -> None:
+        shard, told = piece
+        sound = False
         with suppress(OSError, OutputError), open(folder.open(shard.name, owner=folder.own), "rb") as f:
-            raw = read_at(f.fileno(), _COPY_BYTES, start)
-            sums[shard.name][start] = zlib.crc32(raw), len(raw)
-        progress(shard.name, min(_COPY_BYTES, shard.nbytes - start))
+            sound = is_there(f.fileno(), told.start, told.n, told.digest)
+        if not sound:
+            damaged.add(shard.name)
+        progress(shard.name, told.n)
 
-    pieces = ((shard, start) for shard in job.done for start in range(0, shard.nbytes, _COPY_BYTES))
+    pieces = ((shard, told) for shard in job.done for told in job.finished[shard.name])
     share_out(pieces, n_threads, lambda: check)
-    damaged = [s for s in job.done if _shown(joined(sums[s.name])) != job.state["finished"][s.name]]
-    for shard in damaged:
-        progress(shard.name, -shard.tensor_bytes)
-    return tuple(s.name for s in damaged)
+    for shard in job.done:
+        if shard.name in damaged:
+            progress(shard.name, -shard.tensor_bytes)
+    return tuple(s.name for s in job.done if s.name in damaged)
 
 
 class _File:
     """A shard that is being written, under its temporary name."""
 
-    def __init__(self, folder: Folder, shard: Shard, n_slabs: int) -> None:
-        self.folder, self.name = folder, shard.name
+    def __init__(self, folder: Folder, number: int, shard: Shard, n_slabs: int) -> None:
+        self.folder, self.number, self.name = folder, number, shard.name
         self.path = folder.path / shard.name
-        self.sums: dict[int, tuple[int, int]] = {}
-        self.part = part_of(shard.name)
+        self.records: list[Record] = []
         self.left = n_slabs
-        self.fd = new(folder, self.part)
+        self.new = NewFile(folder, part_of(shard.name))
         try:
             with self._writing("making it", shard.nbytes):
-                os.ftruncate(self.fd, shard.nbytes)
+                os.ftruncate(self.new.fd, shard.nbytes)
             self.write(np.frombuffer(shard.header, np.uint8), 0)
         except BaseException:
             self.close()
@@ -260,9 +255,9 @@ class _File:
 
     def write(self, data: npt.NDArray[np.uint8], offset: int) -> None:
         view = data.data.cast("B")
-        self.sums[offset] = zlib.crc32(view), len(view)
+        self.records.append(Record(self.number, offset, len(view), digest(view)))
         with self._writing("writing", offset):
-            write_at(self.fd, view, offset)
+            write_at(self.new.fd, view, offset)
 
     @contextmanager
     def _writing(self, what: str, at: int) -> Iterator[None]:
@@ -276,18 +271,13 @@ class _File:
 
     def finish(self, state: _State) -> None:
         """Bring it to disk, tell of it, then give it its name."""
-        os.fsync(self.fd)
-        state.tell(self.name, joined(self.sums))
-        self.folder.give_name(self.part, self.fd, self.folder, self.name)
-        self.folder.sync()
+        os.fsync(self.new.fd)
+        state.tell(self.records)
+        self.new.publish(self.folder, self.name)
         self.close()
 
     def close(self) -> None:
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
-        with suppress(FileNotFoundError):
-            self.folder.unlink(self.part)
+        self.new.close()
 
 
 class _Slab(NamedTuple):
@@ -327,8 +317,10 @@ class _Mover:
 
     def _slabs(self) -> Iterator[_Slab]:
         """Every slab; a shard's file is opened when its first one is taken."""
-        for shard in self.job.todo:
-            file = _File(self.folder, shard, sum(1 for t in shard.tensors for _ in self._cuts(t)))
+        for number, shard in enumerate(self.job.plan.shards):
+            if shard.name in self.job.finished:
+                continue
+            file = _File(self.folder, number, shard, sum(1 for t in shard.tensors for _ in self._cuts(t)))
             with self.lock:
                 self.open.append(file)
             if file.left == 0:
@@ -379,9 +371,7 @@ class _Worker:
             self.source.read(source, slab.start * n_cols, stored)
             if self.scale_of != source.name:
                 self.scale, self.scale_of = np.ascontiguousarray(self.source.scale(source.name)), source.name
-            scale, block = self.scale, self.source.block
-            if not self.decoder(stored, slab.start, scale, block, tensor.dtype, made):
-                refuse(source, stored, slab.start, scale, block, tensor.dtype)
+            self.decoder(Fp8Rows(source, slab.start, stored, self.scale, self.source.block), tensor.dtype, made)
             offset = slab.start * row_bytes
         else:
             self.made = _grown(self.made, slab.n)

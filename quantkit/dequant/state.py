@@ -1,42 +1,45 @@
-"""What an unfinished output directory is: a small JSON file in it that says of what run, there until the run is whole.
+"""What an unfinished output directory is: a journal in it says of what run, and is there until the run is whole.
 
-A shard under its own name is finished: it was renamed to it after its bytes were on disk and its CRC-32 in the state.
-A run that goes on reads it back, and writes it again where it is damaged. config.json and the index come last, so that
-nothing takes an unfinished directory for a checkpoint.
+The journal's parts are the shards by number, their units are bytes. A shard under its own name is finished: it was
+renamed to it after its bytes were on disk and the journal told of all of them. A run that goes on reads it back, and
+writes it again where it is damaged. config.json and the index come last, so that nothing takes an unfinished directory
+for a checkpoint.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from ..base import journal
 from ..base.errors import OutputError, ResumeError, SourceError
 from ..base.folders import Folder
+from ..base.journal import Ranges, Record, Told
 from ..base.version import __version__
-from ..model.sources.safetensors_dir import INDEX, MAX_HEADER, Checkpoint, parse_json
+from ..model.sources.safetensors_dir import INDEX, Checkpoint
 from .place import PART, place_of
 from .plan import CONFIG, DequantPlan
 
-STATE = ".quantkit-dequant.json"
+STATE, OF = ".quantkit-dequant.journal", "dequant"
+#: that of a quantkit which kept none
+_OLD = ".quantkit-dequant.json"
 #: folders in each other in which unfinished files are looked for
 _MAX_DEPTH = 64
 #: how to go on when one cannot
 _OTHERWISE = "start again with --restart, or choose another directory"
 
-#: keys of the state that must be the same -> what they are called
+#: keys of the journal's head that must be the same -> what they are called
 _SETTINGS = {"quantkit": "quantkit's version", "dtype": "--dtype", "shard_size": "--shard-size", "mtp": "--mtp"}
 
 
 def state_of(source: Checkpoint, plan: DequantPlan) -> dict[str, Any]:
     """What a run is of: its settings, and size, modification time and SHA-256 of the header of each source file
-    (of config.json the whole), with the files that it makes, and the CRC-32 of each shard that is finished: none yet.
-    Raises SourceError."""
+    (of config.json the whole), with the files that it makes. Raises SourceError."""
     return {
         "quantkit": __version__,
         "dtype": plan.options.dtype,
@@ -44,7 +47,6 @@ def state_of(source: Checkpoint, plan: DequantPlan) -> dict[str, Any]:
         "mtp": "keep" if plan.options.keep_mtp else "drop",
         "source": {p.relative_to(source.path).as_posix(): _print_of(p) for p in (*source.files, source.path / CONFIG)},
         "makes": [*(s.name for s in plan.shards), *(name for name, _ in plan.carried), INDEX, CONFIG],
-        "finished": {},
     }
 
 
@@ -60,23 +62,28 @@ def _print_of(path: Path) -> list[int | str]:
     return [info.st_size, info.st_mtime_ns, digest]
 
 
-def read_state(folder: Folder | None) -> dict[str, Any] | None:
-    """The state in a directory, None where there is none. Raises ResumeError for one that is damaged, OutputError for
-    one that is another's, OSError."""
+def read_state(folder: Folder | None) -> Told[dict[str, Any]] | None:
+    """What the journal in a directory says, None where there is none. Raises ResumeError for one that is damaged,
+    OutputError for one that is another's, OSError."""
     if folder is None:
         return None
-    path = folder.path / STATE
-    try:
-        with open(folder.open(STATE, owner=folder.own, alone=True), "rb") as f:
-            state = parse_json(path, f.read(MAX_HEADER + 1))
-    except FileNotFoundError:
-        return None
-    except SourceError as e:
-        raise ResumeError(f"{e}; remove {folder.path} to start again") from None
-    makes, files, done = state.get("makes"), state.get("source"), state.get("finished")
-    if isinstance(files, dict) and isinstance(done, dict) and isinstance(makes, list) and all(map(_is_inside, makes)):
-        return state
-    raise ResumeError(f"{path}: is not what quantkit dequant writes; remove {folder.path} to start again")
+    otherwise = f"remove {folder.path} to start again"
+    told = journal.read(folder, STATE, OF, _head, otherwise, folder.own, alone=True)
+    if told is None and folder.look(STATE) is not None:
+        raise ResumeError(f"{folder.path / STATE}: is damaged and cannot be gone on with; {otherwise}")
+    if told is None and folder.look(_OLD) is not None:
+        raise ResumeError(f"{folder.path / _OLD}: is of an older quantkit and cannot be gone on with; {otherwise}")
+    return told
+
+
+def _head(said: dict[str, Any]) -> dict[str, Any]:
+    """Raises KeyError or ValueError unless it is what a run writes."""
+    head = {key: said[key] for key in (*_SETTINGS, "source", "makes")}
+    if not isinstance(head["source"], dict) or not isinstance(head["makes"], list):
+        raise ValueError
+    if not all(map(_is_inside, head["makes"])):
+        raise ValueError
+    return head
 
 
 def _is_inside(name: object) -> bool:
@@ -106,11 +113,14 @@ def require_same(folder: Path, found: Mapping[str, Any], wanted: Mapping[str, An
         raise ResumeError(f"{folder}: holds an unfinished run, since which {name} of the source {how}; {_OTHERWISE}")
 
 
-def finished(folder: Folder, plan: DequantPlan, sums: Mapping[str, str]) -> frozenset[str]:
-    """The names of the shards that are finished: there, and with a checksum, which is not compared here. Raises
-    ResumeError for one whose size or header is another, OutputError for one that is another's."""
-    done = set()
-    for shard in plan.shards:
+def finished(folder: Folder, plan: DequantPlan, records: Iterable[Record]) -> dict[str, list[Record]]:
+    """The shards that are finished, and what the journal tells of them: there, and told of whole, which is not compared
+    here. Raises ResumeError for one whose size or header is another, OutputError for one that is another's."""
+    told: dict[int, list[Record]] = {}
+    for record in records:
+        told.setdefault(record.part, []).append(record)
+    done = {}
+    for number, shard in enumerate(plan.shards):
         path = folder.path / shard.name
         try:
             with open(folder.open(shard.name, owner=folder.own), "rb") as f:
@@ -123,19 +133,28 @@ def finished(folder: Folder, plan: DequantPlan, sums: Mapping[str, str]) -> froz
         if size != shard.nbytes or header != shard.header:
             how = f"is {size:,} bytes, not {shard.nbytes:,}" if size != shard.nbytes else "has another header"
             raise ResumeError(f"{path}: is not the shard that was finished here, it {how}; remove it, or {_OTHERWISE}")
-        if shard.name in sums:
-            done.add(shard.name)
-    return frozenset(done)
+        if _are_whole(told.get(number, []), shard.nbytes):
+            done[shard.name] = told[number]
+    return done
 
 
-def leftovers(folder: Folder | None, found: Mapping[str, Any] | None, restart: bool) -> list[tuple[str, int]]:
+def _are_whole(records: Iterable[Record], nbytes: int) -> bool:
+    """Whether so many bytes are told of, each once."""
+    there, n = Ranges(), 0
+    for r in records:
+        there.add(r.start, r.n)
+        n += r.n
+    return there.covers(0, nbytes) and n == nbytes
+
+
+def leftovers(folder: Folder | None, found: Told[dict[str, Any]] | None, restart: bool) -> list[tuple[str, int]]:
     """The files in the directory that are to go before a run goes on, with the bytes they take: unfinished ones, and
-    where it starts again all that the state says were made. Nothing behind a link. Raises OSError."""
+    where it starts again all that the journal says were made. Nothing behind a link. Raises OSError."""
     if folder is None:
         return []
     out = list(_unfinished(folder, ""))
     if restart and found is not None:
-        for name in dict.fromkeys(found["makes"]):
+        for name in dict.fromkeys(found.head["makes"]):
             with suppress(OSError, OutputError), place_of(folder, name) as (inner, last):
                 info = inner.look(last)
                 if info is not None and stat.S_ISREG(info.st_mode):
@@ -154,7 +173,3 @@ def _unfinished(folder: Folder, prefix: str, depth: int = 0) -> Iterator[tuple[s
         elif depth < _MAX_DEPTH:
             with folder.sub(name) as inner:
                 yield from _unfinished(inner, f"{prefix}{name}/", depth + 1)
-
-
-def state_bytes(state: Mapping[str, Any]) -> bytes:
-    return (json.dumps(state, indent=1, ensure_ascii=False) + "\n").encode()

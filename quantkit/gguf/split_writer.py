@@ -1,25 +1,33 @@
-"""The files that shards.py plans, made: checked against what is there, copied, and given their names together.
+"""The files that split.py plans, made: checked against what is there, copied, and given their names together.
 
-They are made in a hidden folder beside the output, under names that end in `.part`, and each gets its
-header last. When all are whole and on disk they get their own names, the first shard last: without it the others are
-not taken for a model. What ends the work before that leaves the output as it was.
+They are made in a hidden folder beside the output (quantkit.gguf.split_folder), under names that end in `.part`, and
+each gets its header last. When all are whole and on disk they get their own names, the first shard last: without it the
+others are not taken for a model. What ends the work before that leaves the output as it was.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
-import secrets
 import shutil
-from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import NamedTuple
+from collections.abc import Sequence
 
 from ..base.copying import Opened, Progress, copy_range, write_at
 from ..base.errors import OutputError, SourceError
-from ..base.folders import Folder, same, who
+from ..base.folders import Folder
 from ..base.outputs import Output, check, check_replaceable
 from .split import Input, OutputFile, ShardSet
+from .split_folder import (
+    DONE,
+    REPLACED,
+    Made,
+    SplitFolder,
+    bytes_there,
+    hidden_folder,
+    is_still,
+    known,
+    take_back,
+    temporary_of,
+)
 
 
 def check_output(model: ShardSet, files: Sequence[OutputFile], force: bool = False) -> None:
@@ -27,7 +35,7 @@ def check_output(model: ShardSet, files: Sequence[OutputFile], force: bool = Fal
     folder = files[0].path.parent
     outputs = [Output(file.path, replace=force, suffix=".part") for file in files]
     check([source.path for source in model.inputs], outputs)
-    need, free = sum(file.nbytes for file in files), shutil.disk_usage(folder).free
+    need, free = sum(file.nbytes for file in files), shutil.disk_usage(folder).free + bytes_there(files[0].path)
     if need > free:
         raise OutputError(
             f"{folder}: the output needs {need:,} bytes, but {free:,} are free; free {need - free:,} more, or choose "
@@ -41,53 +49,48 @@ def write(
     """Make the files and give them their names. Returns the bytes moved by each way of copying.
 
     Raises SourceError if a file of the set has changed since its header was read, OutputError for what cannot
-    be written, or if without `force` a name was taken meanwhile. The output is then as it was before.
+    be written, or if without `force` a name was taken meanwhile, ResumeError while another process makes the same. The
+    output is then as it was before.
     """
     how: dict[str, int] = {}
     try:
-        with Folder.hold(files[0].path.absolute().parent) as folder, _scratch(folder) as scratch:
+        with Folder.hold(files[0].path.absolute().parent) as folder, hidden_folder(folder, model, files) as hidden:
             with _Sources(model.inputs) as sources:
-                made = [_write_file(scratch, file, sources, how, progress) for file in files]
-                for each in made:
-                    _sync(scratch, each)
+                made = _make(hidden, files, sources, how, progress)
                 sources.check_all()
-            _publish(made, scratch, folder, force)
+            _publish(made, hidden.folder, folder, force)
             folder.sync()
+            hidden.folder.rename(REPLACED, hidden.folder, DONE)
     except OSError as e:
         raise OutputError(f"{files[0].path}: {e.strerror or e}; nothing was changed: mend that and try again") from None
     return how
 
 
-class _Made(NamedTuple):
-    """A file in the hidden folder. It keeps its name till it gets that of `path`, and is told by `info`."""
-
-    temporary: str
-    path: Path
-    info: os.stat_result
-
-
-@contextlib.contextmanager
-def _scratch(folder: Folder) -> Iterator[Folder]:
-    """A new folder in the output's, that only this user may write to."""
-    name = f".quantkit-shards-{secrets.token_hex(8)}"
-    os.mkdir(name, 0o700, dir_fd=folder.fd)
-    scratch = folder.sub(name)
-    try:
-        if not scratch.is_own:
-            raise OutputError(f"{scratch.path}: was replaced by {who(scratch.info.st_uid)}; choose another place")
-        yield scratch
-    finally:
-        with contextlib.suppress(OSError):
-            for each in scratch.names():
-                scratch.remove(each)
-            os.rmdir(name, dir_fd=folder.fd)
-        scratch.close()
+def _make(
+    hidden: SplitFolder, files: Sequence[OutputFile], sources: _Sources, how: dict[str, int], progress: Progress | None
+) -> list[Made]:
+    """All files whole, on the disk, and told of; each is synced when the next is written."""
+    made: list[Made] = []
+    told = 0
+    for number, file in enumerate(files):
+        if number in hidden.kept:
+            nbytes = sum(piece.nbytes for piece in file.ranges)
+            how["kept from before"] = how.get("kept from before", 0) + nbytes
+            if progress is not None:
+                progress(nbytes)
+            made.append(Made(temporary_of(file.path.name), file.path, hidden.kept[number]))
+        else:
+            made.append(_write_file(hidden.folder, file, sources, how, progress))
+        told = _sync(hidden, made, told, number)
+    _sync(hidden, made, told, len(files))
+    return made
 
 
 def _write_file(
     scratch: Folder, file: OutputFile, sources: _Sources, how: dict[str, int], progress: Progress | None
-) -> _Made:
-    temporary = f"{file.path.name}.part"
+) -> Made:
+    temporary = temporary_of(file.path.name)
+    scratch.remove(temporary)
     fd = scratch.create(temporary)
     try:
         target = Opened(fd, file.path)  # messages name what was asked for
@@ -97,25 +100,29 @@ def _write_file(
             way = copy_range(sources.open(piece.file), piece.src_offset, target, piece.dst_offset, piece.nbytes, moved)
             how[way] = how.get(way, 0) + piece.nbytes
         write_at(target, 0, file.header)
-        return _Made(temporary, file.path, os.fstat(fd))
+        return Made(temporary, file.path, known(os.fstat(fd)))
     finally:
         os.close(fd)
 
 
-def _is(info: os.stat_result, made: _Made) -> bool:
-    """Whether that is the file that was written, and as it was then: a number of a removed file may be given again."""
-    return same(info, made.info) and (info.st_size, info.st_mtime_ns) == (made.info.st_size, made.info.st_mtime_ns)
-
-
-def _sync(scratch: Folder, made: _Made) -> None:
-    """Raises OutputError when it is not the file that was written."""
-    fd = scratch.open(made.temporary)
-    try:
-        if not _is(os.fstat(fd), made):
-            raise OutputError(f"{made.path}: its unfinished file was replaced by another; find out who writes there")
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+def _sync(hidden: SplitFolder, made: Sequence[Made], begin: int, end: int) -> int:
+    """Bring files from `begin` to before `end` to the disk and tell of them; `end`. Raises OutputError when one is not
+    the file that was written."""
+    for number in range(begin, end):
+        each = made[number]
+        fd = hidden.folder.open(each.temporary)
+        try:
+            if not is_still(os.fstat(fd), each.known):
+                raise OutputError(
+                    f"{each.path}: its unfinished file was replaced by another; find out who writes there"
+                )
+            if number not in hidden.kept:
+                os.fsync(fd)
+                hidden.folder.sync()
+                hidden.tell(number, each)
+        finally:
+            os.close(fd)
+    return end
 
 
 class _Moved:
@@ -177,28 +184,21 @@ class _Sources:
         self._file = self._fd = -1
 
 
-def _publish(made: Sequence[_Made], scratch: Folder, folder: Folder, force: bool) -> None:
+def _publish(made: Sequence[Made], scratch: Folder, folder: Folder, force: bool) -> None:
     """Rename all, or none: files that are replaced are kept until the new ones have their names.
 
     The first shard goes first and comes last, so that at no moment new and old shards look like one model."""
-    os.mkdir("replaced", dir_fd=scratch.fd)
-    with scratch.sub("replaced") as old:
+    os.mkdir(REPLACED, dir_fd=scratch.fd)
+    with scratch.sub(REPLACED) as old:
         try:
             for each in made:
                 if os.path.lexists(each.path):
                     check_replaceable(each.path, force)
                     folder.rename(each.path.name, old, each.path.name, replace=False)
             for each in reversed(made):
-                now = scratch.look(each.temporary)
-                if now is None or not _is(now, each):
+                if not is_still(scratch.look(each.temporary), each.known):
                     raise OutputError(f"{each.path}: its unfinished file was replaced; find out who writes there")
                 scratch.rename(each.temporary, folder, each.path.name, replace=False)
         except BaseException:
-            for each in made:
-                now = folder.look(each.path.name)
-                if now is not None and _is(now, each):
-                    folder.unlink(each.path.name)
-            for each in reversed(made):
-                if old.look(each.path.name) is not None:
-                    old.rename(each.path.name, folder, each.path.name, replace=False)
+            take_back(made, scratch, folder)
             raise

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
-import hashlib
 import importlib.metadata
 import importlib.util
 import json
@@ -23,6 +21,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
 from ..base.errors import ToolError
+from ..base.files import file_sha256
+from ..base.folders import Folder
+from ..base.lock import HeldError, Lock
 from . import toolchain
 from .toolchain import (
     CONVERTER,
@@ -84,6 +85,8 @@ def install(
                 shutil.rmtree(work, ignore_errors=True)
                 report(f"installed in {final}")
                 return final
+            if missing := toolchain.missing():
+                report(f"{final} has no {', '.join(missing)}: an earlier quantkit built it, or something was deleted")
             if force:  # the sdist may stay: its sha256 says whether it is right
                 for path in (work / "llama.cpp", work / "build", work / "staged"):
                     shutil.rmtree(path, ignore_errors=True)
@@ -112,27 +115,23 @@ def _mend(e: OSError) -> str:
 
 @contextlib.contextmanager
 def _lock(path: Path) -> Iterator[None]:
-    """Keeps a second install of the same cache out; the kernel lets go of the lock when a process dies."""
-    with path.open("a+") as file:
+    """Keeps a second install of the same cache out."""
+    with Folder.hold(path.parent) as folder:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
+            lock = Lock.of_file(folder, path.name, folder.own)
+        except HeldError as e:
             raise ToolError(
-                f"another install (process {file.read().strip() or 'unknown'}) holds {path}; "
-                f"when it has ended, run again: {INSTALL_COMMAND}"
+                f"another install (process {e.by}) holds {path}; when it has ended, run again: {INSTALL_COMMAND}"
             ) from None
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        yield
+        with lock:
+            yield
 
 
 def _download(work: Path, report: Callable[[str], None]) -> Path:
     """The sdist in `work`, its sha256 checked. pip is told it too, and so runs nothing of a wrong file."""
     sdist = work / SDIST
     if sdist.is_file():
-        if _sha256(sdist) == toolchain.SDIST_SHA256:
+        if file_sha256(sdist) == toolchain.SDIST_SHA256:
             report(f"{SDIST} is here already")
             return sdist
         sdist.unlink()
@@ -143,21 +142,13 @@ def _download(work: Path, report: Callable[[str], None]) -> Path:
     _pip(["download", *arguments], f"the download of {SDIST}", work / "download.log")
     if not sdist.is_file():
         raise ToolError(f"pip has left no {SDIST} in {work}; see {work / 'download.log'}")
-    if (got := _sha256(sdist)) != toolchain.SDIST_SHA256:
+    if (got := file_sha256(sdist)) != toolchain.SDIST_SHA256:
         sdist.unlink()
         raise ToolError(
             f"{SDIST} has the sha256 {got}, not {toolchain.SDIST_SHA256}: it is not the released file, and was "
             f"deleted; look at the index your pip uses (`pip config list`), then run again: {INSTALL_COMMAND}"
         )
     return sdist
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _extract(sdist: Path, work: Path, report: Callable[[str], None]) -> Path:

@@ -28,7 +28,14 @@ from typing import Literal, NamedTuple
 
 from quantkit.base.errors import ToolError, did_you_mean
 
-TOOLS = ("llama-quantize", "llama-imatrix", "llama-gguf-split", "llama-perplexity")
+TOOLS = (
+    "llama-quantize",
+    "llama-imatrix",
+    "llama-gguf-split",
+    "llama-perplexity",
+    "llama-completion",
+    "llama-tokenize",
+)
 
 PACKAGE = "llama-cpp-python"
 PACKAGE_VERSION = "0.3.36"
@@ -93,7 +100,8 @@ def find(tool: str, explicit: Path | str | None = None) -> Path:
         return located.path
     if unusable := trouble():
         raise ToolError(f"{tool} is not on PATH, and the cache has none: {unusable}")
-    raise ToolError(f"{tool} is neither on PATH nor in {root() / 'bin'}; to build it, run: {INSTALL_COMMAND}")
+    older = " (an earlier quantkit built what is there)" if stamp() is not None else ""
+    raise ToolError(f"{tool} is neither on PATH nor in {root() / 'bin'}{older}; to build it, run: {INSTALL_COMMAND}")
 
 
 def find_quantize(explicit: Path | str | None = None) -> Path:
@@ -240,10 +248,15 @@ def stamp() -> dict[str, object] | None:
     return read if isinstance(read, dict) and read.get("sha256") == SDIST_SHA256 else None
 
 
+def missing() -> list[str]:
+    """The tools that an installation lacks, as one of an earlier quantkit does; none where there is no installation."""
+    return [] if stamp() is None else [tool for tool in TOOLS if find_in_cache(tool) is None]
+
+
 def whole() -> bool:
     """Whether all that was built is in the cache still: the tools, their ggml, and the converter."""
     files = (("src", CONVERTER), ("bin", "libggml-base.so"))
-    return stamp() is not None and all(map(find_in_cache, TOOLS)) and all(_in_cache(*names) for names in files)
+    return stamp() is not None and not missing() and all(_in_cache(*names) for names in files)
 
 
 def installed() -> bool:

@@ -1,7 +1,8 @@
 """Plan -> files, offsets, header bytes, exact sizes. Pure: no I/O, so headers are written before any weight is read.
 
 The keys are what llama-quantize writes: those of the source in order, then general.quantization_version
-and general.file_type, the metadata of the recipe, then what it records of the importance matrix. Split files are what
+and general.file_type, the metadata of the recipe, then what it records of the importance matrix; where a policy has put
+other values in the place of missing ones, a key of quantkit's own says so. Split files are what
 llama-gguf-split makes of the whole file (quantkit.gguf.shards). Source: src/llama-quant.cpp.
 """
 
@@ -13,12 +14,17 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from ..base.errors import OutputError
-from ..gguf.header import BOOL, F32, KV, STRING, U32, header_bytes, is_other_alignment, kv, pad
+from ..gguf.header import BOOL, F32, KV, STRING, U32, header_bytes, is_other_alignment, kv, kv_array, pad
 from ..gguf.shards import MAX_SHARDS, Limits, check_prefix, groups, shard_name, split_kvs
 from ..gguf.types import FILE_TYPES
+from ..rounding.options import VERSION as ROUNDING_VERSION
 from .plan import Plan, Planned
 
 GGML_QUANT_VERSION = 2
+POLICY_KEY = "quantkit.imatrix.policy"
+#: before the names of the keys that say what is not rounded as ggml does it
+ROUNDING_PREFIX = "quantkit.rounding."
+_NO_DIGEST = "0" * 64
 _MAX_VALUE = 127
 #: as llama-quantize writes the values of --override-kv
 _OVERRIDE_TYPES = {"str": STRING, "int": U32, "float": F32, "bool": BOOL}
@@ -56,9 +62,14 @@ class FileLayout:
 
 def output_kvs(plan: Plan, imatrix: ImatrixFacts | None) -> tuple[KV, ...]:
     """The keys of the output. Of another alignment nothing is kept: llama-quantize copies the key, aligns to 32 all the
-    same, and so breaks the file wherever its header does not happen to end at a multiple."""
-    moved = ("general.quantization_version", "general.file_type")
-    out = [item for item in plan.catalogue.kvs if item.key not in moved and not is_other_alignment(item)]
+    same, and so breaks the file wherever its header does not happen to end at a multiple. Nor is what the source says
+    of the policy that it was made with."""
+    moved = ("general.quantization_version", "general.file_type", POLICY_KEY)
+    out = [
+        item
+        for item in plan.catalogue.kvs
+        if item.key not in moved and not item.key.startswith(ROUNDING_PREFIX) and not is_other_alignment(item)
+    ]
     added = [
         kv("general.quantization_version", U32, GGML_QUANT_VERSION),
         kv("general.file_type", U32, FILE_TYPES[plan.recipe.file_type]),
@@ -71,9 +82,34 @@ def output_kvs(plan: Plan, imatrix: ImatrixFacts | None) -> tuple[KV, ...]:
         added.append(kv("quantize.imatrix.entries_count", U32, len(imatrix.entries)))
         if imatrix.n_chunks > 0:
             added.append(kv("quantize.imatrix.chunks_count", U32, imatrix.n_chunks))
+        if plan.applied:
+            added.append(kv(POLICY_KEY, STRING, plan.applied))
+    added += rounding_kvs(plan)
     # setting a key that is there removes it first and appends it
     replaced = {item.key for item in added}
     return tuple([item for item in out if item.key not in replaced] + added)
+
+
+def rounding_kvs(plan: Plan) -> list[KV]:
+    """What the file says of the tensors that are not rounded as ggml does it: enough to make their rows again, with
+    the source and the covariance. Of a plan that has no covariance yet, its digest is zeros."""
+    rounding = plan.rounding
+    listed = [] if rounding is None else rounding.listed()
+    if rounding is None or not listed:
+        return []
+    said = {"options": rounding.options}
+    if rounding.policy_text:
+        said["policy"] = rounding.policy_text
+    covariance = rounding.covariance
+    said["covariance"] = _NO_DIGEST if covariance is None else covariance.digest
+    if covariance is not None and covariance.held_out is not None:
+        said["held_out"] = covariance.held_out.digest
+    return [
+        kv(ROUNDING_PREFIX + "version", U32, ROUNDING_VERSION),
+        *(kv(ROUNDING_PREFIX + name, STRING, value) for name, value in said.items()),
+        kv(ROUNDING_PREFIX + "tokens", U32, 0 if covariance is None else covariance.n_tokens),
+        kv_array(ROUNDING_PREFIX + "tensors", STRING, listed),
+    ]
 
 
 def _cut(text: str) -> bytes:

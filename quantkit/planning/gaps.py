@@ -1,15 +1,22 @@
-"""What an importance matrix leaves out of the tensors that a plan gives it to, and how that is said.
+"""What an importance matrix leaves out of the tensors that a plan gives it to, what a policy makes of that, and how
+both are said.
 
-The bytes are llama-quantize's all the same: ones for what was never seen, and for what has only zeros whatever ggml's
-quantizer makes of them.
+With the policy `ones` the bytes are llama-quantize's: ones for what was never seen, and for what has only zeros
+whatever ggml's quantizer makes of them. What other policies put there quantkit.imatrix.policies works out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from ..gguf.types import LOST_WITHOUT_WEIGHTS, SPOILED_WITHOUT_WEIGHTS
+from ..base.errors import ImatrixError, KernelError
+from ..gguf.types import LOST_BY_32, LOST_WITHOUT_WEIGHTS, QTYPES, SPOILED_WITHOUT_WEIGHTS, QType, fitting_type
+from ..imatrix.entries import Gaps
+from ..imatrix.matrix import Imatrix
+from ..imatrix.policies import ONES, OWN, UNSEEN, WORDS, Completed, Origin, Policy, is_expert, serves_kv_b
+from ..model.catalogue import Catalogue, Role, Tensor
 
 _NAMED_TENSORS, _NAMED_MATRICES = 3, 8
 
@@ -22,7 +29,7 @@ class Gap(NamedTuple):
     is_expert: bool
     n_mats: int
     unseen: tuple[int, ...]
-    """never counted: quantized with ones, as llama-quantize does"""
+    """never counted, and given nothing by a policy: quantized with ones, as llama-quantize does"""
     zeros: tuple[int, ...]
     """counted, but all their weights are 0"""
     n_zero_blocks: int
@@ -37,6 +44,100 @@ class Gap(NamedTuple):
             "all_zeros": list(self.zeros),
             "zero_blocks": self.n_zero_blocks,
         }
+
+
+def n_matrices(t: Tensor) -> int:
+    """How many matrices a tensor stacks: experts, heads."""
+    return t.shape[2] if len(t.shape) > 2 else 1
+
+
+def completed(catalogue: Catalogue, imatrix: Imatrix, policy: Policy) -> Completed:
+    """An importance matrix as a policy completes it for a model."""
+    return Completed(imatrix, policy, {t.name: (t.n_cols, n_matrices(t)) for t in catalogue.tensors})
+
+
+def raised_type(t: Tensor, given: QType, entries: Completed, version: str) -> QType | None:
+    """The type of more bits that a policy `raise:TYPE` gives a tensor which lacks data, None where it does not."""
+    name = entries.policy.value("raise")
+    if not name or given.name == t.source_type or not given.uses_imatrix or not entries.origin(t.name).lacks:
+        return None
+    try:
+        least = fitting_type(QTYPES[name], t.n_cols, version)
+    except KernelError as e:
+        raise ImatrixError(f"the policy {entries.policy.text}: '{t.name}': {e}; raise to another type") from None
+    return least if least.bits > given.bits else None
+
+
+def gap_of(t: Tensor, type_: str, origin: Origin, found: Gaps | None) -> Gap | None:
+    """What a tensor of that type still lacks; `found`: of its own entry."""
+    alike = tuple(m for m, source in enumerate(origin.sources) if source in (ONES, UNSEEN))
+    zeros: tuple[int, ...] = ()
+    n_blocks = 0
+    if found is not None and (type_ in LOST_WITHOUT_WEIGHTS or type_ in SPOILED_WITHOUT_WEIGHTS):
+        what = found.of(t.n_cols, n_matrices(t), 32 if type_ in LOST_BY_32 else QTYPES[type_].block)
+        zeros = tuple(m for m in what.zeros if origin.sources[m] == OWN)
+        n_blocks = what.n_zero_blocks
+    if not (alike or zeros or n_blocks):
+        return None
+    return Gap(t.name, type_, t.role == Role.ROUTED_EXPERT, n_matrices(t), alike, zeros, n_blocks)
+
+
+def never_seen(gaps: Sequence[Gap], policy: Policy) -> str:
+    """The sentence that ends a build: who was never seen, and what may stand in for it."""
+    which = _matrices([(g, g.unseen) for g in gaps])
+    after = "" if policy.text == "fail" else f", and {policy.text} gives {'it' if _n(gaps) == 1 else 'them'} nothing"
+    choices = ", ".join(f"{word} ({WORDS[word]})" for word in ("sibling", "prior", "shrink:K", "raise:TYPE", "ones"))
+    return (
+        f"the importance matrix never saw {which}{after}; say with --imatrix-policy what stands in for "
+        f"{'it' if _n(gaps) == 1 else 'them'}: {choices}; or make the matrix from more text"
+    )
+
+
+def _n(gaps: Sequence[Gap]) -> int:
+    return sum(len(g.unseen) for g in gaps)
+
+
+def applied(policy: Policy, origins: Mapping[str, Origin], raised: frozenset[str]) -> str:
+    """A policy and what it changed, in a line: how many matrices of how many tensors have their values from where. ''
+    where it changed nothing."""
+    if not origins and not raised:
+        return ""
+    n_mats: Counter[str] = Counter()
+    n_tensors: Counter[str] = Counter()
+    experts: dict[str, bool] = {}
+    for name, origin in origins.items():
+        for source, n in origin.counts().items():
+            if source != OWN:
+                n_mats[source] += n
+                n_tensors[source] += 1
+                experts[source] = experts.get(source, True) and is_expert(name)
+    parts = []
+    for source, n in sorted(n_mats.items()):
+        which = _counted(n, "expert" if experts[source] else "matrix")
+        parts.append(f"{source} for {which} in {_counted(n_tensors[source], 'tensor')}")
+    if raised:
+        parts.append(f"{_counted(len(raised), 'tensor')} raised to {policy.value('raise')}")
+    return f"{policy.text}: {', '.join(parts)}"
+
+
+def _counted(n: int, word: str) -> str:
+    words = {"matrix": "matrices"}.get(word, word + "s")
+    return f"{n:,} {word if n == 1 else words}"
+
+
+def about_kv_b(imatrix: object, policy: Policy, lacking: Sequence[str]) -> str:
+    """What to know where attn_k_b or attn_v_b lacks an entry that attn_kv_b, of the older layout, has."""
+    if not isinstance(imatrix, Imatrix):
+        return ""
+    said = ""
+    if not policy.has("kv_b") and any(serves_kv_b(imatrix, name) for name in lacking):
+        said += "; it has entries of attn_kv_b, which the policy kv_b takes for attn_v_b"
+    if any("attn_k_b" in name and name.replace("attn_k_b", "attn_kv_b") in imatrix for name in lacking):
+        said += (
+            "; attn_kv_b's entry cannot serve attn_k_b, which multiplies columns of q and none of the latent: give it "
+            "a type that does without, or make the matrix from a file of this layout"
+        )
+    return said
 
 
 def gap_warnings(gaps: Sequence[Gap]) -> list[str]:
@@ -57,8 +158,8 @@ def gap_warnings(gaps: Sequence[Gap]) -> list[str]:
             kinds = ", ".join(sorted({g.type for g, _ in zeros}))
             out.append(
                 f"the importance matrix has nothing but zeros for {_matrices(zeros)}; as in llama-quantize their "
-                f"weights {become} ({kinds}); make the matrix again, or give these tensors a type that does without, "
-                "such as Q8_0"
+                f"weights {become} ({kinds}); make the matrix again, give these tensors a type that does without, such "
+                "as Q8_0, or take other values with --imatrix-policy"
             )
     return out
 

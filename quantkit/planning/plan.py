@@ -13,22 +13,26 @@ from typing import Any, NamedTuple, Protocol
 
 from ..base.errors import ImatrixError, KernelError, RecipeError, UnsupportedError, did_you_mean
 from ..base.text import TextEnum
-from ..gguf.types import (
-    ABORT_WITHOUT_IMATRIX,
-    LOST_BY_32,
-    LOST_WITHOUT_WEIGHTS,
-    QTYPES,
-    SPOILED_WITHOUT_WEIGHTS,
-    STORED_TYPES,
-    VERSIONS,
-    fitting_type,
-)
-from ..model.catalogue import Catalogue, Role, Tensor
-from ..model.imatrix import Imatrix
+from ..gguf.types import ABORT_WITHOUT_IMATRIX, QTYPES, STORED_TYPES, VERSIONS, fitting_type
+from ..imatrix.matrix import Imatrix
+from ..imatrix.policies import FAIL, OUTSIDE_LAYERS, UNSEEN, Completed, Origin, Policy, parse_policy
+from ..model.catalogue import Catalogue, Role, Tensor, family_of
 from ..recipe.load import Recipe
-from .gaps import Gap, gap_notes, gap_warnings
+from .gaps import (
+    Gap,
+    about_kv_b,
+    applied,
+    completed,
+    gap_notes,
+    gap_of,
+    gap_warnings,
+    n_matrices,
+    never_seen,
+    raised_type,
+)
 from .mixtures import facts, mixture_types
-from .rules import assign_rules
+from .rounding import Rounding, rounding_of, rounding_warnings, with_covariance
+from .rules import assign_rules, taken_by_patterns
 
 #: of the JSON that `Plan.to_json` gives; another where a reader of the old would be misled
 PLAN_VERSION = 1
@@ -72,7 +76,7 @@ class Planned(NamedTuple):
     rule: str
     """file:line rules[i], or '' for a tensor that is never quantized"""
     why: str
-    imatrix: ImatrixStatus
+    imatrix_status: ImatrixStatus
 
     @property
     def fell_back(self) -> bool:
@@ -93,6 +97,16 @@ class Plan:
     """what the importance matrix leaves out, once its values have been read (`with_values`)"""
     imatrix: ImatrixEntries | None = field(default=None, repr=False, compare=False)
     """the importance matrix it was made with"""
+    policy: Policy = FAIL
+    """what stands in for data that the importance matrix lacks"""
+    origins: Mapping[str, Origin] = field(default_factory=dict)
+    """where the weights come from, of each tensor to which the policy gives some"""
+    raised: frozenset[str] = frozenset()
+    """the tensors that have more bits than their rule gives them, by the policy"""
+    weights: Completed | None = field(default=None, repr=False, compare=False)
+    """the importance matrix as the policy completes it, once its values have been read (`with_values`)"""
+    rounding: Rounding | None = None
+    """what rounds the tensors that ggml does not; None where it does all"""
 
     def __getitem__(self, name: str) -> Planned:
         """A tensor by its name. Raises KeyError, with what was perhaps meant."""
@@ -109,8 +123,16 @@ class Plan:
         """The plan with other types for the tensors that each glob matches, before the recipe's rules: priced again,
         with what ggml falls back to where a row does not divide into blocks. Raises RecipeError for a glob that matches
         nothing or only what is never quantized, and ImatrixError."""
-        made = make_plan(self.catalogue, self.recipe.with_types(types), self.imatrix, self.mixture_version)
+        recipe = self.recipe.with_types(types)
+        made = make_plan(self.catalogue, recipe, self.imatrix, self.mixture_version, self.policy)
+        if self.rounding is not None:
+            made = with_covariance(made, self.rounding.covariance)
         return with_values(made, self.imatrix) if isinstance(self.imatrix, Imatrix) else made
+
+    @property
+    def applied(self) -> str:
+        """What the policy changed, as the file's metadata has it; '' where it changed nothing."""
+        return applied(self.policy, self.origins, self.raised)
 
     @property
     def tensor_bytes(self) -> int:
@@ -150,7 +172,9 @@ class Plan:
                     "rule": t.rule,
                     "why": t.why,
                     "role": t.tensor.role,
-                    "imatrix": t.imatrix,
+                    "imatrix": t.imatrix_status,
+                    **self._origin_json(t.tensor.name),
+                    **({} if self.rounding is None else self.rounding.to_json(t.tensor.name)),
                 }
                 for t in self.tensors
             ],
@@ -163,17 +187,28 @@ class Plan:
                 "types": self.types(),
             },
             "metadata_complete": c.kvs_complete,
-            "warnings": [*self.warnings, *gap_warnings(self.gaps)],
+            "warnings": [*self.warnings, *gap_warnings(self.gaps), *rounding_warnings(self)],
             "notes": [*c.notes, *gap_notes(self.gaps)],
+            "imatrix_policy": self.policy.text,
             "imatrix_gaps": [g.to_json() for g in self.gaps],
         }
 
+    def _origin_json(self, name: str) -> dict[str, Any]:
+        """How many matrices of a tensor have their weights from where, if the policy has a part in it."""
+        origin, is_raised = self.origins.get(name), {"raised": True} if name in self.raised else {}
+        return is_raised if origin is None else {"imatrix_values": origin.counts(), **is_raised}
+
 
 def make_plan(
-    catalogue: Catalogue, recipe: Recipe, imatrix: ImatrixEntries | None = None, mixture_version: str = VERSIONS[0]
+    catalogue: Catalogue,
+    recipe: Recipe,
+    imatrix: ImatrixEntries | None = None,
+    mixture_version: str = VERSIONS[0],
+    policy: Policy | None = None,
 ) -> Plan:
-    """Decide every tensor. Raises RecipeError for rules that cannot work on this model, all of them
-    at once, and UnsupportedError when the recipe is not for this arch."""
+    """Decide every tensor. Without a `policy` for what the importance matrix lacks the recipe's counts, else `fail`.
+    Raises RecipeError for rules that cannot work on this model, all of them at once, UnsupportedError when the recipe
+    is not for this arch, and ImatrixError where a policy needs values that cannot be read."""
     if not recipe.is_for(catalogue.arch):
         raise UnsupportedError(
             f"{recipe.place('arch')}: the recipe is for {', '.join(recipe.arch)}, but {catalogue.model} is a "
@@ -183,7 +218,9 @@ def make_plan(
     assigned, warnings = assign_rules(catalogue, recipe, others)
     places = [recipe.place("rules", i) for i in range(len(recipe.rules))]
     by_mixture = recipe.place("otherwise")
-    planned = []
+    policy = policy_of(recipe, policy)
+    entries = completed(catalogue, imatrix, policy) if isinstance(imatrix, Imatrix) else imatrix
+    planned, raised_names, rounded_by_rule = [], set(), {}
     for t, index in zip(catalogue.tensors, assigned, strict=True):
         if not t.quantizable:
             nbytes = STORED_TYPES[t.source_type].row_bytes(t.n_cols) * t.n_rows
@@ -195,6 +232,8 @@ def make_plan(
         else:
             rule = recipe.rules[index]
             asked, place, why = QTYPES[rule.type], places[index], rule.why
+            if rule.rounding is not None:
+                rounded_by_rule[t.name] = (rule.rounding, place)
         try:
             given = fitting_type(asked, t.n_cols, mixture_version)
         except KernelError as e:
@@ -202,35 +241,54 @@ def make_plan(
             raise RecipeError(f"{at}: '{t.name}': {e}; give it another type in a rule before") from None
         if given is not asked:
             why += f" ({asked.name} needs rows of {asked.block}s, these have {t.n_cols}: {given.name})"
-        status = imatrix_status(t, given.name, recipe, imatrix)
+        if isinstance(entries, Completed):
+            raised = raised_type(t, given, entries, mixture_version)
+            if raised is not None:
+                asked, given = QTYPES[policy.value("raise")], raised
+                raised_names.add(t.name)
+                why += f"; {given.name} by the policy {policy.text}, since the importance matrix lacks data"
+        status = imatrix_status(t, given.name, recipe, entries)
         nbytes = given.row_bytes(t.n_cols) * t.n_rows
         planned.append(Planned(t, given.name, asked.name, nbytes, place, why, status))
     if recipe.imatrix == "optional" and imatrix is None:
-        needs = [t for t in planned if t.imatrix == ImatrixStatus.REQUIRED]
+        needs = [t for t in planned if t.imatrix_status == ImatrixStatus.REQUIRED]
         if needs:
             more = f", as {'does' if len(needs) == 2 else 'do'} {len(needs) - 1} more" if len(needs) > 1 else ""
             warnings.append(
                 f"{recipe.place('imatrix')}: {needs[0].type} for '{needs[0].tensor.name}' needs an importance matrix"
                 f"{more}; say imatrix: required"
             )
-    return Plan(catalogue, recipe, tuple(planned), tuple(warnings), mixture_version, imatrix=imatrix)
+    return Plan(
+        catalogue, recipe, tuple(planned), tuple(warnings), mixture_version, imatrix=imatrix, policy=policy,
+        raised=frozenset(raised_names), rounding=rounding_of(recipe, planned, rounded_by_rule),
+    )  # fmt: skip
+
+
+def policy_of(recipe: Recipe, given: Policy | None, default: Policy = FAIL) -> Policy:
+    """What stands in for missing data: what was given, else what the recipe says, else the default."""
+    if given is not None:
+        return given
+    return default if recipe.imatrix_policy is None else parse_policy(recipe.imatrix_policy)
 
 
 def mixture_choice(catalogue: Catalogue, recipe: Recipe, has_imatrix: bool, version: str) -> dict[str, str]:
     """What `otherwise: mixture NAME` gives each quantizable tensor; nothing without it. The mixture sees
-    the whole model, also the tensors that rules take, so a rule changes no type but its own tensors'."""
+    the whole model, also the tensors that rules take, so a rule changes no type but its own tensors'; only what
+    --tensor-type names it passes over, as in llama-quantize."""
     if recipe.mixture is None:
         return {}
     numbers = facts(catalogue, has_imatrix or recipe.imatrix == "required", version)
-    types = mixture_types(recipe.mixture, catalogue.tensors, numbers)
-    return dict(zip((t.name for t in catalogue.tensors if t.quantizable), types, strict=True))
+    taken = taken_by_patterns(catalogue, recipe)
+    seen = [t._replace(quantizable=False) if t.name in taken else t for t in catalogue.tensors]
+    types = mixture_types(recipe.mixture, seen, numbers)
+    return dict(zip((t.name for t in seen if t.quantizable), types, strict=True))
 
 
 def imatrix_status(t: Tensor, given: str, recipe: Recipe, imatrix: ImatrixEntries | None) -> ImatrixStatus:
     """How an importance matrix bears on a tensor of that type."""
     if given == t.source_type:  # of the same type already: its blocks are copied
         return ImatrixStatus.NOT_USED
-    n_mats = t.shape[2] if len(t.shape) > 2 else 1
+    n_mats = n_matrices(t)
     fits = imatrix is None or t.name not in imatrix or imatrix.fits(t.name, t.n_cols, n_mats)
     # llama-quantize: an entry of the wrong size is an error, but for token_embd, which does without
     if not fits and t.role != Role.EMBEDDING:
@@ -248,7 +306,7 @@ def imatrix_status(t: Tensor, given: str, recipe: Recipe, imatrix: ImatrixEntrie
 def must_have_weights(name: str, given: str, file_type: str) -> bool:
     """Whether llama-quantize refuses that type without weights. token_embd and output are excused,
     but for types that abort it (src/llama-quant.cpp, tensor_requires_imatrix)."""
-    if name in ("token_embd.weight", "output.weight", "per_layer_token_embd.weight"):
+    if name in OUTSIDE_LAYERS:
         return given in ABORT_WITHOUT_IMATRIX
     return QTYPES[given].needs_imatrix or (given == "Q2_K" and file_type == "Q2_K_S")
 
@@ -261,7 +319,7 @@ def check_imatrix(plan: Plan, given: bool) -> None:
                 f"the recipe {plan.recipe.name} requires an importance matrix; give one with --imatrix FILE "
                 "(llama-imatrix makes them, and published quantizations often come with theirs)"
             )
-        needs = [t for t in plan.tensors if t.imatrix == ImatrixStatus.REQUIRED]
+        needs = [t for t in plan.tensors if t.imatrix_status == ImatrixStatus.REQUIRED]
         if needs:
             more = len(needs) - 1
             others = f", as {'does' if more == 1 else 'do'} {more} more" if more else ""
@@ -274,14 +332,24 @@ def check_imatrix(plan: Plan, given: bool) -> None:
         (ImatrixStatus.WRONG_SIZE, "an entry of the wrong size", ""),
         (ImatrixStatus.NEEDED, "no entry", " that must have one"),
     ):
-        bad = [t for t in plan.tensors if t.imatrix == status]
+        bad = [t for t in plan.tensors if t.imatrix_status == status]
         if bad:
             t = bad[0]
-            n_mats = t.tensor.shape[2] if len(t.tensor.shape) > 2 else 1
             raise ImatrixError(
                 f"the importance matrix has {what} for {len(bad)} tensor{'s' * (len(bad) > 1)}{which}, the first "
-                f"'{t.tensor.name}' as {t.type} ({n_mats} x {t.tensor.n_cols} values); is it of this model and layout?"
+                f"'{t.tensor.name}' as {t.type} ({n_matrices(t.tensor)} x {t.tensor.n_cols} values); "
+                f"is it of this model and layout?{about_kv_b(plan.imatrix, plan.policy, [b.tensor.name for b in bad])}"
             )
+
+
+def missing_note(plan: Plan) -> list[str]:
+    """A note on tensors that have no entry and do without."""
+    missing = [t for t in plan.tensors if t.imatrix_status == ImatrixStatus.MISSING]
+    if not missing:
+        return []
+    names = ", ".join(sorted({family_of(t.tensor.name) for t in missing}))
+    says = f"{len(missing)} tensors have no entry in the importance matrix, and do without: {names}"
+    return [says + about_kv_b(plan.imatrix, plan.policy, [t.tensor.name for t in missing])]
 
 
 def types_asked(tensors: Iterable[Planned]) -> Iterator[tuple[str, str]]:
@@ -291,21 +359,19 @@ def types_asked(tensors: Iterable[Planned]) -> Iterator[tuple[str, str]]:
 
 def with_values(plan: Plan, imatrix: Imatrix | None) -> Plan:
     """The plan after all that a build checks of an importance matrix: what the plan needs is there, and every value,
-    which is read, is a weight. `gaps` says what it leaves out. Raises ImatrixError."""
+    which is read, is a weight. `weights` are the matrix as the plan's policy completes it, `origins` what that
+    changed, and `gaps` what is still missing. Raises ImatrixError, also for experts never seen that the policy leaves
+    without data."""
     check_imatrix(plan, imatrix is not None)
     if imatrix is None:
         return plan
     found = imatrix.check()
-    gaps = []
-    for t in plan.tensors:
-        if t.imatrix != ImatrixStatus.USED or t.tensor.name not in found:
-            continue
-        shape = t.tensor.shape
-        n_mats = shape[2] if len(shape) > 2 else 1
-        what = found[t.tensor.name].of(t.tensor.n_cols, n_mats, 32 if t.type in LOST_BY_32 else QTYPES[t.type].block)
-        lossy = t.type in LOST_WITHOUT_WEIGHTS or t.type in SPOILED_WITHOUT_WEIGHTS
-        zeros, n_blocks = (what.zeros, what.n_zero_blocks) if lossy else ((), 0)
-        if what.unseen or zeros or n_blocks:
-            is_expert = t.tensor.role == Role.ROUTED_EXPERT
-            gaps.append(Gap(t.tensor.name, t.type, is_expert, n_mats, what.unseen, zeros, n_blocks))
-    return replace(plan, gaps=tuple(gaps))
+    weights = completed(plan.catalogue, imatrix, plan.policy)
+    used = [t for t in plan.tensors if t.imatrix_status == ImatrixStatus.USED]
+    every = {t.tensor.name: weights.origin(t.tensor.name) for t in used}
+    gaps = [gap for t in used if (gap := gap_of(t.tensor, t.type, every[t.tensor.name], found.get(t.tensor.name)))]
+    left = [gap for gap in gaps if UNSEEN in every[gap.tensor].sources]
+    if left:
+        raise ImatrixError(never_seen(left, plan.policy))
+    origins = {name: origin for name, origin in every.items() if origin.is_filled}
+    return replace(plan, gaps=tuple(gaps), origins=origins, weights=weights)

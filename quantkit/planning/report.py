@@ -10,64 +10,94 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..base.text import GIB, gib, shape_text, size, table
+from ..base.text import bar, columns, in_unit, shape_text, short_size, size, table, table_width, unit_of, wrapped
 from ..gguf.header import ARRAY, F32, KV, STRING, TYPE_NAMES, array_head, decode
 from ..gguf.types import STORED_TYPES
+from ..imatrix.policies import OWN
 from ..model.catalogue import ROLES, Catalogue, family_of, ranges
 from .fit import Answer, Fit, PlacedBytes
 from .gaps import gap_notes, gap_warnings
-from .plan import ImatrixStatus, Plan, Planned
+from .plan import Plan, Planned, missing_note
+from .rounding import rounding_notes, rounding_warnings
 
 _MAX_VALUE = 60
 
 
-def plan_text(plan: Plan, files: Sequence[tuple[str, int]], every_tensor: bool = False) -> str:
+def plan_text(
+    plan: Plan, files: Sequence[tuple[str, int]], every_tensor: bool = False, width: int | None = None
+) -> str:
     """A plan for people: tensors (alike ones of several layers in one row), totals by type and by role,
-    exact sizes. `files`: (name, bytes) of the output."""
+    exact sizes. `files`: (name, bytes) of the output. `width`: how many characters a line may have, None for any;
+    narrow tables leave out what is told elsewhere too."""
     c = plan.catalogue
-    head = (
-        f"{c.model} ({c.arch}, layout {c.layout}, {c.n_layers} layers: {len(c.dense_layers)} dense, "
-        f"{len(c.moe_layers)} MoE) as {plan.recipe.name}"
-    )
-    parts = [head + (f": {plan.recipe.title}" if plan.recipe.title else "")]
-    parts.append(_tensor_table(plan.tensors, every_tensor))
-    parts.append(_reasons(plan.tensors))
-    parts.append(_by_type(plan))
-    parts.append(_by_role(plan))
+    parts = [wrapped(headline(plan), width)]
+    parts.append(_tensor_table(plan, every_tensor, width))
+    parts.append("\n".join(wrapped(line, width) for line in _reasons(plan.tensors)))
+    parts.append(_by_type(plan, width))
+    parts.append(_by_role(plan, width))
     lines = [f"tensors      {len(plan.tensors)}, {plan.n_elements:,} elements"]
     lines.append(f"tensor data  {size(plan.tensor_bytes)}, {plan.bpw:.2f} BPW")
     if c.kvs_complete:
         total = sum(n for _, n in files)
         lines.append(f"file{'s' if len(files) > 1 else ' '}        {size(total)} in {len(files)}")
         if len(files) > 1:
-            lines += [f"             {name}: {size(n)}" for name, n in files]
+            said = size if width is None else short_size
+            lines += [f"             {name}: {said(n)}" for name, n in files]
     else:
         lines.append(
-            "file         not known: the tokenizer is not, and its tokens are part of the header (R1's: 5.2 MB)"
+            "file         not known: the header holds the tokenizer, and it is not here (for R1 it adds 5.2 MB)"
         )
-    parts.append("\n".join(lines))
-    fell = [t for t in plan.tensors if t.fell_back]
-    notes = [f"note: {n}" for n in c.notes]
-    if fell:
-        notes.append(
-            f"note: {len(fell)} tensors got another type than asked, since their rows do not divide into its blocks: "
-            + ", ".join(sorted({f"{family_of(t.tensor.name)} {t.requested} -> {t.type}" for t in fell}))
-        )
-    missing = [t for t in plan.tensors if t.imatrix == ImatrixStatus.MISSING]
-    if missing:
-        names = ", ".join(sorted({family_of(t.tensor.name) for t in missing}))
-        notes.append(f"note: {len(missing)} tensors have no entry in the importance matrix, and do without: {names}")
-    notes += [f"note: {n}" for n in gap_notes(plan.gaps)]
-    notes += [f"warning: {w}" for w in (*plan.warnings, *gap_warnings(plan.gaps))]
+    parts.append("\n".join(wrapped(line, width, " " * 13) for line in lines))
+    notes = [f"note: {n}" for n in plan_notes(plan)] + [f"warning: {w}" for w in plan_warnings(plan)]
     if notes:
-        parts.append("\n".join(notes))
+        parts.append("\n".join(wrapped(line, width) for line in notes))
     return "\n\n".join(parts)
 
 
-def _tensor_table(tensors: Sequence[Planned], every: bool) -> str:
+def headline(plan: Plan) -> str:
+    """Which model, as which recipe."""
+    c = plan.catalogue
+    layers = f"{c.n_layers} layers: {len(c.dense_layers)} dense, {len(c.moe_layers)} MoE"
+    title = f": {plan.recipe.title}" if plan.recipe.title else ""
+    return f"{c.model} ({c.arch}, layout {c.layout}, {layers}) as {plan.recipe.name}{title}"
+
+
+def plan_notes(plan: Plan) -> list[str]:
+    """What is worth knowing of a plan, and nothing to worry about."""
+    n, which = fallen(plan)
+    notes = list(plan.catalogue.notes)
+    if n:
+        them = f"{n} tensors get" if n > 1 else "1 tensor gets"
+        what = "another type than asked, since the rows do not divide into its blocks"
+        notes.append(f"{them} {what}: {', '.join(which)}")
+    return [*notes, *imatrix_notes(plan), *rounding_notes(plan)]
+
+
+def fallen(plan: Plan) -> tuple[int, list[str]]:
+    """How many tensors have another type than asked, and which, by family: 'blk.*.attn_k_b.weight Q6_K -> Q8_0'."""
+    fell = [t for t in plan.tensors if t.fell_back]
+    return len(fell), sorted({f"{family_of(t.tensor.name)} {t.requested} -> {t.type}" for t in fell})
+
+
+def imatrix_notes(plan: Plan) -> list[str]:
+    """What the importance matrix lacks, as far as it does no harm."""
+    notes = [*missing_note(plan), *gap_notes(plan.gaps)]
+    if plan.applied:
+        notes.append(f"where the importance matrix lacks data, by the policy {plan.applied}")
+    return notes
+
+
+def plan_warnings(plan: Plan) -> list[str]:
+    """What should not pass unread: of the recipe's rules, and of what the importance matrix and the covariance leave
+    out."""
+    return [*plan.warnings, *gap_warnings(plan.gaps), *rounding_warnings(plan)]
+
+
+def _tensor_table(plan: Plan, every: bool, width: int | None) -> str:
     groups: dict[tuple[Any, ...], list[Planned]] = {}
-    for t in tensors:
-        key = (t.tensor.name,) if every else (family_of(t.tensor.name), t.tensor.shape, t[1:3], t.rule, t.imatrix)
+    for t in plan.tensors:
+        about = (family_of(t.tensor.name), t.tensor.shape, t[1:3], t.rule, _weights_from(plan, t), _rounded(plan, t))
+        key = (t.tensor.name,) if every else about
         groups.setdefault(key, []).append(t)
     rows = []
     for group in groups.values():
@@ -78,46 +108,126 @@ def _tensor_table(tensors: Sequence[Planned], every: bool) -> str:
             if len(group) == 1
             else t.tensor.name.replace(f"blk.{layers[0]}.", f"blk.{{{ranges(layers)}}}.")
         )
-        asked = t.requested if t.fell_back else ""
         nbytes = sum(p.nbytes for p in group)
         rule = re.sub(r"^\S+:(\d+) (rules\[\d+\])$", r"\2 :\1", t.rule) or "-"
-        rows.append([name, str(len(group)), shape_text(t.tensor.shape), t.type, asked, f"{nbytes:,}", t.imatrix, rule])
-    head = ["tensor", "n", "shape (ne)", "type", "asked", "bytes", "imatrix", "rule :line"]
-    return table(rows, head, right=(1, 5))
+        rows.append(
+            {
+                "tensor": name,
+                "n": str(len(group)),
+                "shape (ne)": shape_text(t.tensor.shape),
+                "type": t.type,
+                "asked": t.requested if t.fell_back else "",
+                "bytes": f"{nbytes:,}",
+                "size": short_size(nbytes),
+                "imatrix": _weights_from(plan, t),
+                "rounding": _rounded(plan, t),
+                "rule :line": rule,
+                "rule": _short_rule(rule),
+            }
+        )
+    choices = _TENSOR_COLUMNS if plan.rounding is None else [(*c[:-1], "rounding", c[-1]) for c in _TENSOR_COLUMNS]
+    return _that_fits(rows, choices, ("n", "bytes", "size", "rule"), width)
 
 
-def _reasons(tensors: Sequence[Planned]) -> str:
+def _short_rule(rule: str) -> str:
+    """'7' of 'rules[7] :36', '--type' of '--type GLOB=TYPE', 'mix' of the place of a mixture."""
+    number = re.fullmatch(r"rules\[(\d+)\] :\d+", rule)
+    if number is not None:
+        return number[1]
+    return "mix" if rule.endswith(" otherwise") else re.split(r"[ \[]", rule)[0]
+
+
+#: columns of the tables, the widest choice first; the narrowest may still be wrapped
+_TENSOR_COLUMNS = (
+    ("tensor", "n", "shape (ne)", "type", "asked", "bytes", "imatrix", "rule :line"),
+    ("tensor", "n", "shape (ne)", "type", "asked", "size", "imatrix", "rule"),
+    ("tensor", "n", "shape (ne)", "type", "size", "rule"),
+    ("tensor", "n", "type", "size"),
+)
+_SHARE_COLUMNS = (
+    ("tensors", "elements", "%", "bytes", "size", "% of file", "bits"),
+    ("tensors", "elements", "%", "size", "% of file", "bits"),
+    ("tensors", "size", "% of file", "bits"),
+    ("size", "% of file"),
+)
+#: from so many characters on the shapes of tensors are shown, and names wrapped where they must be
+_USUAL_WIDTH = 72
+
+
+def _that_fits(
+    rows: Sequence[Mapping[str, str]], choices: Sequence[Sequence[str]], right: Sequence[str], width: int | None
+) -> str:
+    """A table of as many columns as the width has room for."""
+    for names in choices:
+        cells = [[row[name] for name in names] for row in rows]
+        if width is None or table_width([names, *cells]) <= width:
+            break
+        if names is choices[-2] and "tensor" in names and width >= _USUAL_WIDTH:
+            break
+    return table(cells, names, [i for i, name in enumerate(names) if name in right], width)
+
+
+def _rounded(plan: Plan, t: Planned) -> str:
+    return "" if plan.rounding is None else plan.rounding.shown(t.tensor.name)
+
+
+def _weights_from(plan: Plan, t: Planned) -> str:
+    """How the importance matrix bears on a tensor, and what a policy gives: 'used, 1 sibling, 2 prior of 16'."""
+    said = [str(t.imatrix_status)]
+    origin = plan.origins.get(t.tensor.name)
+    if origin is not None:
+        counts = {source: n for source, n in origin.counts().items() if source != OWN}
+        of = f" of {len(origin.sources)}" if len(origin.sources) > 1 else ""
+        said += [f"{n} {source}{of}" for source, n in counts.items()]
+    if t.tensor.name in plan.raised:
+        said.append("raised")
+    return ", ".join(said)
+
+
+def _reasons(tensors: Sequence[Planned]) -> list[str]:
     reasons: dict[str, str] = {}
     for t in tensors:
         if t.rule and not t.fell_back:
             reasons.setdefault(t.rule, f"{t.type}: {t.why}")
-    return "\n".join(f"{rule}  {why}" for rule, why in reasons.items())
+    return [f"{rule}  {why}" for rule, why in reasons.items()]
 
 
-def _by_type(plan: Plan) -> str:
+def _by_type(plan: Plan, width: int | None) -> str:
     rows = []
-    for name, n in plan.types().items():
-        of = [t for t in plan.tensors if t.type == name]
-        elements, nbytes = sum(t.tensor.n_elements for t in of), sum(t.nbytes for t in of)
-        rows.append(_share_row(name, n, elements, nbytes, plan))
-    return table(rows, ["type", "tensors", "elements", "%", "bytes", "GiB", "% of file", "bits"], right=range(1, 8))
+    for name in plan.types():
+        rows.append(_share_row("type", name, [t for t in plan.tensors if t.type == name], plan))
+    return _share_table("type", rows, plan, width)
 
 
-def _by_role(plan: Plan) -> str:
+def _by_role(plan: Plan, width: int | None) -> str:
     rows = []
     for role in ROLES:
         of = [t for t in plan.tensors if t.tensor.role == role]
         if of:
-            elements, nbytes = sum(t.tensor.n_elements for t in of), sum(t.nbytes for t in of)
-            rows.append(_share_row(role, len(of), elements, nbytes, plan))
-    return table(rows, ["role", "tensors", "elements", "%", "bytes", "GiB", "% of file", "bits"], right=range(1, 8))
+            rows.append(_share_row("role", role, of, plan) | {"": bar(sum(t.nbytes for t in of) / plan.tensor_bytes)})
+    return _share_table("role", rows, plan, width)
 
 
-def _share_row(name: str, n: int, elements: int, nbytes: int, plan: Plan) -> list[str]:
-    return [
-        name, str(n), f"{elements:,}", f"{100 * elements / plan.n_elements:.2f}", f"{nbytes:,}", gib(nbytes),
-        f"{100 * nbytes / plan.tensor_bytes:.2f}", f"{8 * nbytes / elements:.2f}",
-    ]  # fmt: skip
+def _share_table(kind: str, rows: Sequence[Mapping[str, str]], plan: Plan, width: int | None) -> str:
+    unit = unit_of(plan.tensor_bytes)
+    named = [{unit if key == "size" else key: cell for key, cell in row.items()} for row in rows]
+    bars = [""] if "" in rows[0] else []
+    choices = [(kind, *(unit if name == "size" else name for name in names)) for names in _SHARE_COLUMNS]
+    return _that_fits(named, [*((*c, *bars) for c in choices), choices[-1]], choices[0][1:], width)
+
+
+def _share_row(kind: str, name: str, of: Sequence[Planned], plan: Plan) -> dict[str, str]:
+    elements, nbytes = sum(t.tensor.n_elements for t in of), sum(t.nbytes for t in of)
+    return {
+        kind: name,
+        "tensors": str(len(of)),
+        "elements": f"{elements:,}",
+        "%": f"{100 * elements / plan.n_elements:.2f}",
+        "bytes": f"{nbytes:,}",
+        "size": in_unit(nbytes, unit_of(plan.tensor_bytes)),
+        "% of file": f"{100 * nbytes / plan.tensor_bytes:.2f}",
+        "bits": f"{8 * nbytes / elements:.2f}",
+    }
 
 
 # ---------------------------------------------------------------- inspect
@@ -169,13 +279,14 @@ def inspection_text(found: Mapping[str, Any], every_tensor: bool) -> str:
         f"{len(found['tensors'])} tensors, {found['elements']:,} elements"
     ]
     stored = found["stored"]
-    rows = [[k, str(v["tensors"]), f"{v['bytes']:,}", gib(v["bytes"])] for k, v in stored.items()]
     total = sum(v["bytes"] for v in stored.values())
-    rows.append(["all", str(sum(v["tensors"] for v in stored.values())), f"{total:,}", gib(total)])
+    unit = unit_of(total)
+    rows = [[k, str(v["tensors"]), f"{v['bytes']:,}", in_unit(v["bytes"], unit)] for k, v in stored.items()]
+    rows.append(["all", str(sum(v["tensors"] for v in stored.values())), f"{total:,}", in_unit(total, unit)])
     files = found["files"]
     where = files[0] if len(files) == 1 else f"{files[0]} … {files[-1]}"
     parts.append(f"stored in {len(files)} file{'s' * (len(files) != 1)}: {where}")
-    parts.append(table(rows, ["stored as", "tensors", "bytes", "GiB"], right=(1, 2, 3)))
+    parts.append(table(rows, ["stored as", "tensors", "bytes", unit], right=(1, 2, 3)))
     parts.append(table([[m["key"], m["type"], m["value"]] for m in found["metadata"]], ["key", "type", "value"]))
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for t in found["tensors"]:
@@ -204,24 +315,27 @@ def fit_text(w: PlacedBytes, answers: Sequence[Answer], about: str, ram: int | N
     of = f" as {w.recipe}" if w.recipe else ""
     parts = [
         f"{w.model}{of}: {size(w.tensor_bytes)}, {w.n_layers} layers and the output head\n"
-        f"{about}: {gib(sum(x.cache for x in w.layers))} GiB; each GPU of N GB taken as N GiB"
+        f"{about}: {short_size(sum(x.cache for x in w.layers))}; each GPU of N GB taken as N GiB"
     ]
-    rows = []
+    rows, unit = [], unit_of(max(w.tensor_bytes, sum(x.cache for x in w.layers)))
+    parts.append(_placed(w, unit))
     for a in answers:
-        row = [a.gpus.text, f"{a.rule} of {w.n_layers}", f"{a.whole.n_layers} of {w.n_layers}", *_fit_cells(a.whole)]
+        whole = _fit_cells(a.whole, unit)
+        row = [a.gpus.text, f"{a.rule} of {w.n_layers}", f"{a.whole.n_layers} of {w.n_layers}", *whole]
         if n_moe:
-            row += ["no room", "", ""] if a.split is None else [f"{a.split.n_layers} of {n_moe}", *_fit_cells(a.split)]
+            split = [] if a.split is None else [f"{a.split.n_layers} of {n_moe}", *_fit_cells(a.split, unit)]
+            row += split or ["no room", "", ""]
         rows.append(row)
-    head = ["VRAM", "published rule", "whole layers", "GPU GiB", "RAM GiB"]
+    head = ["VRAM", "published rule", "whole layers", f"GPU {unit}", f"RAM {unit}"]
     if n_moe:
-        head += ["or experts of", "GPU GiB", "RAM GiB"]
+        head += ["or experts of", f"GPU {unit}", f"RAM {unit}"]
     parts.append(table(rows, head, right=(0, 3, 4, 6, 7)[: 5 if n_moe else 3]))
     for a in answers:
         lines = [f"{a.gpus.text}: whole layers{_ram_text(a.whole, ram)}", f"  {shlex.join(a.whole.flags)}"]
         if a.split is None and n_moe:
             base = sum(x.rest + x.cache for x in w.layers)
             lines.append(
-                f"{a.gpus.text}: no room for all but routed experts: with the KV cache that is {base / GIB:,.1f} GiB; "
+                f"{a.gpus.text}: no room for all but routed experts: with the KV cache that is {_amount(base)}; "
                 "take a shorter --ctx, or a smaller --cache-type or --reserve"
             )
         elif a.split is not None and not (a.whole.n_layers == w.n_layers and a.split.n_layers == n_moe):
@@ -236,16 +350,36 @@ def fit_text(w: PlacedBytes, answers: Sequence[Answer], about: str, ram: int | N
     return "\n\n".join(parts)
 
 
-def _fit_cells(f: Fit) -> list[str]:
-    used = [f"{n / GIB:,.1f}" for n in f.used]
-    text = " + ".join(used) if len(used) < 3 else f"{len(used)} of {min(f.used) / GIB:,.1f} to {max(f.used) / GIB:,.1f}"
-    return [text, f"{f.ram / GIB:,.1f}"]
+def _placed(w: PlacedBytes, unit: str) -> str:
+    """What the bytes are of, a bar each."""
+    of = {
+        "routed experts": sum(x.experts for x in w.layers),
+        "rest of layers": sum(x.rest for x in w.layers[:-1]),
+        "output head": w.layers[-1].rest,
+        "token_embd": w.input,
+        "KV cache": sum(x.cache for x in w.layers),
+    }
+    most = max(of.values())
+    rows = [[what, f"{in_unit(n, unit, 2)} {unit}", bar(n / most, 20)] for what, n in of.items() if n]
+    return "\n".join(columns(rows, right=(1,)))
+
+
+def _fit_cells(f: Fit, unit: str) -> list[str]:
+    used = [in_unit(n, unit, 1) for n in f.used]
+    few, most = (in_unit(n, unit, 1) for n in (min(f.used), max(f.used)))
+    text = " + ".join(used) if len(used) < 3 else f"{len(used)} of {few} to {most}"
+    return [text, in_unit(f.ram, unit, 1)]
 
 
 def _ram_text(f: Fit, ram: int | None) -> str:
     if ram is None:
-        return f"; {f.ram / GIB:,.1f} GiB stay in RAM"
+        return f"; {_amount(f.ram)} stay in RAM"
     if f.ram <= ram:
-        return f"; the other {f.ram / GIB:,.1f} GiB fit in RAM"
-    over = (f.ram - ram) / GIB
-    return f"; {f.ram / GIB:,.1f} GiB are left, {over:,.1f} more than RAM has: read from disk (mmap) as needed"
+        return f"; the other {_amount(f.ram)} fit in RAM"
+    over = f.ram - ram
+    return f"; {_amount(f.ram)} are left, {_amount(over)} more than RAM has: read from disk (mmap) as needed"
+
+
+def _amount(nbytes: int) -> str:
+    unit = unit_of(nbytes)
+    return f"{in_unit(nbytes, unit, 1)} {unit}"

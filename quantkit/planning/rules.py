@@ -13,10 +13,17 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from ..base.errors import RecipeError, did_you_mean, listed
-from ..model.catalogue import Catalogue, Tensor
+from ..model.catalogue import Catalogue, Tensor, family_of
+from ..recipe.changes import ToolRule
+from ..recipe.foreign import as_glob
 from ..recipe.load import Recipe
 from ..recipe.schema import Rule
-from ..recipe.selectors import expand_braces, glob_regex, pick_layers
+from ..recipe.selectors import expand_braces, glob_regex, matcher, pick_layers
+
+#: what names of tensors in checkpoints have, and those in GGUFs have not
+_CHECKPOINT_NAME = re.compile(r"layers\.|_proj\b|self_attn|\bmlp\b|lm_head|embed_tokens|layernorm")
+#: that a message shows
+_MOST_NAMES = 3
 
 
 class Match(NamedTuple):
@@ -43,6 +50,9 @@ def assign_rules(catalogue: Catalogue, recipe: Recipe, others: Mapping[str, str]
     won = Counter(owner.values())
     for i, m in enumerate(matches):
         place = recipe.place("rules", i, "match")
+        if isinstance(m.rule, ToolRule):
+            warnings += _tool_warnings(place, m, catalogue.tensors)
+            continue
         never = _never_quantized(m.rule, catalogue.tensors)
         if never is not None:
             errors.append(f"{place}: {never}")
@@ -51,11 +61,11 @@ def assign_rules(catalogue: Catalogue, recipe: Recipe, others: Mapping[str, str]
         elif not m.names:
             if m.layers is not None and not m.layers and _matches_any(m.rule, catalogue.tensors):
                 warnings.append(
-                    f"{recipe.place('rules', i, 'layers')}: '{m.rule.layers}' takes no layer of this model's "
-                    f"{catalogue.n_layers}; the rule is unused"
+                    f"{recipe.place('rules', i, 'layers')}: '{m.rule.layers}' selects none of this model's "
+                    f"{catalogue.n_layers} layers; the rule is unused"
                 )
             else:
-                errors.append(f"{place}: '{m.rule.match}' matches no tensor{_nearest(m, catalogue.tensors)}")
+                errors.append(f"{place}: '{m.rule.match}' matches no tensor{_nearest(m, catalogue)}")
         elif i >= recipe.n_judged:
             continue  # what a base has is there to be overridden, or what with_types stands before
         elif not won[i]:
@@ -67,8 +77,8 @@ def assign_rules(catalogue: Catalogue, recipe: Recipe, others: Mapping[str, str]
                 them = f"all {n} tensors it matches are" if n > 1 else "the only tensor it matches is"
                 errors.append(f"{place}: {them} already taken by {by}")
             else:
-                leave = "leave" if len(takers) > 1 else "leaves"
-                warnings.append(f"{place}: on a model of {catalogue.n_layers} layers, {by} {leave} it nothing")
+                take = "take" if len(takers) > 1 else "takes"
+                warnings.append(f"{place}: on a model of {catalogue.n_layers} layers, {by} {take} all it matches")
         else:
             idle = _changes_nothing(i, m, recipe, claimants, others)
             if idle is not None:
@@ -94,10 +104,29 @@ def match_rules(catalogue: Catalogue, recipe: Recipe) -> list[Match]:
 def _match(rule: Rule, tensors: Sequence[Tensor], groups: Mapping[str, Sequence[int]]) -> Match:
     layers = None if rule.layers is None else pick_layers(rule.layers, groups)
     pattern = rule.matcher()
+    if isinstance(rule, ToolRule) and rule.if_tied and any(t.name == "output.weight" for t in tensors):
+        return Match(rule, layers, frozenset())
     names = frozenset(
         t.name for t in tensors if t.quantizable and (layers is None or t.layer in layers) and pattern.match(t.name)
     )
     return Match(rule, layers, names)
+
+
+def taken_by_patterns(catalogue: Catalogue, recipe: Recipe) -> frozenset[str]:
+    """The tensors that patterns of llama-quantize's command line name: its mixtures pass over them."""
+    patterns = [rule for rule in recipe.rules if isinstance(rule, ToolRule) and rule.is_pattern]
+    return frozenset(t.name for rule in patterns for t in catalogue.tensors if rule.matcher().match(t.name))
+
+
+def _tool_warnings(place: str, m: Match, tensors: Sequence[Tensor]) -> list[str]:
+    """What llama-quantize would not say of its own options."""
+    if m.names or not (isinstance(m.rule, ToolRule) and m.rule.is_pattern):
+        return []
+    pattern = m.rule.matcher()
+    never = [t for t in tensors if pattern.match(t.name)]
+    if never:
+        return [f"{place}: does nothing: it names only tensors that are never quantized, such as '{never[0].name}'"]
+    return [f"{place}: does nothing: no tensor's name has it"]
 
 
 def _changes_nothing(
@@ -108,7 +137,10 @@ def _changes_nothing(
     for name in m.names:
         if claimants[name][0] == i:
             after = claimants[name][1:]
-            if (recipe.rules[after[0]].type if after else others.get(name)) != m.rule.type:
+            heir = recipe.rules[after[0]] if after else None
+            if (others.get(name) if heir is None else heir.type) != m.rule.type:
+                return None
+            if (None if heir is None else heir.rounding) != m.rule.rounding:
                 return None
             heirs.add(recipe.place("rules", after[0]) if after else recipe.place("otherwise"))
     return f"{' and '.join(sorted(heirs))} would give its tensors {m.rule.type} too"
@@ -132,8 +164,48 @@ def _never_quantized(rule: Rule, tensors: Sequence[Tensor]) -> str | None:
     return None
 
 
-def _nearest(m: Match, tensors: Sequence[Tensor]) -> str:
+def _nearest(m: Match, catalogue: Catalogue) -> str:
+    """What was perhaps meant by a glob that matches nothing: behind a space, or ''."""
+    tensors, glob = catalogue.tensors, m.rule.match
     if m.layers is not None and _matches_any(m.rule, tensors):
         return f" in the layers {m.rule.layers} (it does in others)"
-    shapes = {re.sub(r"^blk\.\d+\.", "blk.*.", t.name) for t in tensors if t.quantizable}
-    return did_you_mean(expand_braces(m.rule.match)[0], shapes)
+    names = [t.name for t in tensors if t.quantizable]
+    of_checkpoint = _as_in_ggufs(glob, catalogue)
+    if of_checkpoint:
+        return f": it is a name of the checkpoint, and a rule takes a GGUF's: {_quoted(of_checkpoint)}"
+    families = {family_of(name) for name in names}
+    if f"blk.*.{glob}" in families:
+        return f" (did you mean blk.*.{glob}?)"
+    # no glob is tried that takes more than the author can have meant
+    for meant in (re.sub(r"\*+", "*", f"*{glob}*"), as_glob(glob)):
+        hits = [] if meant is None else [n for n in names if matcher(meant).match(n)]
+        if hits and len(hits) < len(names):
+            return f", since a glob is for the whole name: write {_quoted([meant or glob])}"
+    return did_you_mean(expand_braces(glob)[0], families)
+
+
+def _quoted(names: Sequence[str]) -> str:
+    some = " or ".join(f'"{name}"' for name in names[:_MOST_NAMES])
+    return some + (" …" if len(names) > _MOST_NAMES else "")
+
+
+def _as_in_ggufs(glob: str, catalogue: Catalogue) -> list[str]:
+    """The GGUF names of the tensors that a glob over a checkpoint's names matches, layers alike as blk.*."""
+    if _CHECKPOINT_NAME.search(glob) is None:
+        return []
+    if all(t.parts[:1] and t.parts[0].source == t.name for t in catalogue.tensors):  # a GGUF
+        from ..model.families.known import REFERENCES
+        from ..model.open import open_model
+
+        known = REFERENCES.get(catalogue.arch)
+        if known is None:
+            return []
+        catalogue = open_model(known)
+    for pattern in (matcher(glob), matcher(f"*{glob}*")):
+        hits = [t.name for t in catalogue.tensors if any(pattern.match(part.source) for part in t.parts)]
+        families = dict.fromkeys(family_of(name) for name in hits)
+        if len(families) < len(hits):
+            return list(families)
+        if hits:
+            return hits
+    return []

@@ -1,2 +1,2 @@
 """The recipe language: its schema, its selectors, recipes by name or path, the page that documents it. May import
-gguf and base; offers load.load and Recipe."""
+imatrix, gguf and base; offers load.load and Recipe."""

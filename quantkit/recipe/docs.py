@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..base.errors import RecipeError
+from ..base.text import markdown_table
 from .load import SCHEMA_LINE, Recipe, as_base, load, text_of
 from .schema import MARKS, SCHEMA_FILE, RecipeFile, Rule
 from .yaml_lines import scalar
@@ -60,8 +61,8 @@ The first line gives editors with a YAML language server completion and checks a
    Q8_0, most others IQ4_NL or Q4_0), and the plan says so.
 
 `match` is a glob over whole names: `output.weight` does not match `blk.0.attn_output.weight`. Names of routed experts
-end in `_exps.weight`, of shared ones in `_shexp.weight`. `layers` picks from a list of the model's own layers, so one
-recipe fits models of any depth:
+end in `_exps.weight`, of shared ones in `_shexp.weight`. `layers` are numbers, `3-12`, `[3, 5]` or `[3-5, 9]`, or come
+from a list of the model's own layers, so that one recipe fits models of any depth:
 
 | list | layers | DeepSeek-R1 |
 |---|---|---|
@@ -86,6 +87,12 @@ fallback of Q2_K and Q3_K; `--mixture-version 2025` gives what files made before
     quantkit recipe explain mine.yaml blk.3.ffn_down_exps.weight   which rule fired, and what the shape made of it
     quantkit recipe diff UD-IQ1_S mine.yaml --model deepseek-r1    what it costs, by role and tensor
     quantkit plan deepseek-r1 --recipe mine.yaml --set down=Q3_K   the whole plan, a variable set
+    quantkit plan deepseek-r1 --recipe UD-IQ1_S --type 'blk.*.attn_*.weight@3-12=Q5_K'   and with another type, no file
+    quantkit recipe show UD-IQ1_S --type output.weight=Q8_0 --name mine > mine.yaml      which becomes a recipe
+
+`--type GLOB=TYPE` or `--type GLOB@LAYERS=TYPE` stands before the rules of the recipe, and is linted like them; of
+several the first that matches decides. `--override-kv KEY=TYPE:VALUE` sets metadata. llama-quantize's `--tensor-type`,
+`--output-tensor-type` and `--token-embedding-type` mean what they mean there.
 
 `lint` finds unknown keys, types, layer lists and variables; rules that match nothing, are shadowed by earlier ones,
 change nothing, or name tensors that are never quantized; variables that nothing uses; and types that need an importance
@@ -108,12 +115,12 @@ def page() -> str:
 
 
 def _fields(made: dict[str, Any]) -> str:
-    rows = ["| key | value | default | meaning |", "|---|---|---|---|"]
+    rows = []
     for key, about in made["properties"].items():
         default = "required" if key in made.get("required", ()) else _value(about.get("default"))
         example = "".join(f" Example: `{_value(e)}`." for e in about.get("examples", [])[:1])
-        rows.append(f"| `{key}` | {_kind(about)} | {default} | {about['description']}{example} |")
-    return "\n".join(rows)
+        rows.append((f"`{key}`", _kind(about), default, f"{about['description']}{example}"))
+    return markdown_table(rows, ["key", "value", "default", "meaning"])
 
 
 def _value(value: Any) -> str:
@@ -130,12 +137,12 @@ def _kind(about: dict[str, Any]) -> str:
         some = about["enum"]
         return ", ".join(some) if len(some) <= 3 else f"one of {len(some)}: {some[0]}, {some[1]}, …"
     if about.get("type") == "array":
-        return "list of rules" if "$ref" in about["items"] else "list of text"
+        return "list of rules" if "$ref" in about["items"] else f"list of {_kind(about['items'])}"
     if about.get("type") == "object":
         return "mapping"
     if about.get("pattern", "").startswith(r"^\$"):
         return "$NAME"
-    return {"string": "text", "boolean": "true or false"}[about["type"]]
+    return {"string": "text", "boolean": "true or false", "integer": "number"}[about["type"]]
 
 
 _HEAD = f"""\
@@ -203,6 +210,10 @@ def resolved(recipe: Recipe) -> str:
     if recipe.description:
         value["description"] = recipe.description
     value |= {"arch": list(recipe.arch), "file_type": recipe.file_type, "imatrix": recipe.imatrix}
+    if recipe.imatrix_policy:
+        value["imatrix_policy"] = recipe.imatrix_policy
+    if recipe.rounding is not None:
+        value["rounding"] = recipe.rounding.method or {"policy": recipe.rounding.policy}
     if recipe.metadata:
         value["metadata"] = {o.key: o.text.partition("=")[2] for o in recipe.metadata}
     if recipe.mixture:

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
@@ -40,6 +41,20 @@ SCHEMA_LINE = f"# yaml-language-server: $schema={SCHEMA_FILE}"
 # ---------------------------------------------------------------- what it comes to
 
 
+class Rounding(NamedTuple):
+    """How a recipe, or the command line, wants tensors rounded: by a method, or by a policy."""
+
+    method: str
+    """one of ROUNDINGS; '' with a policy"""
+    policy: str = ""
+    """a shipped one's name, or its path from `folder`"""
+    folder: Path | None = None
+    text: str | None = None
+    """the policy's, where it is at hand"""
+    said_by: str = ""
+    """'file:line rounding' or the option, for messages and for whoever reads the plan"""
+
+
 @dataclass(frozen=True)
 class Recipe:
     """A checked recipe, its base and variables resolved."""
@@ -51,6 +66,8 @@ class Recipe:
     file_type: str
     imatrix: str
     """required | optional"""
+    imatrix_policy: str | None
+    """what stands in for data that the importance matrix lacks (quantkit.imatrix.policies)"""
     mixture: str | None
     """the llama.cpp mixture that decides for tensors no rule matches"""
     rules: tuple[Rule, ...]
@@ -70,6 +87,8 @@ class Recipe:
     """where each rule was given that `with_types` put in front of those of the file"""
     n_given_last: int = 0
     """how many of them the last call gave"""
+    rounding: Rounding | None = None
+    """how tensors are rounded of which their rule says nothing else; None as ggml does it"""
 
     @property
     def n_judged(self) -> int:
@@ -85,13 +104,32 @@ class Recipe:
         for glob, type_ in types.items():
             place = f"with_types[{glob!r}]"
             try:
-                rules.append(Rule(match=glob, type=known_type(type_), why="given to with_types"))
+                rules.append((place, Rule(match=glob, type=known_type(type_), why="given to with_types")))
             except ValidationError as e:
                 raise RecipeError(f"{place}: {e.errors()[0]['ctx']['error']}") from None
             except ValueError as e:
                 raise RecipeError(f"{place}: {e}") from None
-        given = (*(f"with_types[{glob!r}]" for glob in types), *self.given)
-        return replace(self, rules=(*rules, *self.rules), given=given, n_given_last=len(types))
+        return self.with_rules(rules)
+
+    def with_rules(self, rules: Sequence[tuple[str, Rule]]) -> Recipe:
+        """The recipe with other rules in front, each with its place for messages. Raises RecipeError for types that its
+        file_type excludes."""
+        if not rules:
+            return self
+        wrong = [f"{place}: {said}" for place, rule in rules if (said := _excluded(rule.type, self.file_type))]
+        if wrong:
+            raise RecipeError(listed(wrong))
+        given = (*(place for place, _ in rules), *self.given)
+        return replace(self, rules=(*(rule for _, rule in rules), *self.rules), given=given, n_given_last=len(rules))
+
+    def renamed(self, name: str, metadata: tuple[Override, ...]) -> Recipe:
+        """The recipe with another name and other metadata."""
+        return replace(self, name=name, metadata=metadata)
+
+    def with_rounding(self, rounding: Rounding) -> Recipe:
+        """The recipe with that for all of its tensors, whatever its rules say."""
+        rules = tuple(rule.model_copy(update={"rounding": None}) for rule in self.rules)
+        return replace(self, rules=rules, rounding=rounding)
 
     def is_for(self, arch: str) -> bool:
         """Whether it is for models of that arch."""
@@ -126,13 +164,27 @@ def parse(
     elif base_text is None:
         base_text = _base_text(own, given.base, folder)
     if base_text is None:
-        return _resolve(own, given, None, None, sets or {}, text, None)
+        made = _resolve(own, given, None, None, sets or {}, text, None)
+        return replace(made, rounding=_rounding(made, given.rounding, folder))
     base, below = _read(*base_text)
     if below.base is not None:
         raise RecipeError(
             f"{own.place('base')}: {given.base} has a base itself, {below.base}; one level is allowed: copy its rules"
         )
-    return _resolve(own, given, base, below, sets or {}, text, base_text)
+    made = _resolve(own, given, base, below, sets or {}, text, base_text)
+    if given.rounding is not None or folder is None:
+        return replace(made, rounding=_rounding(made, given.rounding or below.rounding, folder))
+    return replace(made, rounding=_rounding(made, below.rounding, folder / Path(given.base or "").parent))
+
+
+def _rounding(recipe: Recipe, said: Any, folder: Path | None) -> Rounding | None:
+    """What a recipe's `rounding` comes to. A policy's path is from the recipe's folder."""
+    if said is None:
+        return None
+    place = recipe.place("rounding")
+    return (
+        Rounding("", said["policy"], folder, None, place) if isinstance(said, dict) else Rounding(said, said_by=place)
+    )
 
 
 def _read(text: str, file: str) -> tuple[Marked, RecipeFile]:
@@ -191,6 +243,7 @@ def _resolve(
         arch=tuple(next((one.arch for one in layers if one.arch), ())),
         file_type=next((one.file_type for one in layers if one.file_type), ""),
         imatrix=next((one.imatrix for one in layers if one.imatrix), "optional"),
+        imatrix_policy=next((one.imatrix_policy for one in layers if one.imatrix_policy), None),
         mixture=otherwise.removeprefix("mixture ") if otherwise else None,
         rules=tuple(rule for one in layers for rule in one.rules),
         n_own=len(given.rules),
@@ -215,11 +268,8 @@ def _resolve(
                 )
                 continue
             rule = rule.model_copy(update={"type": variables[name]})
-        if QTYPES.get(recipe.file_type, QTYPES["Q8_0"]).is_float and rule.type != recipe.file_type:
-            wrong.append(
-                f"{recipe.place('rules', i, 'type')}: {rule.type} cannot be had with file_type {recipe.file_type}: "
-                "llama-quantize then ignores all rules; give a quantized file_type"
-            )
+        if said := _excluded(rule.type, recipe.file_type):
+            wrong.append(f"{recipe.place('rules', i, 'type')}: {said}")
         rules.append(rule)
     if not wrong:
         unused = [name for name in variables if name not in used]
@@ -227,6 +277,16 @@ def _resolve(
     if wrong:
         raise RecipeError(listed(wrong))
     return Recipe(**{**recipe.__dict__, "rules": tuple(rules)})
+
+
+def _excluded(type_: str, file_type: str) -> str:
+    """Why a rule's type cannot be had with a file type; '' where it can."""
+    if not QTYPES.get(file_type, QTYPES["Q8_0"]).is_float or type_ == file_type:
+        return ""
+    return (
+        f"{type_} cannot be had with file_type {file_type}: llama-quantize then ignores all rules; give a quantized "
+        "file_type"
+    )
 
 
 # ---------------------------------------------------------------- by name or path
@@ -252,7 +312,7 @@ def mixture_recipe(name: str) -> str:
 
 
 @cache
-def _shipped_files() -> Mapping[str, str]:
+def shipped_files() -> Mapping[str, str]:
     """Names and texts of the recipe files that come with quantkit, which are read once."""
     found = {
         item.name.removesuffix(".yaml"): item.read_text("utf-8")
@@ -265,7 +325,7 @@ def _shipped_files() -> Mapping[str, str]:
 def shipped() -> dict[str, str]:
     """Names of the recipes that come with quantkit, and their texts: the files, then every mixture of
     llama.cpp that no file describes."""
-    out = dict(_shipped_files())
+    out = dict(shipped_files())
     out.update({name: mixture_recipe(name) for name in FILE_TYPES if name not in out})
     return out
 
@@ -288,15 +348,19 @@ def text_of(name: str) -> str:
 
 
 def files_of(name: str) -> tuple[Path, ...]:
-    """The files that `load` reads for a recipe: its own and its base's; none of what comes with quantkit."""
+    """The files that a recipe consists of: its own, its base's, its policy of rounding; none of quantkit's own."""
     path = Path(name)
     if not _looks_like_path(path) and shipped_name(name) is not None:
         return ()
+    found = [path]
     with suppress(RecipeError):
-        base = load(name).base
+        recipe = load(name)
+        base, rounding = recipe.base, recipe.rounding
         if base is not None and (_looks_like_path(Path(base)) or _is_file(path.parent / base)):
-            return (path, path.parent / base)
-    return (path,)
+            found.append(path.parent / base)
+        if rounding is not None and rounding.folder is not None and _is_file(rounding.folder / rounding.policy):
+            found.append(rounding.folder / rounding.policy)
+    return tuple(found)
 
 
 def _looks_like_path(path: Path) -> bool:

@@ -7,23 +7,31 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
 
 from ..base.errors import KernelError, did_you_mean
 from ..gguf.pre_tokenizers import PRE_KEY, unknown_pre
 from ..gguf.types import FILE_TYPE_ALIASES, FILE_TYPES, INTEGER_TYPES, QTYPES, file_type, qtype
+from ..imatrix.policies import parse_policy
+from .foreign import not_a_glob
 from .selectors import LAYER_GROUPS, expand_braces, glob_regex, matcher, parse_layers
-from .yaml_lines import Marked
+from .yaml_lines import Marked, Path
 
 _MAX_OVERRIDE = 127
 _VARIABLE = re.compile(r"[a-z_][a-z0-9_]{0,63}")
 _KEY = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 #: keys that follow from the build itself
 _FIXED_KEYS = ("general.architecture", "general.alignment", "general.file_type", "general.quantization_version")
-_FIXED_PREFIXES = ("split.", "quantize.imatrix.", "tokenizer.ggml.tokens", "tokenizer.ggml.merges")
+_FIXED_PREFIXES = (
+    "split.", "quantize.imatrix.", "quantkit.imatrix.", "quantkit.rounding.", "tokenizer.ggml.tokens",
+    "tokenizer.ggml.merges",
+)  # fmt: skip
+#: how a tensor may be rounded: as ggml does it, or with the errors of columns made good in later ones
+GGML = "ggml"
+ROUNDINGS = (GGML, "coarse", "feedback", "feedback+gain")
 
 
 def known_type(value: str) -> str:
@@ -36,7 +44,8 @@ def known_type(value: str) -> str:
     return name
 
 
-def _type_or_variable(value: str) -> str:
+def type_or_variable(value: str) -> str:
+    """A type's name as ggml has it, or $NAME of a variable. Raises ValueError."""
     if value.startswith("$"):
         if not _VARIABLE.fullmatch(value[1:]):
             raise ValueError(f"'{value:.60}' is not a variable's name, such as $down")
@@ -61,15 +70,28 @@ def _good_otherwise(value: str) -> str:
     return f"mixture {known}"
 
 
-def _good_pattern(value: str) -> str:
+def good_pattern(value: str) -> str:
+    """A glob over tensor names, as it is. Raises ValueError, with the right form for what is none."""
+    if says := not_a_glob(value):
+        raise ValueError(says)
     for alternative in expand_braces(value):
         glob_regex(alternative)
     return value
 
 
-def _good_layers(value: str) -> str:
+def good_layers(value: str) -> str:
+    """Layers such as moe[:6] or 3-12, as they are. Raises ValueError."""
     parse_layers(value)
     return value
+
+
+def _listed_layers(value: Any) -> Any:
+    """[3, 5] and [3-5, 9] as text. Raises ValueError."""
+    if not isinstance(value, list):
+        return value
+    if not value or not all(isinstance(each, str) and each.strip()[:1].isdecimal() for each in value):
+        raise ValueError("a list of layers is of numbers, such as [3, 5] or [3-5, 9]; a slice stands alone: moe[:6]")
+    return ", ".join(value)
 
 
 def _good_variable(value: str) -> str:
@@ -130,13 +152,43 @@ def parse_override(key: str, text: str) -> Override:
 
 def _good_metadata(value: dict[str, str]) -> dict[str, str]:
     if PRE_KEY in value:
-        override = parse_override(PRE_KEY, value[PRE_KEY])
+        checked_override(PRE_KEY, value[PRE_KEY])
+    return value
+
+
+def checked_override(key: str, text: str) -> Override:
+    """A key and its TYPE:VALUE, all of it checked. Raises ValueError."""
+    override = parse_override(_good_key(key), text)
+    if key == PRE_KEY:
         says = unknown_pre(str(override.value))
         if override.type != "str":
             says = f"is {override.type}, not str"
         if says:
             raise ValueError(f"{PRE_KEY}: {says}")
+    return override
+
+
+def _good_policy(value: str) -> str:
+    return parse_policy(value).text
+
+
+def known_rounding(value: str) -> str:
+    """The name of a rounding, as it is. Raises ValueError."""
+    if value not in ROUNDINGS:
+        raise ValueError(
+            f"unknown rounding '{value:.40}'{did_you_mean(value, ROUNDINGS)}; there are {', '.join(ROUNDINGS)}"
+        )
     return value
+
+
+def _good_rounding(value: Any) -> str | dict[str, str]:
+    if isinstance(value, dict):
+        if list(value) != ["policy"] or not isinstance(value["policy"], str) or not value["policy"]:
+            raise ValueError("should be a name or {policy: NAME or FILE}, such as {policy: deepseek-v3}")
+        return value
+    if not isinstance(value, str):
+        raise ValueError(f"should be one of {', '.join(ROUNDINGS)}, or {{policy: NAME or FILE}}, not {value!r:.60}")
+    return known_rounding(value)
 
 
 def _good_override(value: str) -> str:
@@ -146,8 +198,25 @@ def _good_override(value: str) -> str:
 
 _TYPES = [t for t in QTYPES if t not in INTEGER_TYPES]
 _A_TYPE = {"type": "string", "enum": _TYPES}
+_A_ROUNDING = {"type": "string", "enum": list(ROUNDINGS)}
+_A_POLICY = {
+    "type": "object", "properties": {"policy": {"type": "string", "minLength": 1}}, "required": ["policy"],
+    "additionalProperties": False,
+}  # fmt: skip
 _TypeName = Annotated[str, AfterValidator(known_type), WithJsonSchema(_A_TYPE)]
-_LAYERS_PATTERN = rf"^({'|'.join(LAYER_GROUPS)})\s*(\[.*\])?$"
+_RANGES_PATTERN = r"^\d+(\s*-\s*\d+)?(\s*,\s*\d+(\s*-\s*\d+)?)*$"
+_LAYERS_SCHEMA = {
+    "anyOf": [
+        {"type": "string", "pattern": rf"^({'|'.join(LAYER_GROUPS)})\s*(\[.*\])?$"},
+        {"type": "string", "pattern": _RANGES_PATTERN},
+        {"type": "integer", "minimum": 0},
+        {
+            "type": "array",
+            "minItems": 1,
+            "items": {"anyOf": [{"type": "integer", "minimum": 0}, {"type": "string", "pattern": _RANGES_PATTERN}]},
+        },
+    ]
+}
 
 
 class Rule(BaseModel):
@@ -155,26 +224,30 @@ class Rule(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
-    match: Annotated[str, Field(min_length=1), AfterValidator(_good_pattern)] = Field(
+    match: Annotated[str, Field(min_length=1), AfterValidator(good_pattern)] = Field(
         description="A glob over whole GGUF tensor names: * any characters, ? one, [ab] [a-z] [!a] one of a set, "
         "{a,b} alternatives.",
         examples=["blk.*.ffn_{gate,up}_exps.weight"],
     )
     layers: (
-        Annotated[str, AfterValidator(_good_layers), WithJsonSchema({"type": "string", "pattern": _LAYERS_PATTERN})]
+        Annotated[str, BeforeValidator(_listed_layers), AfterValidator(good_layers), WithJsonSchema(_LAYERS_SCHEMA)]
         | None
     ) = Field(
         default=None,
-        description="Only in these layers: all, dense, moe or more_bits (those that the _M mixtures favour), with an "
-        "optional Python slice or index.",
-        examples=["moe[:6]", "all[-1]"],
+        description="Only in these layers: numbers, such as 3-12 or [3, 5]; or all, dense, moe or more_bits (those "
+        "that the _M mixtures favour), with an optional Python slice or index.",
+        examples=["moe[:6]", "3-12", "all[-1]"],
     )
     type: Annotated[
         str,
-        AfterValidator(_type_or_variable),
+        AfterValidator(type_or_variable),
         WithJsonSchema({"anyOf": [_A_TYPE, {"type": "string", "pattern": r"^\$[a-z_][a-z0-9_]*$"}]}),
     ] = Field(description="The ggml type, or $NAME of a variable.", examples=["IQ2_XXS", "$down"])
     why: Annotated[str, Field(min_length=1)] = Field(description="The reason, for whoever reads the plan.")
+    rounding: Annotated[str, AfterValidator(known_rounding), WithJsonSchema(_A_ROUNDING)] | None = Field(
+        default=None, description="How its tensors are rounded, where that is not as the file says.",
+        examples=["ggml"],
+    )  # fmt: skip
     optional: bool = Field(default=False, description="No error when it matches nothing in a model.")
 
     def matcher(self) -> re.Pattern[str]:
@@ -192,7 +265,8 @@ class RecipeFile(BaseModel):
     base: Annotated[str, Field(min_length=1)] | None = Field(
         default=None,
         description="Another recipe, by name or path: its rules are appended to this one's, and what this one leaves "
-        "out (arch, file_type, imatrix, otherwise, vars, metadata) is taken from it. One level.",
+        "out (arch, file_type, imatrix, imatrix_policy, rounding, otherwise, vars, metadata) is taken from it. One "
+        "level.",
         examples=["UD-IQ1_S"],
     )
     arch: Annotated[list[str], Field(min_length=1)] | None = Field(
@@ -211,6 +285,21 @@ class RecipeFile(BaseModel):
     imatrix: Literal["required", "optional"] | None = Field(
         default=None, description="Whether a build needs an importance matrix. Default: optional."
     )
+    imatrix_policy: Annotated[str, AfterValidator(_good_policy)] | None = Field(
+        default=None,
+        description="What stands in for data that the importance matrix lacks: fail (the default), ones, sibling, "
+        "prior, shrink:K, raise:TYPE, kv_b, or several in a row. --imatrix-policy on the command line comes before it.",
+        examples=["sibling,prior"],
+    )
+    rounding: Annotated[
+        Any, AfterValidator(_good_rounding), WithJsonSchema({"anyOf": [_A_ROUNDING, _A_POLICY]})
+    ] = Field(
+        default=None,
+        description="How tensors are rounded: ggml (the default), coarse, feedback or feedback+gain; or {policy: NAME "
+        "or FILE}, which chooses for each. All but ggml need a covariance of the inputs (docs/rounding.md). --rounding "
+        "and --rounding-policy on the command line come before it and before its rules'.",
+        examples=["feedback"],
+    )  # fmt: skip
     vars: dict[Annotated[str, AfterValidator(_good_variable)], _TypeName] = Field(
         default={},
         description="Types by name, used as type: $NAME, and set from the command line with --set NAME=TYPE.",
@@ -276,17 +365,26 @@ _WANTED = {
     "string_type": "should be text",
     "bool_type": "should be true or false",
     "list_type": "should be a list",
+    "tuple_type": "should be a list",
     "model_type": "should be a mapping",
     "dict_type": "should be a mapping",
 }
 
 
-def messages(error: ValidationError, marked: Marked) -> Iterator[str]:
-    """The mistakes in a recipe's words, each with its place."""
+def _fields(path: Path) -> Mapping[str, Any]:
+    """The keys that are known at a place of a recipe."""
+    return Rule.model_fields if path[:1] == ("rules",) else RecipeFile.model_fields
+
+
+def messages(
+    error: ValidationError, marked: Marked, fields_of: Callable[[Path], Mapping[str, Any]] = _fields
+) -> Iterator[str]:
+    """The mistakes in a recipe's words, each with its place; also in another file's, of which `fields_of` tells the
+    known keys."""
     for e in error.errors():
         path = tuple(step for step in e["loc"] if step != "[key]")
         here = marked.place(*path)
-        fields: Mapping[str, Any] = Rule.model_fields if path[:1] == ("rules",) else RecipeFile.model_fields
+        fields = fields_of(path)
         kind, last = e["type"], str(path[-1]) if path else ""
         if kind == "extra_forbidden":
             yield f"{here}: unknown key '{last}'{did_you_mean(last, fields)}; known are {', '.join(fields)}"

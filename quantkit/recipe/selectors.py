@@ -1,4 +1,4 @@
-"""What a rule selects: globs with braces over tensor names, and Python slices over named lists of layers.
+"""What a rule selects: globs with braces over tensor names; layers, as numbers or as Python slices over named lists.
 
 A glob: `*` any run of characters, `?` one, `[ab]`, `[a-z]` and `[!a]` one of a set, `{a,b}`
 alternatives, which are written out before all else. It matches whole names.
@@ -7,7 +7,7 @@ alternatives, which are written out before all else. It matches whole names.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from itertools import count
 
@@ -16,6 +16,7 @@ from ..base.errors import did_you_mean
 LAYER_GROUPS = ("all", "dense", "moe", "more_bits")
 _MAX_ALTERNATIVES = 256
 _MAX_PATTERN = 1000
+_MAX_LAYERS = 4096
 
 
 def expand_braces(pattern: str) -> list[str]:
@@ -100,15 +101,22 @@ def matcher(pattern: str) -> re.Pattern[str]:
     return re.compile("|".join(glob_regex(p) for p in expand_braces(pattern)))
 
 
+_RANGES = re.compile(r"\s*\d{1,6}\s*(?:[-\u2013]\s*\d{1,6}\s*)?(?:,\s*\d{1,6}\s*(?:[-\u2013]\s*\d{1,6}\s*)?)*")
 _LAYERS = re.compile(r"(?P<group>\w+)\s*(?:\[\s*(?P<index>[^\]]*?)\s*\])?")
 _NUMBER = re.compile(r"[+-]?\d{1,6}")
 
 
-def parse_layers(text: str) -> tuple[str, int | slice | None]:
-    """'moe[:6]' as ('moe', slice(None, 6)), 'all[-1]' as ('all', -1), 'dense' as ('dense', None). Raises ValueError."""
+def parse_layers(text: str) -> tuple[str, int | slice | frozenset[int] | None]:
+    """'moe[:6]' as ('moe', slice(None, 6)), 'all[-1]' as ('all', -1), 'dense' as ('dense', None), and '3-5, 9' as
+    ('all', {3, 4, 5, 9}). Raises ValueError."""
+    if _RANGES.fullmatch(text):
+        return "all", frozenset(_numbers(text))
     m = _LAYERS.fullmatch(text.strip())
     if m is None:
-        raise ValueError(f"'{text:.60}' is not a layer list with a slice, such as moe, moe[:6] or all[-1]")
+        raise ValueError(
+            f"'{text:.60}' is no choice of layers; write numbers, such as 3-12 or [3, 5], or a list of layers with a "
+            "Python slice, such as moe, moe[:6] or all[-1]"
+        )
     if m["group"] not in LAYER_GROUPS:
         raise ValueError(
             f"unknown layer list '{m['group']:.60}'{did_you_mean(m['group'], LAYER_GROUPS)}; "
@@ -126,12 +134,25 @@ def parse_layers(text: str) -> tuple[str, int | slice | None]:
     return m["group"], slice(*(int(n) if n else None for n in numbers))
 
 
+def _numbers(text: str) -> Iterator[int]:
+    """The numbers of '3-5, 9'. Raises ValueError."""
+    for part in text.split(","):
+        first, _, last = (n.strip() for n in part.replace("\u2013", "-").partition("-"))
+        if last and int(last) < int(first):
+            raise ValueError(f"'{part.strip()}' runs backwards; write {last}-{first}")
+        if last and int(last) - int(first) > _MAX_LAYERS:
+            raise ValueError(f"'{part.strip()}' is more than {_MAX_LAYERS:,} layers")
+        yield from range(int(first), int(last or first) + 1)
+
+
 def pick_layers(text: str, groups: Mapping[str, Sequence[int]]) -> frozenset[int]:
-    """The layer numbers a selector takes from a model's layer lists; an index beyond the list takes none."""
+    """The layer numbers a selector takes from a model's layer lists; what is beyond the list takes none."""
     group, index = parse_layers(text)
     layers = groups[group]
     if index is None:
         return frozenset(layers)
+    if isinstance(index, frozenset):
+        return index.intersection(layers)
     if isinstance(index, slice):
         return frozenset(layers[index])
     return frozenset(layers[index : index + 1 or None])

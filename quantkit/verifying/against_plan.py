@@ -15,16 +15,21 @@ from typing import Any, NamedTuple
 from ..base.errors import SourceError
 from ..base.first_bytes import ENOUGH, not_the_file
 from ..gguf.types import FILE_TYPES, QTYPES
-from ..model.imatrix import Imatrix
+from ..imatrix.matrix import Imatrix
+from ..imatrix.policies import Policy, parse_policy
 from ..planning.plan import Plan
+from ..rounding.options import VERSION as ROUNDING_VERSION
 from .gguf import Gguf, Key, regular
+from .rounding import PREFIX, first_difference
 from .structure import SHARD_NAME, SPLIT_KEYS
 from .verdict import Finding, Findings, Verdict
 
 _MAX_PLAN = 1 << 28
 #: what llama-quantize keeps of a text it notes
 _MOST_NOTED = 127
-_U32, _F32, _BOOL, _STR = 4, 6, 7, 8
+#: what a build notes of the policy for what its importance matrix lacks, where that changed something
+_POLICY_KEY = "quantkit.imatrix.policy"
+_U32, _F32, _BOOL, _STR, _ARR = 4, 6, 7, 8, 9
 
 
 class Expected(NamedTuple):
@@ -124,7 +129,11 @@ def _text(raw: bytes) -> bytes:
 def _expected_keys(plan: Plan, imatrix: Imatrix | None) -> dict[str, tuple[int, bytes]]:
     """The keys of the output in order: name -> (type, bytes of the value). Setting a key that exists moves it
     to the end."""
-    keys = {item.key: (item.type, item.payload) for item in plan.catalogue.kvs if item.key not in SPLIT_KEYS}
+    keys = {
+        item.key: (item.type, item.payload)
+        for item in plan.catalogue.kvs
+        if item.key not in (*SPLIT_KEYS, _POLICY_KEY) and not item.key.startswith(PREFIX)
+    }
     if keys.get("general.alignment", (_U32, struct.pack("<I", 32))) != (_U32, struct.pack("<I", 32)):
         del keys["general.alignment"]  # what is built is aligned to 32, whatever the source was
 
@@ -147,6 +156,24 @@ def _expected_keys(plan: Plan, imatrix: Imatrix | None) -> dict[str, tuple[int, 
         put("quantize.imatrix.entries_count", _U32, struct.pack("<I", len(imatrix.entries)))
         if imatrix.n_chunks > 0:
             put("quantize.imatrix.chunks_count", _U32, struct.pack("<I", imatrix.n_chunks))
+        if plan.applied:
+            put(_POLICY_KEY, _STR, _text(plan.applied.encode()))
+    rounding = plan.rounding
+    listed = [] if rounding is None else rounding.listed()
+    if rounding is not None and listed:
+        put(PREFIX + "version", _U32, struct.pack("<I", ROUNDING_VERSION))
+        put(PREFIX + "options", _STR, _text(rounding.options.encode()))
+        policy = rounding.policy
+        said = rounding.recorded_policy if policy is None else f"{policy.name} (sha256 {policy.digest})"
+        if said:
+            put(PREFIX + "policy", _STR, _text(said.encode()))
+        if rounding.covariance is not None:
+            put(PREFIX + "covariance", _STR, _text(rounding.covariance.digest.encode()))
+            if rounding.covariance.held_out is not None:
+                put(PREFIX + "held_out", _STR, _text(rounding.covariance.held_out.digest.encode()))
+            put(PREFIX + "tokens", _U32, struct.pack("<I", rounding.covariance.n_tokens))
+        texts = b"".join(_text(line.encode()) for line in listed)
+        put(PREFIX + "tensors", _ARR, struct.pack("<IQ", _STR, len(listed)) + texts)
     return keys
 
 
@@ -156,7 +183,8 @@ def check_keys(
     """The keys of the first file are the plan's, in its order, and those of later shards the split keys only.
 
     Of quantize.imatrix.*, the path is not compared, since it is as the builder typed it; without an `imatrix`
-    none of them is. Of a plan from a config alone, only `<arch>.*` and the file type are known.
+    none of them is, nor what was recorded of a policy. Of a plan from a config alone, only `<arch>.*` and the file
+    type are known.
     """
     findings = verdict.findings
     wanted = _expected_keys(plan, imatrix)
@@ -172,20 +200,27 @@ def check_keys(
                     text = f"key '{key.name}' belongs in the first shard"
                     findings.add(Finding("metadata", g.name, text, offset=key.offset, found=key.shown()))
             continue
-        _check_first(g, wanted, plan.catalogue.kvs_complete, imatrix, ignored, verdict)
+        _check_first(g, wanted, plan, imatrix, ignored, verdict)
 
 
 def _check_first(
-    g: Gguf, wanted: dict[str, tuple[int, bytes]], complete: bool, imatrix: Imatrix | None, ignored: Collection[str],
+    g: Gguf, wanted: dict[str, tuple[int, bytes]], plan: Plan, imatrix: Imatrix | None, ignored: Collection[str],
     verdict: Verdict,
 ) -> None:  # fmt: skip
+    complete, rounding = plan.catalogue.kvs_complete, plan.rounding
+    # without the covariance its digest is not known, nor what falls back for want of it
+    is_rounded = rounding is not None and rounding.covariance is None
+
     def skip(name: str) -> bool:
-        return name in ignored or (name.startswith("quantize.imatrix.") and imatrix is None)
+        of_imatrix = name.startswith("quantize.imatrix.") or name == _POLICY_KEY
+        return name in ignored or (of_imatrix and imatrix is None) or (is_rounded and name.startswith(PREFIX))
 
     def wrong(text: str, key: Key | None, expected: str, found: str) -> None:
         offset = key.offset if key else None
         verdict.findings.add(Finding("metadata", g.name, text, offset=offset, expected=expected, found=found))
 
+    if is_rounded and any(name.startswith(PREFIX) for name in g.keys):
+        verdict.notes.append(f"{PREFIX}* were not compared: give the covariance with --covariance")
     if imatrix is None and any(name.startswith("quantize.imatrix.") for name in g.keys):
         verdict.notes.append("quantize.imatrix.* were not compared: give the importance matrix with --imatrix")
     for name, (type_, raw) in wanted.items():
@@ -197,7 +232,9 @@ def _check_first(
             wrong(f"key '{name}' is missing", None, want.shown(), "nothing")
         elif key.type != type_ or (key.raw != raw and name != "quantize.imatrix.file"):
             expected, found = want.shown(), key.shown()
-            if expected == found:
+            if name == PREFIX + "tensors":
+                expected, found = first_difference(raw, key.raw)
+            elif expected == found:
                 at = next(i for i, (a, b) in enumerate(zip(raw + b"\0", key.raw + b"\1", strict=False)) if a != b)
                 expected, found = f"{expected}, {raw[at : at + 8].hex()} at {at:,}", key.raw[at : at + 8].hex()
             wrong(f"key '{name}'", key, expected, found)
@@ -216,6 +253,19 @@ def _check_first(
         if a != b:
             wrong("the order of the keys", g.keys[b], f"'{a}'", f"'{b}'")
             break
+
+
+def recorded_policy(files: Iterable[Gguf]) -> Policy | None:
+    """The policy that the file says it was made with, for what its importance matrix lacks; None where it says none
+    that is known."""
+    for g in files:
+        key = g.keys.get(_POLICY_KEY)
+        if key is not None and key.type == _STR:
+            try:
+                return parse_policy(key.raw[8:].decode().partition(": ")[0])
+            except ValueError:
+                return None
+    return None
 
 
 def uses_imatrix(files: Iterable[Gguf]) -> str | None:

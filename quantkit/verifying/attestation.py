@@ -24,9 +24,11 @@ from typing import Any, NamedTuple
 
 from ..base.errors import SourceError
 from ..base.version import __version__
+from ..imatrix.matrix import Imatrix
 from ..model.catalogue import Source
-from ..model.imatrix import Imatrix
 from ..planning.plan import Plan
+from ..recipe.changes import Changes
+from ..rounding.covariance import CovarianceSource
 from .against_plan import Expected, expected_of
 from .gguf import read as read_gguf
 from .gguf import regular
@@ -39,6 +41,7 @@ BUILD_TYPE = "urn:quantkit:build:1"
 BUILDER = "urn:quantkit:cli"
 #: the digest of a big file's header; its length is in the annotations
 HEADER_DIGEST = "headerSha256"
+COVARIANCE_DIGEST = "quantkitCovarianceSha256"
 _CHUNK = 1 << 23
 _SMALL = 1 << 27
 #: what besides weights a checkpoint's metadata is made from
@@ -47,6 +50,21 @@ _BESIDE = (
     "added_tokens.json", "chat_template.jinja", "chat_template.json", "model.safetensors.index.json", "README.md",
     "hf_quant_config.json",
 )  # fmt: skip
+
+
+class AskedRounding(NamedTuple):
+    """How tensors were to be rounded otherwise than by ggml."""
+
+    method: str
+    """what --rounding said; '' where a policy or the recipe did"""
+    policy: tuple[str, str] | None = None
+    """the text of the policy, and the name of its file"""
+    by_option: bool = True
+    """whether the command line said so, and not the recipe"""
+
+    def to_json(self) -> dict[str, Any]:
+        made: dict[str, Any] = {"method": self.method, "byOption": self.by_option}
+        return made if self.policy is None else {**made, "policy": _text_and_digest(*self.policy)}
 
 
 @dataclass(frozen=True)
@@ -66,6 +84,12 @@ class Asked:
     engine: str = "native"
     base_text: tuple[str, str] | None = None
     """the text of the recipe's base, and the name of its file"""
+    imatrix_policy: str | None = None
+    """what stands in for data that the importance matrix lacks, where it was given beside the recipe"""
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    """what --type and the like changed in the recipe (quantkit.recipe.changes)"""
+    rounding: AskedRounding | None = None
+    """None where ggml rounds all, or only the recipe's own words say otherwise"""
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -73,6 +97,7 @@ class Asked:
                 **_text_and_digest(self.recipe_text, Path(self.recipe_name).name),
                 "set": dict(self.sets),
                 **({} if self.base_text is None else {"base": _text_and_digest(*self.base_text)}),
+                **({"changes": dict(self.changes)} if self.changes else {}),
             },
             "mixtureVersion": self.mixture_version,
             "layout": self.layout,
@@ -81,6 +106,8 @@ class Asked:
             "splitMaxSize": self.split_max_size,
             "allowRequantize": self.allow_requantize,
             "engine": self.engine,
+            "imatrixPolicy": self.imatrix_policy,
+            **({} if self.rounding is None else {"rounding": self.rounding.to_json()}),
         }
 
 
@@ -162,7 +189,7 @@ class Evidence:
 
     def to_json(self, whole: bool, progress: Progress) -> list[dict[str, Any]]:
         """The files as in-toto resource descriptors, with `whole` all of each hashed. Raises SourceError."""
-        todo = [file for file in self.files if whole and "sha256" not in file.digests]
+        todo = [f for f in self.files if whole and "sha256" not in f.digests and f.role != "covariance"]
         if todo:
             progress.start("source hashes", sum(file.nbytes for file in todo), "B")
         out = []
@@ -185,9 +212,19 @@ def _state(path: Path) -> tuple[int, int, int]:
     return (info.st_size, info.st_mtime_ns, info.st_ino)
 
 
-def gather(source: Source, imatrix: Imatrix | None, progress: Progress) -> Evidence:
-    """The source's files, and the importance matrix: headers of big files, and all of small ones, hashed. Raises
-    SourceError."""
+class Inputs(NamedTuple):
+    """What a build is made from."""
+
+    source: Source | None
+    imatrix: Imatrix | None = None
+    covariance: CovarianceSource | None = None
+
+
+def gather(
+    source: Source, imatrix: Imatrix | None, progress: Progress, covariance: CovarianceSource | None = None
+) -> Evidence:
+    """The source's files, the importance matrix, the covariance: headers of big files, and all of small ones, hashed;
+    of the covariance its own digest. Raises SourceError."""
     folder = source.path if source.path.is_dir() else source.path.parent
     beside = [folder / name for name in _BESIDE if (folder / name).is_file()] if source.path.is_dir() else []
     small = [p for p in beside if regular(p) <= _SMALL]
@@ -202,7 +239,18 @@ def gather(source: Source, imatrix: Imatrix | None, progress: Progress) -> Evide
         digest = file_digest(path, nbytes, progress)
         kind = HEADER_DIGEST if path in headers else "sha256"
         out.append(Dependency(path, role, state[0], headers.get(path), {kind: digest}, state))
-    return Evidence(tuple(out))
+    return Evidence(tuple(out) + _of_covariance(covariance))
+
+
+def _of_covariance(covariance: CovarianceSource | None) -> tuple[Dependency, ...]:
+    """A folder of arrays as one dependency."""
+    out = []
+    for one in () if covariance is None else (covariance, covariance.held_out):
+        if one is not None and one.files:
+            folder = one.files[0].parent
+            nbytes = sum(_state(file)[0] for file in one.files if file.parent == folder)
+            out.append(Dependency(folder, "covariance", nbytes, None, {COVARIANCE_DIGEST: one.digest}, _state(folder)))
+    return tuple(out)
 
 
 def statement(
@@ -277,6 +325,9 @@ def read(path: Path) -> Attested:
                 str(outside["mixtureVersion"]), str(outside["layout"]), _text(outside["pre"]),
                 _text(outside["padToken"]), outside["splitMaxSize"], bool(outside["allowRequantize"]),
                 str(outside["engine"]), base and (str(base["text"]), str(base["name"])),
+                _text(outside.get("imatrixPolicy")),  # older statements have none
+                Changes.from_json(recipe.get("changes", {})).to_json(),
+                _asked_rounding(outside.get("rounding")),
             ),
             str(definition["internalParameters"]["planSha256"]),
             [
@@ -291,13 +342,29 @@ def read(path: Path) -> Attested:
         said = [(made.asked.recipe_text, str(recipe["sha256"]))]
         if base is not None:
             said.append((str(base["text"]), str(base["sha256"])))
+        policy = None if made.asked.rounding is None else made.asked.rounding.policy
+        edited = policy is not None and not _is_of(policy[0], str(outside["rounding"]["policy"]["sha256"]))
     except (KeyError, TypeError, AttributeError, ValueError) as e:
         raise SourceError(f"{path}: the attestation is malformed at {str(e)[:60]}") from None
-    if any(hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest() != sha for text, sha in said):
+    if edited:
+        raise SourceError(f"{path}: the policy's text is not the one whose SHA-256 stands beside it; it was edited")
+    if not all(_is_of(text, sha) for text, sha in said):
         raise SourceError(f"{path}: the recipe's text is not the one whose SHA-256 stands beside it; it was edited")
     if not made.subjects:
         raise SourceError(f"{path}: attests no file")
     return made
+
+
+def _is_of(text: str, sha: str) -> bool:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest() == sha
+
+
+def _asked_rounding(said: Any) -> AskedRounding | None:
+    if said is None:
+        return None
+    policy = said.get("policy")
+    text = policy and (str(policy["text"]), str(policy["name"]))
+    return AskedRounding(str(said["method"]), text, bool(said["byOption"]))
 
 
 def _text(value: Any) -> str | None:
@@ -327,30 +394,32 @@ def compare_plan(attested: Attested, tensors: Iterable[Expected], findings: Find
         findings.add(Finding("attestation", "", text, expected=attested.plan_sha256, found=found))
 
 
-def compare_sources(
-    attested: Attested, source: Source | None, imatrix: Imatrix | None, whole: bool, findings: Findings,
-    progress: Progress,
-) -> None:  # fmt: skip
-    """The source and the importance matrix given are those of the build, as far as was asked to look: of
-    big files the header and the length, and with `whole` every byte. Where the statement lacks a digest that was
+def compare_sources(attested: Attested, inputs: Inputs, whole: bool, findings: Findings, progress: Progress) -> None:
+    """The source, the importance matrix and the covariance given are those of the build, as far as was asked to look:
+    of big files the header and the length, and with `whole` every byte. Where the statement lacks a digest that was
     asked for, that is a finding."""
 
     def of(role: str) -> dict[str, dict[str, Any]]:
         return {d["name"]: d for d in attested.dependencies if d["annotations"].get("role") == role}
 
+    source, imatrix, covariance = inputs
     found: list[dict[str, Any]] = []
     if source is not None:
-        found = gather(source, imatrix, progress).to_json(whole, progress)
+        found = gather(source, imatrix, progress, covariance).to_json(whole, progress)
     elif imatrix is not None:
         progress.start("source hashes", regular(imatrix.path), "B")
         notes = {"role": "imatrix", "bytes": regular(imatrix.path)}
         sha = file_digest(imatrix.path, progress=progress)
         found = [{"name": imatrix.path.name, "digest": {"sha256": sha}, "annotations": notes}]
-    roles = [role for role, given in (("source", source), ("imatrix", imatrix)) if given is not None]
+    roles = [
+        role
+        for role, given in (("source", source), ("imatrix", imatrix), ("covariance", covariance))
+        if given is not None
+    ]
     for role in roles:
         wanted = of(role)
         there = {d["name"]: d for d in found if d["annotations"]["role"] == role}
-        if role == "imatrix" and len(wanted) == len(there) == 1:  # of any name
+        if role != "source" and len(wanted) == len(there) == 1:  # of any name
             there = dict(zip(wanted, there.values(), strict=True))
         for name, item in there.items():
             want = wanted.get(name)

@@ -12,19 +12,23 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import NamedTuple
+from pathlib import Path
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from ..base.errors import ImatrixError, SourceError
+from ..base.errors import ImatrixError, KernelError, SourceError
+from ..base.workers import share_out
 from ..gguf.types import ABORT_WITHOUT_IMATRIX, INTEGER_TYPES, QTYPES
 from ..model.catalogue import Catalogue, Source, Tensor
-from ..model.imatrix import Imatrix
+from ..planning.rounding import Rounding
+from ..rounding.covariance import NoInputsError
+from ..rounding.policy import Choice
 from .derive import F32, I64, U8, Deriver
 from .ggml import NOT_IN_WHEEL, Ggml
 from .gguf import Gguf, Info, read_into
-from .parallel import each
+from .rounding import Rounder
 from .verdict import KEPT_EACH, Finding, Findings, Progress
 
 #: values of a batch: 4 MiB as float32
@@ -32,6 +36,16 @@ _BATCH = 1 << 20
 _SHOWN = 8
 #: the tensor whose entry may have another size: then it has none (src/llama-quant.cpp)
 _EXCUSED = "token_embd.weight"
+
+
+class Weights(Protocol):
+    """An importance matrix, with what a policy puts in the place of what it lacks."""
+
+    @property
+    def path(self) -> Path: ...
+    def __contains__(self, name: str) -> bool: ...
+    def fits(self, name: str, n_cols: int, n_mats: int) -> bool: ...
+    def weights(self, name: str, mat: int, n_cols: int) -> F32: ...
 
 
 class Sample(NamedTuple):
@@ -84,10 +98,23 @@ class RowCheck:
 
     catalogue: Catalogue
     source: Source
-    imatrix: Imatrix | None
+    imatrix: Weights | None
     ggml: Ggml
     sample: Sample
     seed: int
+    rounding: Rounding | None = None
+    """of the tensors that ggml did not round"""
+    rounder: Rounder | None = None
+    """what makes their rows again; without it they are left out"""
+
+    def by_rounder(self, name: str, mat: int) -> Choice | None:
+        """What rounds a matrix of a tensor; None where ggml does."""
+        choice = None if self.rounding is None else self.rounding.of(name)
+        return None if self.rounding is None or self.rounding.is_thin(name, mat) else choice
+
+    def can_make(self, name: str, mat: int) -> bool:
+        """Whether rows of a matrix can be made again."""
+        return self.rounder is not None or self.by_rounder(name, mat) is None
 
 
 class _Batch(NamedTuple):
@@ -141,10 +168,10 @@ def rederive(
     findings: Findings,
     n_threads: int,
     progress: Progress,
-) -> tuple[int, int]:
+) -> tuple[int, int, dict[str, int]]:
     """Compare the sampled rows of every tensor that has the type it should (`types`: name -> type) and the
-    shape of the source's. Returns (rows compared, rows there are). Raises SourceError, ImatrixError,
-    KernelError when the comparison itself is not possible."""
+    shape of the source's. Returns (rows compared, rows there are, sampled rows of each tensor that were left
+    out). Raises SourceError, ImatrixError, KernelError when the comparison itself is not possible."""
     check_imatrix(rows, types)
     by_name = {t.name: t for t in rows.catalogue.tensors}
     pairs: list[tuple[Gguf, Info, Tensor]] = []
@@ -159,13 +186,15 @@ def rederive(
                 done.add(info.name)
     total = sum(t.n_rows for t in by_name.values())
     fraction = rows.sample.of(total)
-    n_sampled = {t.name: prod(t.shape[2:]) * n_chosen(_mat_rows(t), fraction) for _, _, t in pairs}
+    mats = {t.name: [m for m in range(prod(t.shape[2:])) if rows.can_make(t.name, m)] for _, _, t in pairs}
+    n_sampled = {t.name: len(mats[t.name]) * n_chosen(_mat_rows(t), fraction) for _, _, t in pairs}
+    left_out = {t.name: prod(t.shape[2:]) * n_chosen(_mat_rows(t), fraction) - n_sampled[t.name] for _, _, t in pairs}
     progress.start("rows", sum(n_sampled[t.name] * t.n_cols for _, _, t in pairs), "w")
 
     def batches() -> Iterator[_Batch]:
         for g, info, t in pairs:
             step = max(1, _BATCH // t.n_cols)
-            for mat in range(prod(t.shape[2:])):
+            for mat in mats[t.name]:
                 chosen = mat * _mat_rows(t) + choose(_mat_rows(t), fraction, rows.seed, t.name, mat)
                 for at in range(0, len(chosen), step):
                     yield _Batch(g, info, t, mat, chosen[at : at + step])
@@ -179,8 +208,8 @@ def rederive(
 
         return do
 
-    each(batches(), n_threads, make)
-    return sum(n_sampled.values()), total
+    share_out(batches(), n_threads, make)
+    return sum(n_sampled.values()), total, {name: n for name, n in left_out.items() if n}
 
 
 def _mat_rows(t: Tensor) -> int:
@@ -213,7 +242,16 @@ class _Worker:
         copy = self.deriver.stored(batch.tensor, batch.rows, type_)
         if copy is not None:
             return copy
-        return self.rows.ggml.quantize(self.deriver.rows(batch.tensor, batch.rows), type_, self._weights(batch))
+        values = self.deriver.rows(batch.tensor, batch.rows)
+        due = self.rows.ggml.quantize(values, type_, self._weights(batch))
+        choice = self.rows.by_rounder(batch.tensor.name, batch.mat)
+        if choice is None or self.rows.rounder is None or isinstance(due, str):
+            return due
+        try:
+            self.rows.rounder.improve(values, due, type_, (batch.tensor.name, batch.mat), choice)
+        except (KernelError, NoInputsError) as e:  # whatever the file claims, no build has made that
+            return str(e)
+        return due
 
     def _weights(self, batch: _Batch) -> F32 | None:
         imatrix, t = self.rows.imatrix, batch.tensor
@@ -225,6 +263,8 @@ class _Worker:
 
     def _differs(self, batch: _Batch, row: int, due: U8, there: U8, times: int) -> None:
         info, qt = batch.info, batch.info.type
+        choice = self.rows.by_rounder(batch.tensor.name, batch.mat)
+        maker = "ggml" if choice is None else f"quantkit's {choice.rounding} rounding"
         differ = np.flatnonzero(due != there)
         blocks = np.unique(differ // qt.block_bytes)
         block = int(blocks[0])
@@ -236,7 +276,7 @@ class _Worker:
             Finding(
                 "row", batch.g.name,
                 f"{info.place(row)}, {unit} {block:,}{more} of {len(due) // qt.block_bytes:,}: {qt.name} bytes are not "
-                "what ggml makes of the source",
+                f"what {maker} makes of the source",
                 info.name, begin + at, row, block, due[at : at + _SHOWN].tobytes().hex(),
                 there[at : at + _SHOWN].tobytes().hex(),
             ),

@@ -9,10 +9,10 @@ from typing import Any
 
 from ..base.errors import ImatrixError
 from ..gguf.types import QTYPES
-from ..model.imatrix import Imatrix
+from ..imatrix.matrix import Imatrix
 from ..planning.gaps import gap_warnings
 from ..planning.plan import Plan
-from . import against_plan, attestation, manifest, structure
+from . import against_plan, attestation, manifest, rounding, structure
 from .against_plan import Expected
 from .attestation import Attested
 from .gguf import Info, kind_of
@@ -38,6 +38,8 @@ class Request:
     hashing: bool = False
     """make digests, for a manifest that is to be written"""
     n_threads: int = 1
+    recorded: rounding.Recorded | None = None
+    """what the file says of tensors that ggml did not round"""
 
 
 @dataclass
@@ -59,6 +61,7 @@ def verify(request: Request, progress: Progress) -> Outcome:
     verdict.notes += structure.remarks(found.files)
     expected, plan, rows = request.expected, request.plan, request.rows
     first = found.first()
+    verdict.notes += rounding.remark(request.recorded)
     verdict.kind = kind_of(first) if first is not None else ""
     if verdict.kind and (expected is not None or plan is not None or rows is not None):
         verdict.skipped = True  # every comparison would only say the same
@@ -84,7 +87,9 @@ def verify(request: Request, progress: Progress) -> Outcome:
             types = _own_types(request, found, verdict)
         else:
             types = {t.name: t.type for t in expected} | _other_types(found, expected, rows)
-        done, total = rederive(found.files, types, rows, findings, request.n_threads, progress)
+        done, total, left_out = rederive(found.files, types, rows, findings, request.n_threads, progress)
+        if left_out:
+            verdict.notes.append(rounding.not_compared(left_out))
         of = f"all {total:,} rows" if done == total else f"{done:,} of {total:,} rows (seed {rows.seed})"
         verdict.checked.append(of)
     if request.manifest is not None:
@@ -173,7 +178,9 @@ def _attested(
     given = request.plan.catalogue if request.plan is not None else request.rows.catalogue if request.rows else None
     source = given.source if given is not None else None
     if source is not None or request.imatrix is not None:
-        attestation.compare_sources(attested, source, request.imatrix, request.hash_source, findings, progress)
+        covariance = None if request.rows is None or request.rows.rounding is None else request.rows.rounding.covariance
+        inputs = attestation.Inputs(source, request.imatrix, covariance)
+        attestation.compare_sources(attested, inputs, request.hash_source, findings, progress)
         verdict.checked.append("attested sources")
     else:
         verdict.notes.append("the attested source was not looked at: give --source (and --imatrix) to derive again")

@@ -19,9 +19,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ..base.errors import SourceError
+from ..base.workers import share_out
 from ..gguf.types import IK_TYPES, QType
 from .gguf import Gguf, Info, read_into
-from .parallel import each
 from .verdict import KEPT_EACH, Finding, Findings, Progress
 
 _CHUNK = 1 << 23
@@ -138,7 +138,7 @@ def scan(
     digests = Digests()
     if hashing:
         progress.start("hashes and scales", sum(g.nbytes for g in files), "B")
-        each(files, min(n_threads, max(1, len(files))), lambda: _Hasher(findings, progress, digests, empty).do)
+        share_out(files, min(n_threads, max(1, len(files))), lambda: _Hasher(findings, progress, digests, empty).do)
     else:
         progress.start("scales", sum(c.nbytes for g in files for c in _chunks(g)), "B")
         jobs = (c for g in files for c in _chunks(g))
@@ -155,7 +155,7 @@ def scan(
 
             return do
 
-        each(jobs, n_threads, make)
+        share_out(jobs, n_threads, make)
     return digests
 
 

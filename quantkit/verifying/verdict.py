@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import threading
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -52,11 +54,12 @@ class Finding(NamedTuple):
 
 
 class Findings:
-    """Collects findings from any thread. Of each kind, tensor and file the first KEPT_EACH are kept, KEPT in all."""
+    """Collects findings from any thread. Of each kind, tensor and file the first KEPT_EACH by place are kept, KEPT in
+    all: which they are does not depend on the order in which threads find them."""
 
     def __init__(self) -> None:
-        self._kept: list[Finding] = []
-        self._of: Counter[tuple[str, str, str]] = Counter()
+        self._kept: defaultdict[tuple[str, str, str], list[Finding]] = defaultdict(list)
+        self._n_kept = 0
         self._counts: Counter[str] = Counter()
         self._texts: Counter[tuple[str, str]] = Counter()
         self._lock = threading.Lock()
@@ -67,10 +70,26 @@ class Findings:
             self._counts[finding.kind] += times
             if finding.kind in ("plan", "metadata"):
                 self._texts[finding.kind, finding.text] += times
-            key = (finding.kind, finding.file, finding.tensor)
-            self._of[key] += 1
-            if self._of[key] <= KEPT_EACH and len(self._kept) < KEPT:
-                self._kept.append(finding)
+            of_its_kind = self._kept[finding.kind, finding.file, finding.tensor]
+            bisect.insort(of_its_kind, finding, key=_place)
+            self._n_kept += 1
+            if len(of_its_kind) > KEPT_EACH:
+                del of_its_kind[-1]
+                self._n_kept -= 1
+            if self._n_kept >= 2 * KEPT:
+                self._drop()
+
+    def _drop(self) -> None:
+        """Keep the first KEPT only."""
+        kept = self._first()
+        self._kept.clear()
+        for f in kept:
+            self._kept[f.kind, f.file, f.tensor].append(f)
+        self._n_kept = len(kept)
+
+    def _first(self) -> list[Finding]:
+        """The first KEPT by kind, file and place."""
+        return sorted(itertools.chain.from_iterable(self._kept.values()), key=_place)[:KEPT]
 
     @property
     def count(self) -> int:
@@ -102,11 +121,18 @@ class Findings:
         return {kind: self._counts[kind] for kind in KINDS if self._counts[kind]}
 
     def kept(self) -> list[Finding]:
-        """By kind, file, tensor and place, so that the order does not depend on threads."""
-        return sorted(
-            self._kept,
-            key=lambda f: (KINDS.index(f.kind), f.file, f.offset if f.offset is not None else -1, f.tensor, f.text),
-        )
+        """By kind, file and place."""
+        with self._lock:
+            return self._first()
+
+
+def _place(finding: Finding) -> tuple[int, str, int, str, int, str]:
+    """What findings are sorted by."""
+    offset, row = finding.offset, finding.row
+    return (
+        KINDS.index(finding.kind), finding.file, -1 if offset is None else offset, finding.tensor,
+        -1 if row is None else row, finding.text,
+    )  # fmt: skip
 
 
 class Progress(Protocol):

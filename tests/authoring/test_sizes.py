@@ -256,7 +256,7 @@ def test_a_change_of_type_alone_is_a_drift(locked: Path) -> None:
     change("rules:\n", ONE_TENSOR.replace("Q5_K", "Q4_0"))
     done = run("check")
     assert done.exit_code == 1
-    assert " GiB as before, otherwise made up\n" in done.output
+    assert " MB as before, otherwise made up\n" in done.output
     assert "  blk.1.attn_q_a.weight: Q4_K -> Q4_0, 0 bytes, by mine.yaml:5 rules[0]\n" in done.output
     assert run("check", "--tolerance", "0.1%").exit_code == 0
 
@@ -287,8 +287,14 @@ def test_new_and_vanished_recipes(place: Path) -> None:
     done = run("check", "--tolerance", "50%")
     assert done.exit_code == 1
     found = read_lock(Path("quantkit-sizes.yaml")).cells[0].tensor_bytes
-    assert f"recipes/yours.yaml on tiny/config.json (kv_b): new: {found:,} bytes = 0.0" in done.output
-    assert f"recipes/mine.yaml on tiny/config.json (kv_b): vanished: {found:,} bytes = 0.0" in done.output
+    assert (
+        f"recipes/yours.yaml on tiny/config.json (kv_b): new: {found:,} bytes = {found / 2**20:.2f} MiB = "
+        in done.output
+    )
+    assert (
+        f"recipes/mine.yaml on tiny/config.json (kv_b): vanished: {found:,} bytes = {found / 2**20:.2f} MiB = "
+        in done.output
+    )
     assert "2 of 2 sizes drifted" in done.output
     assert good("update") == "quantkit-sizes.yaml: 1 size: 0 as before, 0 moved, 1 new, 1 gone\n"
 
@@ -345,7 +351,7 @@ def test_a_change_of_metadata_alone(place: Path) -> None:
     model("a good deal longer, by fifty bytes or thereabouts, all in all")
     done = run("check")
     assert done.exit_code == 1
-    assert ": moved: 288 bytes = 0.000 GiB as before, otherwise made up\n" in done.output
+    assert ": moved: 288 bytes as before, otherwise made up\n" in done.output
     m = re.search(r"^  the file: ([\d,]+) bytes before, ([\d,]+) bytes now$", done.output, re.M)
     assert m
     assert int(m[1].replace(",", "")) == cell.file_bytes

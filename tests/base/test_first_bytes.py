@@ -16,8 +16,8 @@ from factory import checkpoint
 from quantkit.authoring.sizes.lock import read_lock
 from quantkit.base.errors import ImatrixError, QuantkitError, RecipeError, SourceError
 from quantkit.dequant.plan import DequantOptions, plan_dequant
+from quantkit.imatrix.matrix import open_imatrix
 from quantkit.model.families.options import Options
-from quantkit.model.imatrix import open_imatrix
 from quantkit.model.open import open_model
 from quantkit.model.sources.safetensors_dir import open_checkpoint
 from quantkit.recipe.load import load

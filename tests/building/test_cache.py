@@ -25,7 +25,7 @@ from quantkit.building import run as builds
 from quantkit.building.cache import Cache
 from quantkit.building.cache_folder import CacheFolder
 from quantkit.building.engines.native import NativeEngine
-from quantkit.model.imatrix import open_imatrix
+from quantkit.imatrix.matrix import open_imatrix
 from quantkit.model.open import open_model
 from quantkit.planning.plan import make_plan
 

@@ -23,8 +23,8 @@ from quantkit.building.engines import Engine
 from quantkit.building.engines.llama_quantize import LlamaQuantizeEngine
 from quantkit.building.engines.native import NativeEngine
 from quantkit.gguf.types import QTYPES
+from quantkit.imatrix.matrix import open_imatrix
 from quantkit.model.families.options import Options
-from quantkit.model.imatrix import open_imatrix
 from quantkit.model.open import open_model
 from quantkit.planning.plan import Plan, make_plan
 from quantkit.recipe.load import Recipe, load, parse

@@ -32,10 +32,11 @@ from quantkit.building.engines.llama_quantize import _batches
 from quantkit.building.engines.native import NativeEngine, slabs
 from quantkit.gguf.header import STRING, U32, kv, read_header
 from quantkit.gguf.types import QTYPES
+from quantkit.imatrix.matrix import open_imatrix
+from quantkit.kernels import own
 from quantkit.llama_cpp.tensor_types import tensor_type_file
 from quantkit.model.catalogue import Part, Role, Tensor
 from quantkit.model.families.options import Options
-from quantkit.model.imatrix import open_imatrix
 from quantkit.model.open import open_model
 from quantkit.planning.plan import ImatrixStatus, Plan, Planned, make_plan, types_asked
 from quantkit.recipe.load import Recipe
@@ -383,11 +384,19 @@ def test_weights_out_of_a_types_range_name_tensor_and_rows(v3: Path, tmp_path: P
     )
 
 
+def test_what_no_float16_holds_names_tensor_and_rows(v3: Path, tmp_path: Path) -> None:
+    factory.poke(v3, "model.embed_tokens.weight", 2 * 256 * 300, b"\x62\x7f")
+    message = fails(v3, tmp_path, WeightError, recipe=rules('match: "*", type: F16'), slab_values=256 * 100)
+    assert message == (
+        "'token_embd.weight', rows 300 to 383: weights out of the range of F16: one would be stored as Inf"
+    )
+
+
 def test_a_missing_kernel_names_tensor_and_rows(
     tiny_v3: Path, tiny_imatrix: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kernels, "_pinned_library", None)
-    monkeypatch.setattr(kernels, "OWN", {})
+    monkeypatch.setenv("QUANTKIT_CACHE", str(tmp_path / "no toolchain here"))
+    monkeypatch.setattr(own, "OWN", {})
     recipe = rules('match: "blk.1.ffn_up_exps.weight", type: IQ1_M', 'match: "*", type: Q8_0')
     message = fails(tiny_v3, tmp_path, KernelError, recipe=recipe, imatrix=tiny_imatrix)
     assert message.startswith(("'blk.1.ffn_up_exps.weight', rows 0 to 255: IQ1_M needs the ggml of", "IQ1_M needs"))
@@ -399,7 +408,7 @@ def test_a_full_disk_is_an_error_of_ours(tiny_v3: Path, tmp_path: Path, monkeypa
 
     def full(fd: int, data: Any, offset: int) -> int:
         calls["n"] += 1
-        if calls["n"] == 6:
+        if calls["n"] == 7:  # after the lock, the journal, the header and what is before in the file
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return real(fd, data, offset)
 

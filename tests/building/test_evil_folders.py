@@ -344,7 +344,7 @@ def test_status(scene: Scene, b: Builder, name: str, harm: Harm) -> None:
     if name == "lock":
         done = scene.run("status", b.out)
         assert (done.code, done.err) == (0, "")
-        assert "nobody is at it" in done.out
+        assert "no process is working on it" in done.out
     else:
         what = "a FIFO" if harm is Scene.fifo else "a symbolic link"
         sentence = f"{named(b, name)}: is {what}, not a file that quantkit made; start again with --restart"

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 from faults_child import Event
 from faults_kill import kills
+from faults_others import WORKS, Work, kills_of
 from faults_power import Disk, after_crash, kills_at_calls, planted, power_loss
 from faults_site import ONE, SMALL, Done, FaultError, Site, check_said
 
@@ -24,6 +25,12 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
 
 def test_kills(site: Site) -> None:
     row = kills(site, 3)
+    assert (row.times, row.failures) == (3, [])
+
+
+@pytest.mark.parametrize("work", WORKS, ids=[work.name for work in WORKS])
+def test_kills_of_other_commands(site: Site, work: Work) -> None:
+    row = kills_of(work, site, 3)
     assert (row.times, row.failures) == (3, [])
 
 

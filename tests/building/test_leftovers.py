@@ -148,9 +148,8 @@ def test_the_command_says_what_goes(b: Builder, quantkit: Run, tmp_path: Path) -
     done = quantkit(*common, "-n")
     assert done.returncode == 0, done.stderr
     first = b.out.parent / was[0]
-    assert (
-        f"finished shards of the build that is started again, which go: {len(was)}, {first} the first\n" in done.stdout
-    )
+    n = f"{len(was)} finished shard{'s' * (len(was) != 1)}"
+    assert f"{n} of the build that starts over will be removed, first {first}\n" in done.stdout
     assert finals(b) == was
     done = quantkit(*common, "-q")
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -19,19 +19,18 @@ from typing import Any
 import factory
 import pytest
 from conftest import Run
-from hypothesis import given
-from hypothesis import strategies as st
 from small_builds import OPTIONS
 from stopping import SLAB, Builder, EnoughError, N, recipe
 
 from quantkit.base.errors import InternalCheckError, OutputError, ResumeError, SourceError
 from quantkit.base.folders import Folder
+from quantkit.base.journal import Journal, Record, Told, digest
 from quantkit.building import identity, journal
 from quantkit.building import run as builds
 from quantkit.building.engines import Work
 from quantkit.building.engines.native import NativeEngine
 from quantkit.building.folder import read_journal
-from quantkit.building.journal import Head, Record, RowSet
+from quantkit.building.journal import Head
 from quantkit.gguf.header import KV, STRING, U32, U64, kv, kv_array
 from quantkit.model.open import open_model
 from quantkit.model.sources.safetensors_dir import open_checkpoint
@@ -57,93 +56,37 @@ def b(tiny_v3: Path, tiny_imatrix: Path, tmp_path: Path) -> Builder:
 # ---------------------------------------------------------------- the journal
 
 
-def create_journal(folder: Path) -> None:
-    with Folder.hold(folder) as held:
-        os.close(journal.create(held, HEAD))
-
-
-def journal_in(folder: Path) -> journal.Journal | None:
-    with Folder.hold(folder) as held:
-        return journal.read(held)
-
-
-def test_a_journal_comes_back(tmp_path: Path) -> None:
-    path = tmp_path / "journal"
-    create_journal(tmp_path)
-    records = [Record(0, 3, 5, journal.digest(b"x")), Record(1, 0, 7, journal.digest(b"y"))]
-    with path.open("ab", 0) as f:
-        journal.append(f.fileno(), records[:1])
-        journal.append(f.fileno(), records[1:])
-    found = journal_in(tmp_path)
-    assert found == (HEAD, records, path.stat().st_size)
+def test_a_builds_journal_comes_back(tmp_path: Path) -> None:
+    records = [Record(0, 3, 5, digest(b"x")), Record(1, 0, 7, digest(b"y"))]
+    with Folder.hold(tmp_path) as held:
+        book = journal.begin(held, HEAD)
+        book.tell(records[:1])
+        book.tell(records[1:])
+        book.close()
+        found = journal.read(held)
+        assert found == Told(HEAD, records, (tmp_path / "journal").stat().st_size)
     assert journal.durable(found) == [5, 7]
 
 
-def test_a_torn_tail_is_left_out(tmp_path: Path) -> None:
-    path = tmp_path / "journal"
-    create_journal(tmp_path)
-    sizes = [path.stat().st_size]
-    for i in range(3):
-        with path.open("ab", 0) as f:
-            journal.append(f.fileno(), [Record(0, i, 1, bytes(16))])
-        sizes.append(path.stat().st_size)
-    whole = path.read_bytes()
-    for end in range(sizes[0], len(whole)):
-        path.write_bytes(whole[:end])
-        found = journal_in(tmp_path)
-        assert found is not None
-        n = sum(size <= end for size in sizes) - 1
-        assert (len(found.records), found.nbytes) == (n, sizes[n])
-    for end in range(sizes[0] - 1):  # the first line itself was not written whole: there is nothing to lose
-        path.write_bytes(whole[:end])
-        assert journal_in(tmp_path) is None
-
-
-def test_a_flipped_bit_is_never_taken_for_a_record(tmp_path: Path) -> None:
-    """Every bit of a journal: one in a record ends it before that record, one in the first line is refused."""
-    path = tmp_path / "journal"
-    create_journal(tmp_path)
-    n_head = path.stat().st_size
-    records = [Record(0, i, 1, journal.digest(bytes([i]))) for i in range(4)]
-    with path.open("ab", 0) as f:
-        journal.append(f.fileno(), records)
-    whole = path.read_bytes()
-    size = (len(whole) - n_head) // len(records)
-    assert (size, journal_in(tmp_path)) == (32, (HEAD, records, len(whole)))
-    assert whole.count(b"\n") == 1
-    for bit in range(8 * len(whole)):
-        at = bit // 8
-        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << bit % 8]) + whole[at + 1 :])
-        if at >= n_head:
-            sound = (at - n_head) // size
-            assert journal_in(tmp_path) == (HEAD, records[:sound], n_head + sound * size), bit
-        elif at == n_head - 1:  # the end of the first line, which then never was written whole
-            assert journal_in(tmp_path) is None, bit
-        else:
-            with pytest.raises(ResumeError, match="is damaged and cannot be gone on with; start again with --restart"):
-                journal_in(tmp_path)
-
-
 def test_a_journal_of_another_version(tmp_path: Path) -> None:
-    import zlib
+    """2, of before dequant and split shared it, and one of the future."""
+    for version in (2, 99):
+        text = b'{"quantkit-journal": %d, "started": "", "identity": {}, "files": [], "tensors": []}' % version
+        (tmp_path / "journal").write_bytes(b"%s %08x\n" % (text, zlib.crc32(text)))
+        with Folder.hold(tmp_path) as held, pytest.raises(ResumeError) as e:
+            journal.read(held)
+        assert str(e.value) == (
+            f"{tmp_path / 'journal'}: is of journal version {version}, this quantkit reads 3; start again with "
+            "--restart"
+        )
 
-    text = b'{"quantkit-journal": 99}'
-    (tmp_path / "journal").write_bytes(b"%s %08x\n" % (text, zlib.crc32(text)))
-    with pytest.raises(
-        ResumeError, match="is of journal version 99, this quantkit reads 2; start again with --restart"
-    ):
-        journal_in(tmp_path)
 
-
-@given(st.lists(st.tuples(st.integers(0, 40), st.integers(1, 12))), st.integers(0, 50), st.integers(1, 20))
-def test_rows_are_a_set(added: list[tuple[int, int]], row: int, n: int) -> None:
-    rows, truth = RowSet(), set[int]()
-    for r, k in added:
-        rows.add(r, k)
-        truth |= set(range(r, r + k))
-        assert len(rows) == len(truth)
-    assert rows.covers(row, n) == (set(range(row, row + n)) <= truth)
-    assert all(a < b for a, b in zip(rows.ends, rows.starts[1:], strict=False))
+@pytest.mark.parametrize("of", ["dequant", "split"])
+def test_a_journal_of_other_work(tmp_path: Path, of: str) -> None:
+    with Folder.hold(tmp_path) as held:
+        Journal.begin(held, "journal", of, HEAD._asdict()).close()
+        with pytest.raises(ResumeError, match=r"journal: is damaged and cannot be gone on with; start again with"):
+            journal.read(held)
 
 
 # ---------------------------------------------------------------- going on
@@ -553,7 +496,7 @@ def test_killed_and_gone_on_with(slow: Builder, quantkit: Run) -> None:
         13, f"error: {slow.out}: is being built by process {process.pid}; wait for it, or give another output\n"
     )  # fmt: skip
     said = quantkit("status", slow.out)
-    assert f"process {process.pid} is at it" in said.stdout
+    assert f"process {process.pid} is working on it" in said.stdout
 
     process.send_signal(signal.SIGKILL)
     process.communicate()
@@ -566,11 +509,11 @@ def test_killed_and_gone_on_with(slow: Builder, quantkit: Run) -> None:
     assert facts["durable_bytes"] == sum(
         n * t[2] for n, t in zip(journal.durable(found), found.head.tensors, strict=True)
     )
-    assert "nobody is at it: the same `quantkit build` goes on" in quantkit("status", slow.out).stdout
+    assert "no process is working on it: run the same `quantkit build` again" in quantkit("status", slow.out).stdout
 
     done = subprocess.run(command(slow), capture_output=True, text=True, cwd=tempfile.gettempdir(), check=False)
     assert done.returncode == 0, done.stderr
-    assert "going on with the build of" in done.stdout
+    assert "continuing the build of" in done.stdout
     assert f"{told:,} of " in done.stdout
     resumed = slow.out.read_bytes()
     slow.out.unlink()
@@ -585,7 +528,8 @@ def test_status_of_a_strangers_journal(quantkit: Run, tmp_path: Path) -> None:
     """Whatever another user has it say, it is shown a line for each thing, or called damaged."""
     (tmp_path / "m.gguf.partial").mkdir()
     sound: dict[str, Any] = {
-        "quantkit-journal": 2, "started": "now", "identity": {}, "files": [["m.gguf", 1]], "tensors": [["t", 1, 1, 0]],
+        "quantkit-journal": 3, "of": "build", "started": "now", "identity": {}, "files": [["m.gguf", 1]],
+        "tensors": [["t", 1, 1, 0]],
     }  # fmt: skip
 
     def status(text: str) -> tuple[int, list[str]]:
@@ -595,8 +539,8 @@ def test_status_of_a_strangers_journal(quantkit: Run, tmp_path: Path) -> None:
         return done.returncode, (done.stdout + done.stderr).splitlines()
 
     begun = [
-        "unfinished, in m.gguf.partial; begun now; nobody is at it: the same `quantkit build` goes on",
-        "on the disk for good: 0 of 1 bytes (0.0 %), 0 of 1 tensors whole",
+        "unfinished, in m.gguf.partial; begun now; no process is working on it: run the same `quantkit build` again",
+        "safely on the disk: 0 of 1 bytes (0.0 %), 0 of 1 tensors complete",
     ]
     assert status(json.dumps(sound)) == (0, begun)
     sound["identity"] = {"model": "a\nerror: b\x1b[2J", "source x\ny": "", "recipe": "r" * 5000}

@@ -14,11 +14,13 @@ import pytest
 from conftest import Run
 
 from quantkit import __version__
+from quantkit.base import errors
 from quantkit.cli import cli
 from quantkit.recipe.load import shipped
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text("utf-8")
+DOCS = ROOT / "docs"
 
 
 def commands() -> list[tuple[str, click.Command]]:
@@ -38,7 +40,16 @@ def test_help_has_a_runnable_example(name: str, command: click.Command) -> None:
 
 @pytest.mark.parametrize("name", cli.commands)
 def test_readme_names_every_command(name: str) -> None:
-    assert f"quantkit {name}" in README
+    assert re.search(rf"quantkit\s{name}\b", README)
+
+
+PAGES = [*ROOT.glob("*.md"), *ROOT.glob("*/*.md"), *ROOT.glob("tests/*/*.md")]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[str(p.relative_to(ROOT)) for p in PAGES])
+def test_links_between_pages_lead_somewhere(page: Path) -> None:
+    links = re.findall(r"\]\(([^)\s#]+)(?:#[^)]*)?\)", page.read_text("utf-8"))
+    assert [link for link in links if "://" not in link and not (page.parent / link).exists()] == []
 
 
 def test_readme_opens_with_two_commands() -> None:
@@ -46,28 +57,28 @@ def test_readme_opens_with_two_commands() -> None:
     assert [b.splitlines()[-1] for b in blocks] == ["quantkit demo", "tests/run"]
 
 
-def test_readme_states_the_exact_sizes() -> None:
+def test_recipes_page_states_the_exact_sizes() -> None:
     from quantkit.model.families.options import Options
     from quantkit.model.open import open_model
     from quantkit.planning.plan import make_plan
     from quantkit.recipe.load import load
 
     catalogue = open_model("deepseek-r1", Options("kv_b"))
-    rows = dict(re.findall(r"^\| (UD-\S+) \| [^|]+ \| ([0-9,]+) \|", README, re.M))
+    page = (DOCS / "recipes.md").read_text("utf-8")
+    rows = dict(re.findall(r"^\| (UD-\S+) \| [^|]+ \| ([0-9,]+) \|", page, re.M))
     assert rows.keys() == {name for name in shipped() if name.startswith("UD-")}
     for name, nbytes in rows.items():
         assert f"{make_plan(catalogue, load(name)).tensor_bytes:,}" == nbytes
 
 
 def test_exit_codes_are_distinct_and_documented() -> None:
-    from quantkit.base import errors
 
     kinds = [k for k in vars(errors).values() if isinstance(k, type) and issubclass(k, errors.QuantkitError)]
     codes = [k.exit_code for k in kinds]
     assert len(set(codes)) == len(codes)
-    line = README.split("## Exit codes")[1].split("##")[0]
+    page = (DOCS / "troubleshooting.md").read_text("utf-8")
     for kind in kinds:
-        assert re.search(rf"(^|· ?|\n){kind.exit_code} ", line), kind
+        assert re.search(rf"^\| {kind.exit_code} \| \w", page, re.M), kind
 
 
 def test_help_imports_nothing_heavy() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from pathlib import Path
@@ -10,9 +9,11 @@ from pathlib import Path
 import pytest
 from evil import OTHER, SECRET, WHO, Harm, Scene, as_two_users
 from factory import sized_gguf
+from stopping import edit_head
 
 from quantkit import dequant
 from quantkit.base.errors import OutputError, SourceError
+from quantkit.base.journal import temporary_name
 from quantkit.dequant import DequantOptions
 from quantkit.dequant.beside import files
 from quantkit.dequant.decode import Native
@@ -101,8 +102,10 @@ def test_temporary_names_that_are_taken(scene: Scene, source: Path, harm: Harm) 
     right, dst = expected(source, scene), scene.folder / "dst"
     unfinished(source, dst)
     (dst / "sub").mkdir()
-    for path in [*(dst / name for name in right), dst / STATE]:
+    for name in right:
+        path = dst / name
         harm(scene, path.with_name(f".{path.name.lstrip('.')}{PART}"))
+    harm(scene, dst / temporary_name(STATE))
     done = scene.run(*command(source, dst))
     assert (done.code, done.err) == (0, "")
     assert contents(dst) == right
@@ -181,9 +184,8 @@ def test_a_shard_that_is_swapped_while_it_is_written(scene: Scene, source: Path,
 def test_a_state_that_names_files_elsewhere(scene: Scene, source: Path, makes: list[object]) -> None:
     dst = scene.folder / "dst"
     unfinished(source, dst)
-    state = json.loads((dst / STATE).read_text())
-    (dst / STATE).write_text(json.dumps({**state, "makes": [makes]}))
-    sentence = f"{dst / STATE}: is not what quantkit dequant writes; remove {dst} to start again"
+    edit_head(dst / STATE, lambda head: head.update(makes=makes))
+    sentence = f"{dst / STATE}: is damaged and cannot be gone on with; remove {dst} to start again"
     scene.refused(13, sentence, *command(source, dst, "--restart"))
 
 

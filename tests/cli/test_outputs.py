@@ -6,12 +6,12 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import click
 import pytest
+from command_tree import commands
 from conftest import Run
 
 from quantkit.base.errors import OutputError
@@ -47,6 +47,8 @@ class Case:
     writes: dict[str, str]
     folders: tuple[str, ...] = ()
     force: bool = True
+    grows: tuple[str, ...] = ()
+    """the parameters of files that a run adds to, whose content the command checks"""
 
 
 CASES = [
@@ -59,6 +61,13 @@ CASES = [
     ),
     Case(
         "build",
+        "$v3 -r $mine --imatrix $imatrix --pre deepseek-v3 --rounding-policy $policy --covariance $cov -q",
+        "$v3/* $mine $base $imatrix $policy $cov/layer-00001.json $cov/layer-00001-attn_output.npy",
+        {"output": "-o", "attest": "--attest", "cache_dir": "--cache"},
+        ("cache_dir",),
+    ),
+    Case(
+        "build",
         "$first -r $mine --allow-requantize --imatrix $imatrix -q",
         "$shards/* $mine $base $imatrix",
         {"output": "-o", "attest": "--attest", "cache_dir": "--cache"},
@@ -66,8 +75,9 @@ CASES = [
     ),
     Case(
         "verify",
-        "$first -r $mine -s $v3 --imatrix $imatrix --manifest $manifest --attestation $attestation -q",
-        "$shards/* $mine $base $v3/* $imatrix $manifest $attestation",
+        "$first -r $mine -s $v3 --imatrix $imatrix --manifest $manifest --attestation $attestation "
+        "--rounding-policy $policy --covariance $cov -q",
+        "$shards/* $mine $base $v3/* $imatrix $manifest $attestation $policy $cov/layer-00001.json",
         {"write_manifest": "--write-manifest"},
     ),
     Case("verify", "$first --plan $plan -q", "$shards/* $plan", {"write_manifest": "--write-manifest"}),
@@ -85,13 +95,78 @@ CASES = [
         {"output": "-o"},
     ),
     Case("recipe export", "$mine --format tensor-types -m $v3", "$mine $base $v3/*", {"output": "-o"}),
+    Case("recipe diff", "$mine $base -m $v3", "$mine $base $v3/*", {"page": "--report"}),
+    Case(
+        "report",
+        "$v3 $plan $first $imatrix -r $mine --imatrix $other --pre deepseek-v3 -q",
+        "$v3/* $plan $shards/* $imatrix $other $mine $base",
+        {"output": "-o", "figures": "--figures"},
+        ("figures",),
+    ),
+    Case("imatrix info", "$imatrix -q", "$imatrix", {"figure": "--figure"}),
+    Case(
+        "imatrix make",
+        "$v3 --pre deepseek-v3 --text $words -q",
+        "$v3/* $words",
+        {"output": "-o", "covariance": "--covariance"},
+        ("covariance",),
+    ),
+    Case(
+        "imatrix make",
+        "$first --text $words -q --engine llama-imatrix --llama-imatrix $tool",
+        "$shards/* $words $tool",
+        {"output": "-o"},
+    ),
+    Case("imatrix merge", "$imatrix $other -q", "$imatrix $other", {"output": "-o"}),
+    Case("imatrix convert", "$imatrix -q", "$imatrix", {"output": "-o"}),
     Case("sizes update", "-r $mine -m $v3/config.json", "$mine $base $v3/config.json", {"file": ""}),
+    Case("sensitivity measure", "$v3 --text $text --imatrix $imatrix -q", "$v3/* $text $imatrix", {"output": "-o"}),
+    Case("sensitivity merge", "$known", "$known", {"output": "-o"}),
+    Case(
+        "rounding tune",
+        "$v3 -r $mine --text $text --choose-text $text --report-text $text --imatrix $imatrix --covariance $cov -q",
+        "$v3/* $mine $base $text $imatrix $cov/layer-00001.json $cov/layer-00001-attn_output.npy",
+        {"output": "-o"},
+    ),
+    Case(
+        "optimize",
+        "$v3 --target 1GB -s $known --text $text --choose-text $text --report-text $text --imatrix $imatrix -q",
+        "$v3/* $known $text $imatrix",
+        {"output": "-o", "report": "--report"},
+    ),
+    Case(
+        "eval generate",
+        "$first --prompts $rules --reference $v3 --llama-bin $recipes -q",
+        "$shards/* $rules $v3/*",
+        {"output": "-o"},
+        ("output",),
+        force=False,
+    ),
+    Case("eval generate", "$first --rubric $mine -q", "$shards/* $mine", {"output": "-o"}, ("output",), force=False),
     Case("sizes check", "$lock", "$lock $mine $base $v3/config.json", {"output": "-o"}),
+    Case(
+        "eval compare",
+        "$v3 $first -r $mine --imatrix $imatrix --pre deepseek-v3 --text $words --llama-bin $v3 -q "
+        "--rounding-policy $policy --covariance $cov",
+        "$v3/* $shards/* $mine $base $imatrix $words $policy $cov/layer-00001.json",
+        {"csv_file": "--csv", "output": "-o"},
+    ),
+    Case(
+        "ablate run",
+        "$study $v3 --imatrix $imatrix --pre deepseek-v3 --text $words --engine llama.cpp --llama-bin $v3 -q "
+        "--rounding-policy $policy --covariance $cov",
+        "$study $v3/* $imatrix $words $policy $cov/layer-00001.json",
+        {"results_file": "-o", "cache_dir": "--cache", "files_folder": "--files"},
+        ("cache_dir", "files_folder"),
+        grows=("results_file",),
+    ),
 ]
 IDS = [f"{case.command}-{i}" for i, case in enumerate(CASES)]
 #: text that names no file
 NO_FILES = {
-    "sets", "pre", "pad_token", "sample", "ignored", "name", "file_type", "maps", "tensor",
+    "sets", "pre", "pad_token", "sample", "ignored", "device", "name", "file_type", "maps", "tensor", "part", "probes",
+    "changed_types", "changed_tensor_types", "changed_output_type", "changed_embedding_type", "changed_metadata",
+    "changed_name", "noise", "types", "target", "fit", "locks", "minimum", "llama_args", "study",
 }  # fmt: skip
 
 
@@ -123,8 +198,9 @@ class World:
 
 @pytest.fixture(scope="module")
 def world(
-    tiny_v3: Path, tiny_imatrix: Path, sound_set: Path, quantkit: Run, tmp_path_factory: pytest.TempPathFactory
-) -> World:
+    tiny_v3: Path, tiny_imatrix: Path, tiny_covariance: Path, sound_set: Path, quantkit: Run,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> World:  # fmt: skip
     w = World(tmp_path_factory.mktemp("world"))
     for name in ("out", "recipes"):
         (w.folder / name).mkdir()
@@ -132,15 +208,24 @@ def world(
     (w.folder / "v3" / "README.md").write_text("---\nlicense: mit\n---\n")
     shutil.copytree(sound_set, w.folder / "shards")
     files = {
-        "out": "out", "v3": "v3", "shards": "shards", "mine": "recipes/mine.yaml", "base": "recipes/base.yaml",
-        "imatrix": "imatrix.gguf", "tool": "llama-quantize", "rules": "rules.txt", "plan": "plan.json",
-        "manifest": "manifest.json", "attestation": "attestation.json", "lock": "lock.yaml",
+        "out": "out", "recipes": "recipes", "v3": "v3", "shards": "shards",
+        "mine": "recipes/mine.yaml", "base": "recipes/base.yaml", "words": "words.txt",
+        "imatrix": "imatrix.gguf", "other": "other.gguf", "tool": "llama-quantize", "rules": "rules.txt",
+        "plan": "plan.json", "manifest": "manifest.json", "attestation": "attestation.json", "lock": "lock.yaml",
+        "text": "text.txt", "known": "known.json", "study": "study.yaml", "policy": "recipes/policy.yaml", "cov": "cov",
     }  # fmt: skip
     w.of = {key: w.folder / name for key, name in files.items()}
     w.of["first"] = min(w.of["shards"].iterdir())
+    w.of["text"].write_text("The router stays as it is.\n")
+    w.of["known"].write_text('{"quantkit_sensitivity": 2}')
     w.of["mine"].write_text(MINE)
     w.of["base"].write_text(BASE)
-    shutil.copy(tiny_imatrix, w.of["imatrix"])
+    w.of["policy"].write_text("policy: p\nrules: [{role: routed expert, rounding: feedback}]\n")
+    shutil.copytree(tiny_covariance, w.of["cov"])
+    for name in ("imatrix", "other"):
+        shutil.copy(tiny_imatrix, w.of[name])
+    w.of["words"].write_text("some words " * 400)
+    w.of["study"].write_text("base: Q8_0\naxes: {out: {match: output.weight, types: [Q4_K]}}\n")
     w.of["tool"].write_text("#!/bin/sh\necho --tensor-type-file\n")  # as its --help says
     w.of["tool"].chmod(0o755)
     w.of["rules"].write_text("output.weight=q8_0\n")
@@ -173,17 +258,6 @@ def refusal(world: World, case: Case, given: dict[str, str], force: bool) -> str
     return str(e.value)
 
 
-def commands() -> Iterator[tuple[str, click.Command]]:
-    def walk(prefix: str, command: click.Command) -> Iterator[tuple[str, click.Command]]:
-        if isinstance(command, click.Group):
-            for name, sub in command.commands.items():
-                yield from walk(f"{prefix} {name}".strip(), sub)
-        else:
-            yield prefix, command
-
-    yield from walk("", cli)
-
-
 def test_every_command_checks_its_files_and_every_output_is_tried_here() -> None:
     tried = {(case.command, param) for case in CASES for param in case.writes}
     written = set()
@@ -198,7 +272,9 @@ def test_every_command_checks_its_files_and_every_output_is_tried_here() -> None
                 pytest.fail(f"{name} {param.name}: a file has a type of quantkit.cli.files; add other text to NO_FILES")
             has_force = any(p.name == "force" for p in command.params)
             if isinstance(param.type, Written) and not has_force:
-                assert any(c.command == name and param.name in c.folders for c in CASES), f"{name} {param.name}"
+                assert any(c.command == name and param.name in c.folders + c.grows for c in CASES), (
+                    f"{name} {param.name}"
+                )
     assert written == tried
 
 
@@ -255,7 +331,7 @@ def others(world: World, case: Case, param: str) -> dict[str, str]:
     return {other: str(world.new(f"{other}.gguf")) for other in case.writes if other != param}
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if len(c.writes) > 1], ids=lambda c: c.command)
+@pytest.mark.parametrize("case", [c for c in CASES if "attest" in c.writes], ids=lambda c: c.command)
 def test_no_output_is_another_output(world: World, case: Case) -> None:
     one = str(world.new("one.gguf"))
     both = {"output": one, "attest": one}
@@ -342,6 +418,8 @@ one_output = pytest.mark.parametrize(
 
 @one_output
 def test_a_file_is_replaced_with_force_only(world: World, case: Case, param: str) -> None:
+    if param in case.grows:
+        return
     there = world.new("there.yaml")
     there.write_text("precious")
     try:
@@ -400,8 +478,9 @@ def test_names_that_are_no_files_names(world: World, case: Case, param: str) -> 
     added = {
         "build": (265, " with what is added while it is made"),
         "merge": (262, " with what is added while it is made"),
+        "imatrix make": (265, " with what is added while it is made"),
     }
-    n, what = added.get(case.command, (257, "")) if param == "output" else (257, "")
+    n, what = added.get(case.command, (257, "")) if param in ("output", "covariance") else (257, "")
     assert says(str(world.new(name))) == (
         f"{name}: the name has {n} bytes{what}, and 255 are the most; give a shorter one"
     )

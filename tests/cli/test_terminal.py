@@ -17,9 +17,9 @@ from pathlib import Path
 import click
 import factory
 import pytest
+from command_tree import commands
 from conftest import Run
 from faults_site import Server
-from test_outputs import commands
 
 from quantkit.base.errors import QuantkitError
 from quantkit.cli import cli
@@ -49,10 +49,27 @@ PRINTS = {
     "recipe from-gguf": "recipe from-gguf q.gguf",
     "recipe import": "recipe import rules.txt --format tensor-types -m deepseek-v2-lite --file-type Q4_K_M",
     "recipe export": "recipe export UD-IQ1_S --format tensor-types -m deepseek-r1",
+    "report": "report q.gguf -o r.html",
     "sizes update": "sizes update -r UD-IQ1_S -m deepseek-r1",
     "sizes check": "sizes check",
     "sizes table": "sizes table deepseek-r1",
     "fit": "fit deepseek-r1 -r UD-IQ1_S --vram 24",
+    "tokenize": "tokenize v3 --pre deepseek-v3 --text words.txt --ctx 16",
+    "imatrix make": "imatrix make deepseek-r1 --estimate --text-tokens 1M --gpu-tflops 400 --disk 5GB/s",
+    "imatrix info": "imatrix info imatrix.gguf",
+    "imatrix check": "imatrix check imatrix.gguf --recipe UD-IQ1_S --model deepseek-v2-lite",
+    # these print when they have computed, and their help before
+    "imatrix merge": "imatrix merge --help",
+    "imatrix convert": "imatrix convert --help",
+    "eval compare": "eval compare --help",
+    "eval generate": "eval generate --help",
+    "ablate run": "ablate run --help",
+    "ablate show": "ablate show --help",
+    "sensitivity measure": "sensitivity measure --help",
+    "sensitivity show": "sensitivity show --help",
+    "sensitivity merge": "sensitivity merge --help",
+    "optimize": "optimize --help",
+    "rounding tune": "rounding tune --help",
     "demo": "demo",
     "toolchain install": "toolchain install --help",
     "toolchain list": "toolchain list",
@@ -69,11 +86,14 @@ rules:
 
 
 @pytest.fixture(scope="module")
-def place(tiny_v3: Path, quantkit: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def place(tiny_v3: Path, tiny_imatrix: Path, quantkit: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("place")
     (folder / "v3").symlink_to(tiny_v3)
     (folder / "r.yaml").write_text(RECIPE)
     (folder / "rules.txt").write_text("output.weight=q8_0\n")
+    (folder / "study.yaml").write_text("base: Q8_0\naxes: {out: {match: output.weight, types: [Q4_K]}}\n")
+    (folder / "words.txt").write_text("some words " * 40)
+    shutil.copy(tiny_imatrix, folder / "imatrix.gguf")
     for name in ("objects", "sources", "tmp"):
         (folder / "c" / name).mkdir(parents=True)
     tensors = {f"t{i}.weight": ((256, 2), "F32", bytes(2048)) for i in range(2)}
@@ -270,6 +290,9 @@ OTHERS = {
     "source": "m.gguf", "output": "o.gguf", "recipe": "r.yaml", "name": "r.yaml", "names": "r.yaml", "model": "m.gguf",
     "vram": "24", "tensor": "output.weight", "before": "r.yaml", "after": "r.yaml", "prefix": "s", "first": "m.gguf",
     "out": "m.gguf", "folder": "c", "max_size": "1G", "file": "rules.txt", "form": "tensor-types", "path": "n.yaml",
+    "study_file": "study.yaml", "texts": "rules.txt", "results_file": "rules.txt", "files": "m.gguf",
+    "known": "rules.txt", "sources": "m.gguf", "reference": "m.gguf", "models": "m.gguf", "recipes": "r.yaml",
+    "covariance": "c",
 }  # fmt: skip
 SPECIAL = [
     (name, command, param)
@@ -281,7 +304,8 @@ SPECIAL = [
 
 def run_with(place: Path, cwd: Path, name: str, command: click.Command, param: click.Parameter, value: str) -> None:
     """Run a command with a value in the place of one parameter, and what it needs besides."""
-    words = name.split()
+    takes_rounding = any("--rounding" in p.opts for p in command.params)
+    words = [*name.split(), *(("--rounding", "feedback") if param.name == "covariance" and takes_rounding else ())]
     for other in command.params:
         if other is not param and not other.required:
             continue

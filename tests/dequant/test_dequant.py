@@ -12,11 +12,9 @@ import signal
 import struct
 import subprocess
 import sys
-import zlib
 from collections.abc import Mapping
 from math import prod
 from pathlib import Path
-from random import Random
 from typing import Any
 
 import factory
@@ -25,10 +23,9 @@ import pytest
 import torch
 from conftest import Run, Tools
 from dequantizing import dequant, load, require_equal
-from hypothesis import given
-from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
+from stopping import edit_head
 
 from quantkit import kernels
 from quantkit.base.errors import (
@@ -40,15 +37,18 @@ from quantkit.base.errors import (
     UnsupportedError,
     WeightError,
 )
+from quantkit.base.folders import Folder
+from quantkit.base.journal import Record, digest
 from quantkit.dequant import DequantOptions, plan_dequant, prepare, run
-from quantkit.dequant.checksum import joined
-from quantkit.dequant.decode import Decoder, Native, Torch
-from quantkit.kernels import F32, U8
+from quantkit.dequant.decode import Decoder, Fp8Rows, Native, Torch
+from quantkit.dequant.state import STATE, read_state
+from quantkit.kernels import U8
 from quantkit.model.sources.gguf_file import open_gguf
 from quantkit.model.sources.safetensors_dir import DTYPE_BYTES, open_checkpoint
 
 INDEX = "model.safetensors.index.json"
-STATE = ".quantkit-dequant.json"
+#: bytes of a record of the journal
+SIZE = 40
 TORCH = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
 CODES = [c for c in range(256) if c & 0x7F != 0x7F]
 
@@ -188,8 +188,8 @@ def test_partial_blocks_whatever_the_slab(
     class Small:
         slab_values = 100
 
-        def __call__(self, stored: U8, row: int, scale: F32, block: tuple[int, int], dtype: str, out: U8) -> bool:
-            return decoder(stored, row, scale, block, dtype, out)
+        def __call__(self, rows: Fp8Rows, dtype: str, out: U8) -> None:
+            decoder(rows, dtype, out)
 
     decoders: tuple[Decoder, ...] = (decoder, Small())
     for i, each in enumerate(decoders):
@@ -634,25 +634,46 @@ def test_with_other_settings_it_is_refused(v3: Path, tmp_path: Path, quantkit: R
 
 def test_a_state_of_another_version(tiny_v3: Path, tmp_path: Path) -> None:
     dst = half(tiny_v3, tmp_path / "out")
-    factory.edit_json(dst / STATE, lambda s: s.update(quantkit="0.0.1"))
+    edit_head(dst / STATE, lambda head: head.update(quantkit="0.0.1"))
     said = says(lambda: dequant(tiny_v3, dst, shard_size=1_000_000), ResumeError)
     assert "whose quantkit's version was '0.0.1' and now is" in said
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "", "[]", "{}", '{"source": {}, "makes": []}', '{"source": {}, "makes": [], "finished": []}',
-        '{"source": {}, "makes": ["../../x"], "finished": {}}', '{"source": {}, "makes": ["/x"], "finished": {}}',
-    ],
-)  # fmt: skip
+def test_an_unfinished_run_of_an_older_quantkit(tiny_v3: Path, tmp_path: Path) -> None:
+    """One that kept its state as JSON."""
+    dst = tmp_path / "out"
+    dst.mkdir()
+    (dst / ".quantkit-dequant.json").write_text('{"source": {}, "makes": [], "finished": {}}')
+    for restart in (False, True):
+        assert says(lambda r=restart: dequant(tiny_v3, dst, restart=r), ResumeError) == (
+            f"{dst / '.quantkit-dequant.json'}: is of an older quantkit and cannot be gone on with; remove {dst} to "
+            "start again"
+        )
+
+
+@pytest.mark.parametrize("text", ["", "[]\n", "{}\n", "{}"])
 def test_a_damaged_state(tiny_v3: Path, tmp_path: Path, text: str) -> None:
     dst = tmp_path / "out"
     dst.mkdir()
     (dst / STATE).write_text(text)
     for restart in (False, True):
-        said = says(lambda r=restart: dequant(tiny_v3, dst, restart=r), ResumeError)
-        assert f"remove {dst} to start again" in said
+        assert says(lambda r=restart: dequant(tiny_v3, dst, restart=r), ResumeError) == (
+            f"{dst / STATE}: is damaged and cannot be gone on with; remove {dst} to start again"
+        )
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"source": []}, {"makes": {}}, {"makes": ["../../x"]}, {"makes": ["/x"]}, {"of": "build"}],
+    ids=str,
+)
+def test_a_state_that_says_something_else(tiny_v3: Path, tmp_path: Path, change: dict[str, Any]) -> None:
+    dst = half(tiny_v3, tmp_path / "out")
+    edit_head(dst / STATE, lambda head: head.update(change))
+    for restart in (False, True):
+        assert says(lambda r=restart: dequant(tiny_v3, dst, restart=r), ResumeError) == (
+            f"{dst / STATE}: is damaged and cannot be gone on with; remove {dst} to start again"
+        )
 
 
 def test_a_finished_shard_that_is_not_as_it_was(tiny_v3: Path, tmp_path: Path) -> None:
@@ -668,12 +689,26 @@ def test_a_finished_shard_that_is_not_as_it_was(tiny_v3: Path, tmp_path: Path) -
     require_equal(load(dequant(tiny_v3, dst, shard_size=1_000_000)), reference(tiny_v3))
 
 
-def test_the_state_has_the_checksum_of_each_finished_shard(tiny_v3: Path, tmp_path: Path) -> None:
+def told_in(dst: Path) -> list[Record]:
+    with Folder.hold(dst) as folder:
+        told = read_state(folder)
+    assert told is not None
+    return told.records
+
+
+def test_the_journal_tells_of_every_byte_of_each_finished_shard(tiny_v3: Path, tmp_path: Path) -> None:
     dst = half(tiny_v3, tmp_path / "out")
-    sums = json.loads((dst / STATE).read_text())["finished"]
-    there = {name: f"{zlib.crc32((dst / name).read_bytes()):08x}" for name in shards_of(dst)}
-    assert sums.items() >= there.items()  # the last may have been told of, but not have its name yet
-    assert len(sums) <= len(there) + 1
+    names = [shard.name for shard in plan_dequant(open_checkpoint(tiny_v3), DequantOptions(shard_size=10**6)).shards]
+    told = told_in(dst)
+    there = shards_of(dst)
+    # the last may have been told of, but not have its name yet
+    assert len({r.part for r in told}) - len(there) in (0, 1)
+    for name in there:
+        raw, end = (dst / name).read_bytes(), 0
+        for r in sorted(r for r in told if r.part == names.index(name)):
+            assert (r.start, r.digest) == (end, digest(raw[r.start : r.start + r.n]))
+            end += r.n
+        assert end == len(raw)
 
 
 @pytest.mark.parametrize("where", ["first of the data", "in the middle", "last"])
@@ -710,24 +745,15 @@ def test_progress_counts_what_is_read_back_and_takes_back_what_is_damaged(tiny_v
     assert sum(moved.values()) == sum(s.tensor_bytes for s in (damaged, *job.todo))
 
 
-def test_a_shard_without_a_checksum_is_not_finished(tiny_v3: Path, tmp_path: Path) -> None:
+def test_a_shard_of_which_a_piece_is_not_told_is_not_finished(tiny_v3: Path, tmp_path: Path) -> None:
     dst = half(tiny_v3, tmp_path / "out")
     name = min(shards_of(dst))
     before = shards_of(dst)
-    factory.edit_json(dst / STATE, lambda s: s["finished"].pop(name))
+    line, _, records = (dst / STATE).read_bytes().partition(b"\n")
+    (dst / STATE).write_bytes(line + b"\n" + records[SIZE:])  # the first piece of the first shard
     dequant(tiny_v3, dst, shard_size=1_000_000)
     assert shards_of(dst)[name] != before[name]
     require_equal(load(dst), reference(tiny_v3))
-
-
-@given(st.lists(st.binary(max_size=300), max_size=12), st.randoms())
-def test_the_checksum_of_pieces_is_that_of_the_whole(pieces: list[bytes], random: Random) -> None:
-    found, at = [], 0
-    for piece in pieces:
-        found.append((at, (zlib.crc32(piece), len(piece))))
-        at += len(piece)
-    random.shuffle(found)
-    assert joined({at: own for at, own in found if own[1]}) == zlib.crc32(b"".join(pieces))
 
 
 def test_two_at_once_are_refused(tiny_v3: Path, tmp_path: Path) -> None:

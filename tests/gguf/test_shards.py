@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import struct
 import subprocess
@@ -21,7 +22,7 @@ from factory import gguf_file, sized_gguf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quantkit.base.errors import DamageError, OutputError, QuantkitError, SourceError
+from quantkit.base.errors import DamageError, OutputError, QuantkitError, ResumeError, SourceError
 from quantkit.base.folders import Folder
 from quantkit.gguf.header import I32, STRING, U16, U32, U64, header_bytes, kv, pad, read_header
 from quantkit.gguf.shards import Limits, groups
@@ -687,13 +688,181 @@ def test_a_process_that_is_stopped(tmp_path: Path, command: str, number: signal.
     assert left
     for name, data in left.items():
         assert name.startswith(".quantkit-shards-")
-        assert name.endswith(".part")
+        assert name.endswith((".part", "/journal"))
         complete = len(data) > 4 and data[:4] == b"GGUF"
         assert not complete or (command == "split" and "-00001-of-00002" in name)
     again = subprocess.run(
         [sys.executable, "-m", "quantkit", *map(str, args)], cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert again.returncode == 0, again.stderr  # what is left is not in the way
+    assert [name for name in contents(out) if "/" in name] == []
+
+
+def killed(cwd: Path, at: int, *args: str | Path) -> None:
+    """A command that kills itself at a copied piece of 64 KiB."""
+    driver = [sys.executable, "-c", _DRIVER, str(at), str(int(signal.SIGKILL)), *map(str, args)]
+    done = subprocess.run(driver, cwd=cwd, capture_output=True, text=True, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+
+
+def copied(done: subprocess.CompletedProcess[str]) -> dict[str, int]:
+    """How the bytes came, by what a command says with --json."""
+    assert done.returncode == 0, done.stderr
+    said: dict[str, int] = json.loads(done.stdout)["copied"]
+    return said
+
+
+def test_a_killed_split_is_gone_on_with(quantkit: Run, tmp_path: Path) -> None:
+    """With the files that were whole and told of; a third one was at work, the second may not have been told of yet."""
+    whole = sized_gguf(tmp_path / "whole.gguf", [1_000_000] * 4)
+    (out := tmp_path / "out").mkdir()
+    (right := tmp_path / "right").mkdir()
+    args = ("--max-tensors=1", "--json")
+    assert "kept from before" not in copied(quantkit("split", whole, right / "n", *args))
+    killed(tmp_path, 40, "split", whole, out / "n", "--max-tensors=1")
+    (hidden,) = out.iterdir()
+    made = {path.name: path.stat().st_ino for path in hidden.glob("*.part")}
+    how = copied(quantkit("split", whole, out / "n", *args))
+    n_kept = how["kept from before"] // 1_000_000
+    assert n_kept >= 1
+    assert sum(how.values()) == 4_000_000
+    assert contents(out) == contents(right)
+    first = [out / f"n-0000{i}-of-00004.gguf" for i in range(1, n_kept + 1)]
+    assert [path.stat().st_ino for path in first] == [made[f"{path.name}.part"] for path in first]
+
+
+@pytest.mark.parametrize("how", ["another source", "touched", "a journal cut short", "a file cut short"])
+def test_what_a_killed_split_left_is_not_used_for_anything_else(quantkit: Run, tmp_path: Path, how: str) -> None:
+    whole = sized_gguf(tmp_path / "whole.gguf", [1_000_000] * 4)
+    (out := tmp_path / "out").mkdir()
+    killed(tmp_path, 60, "split", whole, out / "n", "--max-tensors=1")
+    (hidden,) = out.iterdir()
+    if how == "another source":
+        whole = sized_gguf(tmp_path / "other.gguf", [1_000_001] * 4)
+    elif how == "touched":
+        os.utime(whole, ns=(1, 1))
+    elif how == "a journal cut short":
+        os.truncate(hidden / "journal", 100)
+    else:
+        for path in hidden.glob("*.part"):
+            os.truncate(path, path.stat().st_size - 1)
+    assert "kept from before" not in copied(quantkit("split", whole, out / "n", "--max-tensors=1", "--json"))
+    (right := tmp_path / "right").mkdir()
+    quantkit("split", whole, right / "n", "--max-tensors=1")
+    assert contents(out) == contents(right)
+
+
+def test_two_splits_to_the_same_names_at_once(tmp_path: Path) -> None:
+    whole = sized_gguf(tmp_path / "whole.gguf", [100, 200])
+    (out := tmp_path / "out").mkdir()
+    found = open_set(whole)
+    files = plan_split(found, out / "n", Limits(1))
+    said: list[str] = []
+
+    def progress(_: int) -> None:
+        said.append(sentence(lambda: write(found, files), ResumeError))
+
+    write(found, files, progress)
+    assert set(said) == {f"{files[0].path}: another quantkit is at work on it; wait for it"}
+    assert sorted(p.name for p in out.iterdir()) == [f.path.name for f in files]
+
+
+_AT_RENAME = """
+import os, sys
+from quantkit.base.folders import Folder
+from quantkit.cli import main
+
+left = int(sys.argv.pop(1))
+rename = Folder.rename
+
+def stop(self, name, to, new, replace=True):
+    global left
+    left -= not name.startswith(".")  # not the journal's
+    if left == 0:
+        os.kill(os.getpid(), 9)
+    rename(self, name, to, new, replace)
+
+Folder.rename = stop
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("at", "same"), [(1, True), (2, False), (3, True), (4, False), (5, True), (5, False), (6, True), (6, False)]
+)
+def test_killed_while_the_files_get_their_names(quantkit: Run, tmp_path: Path, at: int, same: bool) -> None:
+    """At every rename: two old files aside, three new ones in place, the end. The next run undoes what was begun, so
+    that one which fails leaves what was there at first, and one that does not makes what is right."""
+    whole = sized_gguf(tmp_path / "whole.gguf", [1000, 2000, 3000])
+    (out := tmp_path / "out").mkdir()
+    names = [f"n-0000{i}-of-00003.gguf" for i in (1, 2, 3)]
+    old = {name: b"old " + name.encode() for name in names[:2]}
+    for name, data in old.items():
+        (out / name).write_bytes(data)
+    args = ("split", whole, out / "n", "--max-tensors=1", "--force", "-q")
+    done = subprocess.run(
+        [sys.executable, "-c", _AT_RENAME, str(at), *map(str, args)], cwd=tmp_path, capture_output=True, check=False
+    )
+    assert done.returncode == -9, done.stderr
+    (hidden,) = [p for p in out.iterdir() if p.is_dir()]
+    if not same:
+        other = open_set(sized_gguf(tmp_path / "other.gguf", [1000, 2000, 3001]))
+
+        def stop(_: int) -> None:
+            raise Stop
+
+        with pytest.raises(Stop):
+            write(other, plan_split(other, out / "n", Limits(1)), stop, force=True)
+        assert contents(out) == old
+    again = quantkit(*args)
+    assert (again.returncode, again.stderr) == (0, "")
+    assert not hidden.exists()
+    (right := tmp_path / "right").mkdir()
+    assert quantkit("split", whole, right / "n", "--max-tensors=1", "-q").returncode == 0
+    assert contents(out) == contents(right)
+
+
+def test_killed_while_what_was_replaced_is_removed(quantkit: Run, tmp_path: Path) -> None:
+    """The files have their names; the next run finds the older ones set aside for good."""
+    whole = sized_gguf(tmp_path / "whole.gguf", [1000, 2000])
+    (out := tmp_path / "out").mkdir()
+    (out / "n-00001-of-00002.gguf").write_bytes(b"old")
+    args = ("split", whole, out / "n", "--max-tensors=1", "--force", "-q")
+    killer = _AT_RENAME.replace(
+        "os.kill(os.getpid(), 9)", "rename(self, name, to, new, replace); os.kill(os.getpid(), 9)"
+    )
+    subprocess.run([sys.executable, "-c", killer, "4", *map(str, args)], cwd=tmp_path, check=False)
+    (hidden,) = [p for p in out.iterdir() if p.is_dir()]
+    assert sorted(p.name for p in hidden.iterdir()) == ["done", "journal"]
+    right = {name: data for name, data in contents(out).items() if "/" not in name}
+    assert len(right) == 2
+    for _ in range(2):
+        done = quantkit(*args)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert contents(out) == right
+
+
+def test_old_files_whose_names_are_taken_are_not_lost(quantkit: Run, tmp_path: Path) -> None:
+    whole = sized_gguf(tmp_path / "whole.gguf", [1000, 2000])
+    (out := tmp_path / "out").mkdir()
+    first = out / "n-00001-of-00002.gguf"
+    first.write_bytes(b"old")
+    args = ("split", whole, out / "n", "--max-tensors=1", "--force", "-q")
+    subprocess.run([sys.executable, "-c", _AT_RENAME, "2", *map(str, args)], cwd=tmp_path, check=False)
+    (hidden,) = out.iterdir()
+    first.write_bytes(b"a third")
+    for _ in range(2):
+        done = quantkit(*args)
+        assert (done.returncode, done.stderr) == (
+            7,
+            f"error: {hidden / 'replaced'}: holds {first.name}, which an earlier run was about to replace, and another "
+            "file has its name; move one of the two away\n",
+        )
+        assert (first.read_bytes(), (hidden / "replaced" / first.name).read_bytes()) == (b"a third", b"old")
+    first.unlink()
+    done = quantkit(*args)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert [p.name for p in sorted(out.iterdir())] == [first.name, "n-00002-of-00002.gguf"]
 
 
 # ---------------------------------------------------------------- memory, and the command line
@@ -726,7 +895,7 @@ def test_what_is_said(quantkit: Run, tmp_path: Path) -> None:
     lines = [line.replace(" 1 tensors", " 1 tensor") for line in lines]
     assert dry.stdout.splitlines() == [*lines, "dry run: everything was checked, nothing was written"]
     assert done.stdout.splitlines()[:-1] == lines
-    assert done.stdout.splitlines()[-1].startswith("0.000 GiB in ")
+    assert re.match(r"\d\.\d\d KiB in ", done.stdout.splitlines()[-1])
     done = quantkit("merge", shards[0].name, "back.gguf", "--json", "-q", cwd=tmp_path)
     found = json.loads(done.stdout)
     size = (tmp_path / "w.gguf").stat().st_size

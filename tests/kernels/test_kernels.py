@@ -23,6 +23,8 @@ from quantkit import _native, kernels
 from quantkit.base.errors import KernelError, WeightError
 from quantkit.cli import cli
 from quantkit.gguf.types import ABORT_WITHOUT_IMATRIX, INTEGER_TYPES, QTYPES
+from quantkit.kernels import ggml as ggml_room
+from quantkit.kernels import own
 from quantkit.llama_cpp import toolchain
 
 F32 = npt.NDArray[np.float32]
@@ -605,15 +607,19 @@ NEEDS_PINNED = (
 
 
 @pytest.fixture
-def no_toolchain(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "_pinned_library", None)
+def no_toolchain(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Where its ggml would be."""
+    monkeypatch.setenv("QUANTKIT_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("QUANTKIT_KERNELS", raising=False)
+    folder = toolchain.root() / "bin"
+    folder.mkdir(parents=True)
+    return folder / "libggml-base.so"
 
 
 @pytest.fixture
 def plain_processor(monkeypatch: pytest.MonkeyPatch) -> None:
     """One that can run none of quantkit's own kernels."""
-    monkeypatch.setattr(kernels, "OWN", {})
+    monkeypatch.setattr(own, "OWN", {})
 
 
 @pytest.mark.usefixtures("no_toolchain", "plain_processor")
@@ -653,16 +659,15 @@ def test_iq1_m_on_the_command_line(quantkit: Any, tiny_v3: Path, tiny_imatrix: P
     assert not (tmp_path / "out.gguf").exists()
 
 
-@pytest.mark.usefixtures("no_toolchain")
-def test_which_kernel_is_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_which_kernel_is_used(monkeypatch: pytest.MonkeyPatch, no_toolchain: Path) -> None:
     best = next(iter(kernels.OWN), "ggml")
     for name in TYPES:
-        own = [kernel for kernel, types in kernels.OWN.items() if name in types]
-        if own or name not in kernels.DIFFERS_IN_WHEEL:
-            assert kernels.select(QTYPES[name]) == (own[0] if own else "ggml")
+        sets = [kernel for kernel, types in kernels.OWN.items() if name in types]
+        if sets or name not in kernels.DIFFERS_IN_WHEEL:
+            assert kernels.select(QTYPES[name]) == (sets[0] if sets else "ggml")
     assert kernels.select(QTYPES["Q4_K"]) == best
     assert kernels.select(QTYPES["TQ1_0"]) == "ggml"
-    kernels.use_pinned_library(tmp_path / "libggml-base.so")
+    no_toolchain.write_text("")  # now there is one
     assert kernels.select(QTYPES["Q4_K"], "ggml-pinned") == "ggml-pinned"
     monkeypatch.setenv("QUANTKIT_KERNELS", "ggml-pinned")
     assert kernels.select(QTYPES["Q4_K"]) == "ggml-pinned"
@@ -736,28 +741,27 @@ def test_active_says_what_is_used_for_each_type(ggml: ctypes.CDLL) -> None:
     ggml.ggml_version.restype = ctypes.c_char_p
     wheel = f"ggml {ggml.ggml_version().decode()}"
     for name, said in kernels.active().items():
-        own = next((kernel for kernel, types in kernels.OWN.items() if name in types), None)
-        assert said == (own or (f"none: {NEEDS_PINNED}" if name == "IQ1_M" else wheel))
+        ours = next((kernel for kernel, types in kernels.OWN.items() if name in types), None)
+        assert said == (ours or (f"none: {NEEDS_PINNED}" if name == "IQ1_M" else wheel))
 
 
-@pytest.mark.usefixtures("no_toolchain", "plain_processor")
-def test_a_library_that_is_none(tmp_path: Path) -> None:
-    text = tmp_path / "libggml-base.so"
-    text.write_text("not a library")
-    kernels.use_pinned_library(text)
+@pytest.mark.usefixtures("plain_processor")
+def test_a_library_that_is_none(no_toolchain: Path) -> None:
+    no_toolchain.write_text("not a library")
     with pytest.raises(KernelError) as e:
         kernels.quantize(ROWS, "IQ1_M", IMATRIX)
-    assert str(e.value) == f"{text}: not a usable ggml library: {text}: file too short"
-    kernels.use_pinned_library(Path(_native.__file__))
+    assert str(e.value) == f"{no_toolchain}: not a usable ggml library: {no_toolchain}: file too short"
+    no_toolchain.unlink()
+    no_toolchain.symlink_to(_native.__file__)
     with pytest.raises(KernelError) as e:
         kernels.quantize(ROWS, "IQ1_M", IMATRIX)
     assert str(e.value) == (
-        f"{_native.__file__}: not a usable ggml library: {_native.__file__}: undefined symbol: ggml_quantize_chunk"
+        f"{no_toolchain}: not a usable ggml library: {_native.__file__}: undefined symbol: ggml_quantize_chunk"
     )
 
 
 def test_a_missing_wheel(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(kernels, "find_spec", lambda _name: None)
+    monkeypatch.setattr(ggml_room, "find_spec", lambda _name: None)
     with pytest.raises(KernelError) as e:
         kernels.wheel_library()
     assert str(e.value) == "the package libggml-python is not installed; run: pip install libggml-python"
@@ -765,7 +769,7 @@ def test_a_missing_wheel(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
     class Spec:
         origin = str(tmp_path / "__init__.py")
 
-    monkeypatch.setattr(kernels, "find_spec", lambda _name: Spec)
+    monkeypatch.setattr(ggml_room, "find_spec", lambda _name: Spec)
     with pytest.raises(KernelError) as e:
         kernels.wheel_library()
     assert str(e.value) == f"{tmp_path}: the package libggml-python holds no libggml-base; reinstall it"
@@ -827,7 +831,7 @@ def test_the_pinned_ggml_reads_blocks_alike(name: str) -> None:
     out = np.empty((64, 768), np.float32)
     library = toolchain.ggml_library()
     assert library is not None
-    kernels._load(library).traits(QTYPES[name].id).contents.to_float(blocks.ctypes.data, out.ctypes.data, out.size)
+    ggml_room.load(library).traits(QTYPES[name].id).contents.to_float(blocks.ctypes.data, out.ctypes.data, out.size)
     assert_same_bits(out, kernels.dequantize(blocks, name, 768))
 
 
@@ -844,4 +848,4 @@ def test_iq1_m_uses_the_pinned_ggml() -> None:
     lib.ggml_quantize_chunk.restype = ctypes.c_size_t
     assert made == direct(lib, QTYPES["IQ1_M"].id, rows, ones, 64 * QTYPES["IQ1_M"].row_bytes(1024))
     assert made != kernels.quantize(rows, "IQ1_M", ones, kernel="ggml").tobytes()
-    assert kernels.active()["IQ1_M"] == f"ggml-pinned {kernels._load(library).version}"
+    assert kernels.active()["IQ1_M"] == f"ggml-pinned {ggml_room.load(library).version}"

@@ -20,7 +20,6 @@ from hypothesis import strategies as st
 from quantkit import kernels
 from quantkit.base.errors import QuantkitError
 from quantkit.gguf.types import ABORT_WITHOUT_IMATRIX, QTYPES
-from quantkit.llama_cpp import toolchain
 
 F32 = npt.NDArray[np.float32]
 SETS = list(kernels.OWN)
@@ -30,11 +29,6 @@ PAIRS = [(name, kernel) for name in TYPES for kernel in SETS if name in kernels.
 N_WEIGHTS = int(os.environ.get("QUANTKIT_TEST_WEIGHTS", "10_000_000"))
 
 pytestmark = pytest.mark.skipif(not SETS, reason="this processor has none of the instruction sets")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _pinned() -> None:
-    kernels.use_pinned_library(toolchain.ggml_library())
 
 
 def reference(name: str) -> str:
@@ -152,7 +146,7 @@ def test_threads_give_the_same() -> None:
 @pytest.mark.parametrize("kernel", [*SETS, "ggml"])
 def test_the_kernel_that_is_forced_runs(kernel: str, tmp_path: Path) -> None:
     """As `active` tells it, in a process of its own."""
-    code = "from quantkit import kernels; print(kernels.select(kernels.QTYPES['Q4_K']))"
+    code = "from quantkit import gguf, kernels; print(kernels.select(gguf.types.QTYPES['Q4_K']))"
     done = subprocess.run(
         [sys.executable, "-c", code], env=os.environ | {"QUANTKIT_KERNELS": kernel}, capture_output=True, text=True,
         check=False, cwd=tmp_path,
@@ -179,7 +173,7 @@ def test_fp8_to_a_float_file_equals_torch(
     scale = np.exp(rng.uniform(-103, 82, (-(-shape[0] // 128), -(-shape[1] // 128)))).astype(np.float32)
     out = np.empty((shape[0], shape[1] * (2 if name == "BF16" else 4)), np.uint8)
     rows = kernels.StoredRows(codes, "F8_E4M3", shape[1], np.zeros(1, np.uint64), scale, (128, 128), True)
-    assert kernels.quantize_stored(rows, name, None, out)
+    kernels.quantize_stored(rows, name, None, out)
     spread = torch.from_numpy(scale).repeat_interleave(128, 0).repeat_interleave(128, 1)[: shape[0], : shape[1]]
     expected = (torch.from_numpy(codes).view(torch.float8_e4m3fn).float() * spread).bfloat16()
     got = torch.from_numpy(out)
@@ -216,7 +210,7 @@ def test_fp8_to_bfloat16_is_every_code_times_every_scale(
     rows = kernels.StoredRows(
         stored, "F8_E4M3", n_cols, np.array([first], np.uint64), scale, (block_rows, block_cols), True
     )
-    assert kernels.quantize_stored(rows, "BF16", None, out)
+    kernels.quantize_stored(rows, "BF16", None, out)
     spread = torch.from_numpy(scale).repeat_interleave(block_rows, 0).repeat_interleave(block_cols, 1)[:, :n_cols]
     expected = (torch.from_numpy(whole).view(torch.float8_e4m3fn).float() * spread).bfloat16()[first:]
     assert np.array_equal(out, expected.contiguous().view(torch.uint8).numpy())
@@ -237,9 +231,14 @@ def test_fp8_to_bfloat16_of_what_no_table_holds(bad: str, kernel: str, monkeypat
         scale[0, 2] = {"scale too large": 1e36, "NaN scale": np.nan, "negative scale": -0.01}[bad]
     out = np.empty((32, 1024), np.uint8)
     rows = kernels.StoredRows(codes, "F8_E4M3", 512, np.zeros(1, np.uint64), scale, (128, 128), True)
-    made = kernels.quantize_stored(rows, "BF16", None, out)
-    assert made == (bad == "negative scale")
-    if made:
-        values = torch.from_numpy(codes).view(torch.float8_e4m3fn).float()
-        expected = (values * torch.from_numpy(scale).repeat_interleave(128, 1)).bfloat16()
+    values = torch.from_numpy(codes).view(torch.float8_e4m3fn).float()
+    expected = (values * torch.from_numpy(scale).repeat_interleave(128, 1)).bfloat16()
+    if bad == "negative scale":
+        kernels.quantize_stored(rows, "BF16", None, out)
         assert np.array_equal(out, expected.view(torch.uint8).numpy())
+        return
+    with pytest.raises(kernels.UnfitWeightError) as e:
+        kernels.quantize_stored(rows, "BF16", None, out)
+    at = tuple(int(i) for i in np.argwhere(~np.isfinite(expected.float().numpy()))[0])
+    assert (e.value.row, e.value.column) == at
+    assert str(e.value) == f"row {at[0]}, column {at[1]} is {'inf' if bad == 'scale too large' else 'nan'}"

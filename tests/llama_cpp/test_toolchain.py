@@ -15,13 +15,13 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from quantkit import kernels
 from quantkit.base.errors import ToolError
+from quantkit.base.files import file_sha256
 from quantkit.cli import cli
 from quantkit.cli.doctor import doctor
 from quantkit.cli.toolchain import toolchain as toolchain_group
 from quantkit.llama_cpp import toolchain
-from quantkit.llama_cpp.install import _lock, _run, _sha256, install
+from quantkit.llama_cpp.install import _lock, _run, install
 
 TOOL = "llama-quantize"
 
@@ -39,7 +39,6 @@ def cache(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
     if request.node.get_closest_marker("tools") is None:
         monkeypatch.setenv("QUANTKIT_CACHE", str(tmp_path / "cache"))
         monkeypatch.setenv("PATH", str(tmp_path / "path"))
-        monkeypatch.setattr(kernels, "_pinned_library", kernels._pinned_library)  # the doctor sets it
     return tmp_path / "cache"
 
 
@@ -232,7 +231,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeRun:
     known = tmp_path / "known"
     known.write_bytes(sdist())
     monkeypatch.setattr("quantkit.llama_cpp.install._run", fake)
-    monkeypatch.setattr(toolchain, "SDIST_SHA256", _sha256(known))
+    monkeypatch.setattr(toolchain, "SDIST_SHA256", file_sha256(known))
     for name in ("c++", "cmake", "ninja"):
         executable(tmp_path / "path" / name)
     return fake
@@ -282,6 +281,31 @@ def test_another_python_gets_only_the_packages_it_lacks(run: FakeRun) -> None:
     install_pinned()
     assert run.ran == ["packages"]
     assert toolchain.installed()
+
+
+def test_what_an_earlier_quantkit_built_is_used_and_added_to(run: FakeRun) -> None:
+    """It knew fewer tools: those go on working, the others are asked for, and `install` builds all."""
+    root, _, _ = install_pinned()
+    for tool in ("llama-completion", "llama-tokenize"):
+        (root / "bin" / tool).unlink()
+    assert not toolchain.installed()
+    assert toolchain.find(TOOL) == root / "bin" / TOOL
+    with pytest.raises(ToolError) as e:
+        toolchain.find("llama-completion")
+    assert str(e.value) == (
+        f"llama-completion is neither on PATH nor in {root / 'bin'} (an earlier quantkit built what is there); to "
+        "build it, run: quantkit toolchain install"
+    )
+    listed = CliRunner().invoke(toolchain_group, ["list"]).output
+    assert listed.endswith(f"not all installed in {root}; run: quantkit toolchain install\n")
+    run.ran.clear()
+    _, reports, _ = install_pinned()
+    assert run.ran == ["download", "-S", "--build", "packages"]
+    assert reports[0] == (
+        f"{root} has no llama-completion, llama-tokenize: an earlier quantkit built it, or something was deleted"
+    )
+    assert toolchain.installed()
+    assert toolchain.missing() == []
 
 
 def test_a_wrong_sdist_is_deleted_and_refused(run: FakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -432,6 +456,8 @@ def test_toolchain_list_json(tmp_path: Path) -> None:
             {"name": "llama-imatrix", "path": str(cached), "origin": "cache", "version": "1.2.3 (test)"},
             {"name": "llama-gguf-split", **missing},
             {"name": "llama-perplexity", **missing},
+            {"name": "llama-completion", **missing},
+            {"name": "llama-tokenize", **missing},
         ],
         "converter": None,
         "ggml_library": None,

@@ -25,7 +25,6 @@ from tokenizers import Tokenizer
 from quantkit.base.errors import QuantkitError, SourceError, UnsupportedError, WeightError
 from quantkit.building.engines.llama_quantize import LlamaQuantizeEngine
 from quantkit.building.engines.native import NativeEngine
-from quantkit.building.rows import RowReader
 from quantkit.gguf.header import decode
 from quantkit.llama_cpp import toolchain
 from quantkit.model import families
@@ -34,6 +33,7 @@ from quantkit.model.families.options import Options
 from quantkit.model.families.rope import Llama3Scaling
 from quantkit.model.families.tokenizer import _PROBE, PRE_TOKENIZERS
 from quantkit.model.open import describe_stored, open_model
+from quantkit.weights.rows import RowReader
 
 LINEAR = {"type": "linear", "factor": 4.0}
 YARN = {

@@ -315,6 +315,11 @@ def test_on_the_command_line(hub: Hub, tmp_path: Path, quantkit: Run) -> None:
     assert made["round_trip"] == {"tensors": 1, "bytes": DATA, "equal": True}
     assert "# cloned from hf://org/repo/x.gguf by" in made["recipe"]
     assert hub.sent == FIRST_BYTES
+    done = quantkit("recipe", "diff", tmp_path / "x.gguf", "hf://org/repo/x.gguf", env=env)
+    assert (done.returncode, done.stdout.splitlines()[0]) == (
+        0,
+        f"x (layout as is): {tmp_path}/x.gguf -> hf://org/repo/x.gguf",
+    )
     done = quantkit("recipe", "from-gguf", "hf://org/repo/x.gguf", env=env | {"HF_HUB_OFFLINE": "1"})
     assert (done.returncode, done.stdout) == (4, "")
     assert done.stderr == "error: hf://org/repo/x.gguf: HF_HUB_OFFLINE is set, so nothing is fetched; unset it\n"

@@ -329,7 +329,7 @@ def test_fit_as_text() -> None:
         in text
     )
     assert "2x80: whole layers; the other 97.0 GiB fit in RAM\n  -c 8192 -ngl 37 -ts 18,19\n" in text
-    assert "24: whole layers; 227.4 GiB are left, 127.4 more than RAM has: read from disk (mmap) as needed" in text
+    assert "24: whole layers; 227.4 GiB are left, 127.4 GiB more than RAM has: read from disk (mmap) as needed" in text
 
 
 def test_fit_as_json() -> None:
@@ -349,7 +349,7 @@ def test_fit_needs_a_recipe_but_for_ggufs(tmp_path: Path) -> None:
     assert done.exit_code == 2
     assert done.output.endswith("Error: deepseek-r1 is not a GGUF, so --recipe must say which types it gets\n")
     text = run(str(gqa_gguf(tmp_path / "m.gguf")), "--vram", "1", "--reserve", "0")
-    assert "1: whole layers; 0.0 GiB stay in RAM\n  -c 8192 -ngl 3\n" in text
+    assert "1: whole layers; 8.0 KiB stay in RAM\n  -c 8192 -ngl 3\n" in text
     assert "experts" not in text
 
 
@@ -428,3 +428,22 @@ def test_ram_and_reserve_as_people_write_them() -> None:
     assert answer("0", "9") < plain
     done = CliRunner().invoke(fit, ["deepseek-r1", "-r", "UD-IQ1_S", "--vram", "24", "--ram", "lots"])
     assert "'lots' is not a size such as 24, 1.5, 64GiB or 64GB (G and GB are 10^9 bytes, GiB 2^30)" in done.output
+
+
+def test_bars_say_what_the_bytes_are_of(capsys: pytest.CaptureFixture[str]) -> None:
+    """A bar for each part in `fit`, longest for the most; in `plan` one for each role, of all bytes."""
+    from quantkit.cli import cli
+
+    cli.main(["fit", "deepseek-r1", "-r", "UD-IQ1_S", "--vram", "2x80"], standalone_mode=False)
+    assert capsys.readouterr().out.splitlines()[3:8] == [
+        "routed experts  120.26 GiB  ████████████████████",
+        "rest of layers    9.26 GiB  █▌",
+        "output head       0.71 GiB  ▏",
+        "token_embd        0.49 GiB  ▏",
+        "KV cache          0.54 GiB  ▏",
+    ]
+    cli.main(["plan", "deepseek-r1", "-r", "UD-IQ1_S"], standalone_mode=False)
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    ends = {" ".join(row[:2]): row[-1] for row in rows if row and set(row[-1]) <= set("█▉▊▋▌▍▎▏")}
+    assert ends["routed expert"] == "█████████▎"
+    assert ends["attention 366"] == "▌"

@@ -1,5 +1,5 @@
-"""What an importance matrix leaves out: experts never seen, nothing but zeros. The bytes stay llama-quantize's; plan,
-build and verify say it, and refuse what a build would refuse with the same words."""
+"""What an importance matrix leaves out: experts never seen, nothing but zeros. With the policy `ones` the bytes stay
+llama-quantize's; plan, build and verify say it, and refuse what a build would refuse with the same words."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ from small_builds import OPTIONS, build, plan_of
 from quantkit import kernels
 from quantkit.building.engines.llama_quantize import LlamaQuantizeEngine
 from quantkit.gguf.types import LOST_BY_32, LOST_WITHOUT_WEIGHTS, QTYPES, SPOILED_WITHOUT_WEIGHTS
-from quantkit.model.imatrix import Missing, open_imatrix
+from quantkit.imatrix.entries import Missing
+from quantkit.imatrix.matrix import open_imatrix
+from quantkit.imatrix.policies import AS_LLAMA_QUANTIZE
 from quantkit.model.open import open_model
 from quantkit.planning.gaps import gap_notes, gap_warnings
 from quantkit.planning.plan import make_plan, with_values
@@ -138,18 +140,20 @@ def test_what_zeros_make_of_weights(tools: Tools, name: str, n_zeros: int) -> No
 
 # ---------------------------------------------------------------- plan and build
 
+AS_THEIRS = ("--imatrix-policy", "ones")
 NEVER_SAW = (
     f"the importance matrix never saw 1 expert in 1 tensor: {UP} expert 3; as in llama-quantize all their weights then "
     "count alike; for better ones make the matrix from more text, or from text of more kinds"
 )
 ZEROS = (
     f"the importance matrix has nothing but zeros for 1 expert in 1 tensor: {UP} expert 1; as in llama-quantize their "
-    "weights become zeros (IQ1_S); make the matrix again, or give these tensors a type that does without, such as Q8_0"
+    "weights become zeros (IQ1_S); make the matrix again, give these tensors a type that does without, such as Q8_0, "
+    "or take other values with --imatrix-policy"
 )
 
 
 def test_plan_tells_of_both_kinds(quantkit: Run, tiny_v3: Path, gappy: Path) -> None:
-    args = ("plan", tiny_v3, "--recipe", "UD-IQ1_S", "--pre", "deepseek-v3", "--imatrix", gappy)
+    args = ("plan", tiny_v3, "--recipe", "UD-IQ1_S", "--pre", "deepseek-v3", "--imatrix", gappy, *AS_THEIRS)
     said = quantkit(*args)
     assert said.returncode == 0, said.stderr
     assert said.stdout.rstrip().endswith(f"warning: {NEVER_SAW}\nwarning: {ZEROS}")
@@ -161,7 +165,7 @@ def test_plan_tells_of_both_kinds(quantkit: Run, tiny_v3: Path, gappy: Path) -> 
 
 
 def test_build_tells_of_both_kinds_even_when_quiet(quantkit: Run, tiny_v3: Path, gappy: Path, tmp_path: Path) -> None:
-    args = ("build", tiny_v3, "-o", tmp_path / "o.gguf", "--recipe", "UD-IQ1_S", "--pre", "deepseek-v3")
+    args = ("build", tiny_v3, "-o", tmp_path / "o.gguf", "--recipe", "UD-IQ1_S", "--pre", "deepseek-v3", *AS_THEIRS)
     quiet = quantkit(*args, "--imatrix", gappy, "-q")
     assert (quiet.returncode, quiet.stdout) == (0, "")
     assert quiet.stderr == f"warning: {NEVER_SAW}\nwarning: {ZEROS}\n"
@@ -171,7 +175,8 @@ def test_build_tells_of_both_kinds_even_when_quiet(quantkit: Run, tiny_v3: Path,
 
 def gaps_of(model: Path, entries: Entries, recipe: str, path: Path) -> Any:
     weights = open_imatrix(str(gguf_imatrix(path, entries)))
-    return with_values(make_plan(open_model(str(model), OPTIONS), load(recipe), weights), weights).gaps
+    made = make_plan(open_model(str(model), OPTIONS), load(recipe), weights, policy=AS_LLAMA_QUANTIZE)
+    return with_values(made, weights).gaps
 
 
 def test_types_that_lose_nothing_are_not_warned_of(tiny_v3: Path, tmp_path: Path) -> None:
@@ -209,7 +214,7 @@ def test_blocks_of_columns_are_a_note(tiny_v3: Path, tmp_path: Path) -> None:
 
 @pytest.mark.tools
 def test_the_bytes_stay_llama_quantizes(tools: Tools, tiny_v3: Path, gappy: Path, tmp_path: Path) -> None:
-    plan = plan_of(tiny_v3, load("UD-IQ1_S"), gappy)
+    plan = plan_of(tiny_v3, load("UD-IQ1_S"), gappy, policy="ones")
     ours = build(plan, tmp_path / "ours.gguf", gappy)
     theirs = build(plan, tmp_path / "theirs.gguf", gappy, engine=LlamaQuantizeEngine(tools.quantize))
     assert ours.read_bytes() == theirs.read_bytes()
@@ -296,7 +301,7 @@ def test_without_a_matrix_a_plan_is_made_and_a_build_is_not(quantkit: Run, tiny_
 
 
 def test_verify_tells_of_an_expert_of_zeros(tiny_v3: Path, gappy: Path, tmp_path: Path) -> None:
-    plan = plan_of(tiny_v3, load("UD-IQ1_S"), gappy)
+    plan = plan_of(tiny_v3, load("UD-IQ1_S"), gappy, policy="ones")
     out = build(plan, tmp_path / "o.gguf", gappy)
     note = "all weights are 0 in 1 expert of 1 tensor, {}: " + UP + " 1; an importance matrix with nothing "
     note += "but zeros for them does that: `quantkit plan --imatrix FILE` names them"

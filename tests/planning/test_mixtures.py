@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-import subprocess
 from collections import Counter
 from math import prod
 from pathlib import Path
@@ -11,15 +9,16 @@ from typing import Any
 
 import pytest
 from conftest import Tools
+from mixture_choices import dry_run, our_types
 
 from quantkit.base.errors import RecipeError
 from quantkit.gguf.header import F32, STRING, U32, header_bytes, kv, pad
-from quantkit.gguf.types import FILE_TYPES, QTYPES, fitting_type
+from quantkit.gguf.types import FILE_TYPES, QTYPES
+from quantkit.imatrix.matrix import open_imatrix
 from quantkit.model import demo, families
 from quantkit.model.catalogue import Catalogue
 from quantkit.model.families.known import config as known_config
 from quantkit.model.families.options import Options
-from quantkit.model.imatrix import open_imatrix
 from quantkit.model.open import from_gguf, open_model
 from quantkit.model.sources.gguf_file import open_gguf
 from quantkit.planning.mixtures import BASE_TYPES, facts, mixture_types
@@ -89,26 +88,6 @@ def mixtral(path: Path) -> Catalogue:
         f.write(header)
         f.truncate(len(header) + at)
     return from_gguf(open_gguf(path))
-
-
-def dry_run(tools: Tools, model: Path, file_type: str, imatrix: Path | None) -> dict[str, str]:
-    """The type that llama-quantize gives each tensor, shape fallback included."""
-    command = [
-        str(tools.quantize),
-        "--dry-run",
-        *(["--imatrix", str(imatrix)] if imatrix else []),
-        str(model),
-        file_type,
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
-    line = re.compile(r"^\[\s*\d+/\s*\d+\]\s+(\S+)\s+- \[[^\]]*\], type =\s*(\S+),.*?(?:\((\w+)\))?$", re.M)
-    return {m[1]: (m[3] or m[2]).upper() for m in line.finditer(done.stdout + done.stderr)}
-
-
-def our_types(c: Catalogue, file_type: str, has_imatrix: bool, version: str = "current") -> dict[str, str]:
-    types = mixture_types(file_type, c.tensors, facts(c, has_imatrix, version))
-    asked = {t.name: next(types) if t.quantizable else t.source_type for t in c.tensors}
-    return {t.name: fitting_type(QTYPES[asked[t.name]], t.n_cols).name for t in c.tensors}
 
 
 def compare(tools: Tools, c: Catalogue, file: Path) -> None:

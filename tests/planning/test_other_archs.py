@@ -17,16 +17,16 @@ from types import ModuleType
 import numpy as np
 import pytest
 from conftest import Tools
-from test_mixtures import dry_run, our_types
+from mixture_choices import dry_run, our_types
 
 from quantkit.base.errors import RecipeError
 from quantkit.building import run as builds
 from quantkit.building.engines.native import NativeEngine
 from quantkit.gguf.header import BOOL, F32, KV, STRING, U32, header_bytes, kv, kv_array, pad
 from quantkit.gguf.types import QTYPES
+from quantkit.imatrix.matrix import open_imatrix
 from quantkit.llama_cpp import toolchain
 from quantkit.model import demo
-from quantkit.model.imatrix import open_imatrix
 from quantkit.model.open import open_model
 from quantkit.planning.mixtures import BASE_TYPES
 from quantkit.planning.plan import make_plan

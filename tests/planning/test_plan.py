@@ -281,7 +281,7 @@ def test_the_fallback_of_a_shape_is_shown(asked: str, given: str, nbytes: int) -
 def test_fallbacks_are_noted_for_people() -> None:
     text = plan_text(r1_plan("UD-IQ1_S", "k_b+v_b"), [])
     assert (
-        "\nnote: 61 tensors got another type than asked, since their rows do not divide into its blocks: "
+        "\nnote: 61 tensors get another type than asked, since the rows do not divide into its blocks: "
         "blk.*.attn_k_b.weight Q6_K -> Q8_0"
     ) in text
     (line,) = [line for line in text.splitlines() if "attn_k_b" in line and "note" not in line]
@@ -424,17 +424,17 @@ def test_a_recipe_for_another_arch() -> None:
 WARNED = {
     "takes no layer": (
         ['match: "*_exps.weight", layers: "moe[6:]", type: Q2_K', EVERYTHING],
-        ["r.yaml:5 rules[0].layers: 'moe[6:]' takes no layer of this model's 3; the rule is unused"],
+        ["r.yaml:5 rules[0].layers: 'moe[6:]' selects none of this model's 3 layers; the rule is unused"],
     ),
     "leaves nothing": (
         ['match: "*_exps.weight", layers: "moe[:6]", type: Q2_K', 'match: "*_exps.weight", type: Q3_K', EVERYTHING],
-        ["r.yaml:6 rules[1].match: on a model of 3 layers, r.yaml:5 rules[0] leaves it nothing"],
+        ["r.yaml:6 rules[1].match: on a model of 3 layers, r.yaml:5 rules[0] takes all it matches"],
     ),
     "two leave nothing": (
         ['match: "*_exps.weight", layers: "all[:2]", type: Q2_K',
          'match: "*_exps.weight", layers: "all[2:9]", type: Q2_K', 'match: "*_down_exps.weight", type: Q3_K',
          EVERYTHING],
-        ["r.yaml:7 rules[2].match: on a model of 3 layers, r.yaml:5 rules[0], r.yaml:6 rules[1] leave it nothing"],
+        ["r.yaml:7 rules[2].match: on a model of 3 layers, r.yaml:5 rules[0], r.yaml:6 rules[1] take all it matches"],
     ),
     "optional": (
         ['match: "zzz", optional: true, type: Q2_K',
@@ -459,8 +459,8 @@ def test_shipped_recipes_fit_small_siblings(recipe: str, config: Mapping[str, An
     plan = make_plan(tiny(config), made)
     sliced = next(i for i, rule in enumerate(made.rules) if rule.layers)
     later = [
-        f"{made.place('rules', sliced + 1, 'match')}: on a model of 3 layers, {made.place('rules', sliced)} leaves it "
-        "nothing"
+        f"{made.place('rules', sliced + 1, 'match')}: on a model of 3 layers, {made.place('rules', sliced)} takes "
+        "all it matches"
     ]
     assert list(plan.warnings) == ([] if recipe == "UD-IQ1_S" else later)
 
@@ -601,14 +601,14 @@ def test_types_that_need_an_imatrix_must_have_one() -> None:
 
 def test_types_that_need_none_do_without() -> None:
     plan = make_plan(tiny(), rules('match: "blk.2.*_exps.weight", type: IQ3_S', EVERYTHING))
-    assert {t.imatrix for t in plan.tensors} == {"optional", "not used"}
+    assert {t.imatrix_status for t in plan.tensors} == {"optional", "not used"}
     check_imatrix(plan, given=False)
 
 
 def test_an_imatrix_that_lacks_entries() -> None:
     recipe = rules('match: "*_exps.weight", type: IQ1_S', EVERYTHING)
     plan = make_plan(tiny(), recipe, entries_for(tiny(), blk__1__ffn_up_exps=None))
-    assert planned(plan, "blk.1.ffn_up_exps.weight").imatrix == "needed"
+    assert planned(plan, "blk.1.ffn_up_exps.weight").imatrix_status == "needed"
     assert refused(plan, given=True) == (
         "the importance matrix has no entry for 1 tensor that must have one, the first 'blk.1.ffn_up_exps.weight' as "
         "IQ1_S (4 x 256 values); is it of this model and layout?"
@@ -623,7 +623,7 @@ def test_an_imatrix_that_lacks_entries() -> None:
 def test_an_imatrix_of_another_model() -> None:
     recipe = rules('match: "*_exps.weight", type: IQ1_S', EVERYTHING)
     plan = make_plan(tiny(), recipe, entries_for(tiny(), blk__2__ffn_up_exps=512, blk__0__attn_q_a=1))
-    assert planned(plan, "blk.0.attn_q_a.weight").imatrix == "wrong size"
+    assert planned(plan, "blk.0.attn_q_a.weight").imatrix_status == "wrong size"
     assert refused(plan, given=True) == (
         "the importance matrix has an entry of the wrong size for 2 tensors, the first "
         "'blk.0.attn_q_a.weight' as Q4_K (1 x 256 values); is it of this model and layout?"
@@ -634,7 +634,7 @@ def test_an_imatrix_that_fits() -> None:
     catalogue = tiny()
     plan = make_plan(catalogue, load("UD-IQ1_S"), entries_for(catalogue, blk__0__attn_output=None))
     check_imatrix(plan, given=True)
-    status = {t.tensor.name: t.imatrix for t in plan.tensors}
+    status = {t.tensor.name: t.imatrix_status for t in plan.tensors}
     # attn_k_b fell back to Q8_0, which has no use for it
     assert [n for n, s in status.items() if s == "missing"] == [OUT, EMBD, "blk.0.attn_output.weight"]
     assert status["blk.1.attn_k_b.weight"] == "not used"

@@ -22,8 +22,11 @@ from faults_calls import CALLS
 from faults_damage import caches, damages, place_taken
 from faults_io import CLOSED, ROOM, SOURCES, out_of_memory
 from faults_kill import kills
+from faults_others import WORKS, kills_of
 from faults_power import kills_at_calls, planted, power_loss
 from faults_site import CONFIG, SMALL, FaultError, Row, Site, SkipError
+
+from quantkit.base.text import markdown_head, markdown_row
 
 Case = Callable[[], "Row | list[Row]"]
 SAID = "one clear sentence or no harm; the rerun made the right bytes"
@@ -40,6 +43,8 @@ def cases(site: Site, small: Site, n_kills: int, n_crashes: int) -> Iterator[tup
     """Groups, names and what to call."""
     yield "kills", "", lambda: kills(site, n_kills)
     yield "kills at system calls", "", lambda: kills_at_calls(small, n_crashes // 2)
+    for work in WORKS:
+        yield "kills of dequant, split and merge", work.name, partial(kills_of, work, site, n_crashes // len(WORKS))
     yield "power loss", "", lambda: power_loss(small, n_crashes)
     yield "power loss, planted defects", "", lambda: planted(small, 30)
     groups = {"calls that fail": CALLS, "memory": (out_of_memory,), "a source or imatrix": SOURCES, "room": ROOM,
@@ -58,20 +63,20 @@ def _name(case: Callable[[Site], Row]) -> str:
 
 def table(found: list[tuple[str, Row]]) -> str:
     """A line a group; a case that failed or was skipped has its own."""
-    lines = ["| fault | how | times | weights kept | what came of it | |", "|---|---|---|---|---|---|"]
+    lines = [markdown_head(["fault", "how", "times", "weights kept", "what came of it", ""])]
     for group in dict.fromkeys(g for g, _ in found):
         rows = [row for g, row in found if g == group]
         for row in rows if group not in GROUPS else [r for r in rows if r.failures or not r.times]:
             verdict = "FAILED" if row.failures else "holds" if row.times else "skipped"
             cells = (row.case, row.what, row.times, f"{row.kept:,}", row.came_of_it, verdict)
-            lines.append(f"| {' | '.join(map(str, cells))} |")
+            lines.append(markdown_row(map(str, cells)))
         held = [row for row in rows if row.times and not row.failures]
         if group in GROUPS and held:
             names = "; ".join(dict.fromkeys(row.case for row in held))
             notes = "; ".join(row.came_of_it for row in held if "glibc" in row.came_of_it)
             cells = (group, names, sum(row.times for row in held), f"{sum(row.kept for row in held):,}",
                      "; ".join(filter(None, (GROUPS[group], notes))), "holds")  # fmt: skip
-            lines.append(f"| {' | '.join(map(str, cells))} |")
+            lines.append(markdown_row(map(str, cells)))
     return "\n".join(lines)
 
 

@@ -325,13 +325,11 @@ def serve() -> None:
 
     import quantkit
     from quantkit import kernels
-    from quantkit.llama_cpp import toolchain
     from quantkit.recipe.load import shipped
 
     for module in pkgutil.walk_packages(quantkit.__path__, "quantkit."):
         if not module.name.endswith("__main__"):
             import_module(module.name)
-    kernels.use_pinned_library(toolchain.ggml_library())
     kernels.version()
     kernels.is_valid(np.zeros((1, 34), np.uint8), "Q8_0")  # by ggml, which is loaded for it
     shipped()

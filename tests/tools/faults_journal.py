@@ -1,6 +1,6 @@
-"""A reader of an unfinished build's journal that is not quantkit's, so that a defect of quantkit's is seen.
+"""A reader of journals that is not quantkit's, so that a defect of quantkit's is seen.
 
-The format is in quantkit/building/journal.py; here is only what a fault's checks want of it.
+The format is in quantkit/base/journal.py; here is only what a fault's checks want of it.
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ import json
 import struct
 import zlib
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from quantkit.building.folder import folder_of
 
-_RECORD = struct.Struct("<III16sI")
+_RECORD = struct.Struct("<IQQ16sI")
 
 
 class Claim(NamedTuple):
@@ -34,18 +34,26 @@ class Claim(NamedTuple):
 def claim_of(out: Path) -> Claim | None:
     """The journal of the unfinished build of `out`, up to the first record that is not sound. None where there is no
     journal, or its first line is not sound."""
+    found = records_of(folder_of(out) / "journal")
+    if found is None:
+        return None
+    tensors = [(name, row_bytes) for name, _, row_bytes, _ in found[0]["tensors"]]
+    return Claim(tensors, found[1])
+
+
+def records_of(journal: Path) -> tuple[dict[str, Any], list[tuple[int, int, int]]] | None:
+    """What the first line of a journal says, and its records: part, first unit, units."""
     try:
-        line, newline, rest = (folder_of(out) / "journal").read_bytes().partition(b"\n")
+        line, newline, rest = journal.read_bytes().partition(b"\n")
     except OSError:
         return None
     text, _, crc = line.rpartition(b" ")
     if not newline or crc != b"%08x" % zlib.crc32(text):
         return None
-    tensors = [(name, row_bytes) for name, _, row_bytes, _ in json.loads(text)["tensors"]]
     records = []
     for at in range(0, len(rest) - _RECORD.size + 1, _RECORD.size):
-        tensor, row, n_rows, _, crc = _RECORD.unpack_from(rest, at)
+        part, start, n, _, crc = _RECORD.unpack_from(rest, at)
         if zlib.crc32(rest[at : at + _RECORD.size - 4]) != crc:
             break
-        records.append((tensor, row, n_rows))
-    return Claim(tensors, records)
+        records.append((part, start, n))
+    return json.loads(text), records

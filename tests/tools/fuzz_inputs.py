@@ -41,6 +41,7 @@ from fuzz_readers import Reader
 
 from quantkit import __version__
 from quantkit.base.errors import QuantkitError, RecipeError
+from quantkit.base.text import markdown_head, markdown_row
 
 MAX_SECONDS, MAX_STUCK = 5.0, 60.0
 MAX_MEMORY = 256 << 20
@@ -223,10 +224,10 @@ def run(total: Tally, reader: Reader, seed: int, numbers: range, folder: Path) -
 
 def table(tallies: dict[str, Tally]) -> list[str]:
     """What came of all of them, as Markdown."""
-    rows = ["| reader | cases | accepted | refused | at so many places | findings |", "|---|---|---|---|---|---|"]
+    rows = [markdown_head(["reader", "cases", "accepted", "refused", "at so many places", "findings"])]
     for name, t in tallies.items():
         numbers = (t.came.total(), t.came["accepted"], t.came["refused"], len(t.places), t.came["findings"])
-        rows.append(f"| {name} | {' | '.join(f'{n:,}' for n in numbers)} |")
+        rows.append(markdown_row([name, *(f"{n:,}" for n in numbers)]))
     for name, t in tallies.items():
         rows += [f"- {name}: {what} ({where}), {n:,} times" for (what, where), n in t.alike.items()]
     return rows

@@ -35,11 +35,12 @@ from quantkit.gguf.header import (  # fmt: skip
     pad,
     read_header,
 )
+from quantkit.imatrix import converting, coverage, merging, report
+from quantkit.imatrix.matrix import Imatrix, open_imatrix
 from quantkit.model import demo
 from quantkit.model.catalogue import Catalogue
 from quantkit.model.families.options import Options
 from quantkit.model.families.tokenizer import tokenizer_kvs
-from quantkit.model.imatrix import open_imatrix
 from quantkit.model.open import describe_stored, open_model
 from quantkit.model.sources.safetensors_dir import read_shard
 from quantkit.planning.file_layout import lay_out, output_kvs
@@ -137,10 +138,12 @@ def seed_imatrix() -> bytes:
         kv("general.type", STRING, "imatrix"), kv_array("imatrix.datasets", STRING, ["calib.txt"]),
         kv("imatrix.chunk_count", U32, 3), kv("imatrix.chunk_size", U32, 512),
     ]  # fmt: skip
-    tensors = []
+    tensors: list[tuple[str, tuple[int, ...], str, int]] = []
     for name, n_cols, n_mats in (("blk.0.attn_q.weight", 8, 1), ("blk.0.ffn_up_exps.weight", 4, 3)):
         tensors += [(f"{name}.in_sum2", (n_cols, n_mats), "F32", 4 * n_cols * n_mats)]
         tensors += [(f"{name}.counts", (1, n_mats), "F32", 4 * n_mats)]
+    name = "blk.0.attn_q.weight"  # the one with all that a file can have
+    tensors += [(f"{name}.in_sum", (8,), "F32", 32), (f"{name}.stats", (12,), "F32", 48)]
     return gguf_bytes(kvs, tensors)
 
 
@@ -219,6 +222,33 @@ def use(catalogue: Catalogue) -> None:
     lay_out(plan, output_kvs(plan, None), 1 << 20)
 
 
+def use_imatrix(matrix: Imatrix, folder: Path, how: int) -> None:
+    """Go on with an importance matrix as `quantkit imatrix` would: look into it, add it to the sound one, convert it,
+    which must not change what the quantizer gets."""
+    json.dumps(coverage.cover(matrix).to_json())
+    if how == 0:
+        report.info_text(coverage.cover(matrix), every_tensor=bool(matrix.n_chunks % 2))
+    elif how in (1, 2):
+        sound = put(folder / "sound.gguf", seed_imatrix())
+        merging.merge([open_imatrix(str(sound)), matrix], folder / "made", as_dat=how == 2, replace=True)
+        open_imatrix(str(folder / "made")).check()
+    elif how in (3, 4):
+        converting.convert(matrix, folder / "made", as_dat=how == 3, replace=True)
+        other = open_imatrix(str(folder / "made"))
+        for name, entry in matrix.entries.items():
+            a, b = (m.weights(name, 0, entry.n_values).tobytes() for m in (matrix, other))
+            assert a == b, f"{name} is another"
+
+
+def put(path: Path, raw: bytes, more: int = 0) -> Path:
+    """Write a file; `more` bytes of zeros follow."""
+    with path.open("wb") as f:
+        f.write(raw)
+        if more:
+            f.truncate(len(raw) + more)
+    return path
+
+
 def readers(folder: Path) -> dict[str, Reader]:
     """All kinds by name; `folder` is for their files, best in memory."""
     model = folder / "Tiny"
@@ -232,14 +262,6 @@ def readers(folder: Path) -> dict[str, Reader]:
     data_bytes = first.stat().st_size - 8 - head_bytes
     only_config = folder / "Config" / "config.json"
     only_config.parent.mkdir(exist_ok=True)
-
-    def put(path: Path, raw: bytes, more: int = 0) -> Path:
-        """Write a file; `more` bytes of zeros follow."""
-        with path.open("wb") as f:
-            f.write(raw)
-            if more:
-                f.truncate(len(raw) + more)
-        return path
 
     def restored(path: Path, read: Callable[[bytes], object]) -> Callable[[bytes], object]:
         """Put the checkpoint's own file back afterwards."""
@@ -290,6 +312,7 @@ def readers(folder: Path) -> dict[str, Reader]:
                 n_mats = len(entry.counts)
                 if matrix.fits(name, entry.n_values // n_mats, n_mats):
                     matrix.weights(name, n_mats - 1, entry.n_values // n_mats)
+            use_imatrix(matrix, folder, sum(raw) % 8)
 
         return read
 

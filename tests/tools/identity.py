@@ -22,9 +22,9 @@ import numpy as np
 
 from quantkit import kernels
 from quantkit.base.errors import WeightError
+from quantkit.base.text import markdown_head, markdown_row
 from quantkit.gguf.types import ABORT_WITHOUT_IMATRIX, QTYPES
 from quantkit.kernels import F32, U8
-from quantkit.llama_cpp import toolchain
 
 SHAPE = (32, 4096 + 256)
 RECORD = Path(__file__).parent / "results" / "identity.md"
@@ -65,13 +65,14 @@ def record(name: str, seen: int, sets: str, different: int, seed: int) -> None:
     head = [
         "# Own kernels against ggml, byte by byte: `python tests/tools/identity.py --record`",
         "",
-        "| type | weights | compared in each of | blocks that differ | seeds from | built as | on |",
-        "|---|---|---|---|---|---|---|",
+        *markdown_head(
+            ["type", "weights", "compared in each of", "blocks that differ", "seeds from", "built as", "on"]
+        ).splitlines(),
     ]
     old = RECORD.read_text().splitlines()[len(head) :] if RECORD.exists() else []
     lines = {line.split("|")[1].strip(): line for line in old}
     today = datetime.now(timezone.utc).date().isoformat()
-    lines[name] = f"| {name} | {seen:,} | {sets} | {different} | {seed} | {kernels.version()} | {today} |"
+    lines[name] = markdown_row([name, f"{seen:,}", sets, str(different), str(seed), kernels.version(), today])
     RECORD.parent.mkdir(exist_ok=True)
     ordered = [lines[n] for n in sorted(lines, key=lambda t: QTYPES[t].id)]
     RECORD.write_text("\n".join([*head, *ordered]) + "\n")
@@ -85,7 +86,6 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--record", action="store_true")
     options = parser.parse_args()
-    kernels.use_pinned_library(toolchain.ggml_library())
     types = options.types or sorted(set().union(*kernels.OWN.values()), key=lambda t: QTYPES[t].id)
     failed = False
     for name in types:

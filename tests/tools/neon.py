@@ -36,7 +36,7 @@ from quantkit import kernels
 from quantkit.base.errors import QuantkitError
 from quantkit.gguf.types import ABORT_WITHOUT_IMATRIX, QTYPES
 from quantkit.kernels import F32, U8
-from quantkit.llama_cpp import toolchain
+from quantkit.kernels.limits import limits_of
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -125,14 +125,17 @@ def one_pass(name: str, what: str, case: fuzz_kernels.Case) -> Iterator[Job]:
     if expected is None:
         return
     room = np.empty((len(rows.stored), QTYPES[name].row_bytes(rows.n_cols)), np.uint8)
-    done = kernels.quantize_stored(rows, name, w, room) if name in set().union(*kernels.OWN.values()) else None
-    limits = (kernels._LARGEST_FINITE.get(name, np.inf), np.inf)
-    if name in kernels.ABORT_ON_OVERFLOW:
-        limits = (kernels._LARGEST_WEIGHT, kernels._LARGEST_PRODUCT)
+    done = None
+    if kernels.can_quantize_stored(rows.dtype, name):
+        try:
+            kernels.quantize_stored(rows, name, w, room)
+            done = True
+        except QuantkitError:
+            done = False
     used = w if QTYPES[name].uses_imatrix else None
     data = record(
         "rows", name, (len(rows.stored), rows.n_cols), rows.first_rows, rows.stored, rows.scale, used,
-        weighted=used is not None, rows=rows, limits=limits,
+        weighted=used is not None, rows=rows, limits=limits_of(QTYPES[name]),
     )  # fmt: skip
     yield Job(name, True, what, data, expected, done)
 
@@ -265,7 +268,6 @@ def main() -> None:
             file=sys.stderr,
         )
         sys.exit(2)
-    kernels.use_pinned_library(toolchain.ggml_library())
     with tempfile.TemporaryDirectory(prefix="quantkit-neon-") as temporary:
         start = time.monotonic()
         program = build((options.keep or Path(temporary)).resolve(), options.jobs)

@@ -21,8 +21,8 @@ from small_builds import plan_of
 
 from quantkit.base.errors import SourceError
 from quantkit.gguf.header import read_header
+from quantkit.imatrix.matrix import open_imatrix
 from quantkit.llama_cpp import toolchain
-from quantkit.model.imatrix import open_imatrix
 from quantkit.planning.plan import Plan
 from quantkit.verifying import attestation, manifest
 

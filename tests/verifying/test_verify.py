@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import struct
 import subprocess
 from collections.abc import Callable
@@ -21,9 +22,9 @@ from quantkit.building.engines.llama_quantize import LlamaQuantizeEngine
 from quantkit.building.engines.native import NativeEngine
 from quantkit.gguf.header import STRING, U32, TensorInfo, kv, read_header
 from quantkit.gguf.types import INTEGER_TYPES, QTYPES
+from quantkit.imatrix.matrix import open_imatrix
 from quantkit.llama_cpp import toolchain
 from quantkit.llama_cpp.tensor_types import tensor_type_file
-from quantkit.model.imatrix import open_imatrix
 from quantkit.model.open import open_model
 from quantkit.planning.plan import Plan, types_asked
 from quantkit.recipe.load import load
@@ -33,7 +34,7 @@ from quantkit.verifying.ggml import Ggml
 from quantkit.verifying.rederive import RowCheck, choose, parse_sample
 from quantkit.verifying.run import Request, verify
 from quantkit.verifying.scan import bad_blocks
-from quantkit.verifying.verdict import KEPT_EACH, Finding, Findings, Verdict
+from quantkit.verifying.verdict import KEPT, KEPT_EACH, Finding, Findings, Verdict
 
 # ---------------------------------------------------------------- sound files
 
@@ -291,6 +292,18 @@ def test_samples_are_read() -> None:
     for wrong in ("", "0%", "101%", "-1", "1.5", "some", "%", "0"):
         with pytest.raises(ValueError, match="is no sample such as"):
             parse_sample(wrong)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_which_findings_are_kept_does_not_depend_on_the_order_in_which_they_are_found(seed: int) -> None:
+    found = [Finding("row", "f", "x", f"t{t}", offset=100_000 * t + i, row=i) for t in range(900) for i in range(30)]
+    due = [f for f in found if f.row is not None and f.row < KEPT_EACH][:KEPT]
+    random.Random(seed).shuffle(found)
+    findings = Findings()
+    for f in found:
+        findings.add(f)
+    assert (findings.count, findings.kept()) == (27_000, due)
+    assert len(due) == KEPT
 
 
 def test_many_findings_are_counted_and_few_are_kept() -> None:

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from ...base.errors import KernelError, QuantkitError, RecipeError, did_you_mean
 from ...base.text import TextEnum
-from ...gguf.types import QTYPES
+from ...gguf.types import QTYPES, VERSIONS
 from ...model.catalogue import ROLES, Catalogue, Role
 from ...model.families.known import MODELS
 from ...model.families.options import Options
@@ -366,23 +366,24 @@ class SizeRow(NamedTuple):
     """bits a weight of these"""
 
 
-def size_table(catalogue: Catalogue, recipes: Sequence[str]) -> tuple[list[SizeRow], list[str]]:
-    """The recipes on one model, smallest first; and a sentence for each that cannot be planned. Recipes
-    that are not for the model's arch are left out unless none is left."""
+def size_table(
+    catalogue: Catalogue, recipes: Sequence[tuple[str, Recipe]], version: str = VERSIONS[0]
+) -> tuple[list[SizeRow], list[str]]:
+    """The recipes, each with the name it goes by, on one model, smallest first; and a sentence for each that cannot be
+    planned. Recipes that are not for the model's arch are left out unless none is left."""
     rows, notes = [], []
-    loaded: list[tuple[str, Recipe]] = [(name, load(name)) for name in expand_recipes(recipes, Path())]
-    for name, recipe in loaded:
+    for name, recipe in recipes:
         if not recipe.is_for(catalogue.arch):
             continue
         try:
-            plan = make_plan(catalogue, recipe)
+            plan = make_plan(catalogue, recipe, None, version)
         except QuantkitError as e:
             notes.append(f"{name} cannot be planned: {e}")
             continue
         rows.append(_size_row(name, plan))
     if not rows and not notes:
         raise RecipeError(
-            f"{catalogue.model} is a {catalogue.arch}, and no recipe of {', '.join(n for n, _ in loaded)} is for that"
+            f"{catalogue.model} is a {catalogue.arch}, and no recipe of {', '.join(n for n, _ in recipes)} is for that"
         )
     return sorted(rows, key=lambda r: (r.tensor_bytes, r.recipe)), notes
 

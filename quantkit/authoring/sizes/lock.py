@@ -38,6 +38,7 @@ from ...base.outputs import write_text
 from ...gguf.types import QTYPES
 from ...model.catalogue import ranges
 from ...model.families.options import LAYOUTS
+from ...recipe.yaml_lines import dotted
 
 DEFAULT_NAMES = ("quantkit-sizes.yaml", "tests/data/quantkit-sizes.yaml")
 VERSION = 1
@@ -223,7 +224,7 @@ def parse(text: str, file: str) -> Lock:
     except ValidationError as e:
         first = e.errors()[0]
         at = tuple(first["loc"])
-        what = f"{_dotted(at) or 'the file'}: {first['msg'][:1].lower()}{first['msg'][1:]}"
+        what = f"{dotted(at) or 'the file'}: {first['msg'][:1].lower()}{first['msg'][1:]}"
         raise SourceError(f"{_line(file, lines, at)}: {what}; {_REDO}") from None
     seen: dict[Key, int] = {}
     for i, cell in enumerate(lock.cells):
@@ -299,13 +300,6 @@ def _line(file: str, lines: _Lines, path: tuple[str | int, ...]) -> str:
     while path and path not in lines:
         path = path[:-1]
     return f"{file}:{lines.get(path, 1)}"
-
-
-def _dotted(path: tuple[str | int, ...]) -> str:
-    text = ""
-    for step in path:
-        text += f"[{step}]" if isinstance(step, int) else f".{step}" if text else step
-    return text
 
 
 # ---------------------------------------------------------------- writing

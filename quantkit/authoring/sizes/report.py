@@ -8,11 +8,11 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ...base.text import gib, table
+from ...base.text import DECIMAL, in_unit, markdown_table, size, table, unit_of
 from ...model.catalogue import ROLES
 from .compare import Change, ChangeStatus, Comparison, Move, SizeRow
 from .lock import Key
@@ -68,7 +68,7 @@ def _percent(change: Change) -> str:
 
 
 def _bytes(nbytes: int) -> str:
-    return f"{nbytes:,} bytes = {gib(nbytes)} GiB"
+    return size(nbytes)
 
 
 def headline(change: Change) -> str:
@@ -160,10 +160,6 @@ def to_json(c: Comparison) -> dict[str, Any]:
 # ---------------------------------------------------------------- Markdown, for a comment
 
 
-def _cells(row: Iterable[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in row) + " |"
-
-
 def _code(line: str) -> str:
     """A line as Markdown code, whatever backticks it has."""
     longest = max((len(run) for run in re.findall("`+", line)), default=0)
@@ -191,7 +187,7 @@ def markdown(c: Comparison) -> str:
             ]
             for x in changed
         ]
-        parts.append("\n".join([_cells(head), "|---|---|---|---|--:|--:|--:|--:|", *map(_cells, rows)]))
+        parts.append(markdown_table(rows, head, right=range(4, 8)))
     for x in changed:
         lines = details(x)
         if lines:
@@ -321,19 +317,21 @@ def size_table(model: str, layout: str, found: Sequence[SizeRow], notes: Sequenc
         return json.dumps({"model": model, "layout": layout, "recipes": values, "notes": list(notes)}, indent=1)
     roles = {r.role for r in found if r.role}
     bits = f"bits of {roles.pop()}s" if len(roles) == 1 else "bits"
-    head = ["recipe", "title", "tensor data, bytes", "GiB", "GB", "BPW", bits.replace("dense ffns", "the ffn")]
+    unit = unit_of(max((r.tensor_bytes for r in found), default=0))
+    decimal = DECIMAL[unit]
+    head = ["recipe", "title", "tensor data, bytes", unit, decimal, "BPW", bits.replace("dense ffns", "the ffn")]
     rows = [
         [
-            *(r.recipe, r.title, f"{r.tensor_bytes:,}", f"{r.tensor_bytes / 2**30:,.2f}"),
-            *(f"{r.tensor_bytes / 1e9:,.2f}", f"{r.bpw:.2f}", "" if r.bits is None else f"{r.bits:.2f}"),
+            *(r.recipe, r.title, f"{r.tensor_bytes:,}", in_unit(r.tensor_bytes, unit, 2)),
+            *(in_unit(r.tensor_bytes, decimal, 2), f"{r.bpw:.2f}", "" if r.bits is None else f"{r.bits:.2f}"),
         ]
         for r in found
     ]
     lines = [f"note: {n}" for n in notes]
     if form == "markdown":
-        grid = [_cells(head), "|---|---|--:|--:|--:|--:|--:|", *map(_cells, rows)]
-        return "\n".join([*grid, *(["", *lines] if lines else [])])
-    grid = [f"{model} ({layout})", "", table(rows, head, right=range(2, 7))]
+        grid = [markdown_table(rows, head, right=range(2, 7))]
+    else:
+        grid = [f"{model} ({layout})", "", table(rows, head, right=range(2, 7))]
     return "\n".join([*grid, *(["", *lines] if lines else [])])
 
 

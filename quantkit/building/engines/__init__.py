@@ -71,6 +71,8 @@ class Work:
 
 class Engine(Protocol):
     name: str
+    rounds: bool
+    """whether it can round otherwise than ggml"""
 
     def scratch_bytes(self, plan: Plan) -> int:
         """The most disk space that it needs beside the output."""

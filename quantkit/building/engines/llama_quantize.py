@@ -2,16 +2,15 @@
 
 A GGUF source that becomes one file is quantized in one run, as a person would. Anything else goes
 piece by piece: a GGUF with the model's hyperparameters and a few tensors, as BF16, is quantized with
-the whole importance matrix, and their bytes are put in their place. llama-quantize reads only the
+the whole importance matrix, and their bytes are put in their place. Where a policy gives other values
+than the matrix has, each piece has a matrix of its own. llama-quantize reads only the
 hyperparameters, so it takes such files, and the bytes are those of a run on the whole model. Scratch
 space is a piece (its largest tensor, or BATCH_BYTES), never the model.
 """
 
 from __future__ import annotations
 
-import os
 import re
-import signal
 import subprocess
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -25,15 +24,29 @@ from ... import kernels
 from ...base.errors import OutputError, SourceError, ToolError
 from ...base.files import read_at
 from ...base.folders import Folder
-from ...gguf.header import KV, Header, TensorInfo, header_bytes, is_other_alignment, pad, read_header_of
+from ...gguf.header import (
+    KV,
+    STRING,
+    U32,
+    Header,
+    TensorInfo,
+    header_bytes,
+    is_other_alignment,
+    kv,
+    kv_array,
+    pad,
+    read_header_of,
+)
 from ...gguf.shards import is_usual_name
 from ...gguf.types import FILE_TYPES, QTYPES
+from ...llama_cpp import programs
 from ...llama_cpp.tensor_types import tensor_type_file
 from ...model.catalogue import Source, Tensor
-from ...planning.file_layout import FileLayout
-from ...planning.plan import Plan, Planned, types_asked
-from ..rows import RowReader
-from . import Work
+from ...planning.file_layout import POLICY_KEY, ROUNDING_PREFIX, FileLayout
+from ...planning.gaps import n_matrices
+from ...planning.plan import ImatrixStatus, Plan, Planned, types_asked
+from ...weights.rows import RowReader
+from . import ImportanceValues, Work
 
 _LINE = re.compile(r"^\[\s*(\d+)/\s*(\d+)\]\s+(\S+)\s+- \[")
 _SLAB_VALUES = 1 << 20
@@ -43,13 +56,14 @@ BATCH_BYTES = 4 << 30
 _COPY_BYTES = 1 << 24
 _LAST_WORDS = 6
 #: names in the scratch folder
-_PIECE, _MADE, _RULES = "piece.gguf", "made.gguf", "tensor-types.txt"
+_PIECE, _MADE, _RULES, _IMATRIX = "piece.gguf", "made.gguf", "tensor-types.txt", "imatrix.gguf"
 
 
 class LlamaQuantizeEngine:
     """See the module. `binary` is the llama-quantize to drive."""
 
     name = "llama-quantize"
+    rounds = False
 
     def __init__(self, binary: Path, batch_bytes: int = BATCH_BYTES) -> None:
         self.binary = binary
@@ -68,7 +82,11 @@ class LlamaQuantizeEngine:
         whole = whole and (len(source.files) == 1 or is_usual_name(first.name))
         # it copies the source's keys: with --pre or --pad-token the output has others
         whole = whole and getattr(source, "kvs", None) == work.plan.catalogue.kvs
-        whole = whole and not any(map(is_other_alignment, work.plan.catalogue.kvs))  # llama-quantize keeps that key
+        # it keeps these keys
+        kept = [i.key for i in work.plan.catalogue.kvs if i.key == POLICY_KEY or i.key.startswith(ROUNDING_PREFIX)]
+        whole = whole and not kept and not any(map(is_other_alignment, work.plan.catalogue.kvs))
+        # with other values than the importance matrix has, it would note the name of the file that gives it those
+        whole = whole and not work.plan.applied
         if whole and work.sink.is_empty:
             self._whole(work, source)
         else:
@@ -110,7 +128,7 @@ class LlamaQuantizeEngine:
                 self._quantize(work, scratch.for_a_program() / _PIECE, planned)
                 scratch.unlink(_PIECE)
             else:
-                os.replace(_PIECE, _MADE, src_dir_fd=scratch.fd, dst_dir_fd=scratch.fd)
+                scratch.rename(_PIECE, scratch, _MADE)
                 for t in planned:
                     work.progress(t.tensor.name, t.tensor.n_elements)
             with self._opened(scratch) as made:
@@ -126,7 +144,10 @@ class LlamaQuantizeEngine:
         with open(scratch.create(_RULES), "w") as f:
             f.write(tensor_type_file(types_asked(tensors)))
         command = [str(self.binary)]
-        if work.imatrix is not None:
+        if work.imatrix is not None and work.plan.applied:
+            if _write_imatrix(scratch, tensors, work.imatrix):
+                command += ["--imatrix", str(folder / _IMATRIX)]
+        elif work.imatrix is not None:
             command += ["--imatrix", work.imatrix.path_as_given]
         if any(t.tensor.quantizable and not QTYPES[t.tensor.source_type].is_float for t in tensors):
             command.append("--allow-requantize")
@@ -148,7 +169,7 @@ class LlamaQuantizeEngine:
                 text=True, errors="replace", start_new_session=True, pass_fds=(scratch.fd,),
             )  # fmt: skip
         except OSError as e:
-            raise ToolError(f"{self.binary}: cannot be run: {e.strerror or e}") from None
+            raise programs.cannot_run(self.binary, e) from None
         assert process.stdout is not None
         try:
             for line in process.stdout:
@@ -166,9 +187,7 @@ class LlamaQuantizeEngine:
         finally:
             process.stdout.close()
         if code != 0:
-            how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
-            words = "its last words:\n  " + "\n  ".join(last) if last else "it said nothing"
-            raise ToolError(f"{self.binary} {how}; {words}")
+            raise programs.failure(self.binary, code, last)
         work.progress(tensors[-1].tensor.name, at_work)
 
     def _opened(self, scratch: Folder) -> BinaryIO:
@@ -233,6 +252,35 @@ def _write_piece(scratch: Folder, tensors: Sequence[Planned], hparams: Sequence[
     except OSError as e:
         path = scratch.path / _PIECE
         raise OutputError(f"{path}: writing a piece for llama-quantize failed: {e.strerror or e}") from None
+
+
+def _write_imatrix(scratch: Folder, tensors: Sequence[Planned], weights: ImportanceValues) -> bool:
+    """An importance matrix with the values that these tensors are quantized with, as a policy has them: each the sum
+    over one token. False where none of them uses any."""
+    kvs = [
+        kv("general.type", STRING, "imatrix"), kv_array("imatrix.datasets", STRING, ["quantkit"]),
+        kv("imatrix.chunk_count", U32, 0), kv("imatrix.chunk_size", U32, 0),
+    ]  # fmt: skip
+    used = [t.tensor for t in tensors if t.imatrix_status == ImatrixStatus.USED]
+    infos, at = [], 0
+    for t in used:
+        for kind, shape in (("in_sum2", (t.n_cols, n_matrices(t))), ("counts", (1, n_matrices(t)))):
+            infos.append((f"{t.name}.{kind}", shape, "F32", at))
+            at += pad(4 * shape[0] * shape[1])
+    scratch.remove(_IMATRIX)
+    try:
+        with open(scratch.create(_IMATRIX), "wb") as f:
+            f.write(header_bytes(kvs, infos))
+            for t in used:
+                for mat in range(n_matrices(t)):
+                    f.write(np.ascontiguousarray(weights.weights(t.name, mat, t.n_cols), np.float32).data)
+                f.write(bytes(pad(f.tell()) - f.tell()))
+                f.write(np.ones(n_matrices(t), np.float32).data)
+                f.write(bytes(pad(f.tell()) - f.tell()))
+    except OSError as e:
+        path = scratch.path / _IMATRIX
+        raise OutputError(f"{path}: writing what llama-quantize reads failed: {e.strerror or e}") from None
+    return bool(used)
 
 
 def _stored_rows(t: Tensor, reader: RowReader) -> Iterator[npt.NDArray[np.uint8]]:

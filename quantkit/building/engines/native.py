@@ -7,6 +7,10 @@ that a cold disk reads them while the cores are at work. Where quantkit has a ke
 own that is one call, in which a few rows at a time become float32; else the slab becomes float32
 first. A worker needs a few buffers of a slab's size and nothing else, so memory is threads x slab
 whatever the tensor's size. Rows are independent, so results do not depend on slab size or threads.
+
+Where the plan rounds otherwise than ggml, the slab's rows are made again under their covariance
+(quantkit.rounding.rounder), and take the place of ggml's where their output error is lower. Workers
+share the factors of the covariance, which are dropped when others need the room.
 """
 
 from __future__ import annotations
@@ -19,12 +23,13 @@ import numpy as np
 import numpy.typing as npt
 
 from ... import kernels
-from ...base.errors import KernelError, WeightError
+from ...base.errors import WeightError
 from ...base.workers import share_out
 from ...gguf.types import QTYPES
 from ...model.catalogue import Part
 from ...planning.plan import ImatrixStatus, Plan, Planned
-from ..rows import RowReader
+from ...rounding.rounder import Rounder
+from ...weights.rows import RowReader
 from . import Work
 
 #: values of a slab: 4 MiB as float32, in reach of L2/L3, large beside a call's overhead
@@ -62,12 +67,12 @@ def slabs(planned: Planned, slab_values: int = SLAB_VALUES) -> Iterator[Slab]:
 class _Worker:
     """A thread's buffers and the steps of a slab."""
 
-    def __init__(self, work: Work) -> None:
-        self.work = work
+    def __init__(self, work: Work, rounder: Rounder | None) -> None:
+        self.work, self.rounder = work, rounder
         assert work.plan.catalogue.source is not None
         self.reader = RowReader(work.plan.catalogue.source)
-        self.rows = np.empty(0, np.float32)
         self.blocks = np.empty(0, np.uint8)
+        self.rows = np.empty(0, np.float32)
         self.weights = np.empty(0, np.float32)
         self.weights_of = ("", 0)
 
@@ -86,45 +91,48 @@ class _Worker:
                     f"{slab.out_row + slab.n_rows - 1}; the file is damaged, get it again"
                 )
         else:
-            weights = self._weights(slab)
-            if not self.reader.quantize(tensor, slab.part, slab.row, qt.name, weights, blocks):
-                self._by_way_of_f32(slab, qt.name, weights, blocks)
+            self.reader.quantize(tensor, slab.part, slab.row, slab.out_row, qt.name, self._weights(slab), blocks)
+            self._round(slab, blocks)
         self.work.sink.put(tensor.name, slab.out_row, blocks)
         self.work.progress(tensor.name, slab.n_rows * n_cols)
 
-    def _by_way_of_f32(
-        self, slab: Slab, qtype: str, weights: npt.NDArray[np.float32] | None, blocks: npt.NDArray[np.uint8]
-    ) -> None:
-        tensor = slab.planned.tensor
-        rows = self._rows(slab.n_rows * tensor.n_cols).reshape(slab.n_rows, tensor.n_cols)
+    def _round(self, slab: Slab, blocks: npt.NDArray[np.uint8]) -> None:
+        """Put better blocks in the place of ggml's, where the plan wants them."""
+        tensor, rounding = slab.planned.tensor, self.work.plan.rounding
+        choice = None if rounding is None else rounding.of(tensor.name)
+        mat = _matrix(slab)
+        if rounding is None or choice is None or rounding.is_thin(tensor.name, mat):
+            return
+        assert self.rounder is not None
+        n = slab.n_rows * tensor.n_cols
+        if self.rows.size < n:
+            self.rows = np.empty(n, np.float32)
+        rows = self.rows[:n].reshape(slab.n_rows, tensor.n_cols)
         self.reader.rows(tensor, slab.part, slab.row, rows)
-        try:
-            kernels.quantize(rows, qtype, weights, out=blocks)
-        except (WeightError, KernelError) as e:
-            last = slab.out_row + slab.n_rows - 1
-            raise type(e)(f"'{tensor.name}', rows {slab.out_row} to {last}: {e}") from None
+        self.rounder.improve(rows, blocks, slab.planned.type, (tensor.name, mat), choice)
 
     def _weights(self, slab: Slab) -> npt.NDArray[np.float32] | None:
         """The importance of a slab's columns, as kernels.quantize has it; read once for slabs that share it."""
         planned = slab.planned
-        if planned.imatrix != ImatrixStatus.USED or self.work.imatrix is None:
+        if planned.imatrix_status != ImatrixStatus.USED or self.work.imatrix is None:
             return None
         tensor = planned.tensor
-        mat = slab.out_row // tensor.shape[1] if len(tensor.shape) > 2 else 0
+        mat = _matrix(slab)
         if self.weights_of != (tensor.name, mat):
             self.weights = self.work.imatrix.weights(tensor.name, mat, tensor.n_cols)
             self.weights_of = (tensor.name, mat)
         return self.weights
 
-    def _rows(self, n: int) -> npt.NDArray[np.float32]:
-        if self.rows.size < n:
-            self.rows = np.empty(n, np.float32)
-        return self.rows[:n]
-
     def _blocks(self, n: int) -> npt.NDArray[np.uint8]:
         if self.blocks.size < n:
             self.blocks = np.empty(n, np.uint8)
         return self.blocks[:n]
+
+
+def _matrix(slab: Slab) -> int:
+    """Which matrix of its tensor a slab is of."""
+    shape = slab.planned.tensor.shape
+    return slab.out_row // shape[1] if len(shape) > 2 else 0
 
 
 def _announced(every: Iterator[Slab], work: Work) -> Iterator[Slab]:
@@ -148,6 +156,7 @@ class NativeEngine:
     """See the module."""
 
     name = "native"
+    rounds = True
 
     def __init__(self, slab_values: int = SLAB_VALUES) -> None:
         self.slab_values = slab_values
@@ -158,4 +167,6 @@ class NativeEngine:
     def run(self, work: Work) -> None:
         every = (s for planned in work.plan.tensors for s in slabs(planned, self.slab_values))
         missing = (s for s in every if not work.sink.has(s.planned.tensor.name, s.out_row, s.n_rows))
-        share_out(_announced(missing, work), work.n_threads, lambda: _Worker(work).do)
+        covariance = None if work.plan.rounding is None else work.plan.rounding.covariance
+        rounder = None if covariance is None else Rounder(covariance)
+        share_out(_announced(missing, work), work.n_threads, lambda: _Worker(work, rounder).do)

@@ -1,0 +1,124 @@
+"""A lock between processes: of a file that names its holder, or of a folder. The kernel lets go when a process dies.
+
+    with Folder.hold(path) as folder, Lock.of_file(folder, "lock"):
+        ...                     # nobody else who asks for it is here
+
+A filesystem that has no locks gives none, and the work goes on without.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import time
+from contextlib import suppress
+
+from .folders import Folder, same
+
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+#: seconds between two tries
+_PAUSE = 0.02
+
+
+class HeldError(BlockingIOError):
+    """Another process has the lock; `by` is its number, 'unknown' where the lock does not say."""
+
+    def __init__(self, fd: int) -> None:
+        said = "" if os.path.isdir(fd) else os.pread(fd, 32, 0).decode("ascii", "replace").strip()
+        self.by = said or "unknown"
+        super().__init__(errno.EAGAIN, f"process {self.by} has locked it")
+
+
+class Lock:
+    """A lock that this process holds until `close`."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+
+    @classmethod
+    def of_file(cls, folder: Folder, name: str, owner: int | None = None, patience: float = 0.0) -> Lock:
+        """The lock of a file in a folder, made where it is not there; so many seconds are waited for it. With `owner`
+        it must be that user's file, with one name, and will hold this process's number. Raises HeldError, OutputError
+        for what is no such file, and OSError: FileNotFoundError where the folder is gone."""
+        while True:
+            fd = _open(folder, name, owner)
+            try:
+                _take(fd, patience)
+                there = folder.look(name)
+                if there is not None and same(os.fstat(fd), there):
+                    if owner is not None:
+                        os.ftruncate(fd, 0)
+                        os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+                    return cls(fd)
+            except BaseException:
+                os.close(fd)
+                raise
+            os.close(fd)  # whoever had it has removed it: once more
+
+    @classmethod
+    def of_folder(cls, folder: Folder) -> Lock:
+        """The lock of a folder itself. Raises HeldError, OSError."""
+        fd = os.dup(folder.fd)
+        try:
+            _take(fd, 0.0)
+        except BaseException:
+            os.close(fd)
+            raise
+        return cls(fd)
+
+    def close(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+    def __enter__(self) -> Lock:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def holder(folder: Folder, name: str) -> int | None:
+    """The process that has the lock of a file, 0 where it cannot be told, None where there is none. Raises OSError,
+    OutputError."""
+    fd = folder.open(name)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        by = HeldError(fd).by
+        return int(by) if by.isdigit() else 0
+    except OSError:
+        return 0
+    finally:
+        os.close(fd)
+    return None
+
+
+def _open(folder: Folder, name: str, owner: int | None) -> int:
+    while True:
+        try:
+            try:
+                return folder.open(name, os.O_RDWR, owner=owner, alone=owner is not None)
+            except PermissionError:  # another user's; to be locked it need not be written
+                if owner is not None:
+                    raise
+                return folder.open(name)
+        except FileNotFoundError:
+            with suppress(FileExistsError):
+                return folder.create(name)
+
+
+def _take(fd: int, patience: float) -> None:
+    until = time.monotonic() + patience
+    while True:
+        try:
+            return fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= until:
+                raise HeldError(fd) from None
+            time.sleep(_PAUSE)
+        except OSError as e:
+            if e.errno not in _NO_LOCKS:
+                raise
+            return None

@@ -1,0 +1,177 @@
+"""quantkit optimize."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from .bars import open_bar
+from .files import IMATRIX, MODEL, RECIPE_OUT, REPORT, SENSITIVITY, Command
+from .options import (
+    Size,
+    conversion,
+    device_option,
+    imatrix_of,
+    json_option,
+    layout_option,
+    threads_option,
+)
+from .sensitivity import stages
+from .text_options import choosing_options, read_chunks
+
+if TYPE_CHECKING:
+    from quantkit.lab.allocation.targets import Target
+    from quantkit.model.catalogue import Catalogue
+    from quantkit.text.chunking import Chunks
+
+
+def _pairs(_ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
+    out = []
+    for value in values:
+        left, equals, right = value.rpartition("=")
+        if not equals or not left or not right:
+            raise click.BadParameter(f"{value!r} has no = with something on both sides, such as {param.metavar}")
+        out.append((left, right))
+    return tuple(out)
+
+
+@click.command(cls=Command)
+@click.argument("source", type=MODEL)
+@click.option("--target", metavar="SIZE", help="Of the file: 131GiB, 14517920B, or bits a weight: 1.67bpw.")
+@click.option("--fit", metavar="GPUS", help="Instead: all layers and their KV cache on these, such as 2x80.")
+@click.option("--fit-ctx", type=click.IntRange(1, 1 << 24), default=8192, show_default=True, help="Context of --fit.")
+@click.option(
+    "--fit-reserve",
+    type=Size(bare=2**30, least=0),
+    default="1",
+    show_default=True,
+    metavar="GIB",
+    help="Kept free on each GPU.",
+)
+@click.option(
+    "-s", "--sensitivity", "known", type=SENSITIVITY, required=True, metavar="FILE", help="Of quantkit sensitivity."
+)
+@click.option("--imatrix", type=IMATRIX, metavar="FILE", help="Importance matrix, the sensitivity's.")
+@click.option("-o", "--output", type=RECIPE_OUT, metavar="FILE", help="The recipe.  [default: printed]")
+@click.option("--name", help="Of the recipe.  [default: the model's, with the bytes]")
+@choosing_options("Its second third is to choose on, its last to report on. Without any text nothing is measured.")
+@click.option(
+    "--refine",
+    type=click.IntRange(0, 1000),
+    default=0,
+    metavar="N",
+    help="Measure N doubtful neighbours too, keep the best.",
+)
+@click.option("--types", metavar="TYPES", help="To choose from.  [default: 14 from IQ1_S to Q8_0]")
+@click.option(
+    "--backend",
+    type=click.Choice(["any", "cpu", "cuda"]),
+    default="any",
+    show_default=True,
+    help="Only types that it runs fast.",
+)
+@click.option(
+    "--lock", "locks", multiple=True, callback=_pairs, metavar="GLOB=TYPE", help="Tensors whose type is given."
+)
+@click.option(
+    "--minimum", "minimum", multiple=True, callback=_pairs, metavar="ROLE=TYPE",
+    help="Least type of a role; `none` switches one off.  [default: embedding, output: Q3_K; attention, dense ffn, "
+    "shared expert: IQ3_XXS]",
+)  # fmt: skip
+@click.option("--monotone", is_flag=True, help="Of one kind, earlier layers get no fewer bits than later ones.")
+@click.option("--per-tensor", is_flag=True, help="Tensors of a group may differ.")
+@click.option(
+    "--exponent", type=click.FloatRange(0.2, 1), help="Of the prediction.  [default: fitted, without text 0.5]"
+)
+@click.option("--compare/--no-compare", default=True, help="With UD, stock and uniform recipes of the same bytes.")
+@device_option
+@layout_option
+@click.option("--pre", metavar="NAME", help="tokenizer.ggml.pre, for a tokenizer that is not recognized.")
+@threads_option
+@click.option(
+    "--report", type=REPORT, metavar="FILE", help="Write what is printed about the recipe to FILE, as Markdown."
+)
+@click.option("--force", is_flag=True, help="Replace files that are there.")
+@json_option
+@click.option("-q", "--quiet", is_flag=True, help="No progress.")
+def optimize(**given: Any) -> None:
+    """Find the recipe of least damage for an exact number of bytes, and measure it beside others.
+
+    The recipe is an ordinary one, for `quantkit plan`, `build` and `verify`. Bytes are the whole file's, header and
+    padding included.
+
+    \b
+    quantkit optimize DeepSeek-R1/ --target 131GiB -s r1.json --imatrix imatrix.gguf -o best.yaml
+    quantkit optimize R1-BF16.gguf --fit 2x80 -s r1.json --text wiki.txt --refine 8 -o best.yaml
+    quantkit optimize DeepSeek-R1/ --target 1.67bpw -s r1.json --lock "output.weight=Q6_K" --minimum attention=none
+    """
+    from quantkit.lab import require_torch
+
+    require_torch()
+    from quantkit.base.outputs import write_text
+    from quantkit.forward.stream import Options
+    from quantkit.lab.allocation import optimize as lab
+    from quantkit.lab.allocation.damage import read_sensitivity
+    from quantkit.lab.allocation.optimize_report import optimized_json, optimized_text
+    from quantkit.lab.allocation.problem import MINIMUM, Constraints
+    from quantkit.lab.allocation.weight_errors import TYPES
+    from quantkit.model.open import open_model
+
+    target = _target(given)
+    minimum = {**MINIMUM, **dict(given["minimum"])}
+    constraints = Constraints(
+        tuple(t.strip() for t in given["types"].split(",")) if given["types"] else TYPES,
+        given["locks"], {role: least for role, least in minimum.items() if least.lower() != "none"},
+        given["monotone"], given["per_tensor"], given["backend"],
+    )  # fmt: skip
+    forward = Options(given["device"], n_threads=given["threads"] or 0)
+    opts = lab.OptimizeOptions(
+        constraints, given["refine"], given["exponent"], given["name"] or "", given["compare"], forward=forward
+    )
+    catalogue = open_model(given["source"], conversion(given["layout"], given["pre"], None))
+    known = read_sensitivity(given["known"])
+    texts = _texts(catalogue, given)
+    if texts is None and given["refine"]:
+        raise click.UsageError("--refine measures, so it needs --text, or --choose-text and --report-text")
+    with open_bar(1, "", given["quiet"] or texts is None) as bar:
+        made = lab.optimize(catalogue, known, target, imatrix_of(given["imatrix"]), texts, opts, stages(bar))
+    if given["output"] is not None:
+        write_text(given["output"], made.text, given["force"])
+    if given["report"] is not None:
+        write_text(given["report"], optimized_text(made) + "\n", given["force"])
+    if given["as_json"]:
+        click.echo(json.dumps(optimized_json(made), indent=1, ensure_ascii=False))
+        return
+    if given["output"] is None:
+        click.echo(made.text)
+    click.echo(optimized_text(made), err=given["output"] is None)
+
+
+def _target(given: dict[str, Any]) -> Target:
+    from quantkit.lab.allocation.targets import parse_fit, parse_target
+
+    if (given["target"] is None) == (given["fit"] is None):
+        raise click.UsageError("give one of --target and --fit")
+    if given["target"] is not None:
+        return parse_target(given["target"])
+    return parse_fit(given["fit"], given["fit_reserve"], given["fit_ctx"])
+
+
+def _texts(catalogue: Catalogue, given: dict[str, Any]) -> tuple[Chunks, Chunks] | None:
+    """What to choose on and what to report; None without any text."""
+    from quantkit.lab.evaluation.parts import part
+
+    def read(names: tuple[str, ...]) -> Chunks:
+        return read_chunks(catalogue, names, given["n_ctx"], None, False, False)
+
+    choose, report, most = given["choose_texts"], given["report_texts"], given["n_chunks"]
+    if not given["texts"]:
+        if bool(choose) != bool(report):
+            raise click.UsageError("--choose-text and --report-text go together, unless --text is given")
+        return (part(read(choose), 1, 1, most), part(read(report), 1, 1, most)) if choose else None
+    whole = read(given["texts"]) if not (choose and report) else None
+    a = part(read(choose), 1, 1, most) if choose else part(whole, 2, 3, most)  # type: ignore[arg-type]
+    b = part(read(report), 1, 1, most) if report else part(whole, 3, 3, most)  # type: ignore[arg-type]
+    return a, b

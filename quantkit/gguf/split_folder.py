@@ -1,0 +1,202 @@
+"""The hidden folder in which the files of a split or merge are made, beside the output, with what an earlier run left.
+
+.quantkit-shards-…/journal        what is made of what (quantkit.base.journal), and which files are on the disk
+.quantkit-shards-…/NAME.part      a file of the output, till it gets its name
+.quantkit-shards-…/replaced/      files of the output's names, while the new ones get them; done/ when all have
+
+It is named by the output's first file and locked, and only a process that is killed leaves it: then the same command
+goes on with the files that are whole, and any other begins anew. Parts of the journal are files, of one unit each; they
+are known again by inode, size and time, since what was copied is not read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..base import journal
+from ..base.errors import OutputError, ResumeError
+from ..base.folders import Folder, who
+from ..base.journal import Journal, Record, Told
+from ..base.lock import HeldError, Lock
+from ..base.version import __version__
+from .split import OutputFile, ShardSet
+
+JOURNAL, REPLACED, DONE, OF = "journal", "replaced", "done", "split"
+_DAMAGED = "it is begun anew"
+
+
+class Made(NamedTuple):
+    """A file in the hidden folder. It keeps its name till it gets that of `path`, and is known again by `known`."""
+
+    temporary: str
+    path: Path
+    known: bytes
+
+
+def known(info: os.stat_result) -> bytes:
+    """By what a file is known that was written: which it is, and as it was then, since the number of a removed file
+    may be given again."""
+    return journal.digest(f"{info.st_dev} {info.st_ino} {info.st_size} {info.st_mtime_ns}".encode())
+
+
+def is_still(info: os.stat_result | None, made: bytes) -> bool:
+    return info is not None and known(info) == made
+
+
+def temporary_of(name: str) -> str:
+    return f"{name}.part"
+
+
+class SplitFolder:
+    """The hidden folder, held and locked, after what an earlier run left was put in order."""
+
+    def __init__(self, scratch: Folder, head: Mapping[str, Any], told: Told[dict[str, Any]] | None) -> None:
+        self.folder = scratch
+        self.kept: dict[int, bytes] = {}
+        """files by number that an earlier run has made whole, and by what they are known"""
+        if told is None or told.head != head:
+            for name in scratch.names():
+                scratch.remove(name)
+            self._journal = Journal.begin(scratch, JOURNAL, OF, head)
+        else:
+            for r in told.records:
+                if r.part < len(head["files"]):
+                    info = scratch.look(temporary_of(head["files"][r.part][0]))
+                    if is_still(info, r.digest):
+                        self.kept[r.part] = r.digest
+            self._journal = Journal.go_on(scratch, JOURNAL, told)
+
+    def tell(self, number: int, made: Made) -> None:
+        """A file is whole and on the disk. Raises OSError."""
+        self._journal.tell([Record(number, 0, 1, made.known)])
+
+    def close(self) -> None:
+        self._journal.close()
+
+
+@contextmanager
+def hidden_folder(folder: Folder, model: ShardSet, files: Sequence[OutputFile]) -> Iterator[SplitFolder]:
+    """The hidden folder of these files in the output's folder, which only this user may write to; gone in the end.
+    Raises ResumeError while another process has it, OutputError for one of another user, OSError."""
+    name = name_of(files[0].path)
+    scratch, lock = _held(folder, name, files[0].path)
+    try:
+        told = _told(scratch)
+        _put_back(scratch, folder, told)
+        split = SplitFolder(scratch, _head(model, files), told)
+        try:
+            yield split
+        finally:
+            split.close()
+    finally:
+        with suppress(OSError):
+            for each in scratch.names():
+                if each == REPLACED:  # empty, unless what was in it could not be put back
+                    os.rmdir(each, dir_fd=scratch.fd)
+                else:
+                    scratch.remove(each)
+            os.rmdir(name, dir_fd=folder.fd)
+        lock.close()
+        scratch.close()
+
+
+def name_of(first: Path) -> str:
+    return f".quantkit-shards-{hashlib.sha256(os.fsencode(first.name)).hexdigest()[:16]}"
+
+
+def bytes_there(first: Path) -> int:
+    """What an earlier run has left in the hidden folder, which the next one needs no room for."""
+    with suppress(OSError, OutputError), Folder.hold(first.parent / name_of(first), follow=False) as scratch:
+        if scratch.info.st_uid == os.geteuid():
+            infos = [scratch.look(name) for name in scratch.names()]
+            return sum(info.st_blocks * 512 for info in infos if info is not None)
+    return 0
+
+
+def _held(folder: Folder, name: str, first: Path) -> tuple[Folder, Lock]:
+    while True:
+        scratch = folder.sub(name, 0o700)
+        try:
+            if not scratch.is_own:
+                raise OutputError(
+                    f"{scratch.path}: belongs to {who(scratch.info.st_uid)}, not to you; choose another place"
+                )
+            scratch.close_to_others()
+            lock = Lock.of_folder(scratch)
+        except HeldError:
+            scratch.close()
+            raise ResumeError(f"{first}: another quantkit is at work on it; wait for it") from None
+        except BaseException:
+            scratch.close()
+            raise
+        now = folder.look(name)
+        if now is not None and os.path.samestat(now, scratch.info):
+            return scratch, lock
+        lock.close()  # whoever had it has finished and removed it: once more
+        scratch.close()
+
+
+def _head(model: ShardSet, files: Sequence[OutputFile]) -> dict[str, Any]:
+    """What is made of what."""
+    return {
+        "quantkit": __version__,
+        "inputs": [[str(path.absolute()), *facts] for path, *facts in model.inputs],
+        "files": [[file.path.name, file.nbytes, journal.digest(file.header).hex()] for file in files],
+    }
+
+
+def _told(scratch: Folder) -> Told[dict[str, Any]] | None:
+    """What an earlier run's journal tells. Nobody was promised it, so one that is damaged counts as none."""
+    with suppress(ResumeError, OutputError):
+        return journal.read(scratch, JOURNAL, OF, _parsed, _DAMAGED, scratch.own, alone=True)
+    return None
+
+
+def _parsed(said: dict[str, Any]) -> dict[str, Any]:
+    head = {key: said[key] for key in ("quantkit", "inputs", "files")}
+    if not all(isinstance(name, str) and journal.is_file_name(name) for name, _, _ in head["files"]):
+        raise ValueError
+    return head
+
+
+def _put_back(scratch: Folder, folder: Folder, told: Told[dict[str, Any]] | None) -> None:
+    """Undo what a run that was killed had begun to rename. Raises OutputError where that cannot be told, OSError."""
+    scratch.remove(DONE)
+    if scratch.look(REPLACED) is None:
+        return
+    names = [name for name, _, _ in told.head["files"]] if told is not None else []
+    records = told.records if told is not None else []
+    take_back(
+        [
+            Made(temporary_of(names[r.part]), folder.path / names[r.part], r.digest)
+            for r in sorted(records)
+            if r.part < len(names)
+        ],
+        scratch,
+        folder,
+    )
+    with scratch.sub(REPLACED) as old:
+        left = old.names()
+    if left:
+        raise OutputError(
+            f"{scratch.path / REPLACED}: holds {left[0]}, which an earlier run was about to replace, and another file "
+            "has its name; move one of the two away"
+        )
+    os.rmdir(REPLACED, dir_fd=scratch.fd)
+
+
+def take_back(made: Sequence[Made], scratch: Folder, folder: Folder) -> None:
+    """Take their names from files, and give them to those that had them before, the first shard's last: at no moment
+    do new and old shards look like one model. Raises OSError."""
+    for each in made:
+        if is_still(folder.look(each.path.name), each.known):
+            folder.rename(each.path.name, scratch, each.temporary, replace=False)
+    with scratch.sub(REPLACED) as old:
+        for name in sorted(old.names(), reverse=True):
+            with suppress(FileExistsError):
+                old.rename(name, folder, name, replace=False)

@@ -1,0 +1,2 @@
+"""Where bits matter, and the recipe of least damage for so many bytes. May import evaluation; offers
+sensitivity.measure and optimize.optimize."""

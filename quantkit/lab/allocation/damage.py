@@ -1,0 +1,302 @@
+"""What was measured of a model's sensitivity, and what it says of any choice of types. One JSON file.
+
+A probe is one group of tensors changed while all others stay as the reference has them, and the KLD that this cost,
+chunk by chunk. Of each group two numbers are fitted, with e the relative squared error of its weights:
+
+    KLD = α·e + β·√e
+
+α is what smooth errors cost. β is of choices that flip, as a router's: how many do goes with the size of an error, not
+with its square. A model without experts, and the last layers of one with, have hardly any.
+
+Of many groups together α·e add up, while flips of different groups are independent, and mostly the same tokens': they
+add as their squares, or with whatever exponent whole models show (`problem.py`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from ...base.errors import SourceError, did_you_mean
+from ...base.files import text_within
+from ...base.outputs import write_text
+from ..frames import frame
+from .groups import Group
+
+F64 = npt.NDArray[np.float64]
+VERSION = 2
+#: the group of the probe that changes everything as little as rounding to BF16 does
+FLOOR = "(floor)"
+N_BOOTSTRAP, _SEED = 400, 20_250_128
+_MAX_BYTES = 1 << 30
+_TINY = 1e-12
+
+
+class Probe(NamedTuple):
+    """A measurement."""
+
+    group: str
+    change: str
+    """a type, or `noise E seed N`"""
+    error: float
+    """relative squared error of the group's weights, weighted by the imatrix where that has them"""
+    text: str
+    """of which text, by its digest"""
+    by_chunk: tuple[float, ...]
+    """mean KLD of each chunk, in nats"""
+
+    @property
+    def kld(self) -> float:
+        return float(np.mean(self.by_chunk))
+
+    @property
+    def is_noise(self) -> bool:
+        return self.change.startswith("noise")
+
+
+@dataclass(frozen=True)
+class Alpha:
+    """What errors of a group cost, in nats."""
+
+    group: str
+    value: float
+    """α: of a unit of relative squared error"""
+    low: float
+    high: float
+    """95 %, bootstrap over chunks"""
+    beta: float
+    """of its root"""
+    beta_low: float
+    beta_high: float
+    misfit: float
+    """by how much of itself the KLD of a probe is missed at most"""
+    above_floor: bool
+    """whether the largest of its KLDs is above the noise floor"""
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """Everything measured of a model."""
+
+    model: str
+    arch: str
+    source: str
+    """digest of tensors and their shapes and types"""
+    imatrix: str
+    """digest of the importance matrix, '' without"""
+    groups: tuple[Group, ...]
+    errors: Mapping[str, Mapping[str, float]]
+    """relative error by tensor and type"""
+    probes: tuple[Probe, ...] = ()
+    texts: Mapping[str, str] = field(default_factory=dict)
+    """digest -> what text it is"""
+    settings: str = ""
+    """how errors were sampled"""
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    """values of each tensor of a group, by which its error counts in the group's"""
+
+    # ------------------------------------------------------------ what it says
+
+    @cached_property
+    def by_name(self) -> dict[str, Group]:
+        return {g.name: g for g in self.groups}
+
+    @cached_property
+    def _fits(self) -> dict[str, tuple[F64, F64, float, float]]:
+        """Of each group α and β, [1 + N_BOOTSTRAP] each (of all chunks, then of chunks drawn again), the misfit and the
+        largest KLD."""
+        out = {}
+        probes = pooled(self.probes)
+        for name in {p.group for p in probes} - {FLOOR}:
+            mine = [p for p in probes if p.group == name and p.error > 0]
+            mine = [p for p in mine if not p.is_noise] or mine
+            if not mine:
+                continue
+            errors = np.array([p.error for p in mine])
+            klds = []
+            for p in mine:
+                values = np.asarray(p.by_chunk)
+                klds.append(np.concatenate([[values.mean()], values[_picks(len(values))].mean(-1)]))
+            measured = np.maximum(np.stack(klds, -1), _TINY)
+            alpha, beta = _fit(errors, measured)
+            said = alpha[0] * errors + beta[0] * np.sqrt(errors)
+            misfit = float(np.abs(said / measured[0] - 1).max())
+            out[name] = alpha, beta, misfit, float(measured[0].max())
+        return out
+
+    @property
+    def probed(self) -> frozenset[str]:
+        """Groups of which something is known."""
+        return frozenset(self._fits)
+
+    def alpha(self, group: str) -> Alpha:
+        """α and β of a group. Raises SourceError for one that was not probed."""
+        if group not in self._fits:
+            raise SourceError(f"{self.model}: the group '{group}' was not probed{did_you_mean(group, self._fits)}")
+        alpha, beta, misfit, largest = self._fits[group]
+        low, high = np.quantile(alpha[1:], (0.025, 0.975))
+        beta_low, beta_high = np.quantile(beta[1:], (0.025, 0.975))
+        return Alpha(
+            group, float(alpha[0]), float(low), float(high), float(beta[0]), float(beta_low), float(beta_high), misfit,
+            largest > self.floor,
+        )  # fmt: skip
+
+    @property
+    def floor(self) -> float:
+        """KLD below which a difference says nothing: what rounding all weights to BF16 once more costs."""
+        return max((p.kld for p in self.probes if p.group == FLOOR), default=0.0)
+
+    def damage(self, group: str, error: float) -> float:
+        """KLD that an error of a group's weights costs, all else being the reference's. NaN where it was not probed."""
+        smooth, flips = self.parts(group, error)
+        return float(smooth[0] + flips[0])
+
+    def parts(self, group: str, error: float) -> tuple[F64, F64]:
+        """α·e and β·√e of a group at an error, [1 + N_BOOTSTRAP] each: of all chunks, then of chunks drawn again."""
+        if group not in self._fits:
+            return np.full(1 + N_BOOTSTRAP, np.nan), np.full(1 + N_BOOTSTRAP, np.nan)
+        alpha, beta, _, _ = self._fits[group]
+        return alpha * error, beta * np.sqrt(error)
+
+    def error_of(self, group: Group, types: Mapping[str, str]) -> float:
+        """The error of a group's tensors at their types. Raises SourceError where one was not sampled."""
+        total = 0.0
+        for name in group.tensors:
+            total += self.sizes[name] * self.tensor_error(name, types[name])
+        return total / sum(self.sizes[name] for name in group.tensors)
+
+    def tensor_error(self, name: str, type_: str) -> float:
+        """Relative error of a tensor at a type. Raises SourceError where that was not sampled."""
+        if type_ in ("F32", "F16", "BF16"):
+            return 0.0
+        found = self.errors.get(name, {}).get(type_)
+        if found is None:
+            raise SourceError(
+                f"{self.model}: the sensitivity has no error of '{name}' at {type_}; run quantkit sensitivity again "
+                f"with --types that have {type_}: only what is missing is done"
+            )
+        return found
+
+    def to_frame(self) -> Any:
+        """The groups that were probed, with their α and β, as a pandas DataFrame. Raises ToolError where pandas is not
+        installed."""
+        return frame(asdict(self.alpha(g.name)) for g in self.groups if g.name in self.probed)
+
+    # ------------------------------------------------------------ the file
+
+    def to_json(self) -> dict[str, Any]:
+        alphas = [asdict(self.alpha(g.name)) for g in self.groups if g.name in self.probed]
+        return {
+            "quantkit_sensitivity": VERSION,
+            "model": self.model,
+            "arch": self.arch,
+            "source": self.source,
+            "imatrix": self.imatrix,
+            "settings": self.settings,
+            "floor": self.floor,
+            "groups": [asdict(g) for g in self.groups],
+            "alphas": alphas,
+            "texts": dict(self.texts),
+            "sizes": dict(self.sizes),
+            "probes": [{**p._asdict(), "by_chunk": list(p.by_chunk), "kld": p.kld} for p in self.probes],
+            "errors": {name: dict(of) for name, of in self.errors.items()},
+        }
+
+    def save(self, path: Path, replace: bool = True) -> None:
+        """Write the file, whole. Raises OutputError."""
+        write_text(path, json.dumps(self.to_json(), indent=1, ensure_ascii=False) + "\n", replace)
+
+
+def _fit(errors: F64, klds: F64) -> tuple[F64, F64]:
+    """α and β, neither negative, of least squares of relative misfits. errors [n], klds [m, n]; the result [m] each. Of
+    one probe all is α."""
+    x, y = errors / klds, np.sqrt(errors) / klds
+    xx, xy, yy = (x * x).sum(-1), (x * y).sum(-1), (y * y).sum(-1)
+    x1, y1 = x.sum(-1), y.sum(-1)
+    only_alpha, only_beta = x1 / xx, y1 / yy
+    if len(errors) == 1:
+        return only_alpha, np.zeros_like(only_alpha)
+    det = np.maximum(xx * yy - xy * xy, 1e-300)
+    alpha, beta = (x1 * yy - y1 * xy) / det, (y1 * xx - x1 * xy) / det
+    beta = np.where(alpha < 0, only_beta, beta)
+    alpha = np.where(alpha < 0, 0.0, alpha)
+    alpha = np.where(beta < 0, only_alpha, alpha)
+    return alpha, np.where(beta < 0, 0.0, beta)
+
+
+def _picks(n: int) -> npt.NDArray[np.int64]:
+    """Chunks drawn with replacement, [N_BOOTSTRAP, n]: the same for the same number of chunks, so that groups that
+    were measured together are drawn together."""
+    return np.random.default_rng(_SEED).integers(0, n, (N_BOOTSTRAP, n))
+
+
+def read_sensitivity(path: Path) -> Sensitivity:
+    """Read a file of `quantkit sensitivity`. Raises SourceError."""
+    try:
+        text = text_within(path, _MAX_BYTES)
+        said = json.loads(text or "")
+        version = said.get("quantkit_sensitivity") if isinstance(said, dict) else None
+        if version != VERSION:
+            what = "is of another version of quantkit" if isinstance(version, int) else "is no sensitivity"
+            raise SourceError(f"{path}: {what}; make it with quantkit sensitivity")
+        return Sensitivity(
+            said["model"], said["arch"], said["source"], said["imatrix"],
+            tuple(Group(**{**g, "tensors": tuple(g["tensors"])}) for g in said["groups"]),
+            {str(n): {str(t): float(v) for t, v in of.items()} for n, of in said["errors"].items()},
+            tuple(
+                Probe(p["group"], p["change"], float(p["error"]), p["text"], tuple(map(float, p["by_chunk"])))
+                for p in said["probes"]
+            ),
+            dict(said["texts"]), said["settings"], {n: int(v) for n, v in said["sizes"].items()},
+        )  # fmt: skip
+    except OSError as e:
+        raise SourceError(f"{path}: cannot be read: {e.strerror or e}") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise SourceError(
+            f"{path}: is no sensitivity, or a damaged one: {e}; make it with quantkit sensitivity"
+        ) from None
+
+
+def merge(every: Iterable[tuple[str, Sensitivity]]) -> Sensitivity:
+    """One of several of the same model and importance matrix, each with its name: groups, errors and probes of all;
+    the same probe on several texts is one over all of their chunks. Raises SourceError for what does not belong
+    together."""
+    (first_name, out), *others = every
+    for name, one in others:
+        for what, a, b in (
+            ("model", out.source, one.source), ("importance matrix", out.imatrix, one.imatrix),
+            ("settings", out.settings, one.settings),
+        ):  # fmt: skip
+            if a != b:
+                raise SourceError(f"{name}: is of another {what} than {first_name} ('{b}', not '{a}')")
+        known = out.by_name
+        for g in one.groups:
+            if g.name in known and known[g.name].tensors != g.tensors:
+                raise SourceError(f"{name}: its group '{g.name}' has other tensors than that of {first_name}")
+        of = {n: {**out.errors.get(n, {}), **one.errors.get(n, {})} for n in {**out.errors, **one.errors}}
+        have = {(p.group, p.change, p.text) for p in out.probes}
+        out = replace(
+            out,
+            groups=(*out.groups, *(g for g in one.groups if g.name not in known)),
+            errors=of,
+            probes=(*out.probes, *(p for p in one.probes if (p.group, p.change, p.text) not in have)),
+            texts={**out.texts, **one.texts},
+            sizes={**out.sizes, **one.sizes},
+        )
+    return out
+
+
+def pooled(probes: Iterable[Probe]) -> tuple[Probe, ...]:
+    """Probes of the same change on several texts as one over all their chunks."""
+    by: dict[tuple[str, str], Probe] = {}
+    for p in probes:
+        was = by.get((p.group, p.change))
+        by[p.group, p.change] = p if was is None else was._replace(by_chunk=was.by_chunk + p.by_chunk)
+    return tuple(by.values())

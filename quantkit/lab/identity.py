@@ -1,0 +1,74 @@
+"""What results and unfinished work are of, as digests: models by their weights, texts by their tokens, runs by all."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from ..base.errors import SourceError
+from ..model.catalogue import Catalogue, Source
+
+I32 = npt.NDArray[np.int32]
+#: bytes of each end of a file that say which weights it has
+_SAMPLE = 1 << 16
+
+
+def of_model(catalogue: Catalogue) -> str:
+    """Of a model, wherever its files lie: names, shapes and types of its tensors, and of each file its name, its size
+    and both of its ends. Models of one shape have files of one size, but other weights in them. Raises SourceError."""
+    source = catalogue.source
+    if source is None:
+        raise SourceError(f"{catalogue.model}: there are no weights here, only a config; give the checkpoint or a GGUF")
+    h = hashlib.sha256()
+    for t in catalogue.tensors:
+        h.update(f"{t.name} {t.shape} {t.source_type}\n".encode())
+    for file in source.files:
+        try:
+            with file.open("rb") as f:
+                size = f.seek(0, os.SEEK_END)
+                h.update(f"{file.name} {size}\n".encode())
+                for at in (0, max(0, size - _SAMPLE)):
+                    f.seek(at)
+                    h.update(f.read(_SAMPLE))
+        except OSError as e:
+            raise _unreadable(file, e) from None
+    return h.hexdigest()[:16]
+
+
+def of_tokens(*arrays: I32) -> str:
+    """Of tokens [n_chunks, n_ctx], and of what else is given beside them."""
+    h = hashlib.sha256()
+    for values in arrays:
+        h.update(repr(values.shape).encode())
+        h.update(np.ascontiguousarray(values, np.int32).tobytes())
+    return h.hexdigest()[:16]
+
+
+def of_run(source: Source, tokens: I32, settings: object) -> str:
+    """Of an unfinished run, which goes on only with the same settings and tokens, and while no file of the source has
+    been written to. Raises SourceError."""
+    h = hashlib.sha256(repr((settings, tokens.shape)).encode())
+    h.update(np.ascontiguousarray(tokens, np.int32).tobytes())
+    for file in source.files:
+        try:
+            s = file.stat()
+        except OSError as e:
+            raise _unreadable(file, e) from None
+        h.update(repr((os.path.realpath(file), s.st_size, s.st_mtime_ns)).encode())
+    return h.hexdigest()
+
+
+def _unreadable(file: Path, e: OSError) -> SourceError:
+    return SourceError(f"{file}: cannot be read: {e.strerror or e}")
+
+
+def said(file: Path) -> str | None:
+    """A small file's text, such as a digest that was written down; None where there is none."""
+    try:
+        return file.read_text()
+    except (OSError, UnicodeDecodeError):
+        return None

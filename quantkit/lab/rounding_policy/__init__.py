@@ -1,0 +1,2 @@
+"""What rounds which tensors, decided by measurement. May import allocation, for its groups, and evaluation; offers
+tuning.tune."""

@@ -1,0 +1,187 @@
+"""The laboratory for scripts: what its commands do, with models, plans and texts as arguments."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..base.errors import did_you_mean
+from ..base.workers import default_threads
+from ..building.cache import Cache
+from ..building.cached_tensors import CachedTensors
+from ..forward.model import Model
+from ..forward.stream import Options, Progress
+from ..model.catalogue import Catalogue
+from ..model.open import open_model
+from ..planning.plan import Plan
+from . import require_torch
+from .evaluation.evaluate import Candidate, EvalOptions, of_file, of_plan
+from .evaluation.evaluate import evaluate as run
+from .evaluation.scores import Evaluation, Point
+from .frames import frame
+from .studies.ablate import AblateOptions, ablate
+from .studies.files import StudyFiles
+from .studies.findings import Effect, comparable, effects, front
+from .studies.results import Result, Results
+from .studies.study import Variant, load_study, parse_study, require_one, variants
+
+Name = str | os.PathLike[str]
+
+
+def evaluate(
+    reference: Catalogue | Name, candidates: Plan | Catalogue | Name | Sequence[Plan | Catalogue | Name],
+    texts: Name | Sequence[Name], *,
+    n_ctx: int = 512, n_chunks: int | None = None, options: EvalOptions | None = None,
+    progress: Progress = lambda what, n_done, n_total: None,
+) -> Evaluation:  # fmt: skip
+    """Say what candidates cost beside their reference, over chunks of texts: perplexity, KL divergence, same top token.
+
+    A candidate is a GGUF (a path, or what `open_model` gives), or a plan of the reference's own model, which is
+    quantized in memory; `candidates` and `texts` are one or several. Raises SourceError for models of another shape or
+    vocabulary, TextError, WeightError, ImatrixError."""
+    require_torch()
+    from .. import text
+
+    catalogue = _catalogue(reference)
+    chunks = text.chunks(catalogue, texts, n_ctx, n_chunks)
+    model = Model(catalogue)
+    several = [candidates] if isinstance(candidates, Plan | Catalogue | str | os.PathLike) else candidates
+    made = [_candidate(model, one) for one in several]
+    names = [c.name for c in made]
+    for i, one in enumerate(made):  # figures are told apart by their names
+        if names.count(one.name) > 1:
+            made[i] = replace(one, model=replace(one.model, name=f"{one.name} ({i + 1})"))
+    return run(model, made, chunks, options, progress)
+
+
+@dataclass(frozen=True)
+class StudyOptions:
+    """How a study is measured."""
+
+    threads: int = 0
+    """0: all processors"""
+    memory: int | None = None
+    """bytes of hidden states of a pass; None: 2 GiB"""
+    device: str = "cpu"
+    at_a_time: int = 0
+    """variants in a pass; 0: as memory allows"""
+    cache: Name | None = None
+    """a folder for quantized tensors, which other passes, runs and builds take from there"""
+    cache_size: int = 200 * 10**9
+    """bytes of it at most"""
+    files: Name | None = None
+    """a folder in which a GGUF of every variant is built too"""
+
+
+@dataclass(frozen=True)
+class StudyResults:
+    """What a study came to, on one model and text."""
+
+    results: tuple[Result, ...]
+    """of all variants, in order; one that failed has a `trouble` and no `scores`"""
+
+    @property
+    def effects(self) -> list[Effect]:
+        """What each level changes, all else alike."""
+        return effects(self.results)
+
+    @property
+    def front(self) -> list[Point]:
+        """The variants that no other beats in both size and mean KLD."""
+        return front(self.results)
+
+    def __getitem__(self, variant: str) -> Result:
+        """The result of a variant. Raises KeyError, with what was perhaps meant."""
+        names = [r.variant for r in self.results]
+        if variant not in names:
+            raise KeyError(f"no variant '{variant}'{did_you_mean(variant, names)}")
+        return self.results[names.index(variant)]
+
+    def to_frame(self) -> Any:
+        """A row for each variant: its levels, then its figures. Raises ToolError where pandas is not installed."""
+        return frame(
+            {**dict(r.levels), "variant": r.variant, **(asdict(r.scores) if r.scores else {}), "trouble": r.trouble}
+            for r in self.results
+        )
+
+
+class Study:
+    """A study: variants of a recipe, to be priced and measured side by side.
+
+    `given` is a YAML file, the text of one (which has more than one line), or a mapping with the same keys. Paths in it
+    start at `folder`: else the file's, or here. Raises RecipeError with file, line and place."""
+
+    def __init__(self, given: Name | Mapping[str, Any], *, name: str = "study", folder: Name | None = None) -> None:
+        if isinstance(given, Mapping):
+            text = yaml.safe_dump(dict(given), sort_keys=False)
+            self._read = parse_study(text, name, Path(folder or "."), name)
+        elif "\n" in os.fspath(given):
+            self._read = parse_study(os.fspath(given), name, Path(folder or "."), name)
+        else:
+            self._read = load_study(Path(given))
+            self._read = self._read if folder is None else replace(self._read, folder=Path(folder))
+
+    @property
+    def name(self) -> str:
+        return self._read.name
+
+    def resolve(self, model: Catalogue | Name, imatrix: Name | None = None) -> list[Variant]:
+        """Every variant, planned: exact bytes, or `trouble`. A known model's name or a config.json is enough, and no
+        importance matrix is needed for sizes."""
+        of = None if imatrix is None else os.fspath(imatrix)
+        return list(variants(self._read, _catalogue(model), of, values=imatrix is not None))
+
+    def run(
+        self, model: Catalogue | Name, texts: Name | Sequence[Name], results: Name, *, imatrix: Name | None = None,
+        n_ctx: int = 512, n_chunks: int | None = None, options: StudyOptions = StudyOptions(),
+    ) -> StudyResults:  # fmt: skip
+        """Measure every variant that `results`, an SQLite file, does not have yet. Raises SourceError, TextError,
+        OutputError; where none of the variants can be, what the first raises."""
+        require_torch()
+        from .. import text
+
+        catalogue = _catalogue(model)
+        every = list(variants(self._read, catalogue, None if imatrix is None else os.fspath(imatrix)))
+        require_one(every)
+        chunks = text.chunks(catalogue, texts, n_ctx, n_chunks)
+        forward = Options(options.device, n_threads=options.threads, memory=options.memory)
+        threads = options.threads or default_threads()
+        cache = None if options.cache is None else Cache(Path(options.cache), options.cache_size)
+        cached = None if cache is None else CachedTensors(cache, threads)
+        files = None if options.files is None else StudyFiles(Path(options.files), self.name, threads, cache)
+        how = AblateOptions(options.at_a_time, forward, cached, files)
+        with Results(Path(results)) as kept:
+            return StudyResults(tuple(ablate(self._read, every, Model(catalogue), chunks, kept, how)))
+
+    def results(self, file: Name) -> list[StudyResults]:
+        """What a file of results has of this study: one for each model, text and engine. Raises SourceError."""
+        with Results(Path(file), read_only=True) as kept:
+            return [StudyResults(tuple(of.results)) for of in comparable(list(kept.of(self.name)))]
+
+
+def run_study(
+    study: Name, source: Catalogue | Name, texts: Name | Sequence[Name], results: Name, *, imatrix: Name | None = None,
+    n_ctx: int = 512, n_chunks: int | None = None, threads: int = 0,
+) -> list[Result]:  # fmt: skip
+    """Measure every variant of a study's file that `results`, an SQLite file, does not have yet; returns the results of
+    all its variants, in order. `Study` can do more. Raises RecipeError, SourceError, TextError, OutputError; where none
+    of the variants can be, what the first raises."""
+    options = StudyOptions(threads=threads)
+    of = Study(study).run(source, texts, results, imatrix=imatrix, n_ctx=n_ctx, n_chunks=n_chunks, options=options)
+    return list(of.results)
+
+
+def _catalogue(model: Catalogue | Name) -> Catalogue:
+    return model if isinstance(model, Catalogue) else open_model(os.fspath(model))
+
+
+def _candidate(reference: Model, one: Plan | Catalogue | Name) -> Candidate:
+    if isinstance(one, Plan):
+        return of_plan(reference, one, one.recipe.name or "plan")
+    catalogue = _catalogue(one)
+    return of_file(catalogue, catalogue.model if isinstance(one, Catalogue) else Path(os.fspath(one)).stem)

@@ -1,0 +1,219 @@
+"""What each tensor is rounded by, and why: of a recipe's wish, its policy, and what covariance there is."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from ..base.errors import RecipeError, SourceError
+from ..gguf.types import QTYPES
+from ..model.catalogue import family_of, ranges
+from ..recipe.load import Recipe
+from ..recipe.load import Rounding as Wanted
+from ..rounding.covariance import HOW_TO_MAKE, CovarianceSource, Standing, standing
+from ..rounding.options import VERSION as ROUNDING_VERSION
+from ..rounding.policy import Choice, Policy, feasible, load, parse
+
+if TYPE_CHECKING:
+    from .plan import Plan, Planned
+
+_NAMED = 3
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """What rounds the tensors of a plan that are not, or not all, as ggml makes them."""
+
+    choices: Mapping[str, Choice]
+    """of each tensor for which something else than ggml's rounding was asked"""
+    policy: Policy | None = None
+    covariance: CovarianceSource | None = None
+    standings: Mapping[str, Standing] = field(default_factory=dict)
+    """how the covariance bears on each of these tensors, once there is one"""
+    recorded_policy: str = ""
+    """what a file says of the policy, where the rest is taken from that file, too"""
+
+    @property
+    def policy_text(self) -> str:
+        """The policy as the file's metadata has it; '' for none."""
+        return self.recorded_policy if self.policy is None else f"{self.policy.name} (sha256 {self.policy.digest})"
+
+    def of(self, name: str) -> Choice | None:
+        """What rounds a tensor; None for ggml, which is also where the covariance is too thin for all of it."""
+        choice = self.choices.get(name)
+        return None if choice is None or (name in self.standings and self.standings[name].why) else choice
+
+    def is_thin(self, name: str, mat: int) -> bool:
+        """Whether a matrix of a tensor stays ggml's, since the covariance is too thin for it."""
+        found = self.standings.get(name)
+        return found is not None and mat in found.thin
+
+    @property
+    def options(self) -> str:
+        """What holds for all tensors, as the file's metadata has it."""
+        some = next(iter(self.choices.values()))
+        return f"damp {some.damp}{', search' if some.search else ''}"
+
+    def identity(self, name: str) -> str:
+        """All that a tensor's bytes depend on here; '' where it is as ggml rounds it."""
+        choice, covariance = self.of(name), self.covariance
+        if choice is None or covariance is None:
+            return ""
+        judge = None if covariance.held_out is None else covariance.held_out.digest
+        thin = sorted(self.standings[name].thin)
+        return repr((ROUNDING_VERSION, name, choice._replace(why=""), thin, covariance.digest, judge))
+
+    def listed(self) -> list[str]:
+        """Which tensors are rounded by what, in few lines, as the file's metadata has it: 'feedback
+        blk.{3-60}.ffn_down_exps.weight', and after 'but' the matrices that stay ggml's."""
+        groups: dict[tuple[str, str, str], list[str]] = {}
+        for name, choice in self.choices.items():
+            if self.of(name) is not None:
+                thin = self.standings[name].thin if name in self.standings else frozenset()
+                but = f" but {ranges(thin)}" if thin else ""
+                groups.setdefault((choice.rounding, family_of(name), but), []).append(name)
+        out = []
+        for (rounding, family, but), names in groups.items():
+            layers = [int(name.split(".")[1]) for name in names if family.startswith("blk.*.")]
+            shown = family.replace("blk.*.", f"blk.{{{ranges(layers)}}}.") if layers else family
+            out.append(f"{rounding} {shown}{but}")
+        return out
+
+    def shown(self, name: str) -> str:
+        """What rounds a tensor, in a table's cell."""
+        choice = self.choices.get(name)
+        if choice is None:
+            return ""
+        found = self.standings.get(name)
+        if found is None or not found.thin:
+            return choice.rounding
+        if found.why:
+            return "ggml"
+        return f"{choice.rounding}, {len(found.thin)} of {found.n_mats} ggml"
+
+    def to_json(self, name: str) -> dict[str, Any]:
+        """What rounds a tensor, and why."""
+        choice = self.choices.get(name)
+        if choice is None:
+            return {}
+        found, by = self.standings.get(name), self.of(name)
+        made: dict[str, Any] = {"by": "ggml" if by is None else by.rounding, "why": choice.why}
+        if found is not None and found.thin:
+            why = found.why or f"{len(found.thin)} saw fewer tokens than they have columns"
+            made |= {"matrices": found.n_mats, "ggml_matrices": len(found.thin), "falls_back": why}
+        return {"rounding": made}
+
+
+def rounding_of(recipe: Recipe, tensors: list[Planned], by_rule: Mapping[str, tuple[str, str]]) -> Rounding | None:
+    """What a recipe wants for each tensor; None where that is ggml's rounding for all. `by_rule`: the tensors whose
+    rule says how, with the method and the rule's place. Raises RecipeError for a policy that is none."""
+    wanted = recipe.rounding
+    policy = None
+    if wanted is not None and wanted.policy:
+        policy = _policy(wanted)
+    choices = {}
+    for t in tensors:
+        name = t.tensor.name
+        if not t.tensor.quantizable or t.type == t.tensor.source_type or QTYPES[t.type].is_float:
+            continue
+        if name in by_rule:
+            choice = Choice(by_rule[name][0], by_rule[name][1])
+            choice = choice if policy is None else choice._replace(**policy.options())
+        elif policy is not None:
+            choice = policy.choose(t.tensor, t.type)
+        elif wanted is not None:
+            choice = Choice(wanted.method, wanted.said_by)
+        else:
+            continue
+        choice = feasible(choice, t.type)
+        if not choice.is_ggml:
+            choices[name] = choice
+    return Rounding(choices, policy) if choices else None
+
+
+def _policy(wanted: Wanted) -> Policy:
+    try:
+        if wanted.text is not None:
+            return parse(wanted.text, wanted.policy)
+        if wanted.folder is None:
+            raise RecipeError(f"the policy {wanted.policy} cannot be read from here: give it with --rounding-policy")
+        return load(wanted.policy, wanted.folder)
+    except RecipeError as e:
+        raise RecipeError(f"{wanted.said_by}: {e}") from None
+
+
+def with_covariance(plan: Plan, covariance: CovarianceSource | None) -> Plan:
+    """The plan with what a covariance has for it: which of its matrices fall back to ggml's rounding, and why. A plan
+    that rounds nothing, and one without a covariance, is as it was. Raises SourceError for one of another model."""
+    rounding = plan.rounding
+    if rounding is None or covariance is None:
+        return plan
+    found = {name: standing(plan[name].tensor, covariance) for name in rounding.choices}
+    if not any(name in covariance for name in rounding.choices):
+        some = next(iter(rounding.choices))
+        raise SourceError(
+            f"{covariance.name}: has nothing for '{some}', nor for any other tensor that is to be rounded by it; it is "
+            "of another model"
+        )
+    return replace(plan, rounding=replace(rounding, covariance=covariance, standings=found))
+
+
+def check_covariance(plan: Plan) -> None:
+    """Raise SourceError where a build of the plan would lack a covariance that it must have."""
+    if plan.rounding is None or plan.rounding.covariance is not None:
+        return
+    names = list(plan.rounding.choices)
+    more = f" and {len(names) - 1} more tensors" if len(names) > 1 else ""
+    choice = plan.rounding.choices[names[0]]
+    raise SourceError(
+        f"'{names[0]}'{more} are to be rounded by {choice.rounding} ({choice.why}), which needs a covariance of their "
+        f"inputs: give --covariance DIR; {HOW_TO_MAKE}"
+        if more
+        else f"'{names[0]}' is to be rounded by {choice.rounding} ({choice.why}), which needs a covariance of its "
+        f"inputs: give --covariance DIR; {HOW_TO_MAKE}"
+    )
+
+
+def rounding_notes(plan: Plan) -> Iterator[str]:
+    """What is rounded by what, for people."""
+    rounding = plan.rounding
+    if rounding is None:
+        return
+    counts = Counter(rounding.choices[n].rounding for n in rounding.choices if rounding.of(n) is not None)
+    by = f" by the policy {rounding.policy.name}" if rounding.policy is not None else ""
+    said = ", ".join(f"{n} tensor{'s' * (n != 1)} by {method}" for method, n in sorted(counts.items())) or "nothing"
+    yield f"rounded otherwise than by ggml{by}: {said} ({rounding.options})"
+    if rounding.covariance is None:
+        yield (
+            "no covariance was given, so what falls back to ggml's rounding is not known, and the header may have some "
+            "bytes more: give --covariance DIR"
+        )
+
+
+def rounding_warnings(plan: Plan) -> Iterator[str]:
+    """What falls back to ggml's rounding, and why, with counts."""
+    rounding = plan.rounding
+    if rounding is None or rounding.covariance is None:
+        return
+    whole: dict[str, list[str]] = {}
+    some: dict[str, Standing] = {}
+    for name, found in rounding.standings.items():
+        if found.why:
+            whole.setdefault(found.why, []).append(name)
+        elif found.thin:
+            some[name] = found
+    for why, names in whole.items():
+        n = len(names)
+        shown = ", ".join(names[:_NAMED]) + (", …" if n > _NAMED else "")
+        yield f"{n} tensor{'s stay' if n > 1 else ' stays'} as ggml rounds {'them' if n > 1 else 'it'}: {why}: {shown}"
+    if some:
+        n, of = sum(len(found.thin) for found in some.values()), sum(found.n_mats for found in some.values())
+        unseen = sum(found.n_unseen for found in some.values())
+        name, first = next(iter(some.items()))
+        yield (
+            f"{n:,} of {of:,} matrices of {len(some)} tensors stay as ggml rounds them: they saw fewer tokens than "
+            f"they have columns ({unseen:,} of them none): '{name}' {ranges(first.thin)}"
+            f"{' and others' * (len(some) > 1)}"
+        )
