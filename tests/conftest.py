@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import factory
+import hypothesis
 import pytest
 
 from quantkit.llama_cpp import toolchain
@@ -32,6 +33,12 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 #: pytest-xdist's workers have it, and what a command prints to a pipe depends on it
 os.environ.pop("COLUMNS", None)
+
+# The same examples in every run, so that a change is judged by what it does. To look for others:
+# pytest --hypothesis-profile=explore
+hypothesis.settings.register_profile("same", derandomize=True)
+hypothesis.settings.register_profile("explore", max_examples=1000, print_blob=True)
+hypothesis.settings.load_profile("same")
 
 
 def pytest_configure() -> None:

@@ -29,8 +29,9 @@ def test_areas_are_bytes_and_nothing_overlaps(sizes: list[int], width: int, heig
     kept = sum(sizes[i] for i in there)
     for i, (x, y, dx, dy) in found:
         assert dx * dy == pytest.approx(width * height * sizes[i] / kept, rel=1e-4)
-        assert -1e-6 <= x - 3 <= width - dx + 1e-6
-        assert -1e-6 <= y - 5 <= height - dy + 1e-6
+        # squarify adds up widths of boxes that differ in size by 10^7: the last may end a millionth outside
+        assert -1e-4 <= x - 3 <= width - dx + 1e-4
+        assert -1e-4 <= y - 5 <= height - dy + 1e-4
     boxes = [box for _, box in found]
     for i, (x, y, dx, dy) in enumerate(boxes):
         for u, v, du, dv in boxes[:i]:
