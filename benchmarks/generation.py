@@ -3,7 +3,7 @@
     python benchmarks/generation.py SmolLM2-135M-Instruct.Q4_1.gguf
 
 Builds the files from the GGUF, and has each write: two prompts, seeds 3407 and 3408 for 160 tokens, and 3407 for 320.
-The tables are in docs/eval.md. The reference, and the first candidate, is the model as Q8_0.
+The tables are in docs/generate.md. The reference, and the first candidate, is the model as Q8_0.
 """
 
 from __future__ import annotations
