@@ -198,7 +198,7 @@ def build(
     """Build the GGUF that a plan describes, with the importance matrix and the covariance that it was made with.
 
     `threads`: all processors unless given. `force` replaces files that are there. An unfinished build of the same is
-    gone on with: `resume` True insists on one, False starts again. Whatever is wrong is raised before the first byte,
+    continued: `resume` True insists on one, False starts again. Whatever is wrong is raised before the first byte,
     or leaves an unfinished build behind: ImatrixError, SourceError, OutputError, ResumeError, UnsupportedError,
     WeightError, KernelError.
     """

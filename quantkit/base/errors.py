@@ -15,7 +15,7 @@ thing, the numbers and the next step. Anything else that escapes is a defect of 
     ├── ToolError               10   llama.cpp tools: not found, failed, gave something else than asked
     ├── InternalCheckError      11   a check of quantkit's own result failed; please report it
     ├── DamageError             12   a finished file that is not what it should be: verify, merge, split
-    ├── ResumeError             13   an unfinished build that cannot be gone on with: of another plan, in use, damaged
+    ├── ResumeError             13   an unfinished build that cannot be continued: of another plan, in use, damaged
     └── TextError               14   a text to be made into tokens: missing, not UTF-8, too short, a chat it cannot be
 
 2 is click's own code for wrong usage, and 130 an interrupt.

@@ -33,7 +33,7 @@ def create(folder: Folder, name: str, header: bytes, nbytes: int) -> int:
 
 
 class NewFile:
-    """A file that is made under another name, and gets its own when it is whole: whoever looks there finds what was
+    """A file that is made under another name, and gets its own when it is whole: a reader there finds what was
     there before, or all of the new one. It is gone when the block ends, unless `publish` was called.
 
         with NewFile(folder, ".config.json.new") as new:

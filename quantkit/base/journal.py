@@ -1,4 +1,4 @@
-"""A journal of work that can be gone on with: what is being made, and which parts of it are on the disk for good.
+"""A journal of work that can be continued: what is being made, and which parts of it are on the disk for good.
 
     line 1  = JSON {"quantkit-journal": 3, "of": what writes it, … its own}, a space, its CRC-32 in 8 hex digits
     records = u32 part | u64 start | u64 n | 16 bytes digest | u32 CRC-32 of the record
@@ -168,7 +168,7 @@ def read(
 ) -> Told[HeadT] | None:  # fmt: skip
     """The journal in a folder, or None where there is no file or its first line never was written whole. `parse` makes
     a head of what the first line says, and raises KeyError, TypeError or ValueError where `of` writes no such thing;
-    `otherwise` is what to do about a journal that cannot be gone on with. Raises ResumeError for anything else that is
+    `otherwise` is what to do about a journal that cannot be continued. Raises ResumeError for anything else that is
     no journal, OutputError for what is no file of `owner`, or with `alone` has another name, and OSError."""
     path = folder.path / name
     try:
@@ -180,7 +180,7 @@ def read(
     if end < 0 and len(raw) < _MAX_HEAD:
         return None
     line = raw[:end]
-    damaged = ResumeError(f"{path}: is damaged and cannot be gone on with; {otherwise}")
+    damaged = ResumeError(f"{path}: is damaged and cannot be continued; {otherwise}")
     try:
         if line != b"%s %08x" % (line[:-9], zlib.crc32(line[:-9])):
             raise damaged

@@ -54,7 +54,7 @@ class Lock:
             except BaseException:
                 os.close(fd)
                 raise
-            os.close(fd)  # whoever had it has removed it: once more
+            os.close(fd)  # its owner has removed it: try again
 
     @classmethod
     def of_folder(cls, folder: Folder) -> Lock:

@@ -30,7 +30,7 @@ class Durability:
     """The journal of a build, and the order in which files, journal and names get to the disk. Safe for threads."""
 
     def __init__(self, out: Path, files: Files, journal: Journal, check_sources: Callable[[], None]) -> None:
-        """`check_sources` raises when a source has changed: then no rows are told of and no file gets its name."""
+        """`check_sources` raises when a source has changed: then no rows are recorded and no file gets its name."""
         self.out, self.files, self.check_sources = out, files, check_sources
         self._journal = journal
         self._places = list(files.places.values())
@@ -40,7 +40,7 @@ class Durability:
         self._pending: list[Record] = []
         self._pending_lock, self._commit_lock = threading.Lock(), threading.Lock()
         self.failure: BaseException | None = None
-        """why nothing more may be told of; raised by the next `put`, and by `finish`"""
+        """why nothing more may be recorded; raised by the next `put`, and by `finish`"""
         self.on_whole: Callable[[str], object] | None = None
         """called once for each tensor whose rows are all on the disk for good, one at a time, while the files are
         open"""
@@ -87,7 +87,7 @@ class Durability:
     # ------------------------------------------------------------ while the engine is at work
 
     def note(self, record: Record) -> None:
-        """Rows have been written; they are told of after the next sync."""
+        """Rows have been written; they are recorded after the next sync."""
         with self._pending_lock:
             self._pending.append(record)
 
@@ -123,7 +123,7 @@ class Durability:
             try:
                 for file in sorted({self._places[r.part].file for r in records}):
                     os.fdatasync(self.files.fds[file])
-                self.check_sources()  # before the rows are told of: they are good for as long as the journal is
+                self.check_sources()  # before the rows are recorded: they are good for as long as the journal is
                 self._journal.tell(records)
             except OSError as e:
                 # what a failed sync has lost cannot be told: nothing more may be claimed of this run

@@ -106,7 +106,7 @@ def take(out: Path, ours: Collection[str]) -> Taken:
         if folder is None:
             info = os.stat(path, follow_symlinks=False) if os.path.lexists(path) else None
             if info is None:
-                continue  # whoever had it has finished
+                continue  # its owner has finished
             raise OutputError(f"{path}: is {kind(info)}; move it away, or give another output")
         try:
             lock = _locked(out, folder, ours)
@@ -115,7 +115,7 @@ def take(out: Path, ours: Collection[str]) -> Taken:
             raise
         if lock is not None:
             return Taken(folder, lock)
-        folder.close()  # whoever held it has finished and removed the folder: once more
+        folder.close()  # its owner has finished and removed the folder: try again
 
 
 def _locked(out: Path, folder: Folder, ours: Collection[str]) -> Lock | None:

@@ -79,7 +79,7 @@ def prepare(
     resume: bool | None = None,
 ) -> Build:
     """Check everything that can be checked before the first byte. `engine` is the one that will run, for
-    the scratch space it needs. An unfinished build of the same output is gone on with; `resume` True asks for one,
+    the scratch space it needs. An unfinished build of the same output is continued; `resume` True asks for one,
     False starts again. Raises the error of what is wrong: ImatrixError, SourceError, OutputError, ResumeError,
     UnsupportedError."""
     catalogue = plan.catalogue
@@ -125,13 +125,13 @@ def _covariance_files(plan: Plan) -> tuple[Path, ...]:
 
 
 def _begun(out: Path, identity: Mapping[str, str], resume: bool | None) -> ToldBuild | None:
-    """The unfinished build to go on with. Raises ResumeError when it is of something else."""
+    """The unfinished build to continue. Raises ResumeError when it is of something else."""
     if resume is False:
         return None
     found = read_journal(out, own=True)
     if found is None or not found.records:
         if resume:
-            raise ResumeError(f"{out}: there is no unfinished build to go on with; leave --resume away to begin one")
+            raise ResumeError(f"{out}: there is no unfinished build to continue; leave out --resume to begin one")
         return None
     require_same(folder_of(out), found.head.identity, identity)
     return found

@@ -53,7 +53,7 @@ class RowSink:
         self._durability.note(Record(self._files.places[name].number, row, n_rows, digest))
 
     def have_whole(self, name: str) -> None:
-        """All rows of a tensor have been written and told of with `note`: no engine need make them."""
+        """All rows of a tensor have been written and recorded with `note`: no engine need make them."""
         place = self._files.places[name]
         self._kept[place.number].add(0, place.n_rows)
 

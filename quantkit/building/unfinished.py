@@ -1,6 +1,6 @@
 """An unfinished build on disk: the files being made, at their place in OUT.partial, and their journal.
 
-Here it is begun, gone on with, and ended. quantkit.building.unfinished_files has its files, .durability says when they
+Here it is begun, continued, and ended. quantkit.building.unfinished_files has its files, .durability says when they
 are on the disk and what the journal tells, .sink is what an engine sees. What gets a name is the file that was written:
 both folders are held open (quantkit.base.folders), and all in them is reached that way.
 """
@@ -44,7 +44,7 @@ class UnfinishedBuild:
         replace: Collection[Path] = (),
     ) -> None:
         """`files` are the names and layouts of the output; `check_sources` raises when a source has changed: then
-        no rows are told of and no file gets its name. `replace`: the names under which a file may be replaced. Nothing
+        no rows are recorded and no file gets its name. `replace`: the names under which a file may be replaced. Nothing
         is done before `start`."""
         self.out, self.folder = out, folder_of(out)
         self.names = [name for name, _ in files]
@@ -108,7 +108,7 @@ class UnfinishedBuild:
         return above
 
     def _journal(self, found: ToldBuild | None) -> Journal:
-        """To go on with one that tells of rows, or a new one in an empty folder. Raises ResumeError, OSError."""
+        """To go on with one that has rows, or a new one in an empty folder. Raises ResumeError, OSError."""
         if found is not None and found.records:
             require_same(self.folder, found.head.identity, self.identity)
             return Journal.go_on(self.inside, journal.NAME, found)

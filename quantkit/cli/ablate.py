@@ -38,9 +38,9 @@ if TYPE_CHECKING:
 
 @click.group(cls=Group.of("run"))
 def ablate() -> None:
-    """Studies: many variants of a recipe, measured side by side.
+    """Run studies: many variants of a recipe, measured side by side.
 
-    STUDY and SOURCE that follow `ablate` at once are `run`'s.
+    `quantkit ablate STUDY SOURCE` is short for `quantkit ablate run STUDY SOURCE`.
 
     \b
     quantkit ablate study.yaml DeepSeek-R1/ --imatrix imatrix.gguf --text wiki.txt -o study.db
@@ -54,18 +54,18 @@ _made_options = together(
         "--cache", "cache_dir", type=CACHE, metavar="DIR",
         help="Keep quantized tensors in DIR, as quantkit build does: for other passes, runs, studies and builds.",
     ),
-    click.option("--cache-size", type=Size(), default="200G", show_default=True, help="At most so much in DIR."),
+    click.option("--cache-size", type=Size(), default="200G", show_default=True, help="The most DIR may hold."),
     click.option(
         "--files", "files_folder", type=STUDY_FILES, metavar="DIR",
         help="Also build a GGUF of every variant in DIR; those that are there and still right are kept.",
     ),
-    click.option("--force", is_flag=True, help="Replace files of DIR that are something else."),
+    click.option("--force", is_flag=True, help="Replace files in DIR that are something else."),
     click.option(
         "--engine", type=click.Choice(["native", "llama.cpp"]), default="native", show_default=True,
         help="llama.cpp: the stock llama-perplexity measures those files.",
     ),
     click.option(
-        "--llama-bin", type=FOLDER, metavar="DIR", help="Where llama-perplexity is, as a CUDA build of your own."
+        "--llama-bin", type=FOLDER, metavar="DIR", help="Folder of llama-perplexity, such as your own CUDA build."
     ),
 )  # fmt: skip
 
@@ -83,14 +83,16 @@ _made_options = together(
 @click.option("--at-a-time", type=click.IntRange(1), help="Variants in a pass.  [default: as memory allows]")
 @device_option
 @dtype_option
-@click.option("--memory", type=Size(), metavar="SIZE", help="Of hidden states of a pass.  [default: 2 GiB]")
+@click.option("--memory", type=Size(), metavar="SIZE", help="Memory for the hidden states of a pass.  [default: 2 GiB]")
 @layout_option
 @click.option("--pre", metavar="NAME", help="tokenizer.ggml.pre, for a tokenizer that is not recognized.")
 @threads_option
 @estimate_options
-@click.option("--disk", type=DISK_RATE, metavar="RATE", help="With --estimate: what the disk reads, as 5GB/s.")
+@click.option(
+    "--disk", type=DISK_RATE, metavar="RATE", help="With --estimate: reading speed of the disk, such as 5GB/s."
+)
 @click.option("-n", "--dry-run", is_flag=True, help="Show the variants with their exact sizes; measure nothing.")
-@click.option("-q", "--quiet", is_flag=True, help="Neither plan nor progress; errors only.")
+@click.option("-q", "--quiet", is_flag=True, help="No plan and no progress; errors only.")
 @json_option
 def run(**given: Any) -> None:
     """Measure every variant of a study against SOURCE's own weights.
@@ -274,7 +276,7 @@ def _print_estimate(study: Study, every: Sequence[Variant], catalogue: Catalogue
 
 @ablate.command(cls=Command)
 @click.argument("results_file", metavar="RESULTS", type=PATH)
-@click.option("--study", help="Of this study only.")
+@click.option("--study", help="Show this study only.")
 @json_option
 def show(results_file: Path, study: str | None, as_json: bool) -> None:
     """Show results: a table, what each level changes, and the front of size against KLD.

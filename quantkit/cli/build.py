@@ -60,7 +60,7 @@ if TYPE_CHECKING:
     help="The binary to drive (else PATH, else the toolchain's).",
 )
 @threads_option
-@click.option("--allow-requantize", is_flag=True, help="Allow a source that is quantized already.")
+@click.option("--allow-requantize", is_flag=True, help="Allow a source that is already quantized.")
 @click.option(
     "--attest",
     type=ATTESTATION,
@@ -91,7 +91,7 @@ if TYPE_CHECKING:
     help="The most DIR may hold; what was used least recently is removed first.",
 )
 @click.option(
-    "-v", "--verbose", is_flag=True, help="Print the whole plan, as `quantkit plan` does, not ten lines of it."
+    "-v", "--verbose", is_flag=True, help="Print the whole plan, as `quantkit plan` does, instead of a summary."
 )
 @plan_first_options
 def build(

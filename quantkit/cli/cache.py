@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @click.group(cls=Group)
 def cache() -> None:
-    """Look into a folder of `quantkit build --cache`, and make it smaller.
+    """Show what a build cache holds, and make it smaller.
 
     \b
     quantkit cache show ~/quantkit-cache
@@ -28,9 +28,9 @@ def cache() -> None:
 
 @cache.command()
 @click.argument("folder", type=FOLDER)
-@click.option("--json", "as_json", is_flag=True, help="The same for a script.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def show(folder: Path, as_json: bool) -> None:
-    """How many tensors FOLDER keeps, their bytes, and when they were used.
+    """Show how many tensors FOLDER holds, their bytes, and when they were last used.
 
     \b
     quantkit cache show ~/quantkit-cache
@@ -53,9 +53,9 @@ def show(folder: Path, as_json: bool) -> None:
 
 @cache.command()
 @click.argument("folder", type=CACHE)
-@click.option("--max-size", type=Size(), required=True, help="Keep at most so much; what was not used longest goes.")
+@click.option("--max-size", type=Size(), required=True, help="The most FOLDER may hold.")
 def prune(folder: Path, max_size: int) -> None:
-    """Remove what was not used longest until FOLDER keeps at most --max-size.
+    """Remove the least recently used tensors until FOLDER holds at most --max-size.
 
     \b
     quantkit cache prune ~/quantkit-cache --max-size 50G

@@ -33,8 +33,8 @@ def _option(flag: str, name: str, **about: Any) -> Callable[[F], F]:
 _OWN = (
     _option(
         "--type", "types", multiple=True, type=TypeAfter(), metavar="GLOB[@LAYERS]=TYPE",
-        help="A type for the tensors that GLOB matches, before the recipe's rules; LAYERS such as 3-12 or moe[:6]. "
-        "Repeatable: of several the first that matches decides.",
+        help="Type of the tensors that match GLOB, before the recipe's rules; LAYERS such as 3-12 or moe[:6]. "
+        "Repeatable: the first match decides.",
     ),
     _option(
         "--override-kv", "metadata", multiple=True, metavar="KEY=TYPE:VALUE",
@@ -45,14 +45,15 @@ _OWN = (
 _TOOLS = (
     _option(
         "--tensor-type", "tensor_types", multiple=True, type=TypeAfter(), metavar="REGEX=TYPE",
-        help="As in llama-quantize: a type for the tensors whose names have REGEX in them.",
+        help="As in llama-quantize: a type for tensors whose names match REGEX.",
     ),
     _option(
-        "--output-tensor-type", "output_type", type=TypeName(), metavar="TYPE", help="As in llama-quantize: of output.",
+        "--output-tensor-type", "output_type", type=TypeName(), metavar="TYPE", help="As in llama-quantize: the type "
+        "of output.",
     ),
     _option(
         "--token-embedding-type", "embedding_type", type=TypeName(), metavar="TYPE",
-        help="As in llama-quantize: of token_embd.",
+        help="As in llama-quantize: the type of token_embd.",
     ),
 )  # fmt: skip
 

@@ -28,7 +28,7 @@ _MOST_REFUSED = 10
     type=click.Choice(["bf16", "f16", "f32"]),
     default="bf16",
     show_default=True,
-    help="Of the weights that are FP8; other tensors keep theirs.",
+    help="Type of the FP8 weights; other tensors keep theirs.",
 )
 @click.option(
     "--shard-size",
@@ -36,7 +36,7 @@ _MOST_REFUSED = 10
     default="5G",
     show_default=True,
     metavar="SIZE",
-    help="Most tensor data in a shard, as 5G (10^9 bytes) or 4GiB; a larger tensor has one of its own.",
+    help="The most tensor data per shard, such as 5G (10^9 bytes) or 4GiB; a larger tensor gets a shard of its own.",
 )
 @click.option(
     "--mtp",
@@ -71,8 +71,8 @@ def dequant(
 
     SRC and DST are Hugging Face directories. DST gets the shards with an index, config.json without
     quantization_config, and the tokenizer and every other file of SRC that holds no weights, folders included; links
-    that lead out of SRC are not copied, but for those of a snapshot in Hugging Face's cache. A run that was
-    interrupted goes on where it was when it is started again, and reads back what is finished.
+    that lead out of SRC are not copied, except those of a snapshot in Hugging Face's cache. After an interruption, run
+    the same command again: it checks what is finished and continues.
 
     \b
     quantkit dequant DeepSeek-R1/ DeepSeek-R1-BF16/

@@ -36,10 +36,10 @@ if TYPE_CHECKING:
 
 @click.group(name="eval", cls=Group.of("compare"))
 def group() -> None:
-    """Say what quantized models cost: in figures, and in what they write.
+    """Measure what quantizing costs, in figures and in what models write.
 
-    REFERENCE and files that follow `eval` at once are `compare`'s; give a file called compare or generate as
-    ./generate.
+    `quantkit eval REFERENCE …` is short for `quantkit eval compare REFERENCE …`; give a file called compare or
+    generate as ./generate.
 
     \b
     quantkit eval DeepSeek-R1/ R1-UD-IQ1_S-00001-of-00003.gguf --text wiki.txt --chunks 100
@@ -62,31 +62,33 @@ def group() -> None:
 @rounding_options
 @click.option(
     "--engine", type=click.Choice(["native", "llama.cpp"]), default="native", show_default=True,
-    help="llama.cpp: the same figures by the stock llama-perplexity; of GGUFs only.",
+    help="llama.cpp: the same figures by the stock llama-perplexity, for GGUFs only.",
 )  # fmt: skip
-@click.option("--llama-bin", type=FOLDER, metavar="DIR", help="Where llama-perplexity is, as a CUDA build of your own.")
+@click.option(
+    "--llama-bin", type=FOLDER, metavar="DIR", help="Folder of llama-perplexity, such as your own CUDA build."
+)
 @click.option(
     "--tool-figures/--no-tool-figures", default=True,
-    help="With --engine llama.cpp: also run its --kl-divergence on each candidate, and show what it says itself.",
+    help="With --engine llama.cpp: also run its --kl-divergence on each candidate, and show its own figures.",
 )  # fmt: skip
 @click.option(
     "--prompts", type=click.IntRange(0), default=0, show_default=True,
-    help="Beginnings of so many chunks are continued greedily for 32 tokens, and compared.",
+    help="Continue the beginnings of N chunks greedily for 32 tokens, and compare them.",
 )  # fmt: skip
 @forward_options
 @layout_option
 @click.option("--pre", metavar="NAME", help="tokenizer.ggml.pre, for a tokenizer that is not recognized.")
 @click.option("--csv", "csv_file", type=REPORT, metavar="FILE", help="Write the candidates' figures to FILE as CSV.")
 @click.option("-o", "--output", type=REPORT, metavar="FILE", help="Write the tables to FILE as Markdown.")
-@click.option("--force", is_flag=True, help="Replace files that are there.")
+@click.option("--force", is_flag=True, help="Replace files that exist.")
 @json_option
 @click.option("-q", "--quiet", is_flag=True, help="No progress.")
 def evaluate(**given: Any) -> None:
-    """Say what candidates cost beside their reference: perplexity, KL divergence, same top token.
+    """Compare candidates with their reference: perplexity, KL divergence, same top token.
 
     REFERENCE is a checkpoint or a GGUF, CANDIDATEs are GGUFs of the same model, or recipes. All advance together in one
     pass over the text, and the second half of each chunk is scored, as llama-perplexity does. With --rounding or
-    --rounding-policy each recipe is measured twice: as ggml rounds, and so.
+    --rounding-policy each recipe is measured twice: rounded by ggml, and rounded that way.
 
     \b
     quantkit eval DeepSeek-R1/ R1-UD-IQ1_S-00001-of-00003.gguf --text wiki.txt --chunks 100

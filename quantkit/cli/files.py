@@ -420,7 +420,7 @@ def _of_update(given: Path, one: Output) -> Iterator[Output]:
 
 
 def _of_sensitivity(path: Path, one: Output) -> Iterator[Output]:
-    """A sensitivity is gone on with. What is there and is none is replaced with --force only."""
+    """A sensitivity is continued. What is there and is none is replaced with --force only."""
     from quantkit.base.files import open_regular
 
     first = b""

@@ -53,24 +53,29 @@ class Seeds(_Ints):
 @click.option("--chat", is_flag=True, help="Each prompt is a user's message: apply the model's chat template.")
 @click.option("--rubric", type=RUBRIC, metavar="RUBRIC", help="A task with scripted checks: flappy-bird, or a file.")
 @click.option(
-    "--seeds", type=Seeds(), metavar="N,N…", help="A text for each.  [default: the rubric's, else 3407,3408,3409]"
+    "--seeds",
+    type=Seeds(),
+    metavar="N,N…",
+    help="Seeds; each gives a text.  [default: the rubric's, else 3407,3408,3409]",
 )
 @click.option("--temp", type=click.FloatRange(0), help="Temperature.  [default: the rubric's, else 0.6]")
 @click.option("--min-p", type=click.FloatRange(0, 1), help="[default: the rubric's, else 0.05]")
 @click.option(
-    "--n-predict", type=click.IntRange(1), metavar="N", help="Tokens at most.  [default: the rubric's, else 2048]"
+    "--n-predict", type=click.IntRange(1), metavar="N", help="Most tokens per text.  [default: the rubric's, else 2048]"
 )
 @click.option("--reference", type=MODEL, help="Find gibberish: how likely this model finds each text.")
-@click.option("--llama-bin", type=FOLDER, metavar="DIR", help="Where llama-completion is, as a CUDA build of your own.")
-@click.option("--llama-args", default="", metavar="ARGS", help="Further arguments for it, as '-ngl 99'.")
+@click.option(
+    "--llama-bin", type=FOLDER, metavar="DIR", help="Folder of llama-completion, such as your own CUDA build."
+)
+@click.option("--llama-args", default="", metavar="ARGS", help="More arguments for it, such as '-ngl 99'.")
 @threads_option
 @click.option(
-    "-o", "--output", type=MADE_FOLDER, metavar="DIR", help="Keep every text, and results.json, in a new folder."
+    "-o", "--output", type=MADE_FOLDER, metavar="DIR", help="Save every text, and results.json, in a new folder."
 )
 @json_option
 @click.option("-q", "--quiet", is_flag=True, help="No progress.")
 def generate(**given: Any) -> None:
-    """Have models write, and find what breaks first: repetition, gibberish, unfinished thinking.
+    """Let models write, and find what breaks first: repetition, gibberish, unfinished thinking.
 
     Each MODEL is a GGUF, and llama.cpp's own llama-completion runs it, once for each prompt and seed. With --rubric the
     programs that the models write are run, confined, and checked.

@@ -14,7 +14,7 @@ def as_built(path: Path) -> Path:
     R1-00001-of-00003.gguf. Raises UsageError where several sets could be meant."""
     from quantkit.gguf.shards import split_name
 
-    if os.path.lexists(path):  # False, too, where that cannot be known: whoever opens the file says why
+    if os.path.lexists(path):  # False, too, where that cannot be known: opening the file says why
         return path
     prefix = path.name.removesuffix(".gguf")
     try:

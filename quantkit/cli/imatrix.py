@@ -10,7 +10,7 @@ from .files import Group
 
 @click.group(cls=Group)
 def imatrix() -> None:
-    """Importance matrices of llama-imatrix: make them, look into them, check, add up and convert them.
+    """Make, inspect, check, merge and convert importance matrices.
 
     \b
     quantkit imatrix make DeepSeek-R1/ --text calibration.txt -o imatrix.gguf

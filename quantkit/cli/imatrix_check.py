@@ -36,7 +36,7 @@ _FOUND = 1
 )  # fmt: skip
 @click.option(
     "--min-tokens", type=click.IntRange(1), default=100, show_default=True, metavar="N",
-    help="Name the experts that fewer tokens reached.",
+    help="List the experts that saw fewer tokens.",
 )  # fmt: skip
 @imatrix_policy_option
 @set_option
@@ -62,11 +62,11 @@ def check(
     every: bool,
     as_json: bool,
 ) -> None:
-    """What an importance matrix lacks for a recipe on a model: entries, sizes, values, experts never or rarely seen.
+    """Check an importance matrix for a recipe and a model: entries, sizes, values, experts never or rarely seen.
 
-    Each lack stands with the bytes of the file that hang on it, and whether it matters: whether the type that the
-    recipe gives needs weights or uses them, and the policy gives no others. What matters comes first, the most bytes
-    before all. Exit code 0 if nothing that was found matters, 1 if something does, 6 if FILE cannot be read.
+    Beside each finding are the bytes of the file that it affects, and whether it matters: whether the tensor's type
+    uses these values and the policy does not replace them. Findings that matter come first, by bytes. Exit code 0 if
+    none matters, 1 if one does, 6 if FILE cannot be read.
 
     \b
     quantkit imatrix check imatrix.gguf --recipe UD-IQ1_S --model deepseek-r1

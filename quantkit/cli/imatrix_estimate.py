@@ -70,17 +70,20 @@ estimate_options = together(
     click.option(
         "--estimate",
         is_flag=True,
-        help="Only say what it would take: operations, bytes, hours, memory, disk. The name of a known model or a "
+        help="Only print what it would take: operations, bytes, hours, memory, disk. A known model's name or a "
         "config.json is enough.",
     ),
     click.option(
         "--gpu-tflops",
         type=click.FloatRange(0, min_open=True),
         metavar="X",
-        help="With --estimate: 10^12 operations a second.  [default: measured here, on the CPU]",
+        help="With --estimate: speed of the GPU in 10^12 operations per second.  [default: measured here, on the CPU]",
     ),
     click.option(
-        "--text-tokens", type=Count(), metavar="N", help="With --estimate: so many tokens, in place of --text: 1M."
+        "--text-tokens",
+        type=Count(),
+        metavar="N",
+        help="With --estimate: number of tokens instead of --text, such as 1M.",
     ),
 )
 

@@ -26,7 +26,7 @@ _written = together(
         "--chunk-size",
         type=click.IntRange(1, 1 << 24),
         metavar="N",
-        help="Tokens of a chunk, for a .dat, which does not say it.  [default: what the other files say, else 512]",
+        help="Tokens per chunk of a .dat, which does not record it.  [default: what the other files say, else 512]",
     ),
     click.option("--force", is_flag=True, help="Replace the output file if it exists."),
     click.option("-q", "--quiet", is_flag=True, help="No notes, no progress; errors only."),
@@ -42,17 +42,17 @@ _written = together(
     default=100,
     show_default=True,
     metavar="N",
-    help="Name the experts that fewer tokens reached.",
+    help="List the experts that saw fewer tokens.",
 )
 @click.option("--figure", type=FIGURE, metavar="FILE", help="Draw layers by experts to an .svg or a .png.")
-@click.option("--all", "every_tensor", is_flag=True, help="A row for each tensor, not one for alike ones; all experts.")
+@click.option("--all", "every_tensor", is_flag=True, help="A row for each tensor instead of each kind; all experts.")
 @click.option("--force", is_flag=True, help="Replace the figure if it exists.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress.")
 @json_option
 def info(
     file: str, min_tokens: int, figure: Path | None, every_tensor: bool, force: bool, quiet: bool, as_json: bool
 ) -> None:
-    """How many tokens each tensor and each expert of an importance matrix saw, and how its sums are spread.
+    """Show how many tokens each tensor and expert of an importance matrix saw, and how its sums are spread.
 
     \b
     quantkit imatrix info imatrix.gguf
@@ -88,10 +88,10 @@ def merge(
     quiet: bool,
     as_json: bool,
 ) -> None:
-    """Add up importance matrices of one model, as llama-imatrix does it, but without the model.
+    """Merge importance matrices of one model, as llama-imatrix does, but without the model.
 
-    GGUFs and .dats, of different chunks and different tensors. An expert that one file hardly saw has the tokens of
-    all; what cannot be added is said.
+    GGUFs and .dats can be mixed, with different chunk sizes and tensors. Each expert gets the tokens of all files. The
+    command lists what cannot be added.
 
     \b
     quantkit imatrix merge english.gguf code.gguf -o both.gguf
@@ -122,7 +122,7 @@ def convert(
 ) -> None:
     """Write an importance matrix in the other format, GGUF or .dat.
 
-    What llama-quantize gets from it stays the same to the bit. What a .dat cannot hold is said.
+    llama-quantize reads the same values from it, to the bit. The command lists what a .dat cannot hold.
 
     \b
     quantkit imatrix convert imatrix.dat -o imatrix.gguf

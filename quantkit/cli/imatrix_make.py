@@ -55,13 +55,13 @@ _covariance_options = together(
         "--covariance",
         type=COVARIANCE,
         metavar="DIR",
-        help="Also the second moments X^T X of all inputs, for rounding that needs them, in a new folder. The size is "
+        help="Also write the second moments X^T X of all inputs to a new folder, for `--rounding`. The size is "
         "printed first.",
     ),
     click.option(
         "--pooled-experts",
         is_flag=True,
-        help="With --covariance: one matrix a layer for the experts' ffn_down, not one an expert.",
+        help="With --covariance: one matrix per layer for the experts' ffn_down, not one per expert.",
     ),
     click.option(
         "--disk",
@@ -69,8 +69,8 @@ _covariance_options = together(
         type=DISK,
         multiple=True,
         metavar="SIZE|RATE",
-        help="A size (200GB): what a covariance may take; where a matrix an expert is more, experts share one. With "
-        "--estimate a rate (5GB/s): what the disk reads.",
+        help="A size (200GB): the most a covariance may take; if a matrix per expert is more, experts share one. "
+        "With --estimate a rate (5GB/s): reading speed of the disk.",
     ),
 )
 #: --engine and what only llama-imatrix has
@@ -80,8 +80,7 @@ _engine_options = together(
         type=click.Choice([NATIVE, TOOL_ENGINE]),
         default=NATIVE,
         show_default=True,
-        help="native: layer by layer, whatever SOURCE is; llama-imatrix: drive the stock tool, which has the whole "
-        "model in memory.",
+        help="native: layer by layer; llama-imatrix: run the stock tool, which needs the whole model in memory.",
     ),
     click.option(
         "--llama-imatrix", "binary", type=TOOL, metavar="PATH", help="The tool (else PATH, else the toolchain's)."
@@ -91,7 +90,7 @@ _engine_options = together(
         type=click.Choice(["BF16", "Q8_0"]),
         default="BF16",
         show_default=True,
-        help="The GGUF that a checkpoint is made for the tool; it is removed afterwards.",
+        help="Type of the temporary GGUF that a checkpoint is converted to for the tool.",
     ),
     click.option(
         "--save-frequency",
@@ -99,7 +98,7 @@ _engine_options = together(
         default=64,
         show_default=True,
         metavar="N",
-        help="The tool's sums are kept after so many chunks.",
+        help="Save the tool's sums after every N chunks.",
     ),
 )
 
@@ -117,7 +116,7 @@ _engine_options = together(
     "target",
     type=Coverage(),
     metavar="SHARE:TOKENS",
-    help="Take only as much of the text as it needs until that share of experts has seen so many tokens: 99%:100.",
+    help="Stop reading once this share of experts has seen this many tokens: 99%:100.",
 )
 @_covariance_options
 @_engine_options
@@ -128,10 +127,10 @@ _engine_options = together(
 @click.option("-q", "--quiet", is_flag=True, help="No notes, no progress; errors only.")
 @json_option
 def make(source: str, pre: str | None, quiet: bool, **_: Any) -> None:
-    """Make an importance matrix: what each column of each matrix meets, over a text.
+    """Make an importance matrix: the mean squared input of each column of each matrix, over a text.
 
-    The model is computed layer by layer, expert by expert, over the checkpoint or GGUF where it lies, so it need not
-    fit the memory. What is stopped goes on with the same command.
+    The model runs layer by layer and expert by expert, straight from the checkpoint or GGUF, so it need not fit in
+    memory. After an interruption, run the same command again to continue.
 
     \b
     quantkit imatrix make DeepSeek-R1/ --text calibration.txt -o imatrix.gguf

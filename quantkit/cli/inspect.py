@@ -12,9 +12,7 @@ from .options import json_option, layout_option, only_types, tokenizer_options
 
 @click.command(cls=Command)
 @click.argument("source", type=MODEL)
-@click.option(
-    "--all", "every_tensor", is_flag=True, help="A line for each tensor, not one for alike ones of many layers."
-)
+@click.option("--all", "every_tensor", is_flag=True, help="A line for each tensor instead of each kind.")
 @json_option
 @layout_option
 @tokenizer_options

@@ -39,8 +39,10 @@ def _pairs(_ctx: click.Context, param: click.Parameter, values: tuple[str, ...])
 
 @click.command(cls=Command)
 @click.argument("source", type=MODEL)
-@click.option("--target", metavar="SIZE", help="Of the file: 131GiB, 14517920B, or bits a weight: 1.67bpw.")
-@click.option("--fit", metavar="GPUS", help="Instead: all layers and their KV cache on these, such as 2x80.")
+@click.option("--target", metavar="SIZE", help="Size of the file: 131GiB, 14517920B, or bits per weight: 1.67bpw.")
+@click.option(
+    "--fit", metavar="GPUS", help="Instead of --target: all layers and their KV cache on these GPUs, such as 2x80."
+)
 @click.option("--fit-ctx", type=click.IntRange(1, 1 << 24), default=8192, show_default=True, help="Context of --fit.")
 @click.option(
     "--fit-reserve",
@@ -51,53 +53,61 @@ def _pairs(_ctx: click.Context, param: click.Parameter, values: tuple[str, ...])
     help="Kept free on each GPU.",
 )
 @click.option(
-    "-s", "--sensitivity", "known", type=SENSITIVITY, required=True, metavar="FILE", help="Of quantkit sensitivity."
+    "-s",
+    "--sensitivity",
+    "known",
+    type=SENSITIVITY,
+    required=True,
+    metavar="FILE",
+    help="What `quantkit sensitivity` wrote.",
 )
-@click.option("--imatrix", type=IMATRIX, metavar="FILE", help="Importance matrix, the sensitivity's.")
+@click.option(
+    "--imatrix", type=IMATRIX, metavar="FILE", help="The importance matrix that the sensitivity was made with."
+)
 @click.option("-o", "--output", type=RECIPE_OUT, metavar="FILE", help="The recipe.  [default: printed]")
 @click.option("--name", help="Of the recipe.  [default: the model's, with the bytes]")
-@choosing_options("Its second third is to choose on, its last to report on. Without any text nothing is measured.")
+@choosing_options("The second third is used to choose, the last to report. Without text nothing is measured.")
 @click.option(
     "--refine",
     type=click.IntRange(0, 1000),
     default=0,
     metavar="N",
-    help="Measure N doubtful neighbours too, keep the best.",
+    help="Also measure N doubtful neighbours, and keep the best.",
 )
-@click.option("--types", metavar="TYPES", help="To choose from.  [default: 14 from IQ1_S to Q8_0]")
+@click.option("--types", metavar="TYPES", help="Types to choose from.  [default: 14 from IQ1_S to Q8_0]")
 @click.option(
     "--backend",
     type=click.Choice(["any", "cpu", "cuda"]),
     default="any",
     show_default=True,
-    help="Only types that it runs fast.",
+    help="Only types that run fast on it.",
 )
 @click.option(
-    "--lock", "locks", multiple=True, callback=_pairs, metavar="GLOB=TYPE", help="Tensors whose type is given."
+    "--lock", "locks", multiple=True, callback=_pairs, metavar="GLOB=TYPE", help="Fix the type of these tensors."
 )
 @click.option(
     "--minimum", "minimum", multiple=True, callback=_pairs, metavar="ROLE=TYPE",
     help="Least type of a role; `none` switches one off.  [default: embedding, output: Q3_K; attention, dense ffn, "
     "shared expert: IQ3_XXS]",
 )  # fmt: skip
-@click.option("--monotone", is_flag=True, help="Of one kind, earlier layers get no fewer bits than later ones.")
-@click.option("--per-tensor", is_flag=True, help="Tensors of a group may differ.")
+@click.option("--monotone", is_flag=True, help="Within a kind, earlier layers get at least the bits of later ones.")
+@click.option("--per-tensor", is_flag=True, help="Let tensors of a group differ in type.")
 @click.option(
-    "--exponent", type=click.FloatRange(0.2, 1), help="Of the prediction.  [default: fitted, without text 0.5]"
+    "--exponent", type=click.FloatRange(0.2, 1), help="Exponent of the prediction.  [default: fitted, without text 0.5]"
 )
-@click.option("--compare/--no-compare", default=True, help="With UD, stock and uniform recipes of the same bytes.")
+@click.option(
+    "--compare/--no-compare", default=True, help="Compare with UD, stock and uniform recipes of the same bytes."
+)
 @device_option
 @layout_option
 @click.option("--pre", metavar="NAME", help="tokenizer.ggml.pre, for a tokenizer that is not recognized.")
 @threads_option
-@click.option(
-    "--report", type=REPORT, metavar="FILE", help="Write what is printed about the recipe to FILE, as Markdown."
-)
-@click.option("--force", is_flag=True, help="Replace files that are there.")
+@click.option("--report", type=REPORT, metavar="FILE", help="Also write what is printed to FILE, as Markdown.")
+@click.option("--force", is_flag=True, help="Replace files that exist.")
 @json_option
 @click.option("-q", "--quiet", is_flag=True, help="No progress.")
 def optimize(**given: Any) -> None:
-    """Find the recipe of least damage for an exact number of bytes, and measure it beside others.
+    """Find the recipe that does the least damage within a number of bytes, and measure it against others.
 
     The recipe is an ordinary one, for `quantkit plan`, `build` and `verify`. Bytes are the whole file's, header and
     padding included.

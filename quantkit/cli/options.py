@@ -82,8 +82,8 @@ imatrix_policy_option = click.option(
     "policy",
     type=_PolicyChain(),
     metavar="POLICY",
-    help="What to use where the importance matrix has no data, as for experts it never saw: fail, ones, "
-    "sibling, prior, shrink:K, raise:TYPE, kv_b, or several in a row, such as sibling,prior.  [default: the recipe's, "
+    help="What to use where the importance matrix has no data, such as for experts it never saw: fail, ones, "
+    "sibling, prior, shrink:K, raise:TYPE, kv_b, or several in order: sibling,prior.  [default: the recipe's, "
     "else fail]",
 )
 layout_option = click.option(
@@ -145,7 +145,7 @@ forward_options = together(
         "--memory",
         type=Size(),
         metavar="SIZE",
-        help="Memory for hidden states; what exceeds it is kept in mapped files.  [default: no limit]",
+        help="Memory for hidden states; the rest is kept in mapped files.  [default: no limit]",
     ),
     threads_option,
 )
@@ -172,7 +172,7 @@ source_options = together(
         "--split-max-size",
         type=Size(),
         metavar="SIZE",
-        help="Split the output into shards of at most so much tensor data: 50G or 50GB (10^9 bytes), 46GiB.",
+        help="Split the output into shards with at most this much tensor data each: 50G or 50GB (10^9 bytes), 46GiB.",
     ),
 )
 #: --rounding, --rounding-policy, --covariance
@@ -180,21 +180,21 @@ rounding_options = together(
     click.option(
         "--rounding",
         type=click.Choice(["ggml", "coarse", "feedback", "feedback+gain"]),
-        help="How to round, whatever the recipe says of it: as ggml does, or with the errors of columns made good in "
-        "later ones, for files closer to the model at the same size.  [default: the recipe's, else ggml]",
+        help="How to round, instead of what the recipe says: as ggml does, or with each column's error corrected in "
+        "later columns, for files closer to the model at the same size.  [default: the recipe's, else ggml]",
     ),
     click.option(
         "--rounding-policy",
         type=ROUNDING_POLICY,
         metavar="NAME|FILE",
-        help="Or by a policy, which chooses for each tensor; `quantkit rounding tune` makes them.",
+        help="Round by a policy, which chooses a method for each tensor; made by `quantkit rounding tune`.",
     ),
     click.option(
         "--covariance",
         type=COVARIANCE_IN,
         metavar="DIR",
-        help="Second moments of the inputs, of `quantkit imatrix make --covariance`, which all rounding but ggml's "
-        "needs.",
+        help="Second moments of the inputs, made by `quantkit imatrix make --covariance`; needed by every rounding "
+        "but ggml's.",
     ),
 )
 #: --dry-run, --quiet of what prints a plan and then carries it out

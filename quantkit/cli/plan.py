@@ -19,9 +19,7 @@ if TYPE_CHECKING:
 @click.command(cls=Command)
 @source_options
 @rounding_options
-@click.option(
-    "--all", "every_tensor", is_flag=True, help="A line for each tensor, not one for alike ones of many layers."
-)
+@click.option("--all", "every_tensor", is_flag=True, help="A line for each tensor instead of each kind.")
 @click.option("--json", "as_json", is_flag=True, help="The plan as JSON on standard output.")
 def plan(
     source: str,

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from quantkit.planning.plan import Plan
     from quantkit.recipe.load import Recipe
 
-_MODEL_HELP = "The model to try it on: a name, config.json, checkpoint or GGUF.  [default: one of the recipe's arch]"
+_MODEL_HELP = "The model to plan it for: a name, config.json, checkpoint or GGUF.  [default: one of the recipe's arch]"
 _model_option = click.option("-m", "--model", type=MODEL, metavar="SOURCE", help=_MODEL_HELP)
 _LINT_WARNED = 1
 
@@ -102,7 +102,9 @@ def show(name: str, resolved: bool, sets: tuple[str, ...]) -> None:
 @set_option
 @click.option("--strict", is_flag=True, help="Exit with 1 when there are only warnings.")
 @click.option(
-    "--only-recipes", is_flag=True, help="Pass over files that are no recipes, as among all YAML of a project."
+    "--only-recipes",
+    is_flag=True,
+    help="Skip files that are not recipes, for example among all YAML files of a project.",
 )
 @json_option
 def lint(
@@ -220,7 +222,7 @@ def explain(
 @mixture_version_option
 @set_option
 @change_options
-@click.option("--all", "every_tensor", is_flag=True, help="A line for each tensor, not one for alike ones.")
+@click.option("--all", "every_tensor", is_flag=True, help="A line for each tensor instead of each kind.")
 @click.option("--report", "page", type=PAGE, metavar="FILE", help="Draw both side by side, as a page of HTML.")
 @click.option("--force", is_flag=True, help="Replace the page if it exists.")
 @json_option
@@ -238,7 +240,7 @@ def diff(
     force: bool,
     as_json: bool,
 ) -> None:
-    """Compare two recipes, or GGUFs by the types they have: which tensors, bytes, BPW, by role.
+    """Compare two recipes, or the types of GGUFs: tensors that differ, bytes, BPW, by role.
 
     A and B are recipes or GGUFs (of a split one the first shard; elsewhere: hf://org/repo/file.gguf). --set, --type and
     the like change B; without a B they change A, and the two are compared. A recipe is planned on the GGUF beside it.

@@ -23,22 +23,26 @@ if TYPE_CHECKING:
 @click.command(cls=Command)
 @click.argument("sources", metavar="SOURCE...", type=MODEL, nargs=-1, required=True)
 @click.option("-o", "--output", type=PAGE, required=True, metavar="FILE", help="The page to make, .html.")
-@click.option("--figures", type=FIGURES, metavar="DIR", help="Write every figure to DIR too, as SVG and as PNG.")
+@click.option("--figures", type=FIGURES, metavar="DIR", help="Also write every figure to DIR, as SVG and PNG.")
 @click.option(
     "-r", "--recipe", "recipes", multiple=True, type=RECIPE,
     help="Plan a model with it. Can be repeated: two are shown side by side.",
 )  # fmt: skip
 @set_option
-@click.option("--imatrix", type=IMATRIX, metavar="FILE", help="Importance matrix of the plans, a section too.")
-@click.option("--fit", metavar="GPUS", help="Draw the line of these in the ladder of recipes, such as 24 or 2x80.")
+@click.option(
+    "--imatrix", type=IMATRIX, metavar="FILE", help="Importance matrix of the plans; it gets a section of its own."
+)
+@click.option(
+    "--fit", metavar="GPUS", help="Mark in the ladder of recipes what fits on these GPUs, such as 24 or 2x80."
+)
 @click.option("--fit-ctx", type=click.IntRange(1, 1 << 24), default=8192, show_default=True, help="Context of --fit.")
 @click.option(
     "--min-tokens", type=click.IntRange(1), default=100, show_default=True, metavar="N",
-    help="Count the experts that fewer tokens reached.",
+    help="Count the experts that saw fewer tokens.",
 )  # fmt: skip
 @layout_option
 @click.option("--pre", metavar="NAME", help="tokenizer.ggml.pre, for a tokenizer that is not recognized.")
-@click.option("--force", is_flag=True, help="Replace files that are there.")
+@click.option("--force", is_flag=True, help="Replace files that exist.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress; errors only.")
 def report(
     sources: tuple[str, ...],

@@ -18,7 +18,7 @@ _METHODS = ("coarse", "feedback", "feedback+gain")
 
 @click.group(cls=Group)
 def rounding() -> None:
-    """Choose how which tensors are rounded, for `quantkit build --rounding`.
+    """Choose a rounding method for each kind of tensor, for `quantkit build --rounding-policy`.
 
     \b
     quantkit rounding tune DeepSeek-R1/ -r UD-IQ1_S --imatrix imatrix.gguf --covariance DIR --text wiki.txt -o r1.yaml
@@ -29,15 +29,19 @@ def rounding() -> None:
 @click.argument("source", type=MODEL)
 @click.option(
     "-r", "--recipe", "recipes", multiple=True, required=True, type=RECIPE,
-    help="Whose types are rounded. Can be repeated: the policy is for all of them.",
+    help="The recipe whose types are measured. Can be repeated: the policy covers all of them.",
 )  # fmt: skip
 @click.option(
-    "--covariance", type=COVARIANCE_IN, required=True, metavar="DIR", help="Of quantkit imatrix make --covariance."
+    "--covariance",
+    type=COVARIANCE_IN,
+    required=True,
+    metavar="DIR",
+    help="What `quantkit imatrix make --covariance` wrote.",
 )
-@click.option("--imatrix", type=IMATRIX, metavar="FILE", help="Importance matrix, the one to build with.")
+@click.option("--imatrix", type=IMATRIX, metavar="FILE", help="The importance matrix to build with.")
 @click.option("-o", "--output", type=POLICY_OUT, metavar="FILE", help="The policy.  [default: printed]")
 @click.option("--name", help="Of the policy.  [default: that of FILE]")
-@choosing_options("Its first half is to choose on, its second to report on. Not the text of the covariance.")
+@choosing_options("The first half is used to choose, the second to report. Must not be the text of the covariance.")
 @click.option(
     "--method", "methods", multiple=True, type=click.Choice(_METHODS), help="Probe these beside ggml.  [default: all]"
 )
@@ -46,7 +50,13 @@ def rounding() -> None:
     "--damp", type=click.FloatRange(0, 1, min_open=True), default=0.01, show_default=True,
     help="Of the mean diagonal of the second moments, added to it.",
 )  # fmt: skip
-@click.option("--memory", type=Size(), default="8GiB", show_default=True, help="Hidden states: so many probes a pass.")
+@click.option(
+    "--memory",
+    type=Size(),
+    default="8GiB",
+    show_default=True,
+    help="Memory for hidden states, which limits the probes per pass.",
+)
 @device_option
 @layout_option
 @click.option("--pre", metavar="NAME", help="tokenizer.ggml.pre, for a tokenizer that is not recognized.")
@@ -55,15 +65,16 @@ def rounding() -> None:
 @json_option
 @click.option("-q", "--quiet", is_flag=True, help="No progress.")
 def tune(**given: Any) -> None:
-    """Probe each kind of tensors at its recipe's types by every rounding, and write the best as a policy.
+    """Measure every rounding method for each kind of tensor and type, and write the best as a policy.
 
-    Of each kind and type the simplest method is taken that no other is measurably better than: ggml's, unless the
-    95 % interval of the difference in KLD says otherwise. Then the recipes are measured as a whole.
+    For each kind and type it takes the simplest method that no other beats measurably: ggml's, unless the 95 %
+    interval of the difference in KLD says otherwise. Then it measures the recipes as a whole.
 
     \b
     quantkit rounding tune DeepSeek-R1/ -r UD-IQ1_S -r UD-Q2_K_XL --imatrix imatrix.gguf --covariance moments/ \\
         --text wiki.txt --chunks 40 -o r1.yaml
-    quantkit build DeepSeek-R1/ -r UD-IQ1_S --imatrix imatrix.gguf --rounding r1.yaml --covariance moments/ -o R1.gguf
+    quantkit build DeepSeek-R1/ -r UD-IQ1_S --imatrix imatrix.gguf --covariance moments/ \\
+        --rounding-policy r1.yaml -o R1.gguf
     """
     from quantkit.lab import require_torch
 

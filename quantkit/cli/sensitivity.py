@@ -44,30 +44,44 @@ def _names(_ctx: click.Context, _param: click.Parameter, value: str | None) -> t
 @click.option("-o", "--output", type=SENSITIVITY_OUT, required=True, metavar="FILE", help="The sensitivity, as JSON.")
 @text_options
 @click.option(
-    "-c", "--ctx", "n_ctx", type=click.IntRange(2, 1 << 20), default=512, show_default=True, help="Tokens in a chunk."
+    "-c", "--ctx", "n_ctx", type=click.IntRange(2, 1 << 20), default=512, show_default=True, help="Tokens per chunk."
 )
 @click.option("--chunks", "n_chunks", type=click.IntRange(1), help="Chunks at most, evenly spread.  [default: all]")
 @click.option(
     "--part", default="1/3", show_default=True, metavar="K/N",
-    help="Of the text; `optimize` chooses on the second third and reports the last. 1/1: the whole text.",
+    help="Part of the text to use; `optimize` chooses on the second third and reports on the last. 1/1: the whole "
+    "text.",
 )  # fmt: skip
-@click.option("--imatrix", type=IMATRIX, metavar="FILE", help="Importance matrix, the one to build with.")
+@click.option("--imatrix", type=IMATRIX, metavar="FILE", help="The importance matrix to build with.")
 @click.option(
     "--groups", "by", type=click.Choice(["role", "kind", "family", "tensor"]), default="kind", show_default=True,
-    help="What is probed together: what tensors do (role), gate and up apart from down (kind), names (family).",
+    help="What is probed together: tensors of a role, gate and up apart from down (kind), alike names (family), or "
+    "single tensors.",
 )  # fmt: skip
-@click.option("--bands", type=click.IntRange(1, 1000), default=3, show_default=True, help="Bands of depth of each.")
+@click.option("--bands", type=click.IntRange(1, 1000), default=3, show_default=True, help="Bands of depth for each.")
 @click.option(
     "--probes", callback=_names, metavar="TYPES", help="Probe each group at these.  [default: IQ1_S,IQ2_XXS,Q3_K,Q5_K]"
 )
 @click.option(
-    "--noise", callback=_names, metavar="ERRORS", help="And with noise of these relative squared errors: 0.01,0.1."
+    "--noise",
+    callback=_names,
+    metavar="ERRORS",
+    help="Also probe with noise of these relative squared errors: 0.01,0.1.",
 )
 @click.option(
-    "--types", callback=_names, metavar="TYPES", help="Sample the error of these.  [default: 14 from IQ1_S to Q8_0]"
+    "--types",
+    callback=_names,
+    metavar="TYPES",
+    help="Sample the error of these types.  [default: 14 from IQ1_S to Q8_0]",
 )
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of sampled rows and noise.")
-@click.option("--memory", type=Size(), default="8GiB", show_default=True, help="Hidden states: so many probes a pass.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed for sampled rows and noise.")
+@click.option(
+    "--memory",
+    type=Size(),
+    default="8GiB",
+    show_default=True,
+    help="Memory for hidden states, which limits the probes per pass.",
+)
 @device_option
 @layout_option
 @click.option("--pre", metavar="NAME", help="tokenizer.ggml.pre, for a tokenizer that is not recognized.")
@@ -111,7 +125,7 @@ def measure(**given: Any) -> None:
 @click.argument("file", type=SENSITIVITY)
 @json_option
 def show(file: Path, as_json: bool) -> None:
-    """Print what a sensitivity says: α of each group, and damage beside bytes of each role.
+    """Print a sensitivity: α of each group, and damage against bytes of each role.
 
     \b
     quantkit sensitivity show r1.json
@@ -127,10 +141,10 @@ def show(file: Path, as_json: bool) -> None:
 
 @sensitivity.command(cls=Command)
 @click.argument("files", type=SENSITIVITY, nargs=-1, required=True, metavar="FILE...")
-@click.option("-o", "--output", type=SENSITIVITY_OUT, required=True, metavar="FILE", help="All of them in one.")
-@click.option("--force", is_flag=True, help="Replace a file that is there.")
+@click.option("-o", "--output", type=SENSITIVITY_OUT, required=True, metavar="FILE", help="The merged file.")
+@click.option("--force", is_flag=True, help="Replace a file that exists.")
 def merge(files: tuple[Path, ...], output: Path, force: bool) -> None:
-    """Make one of several of the same model: probes of other groups, of other types, or on other texts.
+    """Merge sensitivities of one model: probes of other groups, other types, or other texts.
 
     \b
     quantkit sensitivity merge early.json late.json -o r1.json

@@ -33,11 +33,11 @@ _common = together(
     "--max-size",
     type=Size(),
     metavar="SIZE",
-    help="At most so much tensor data a shard, as 50G (10^9 bytes) or 46GiB; a larger tensor gets a shard of its own. "
-    "1.5M is 1,500,000 bytes; llama-gguf-split takes it for 1M.",
+    help="The most tensor data per shard, such as 50G (10^9 bytes) or 46GiB; a larger tensor gets a shard of its "
+    "own. 1.5M is 1,500,000 bytes; llama-gguf-split reads it as 1M.",
 )
-@click.option("--max-tensors", type=click.IntRange(1), metavar="N", help="So many tensors a shard.  [default: 128]")
-@click.option("--no-tensor-first-split", is_flag=True, help="Put the metadata only into the first shard.")
+@click.option("--max-tensors", type=click.IntRange(1), metavar="N", help="Tensors per shard.  [default: 128]")
+@click.option("--no-tensor-first-split", is_flag=True, help="Put only the metadata into the first shard.")
 @_common
 def split(
     source: Path,
@@ -52,7 +52,7 @@ def split(
 ) -> None:
     """Split a GGUF into shards, as llama-gguf-split does to the byte.
 
-    IN is a GGUF, or the first of a set of shards, which is split again without merging it first. The shards are
+    IN is a GGUF, or the first shard of a set, which is split again without merging. The shards are
     OUTPREFIX-00001-of-0000N.gguf and so on. IN is left as it is.
 
     \b

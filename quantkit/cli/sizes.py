@@ -67,15 +67,15 @@ def sizes() -> None:
     "-m", "--model", "models", type=MODEL, multiple=True, help="Known model, `all`, config.json, checkpoint or GGUF."
 )
 @click.option("--layout", "layouts", multiple=True, type=_LAYOUTS, help="MLA layouts.  [default: both]")
-@click.option("--force", is_flag=True, help="Replace FILE even if it is no sizes lock.")
+@click.option("--force", is_flag=True, help="Replace FILE even if it is not a sizes lock.")
 def update(
     file: Path | None, recipes: tuple[str, ...], models: tuple[str, ...], layouts: tuple[str, ...], force: bool
 ) -> None:
     """Write the lock: the sizes of every recipe on every model it is for.
 
-    FILE is quantkit-sizes.yaml unless given (JSON, when its name ends in .json). What -r, -m or --layout do not
-    say is as in the file, or, where there is none, all shipped recipes on deepseek-r1 in both layouts. The file
-    keeps the names as given, so a new recipe that `all` or a glob takes in is a drift until the next update.
+    FILE is quantkit-sizes.yaml unless given (JSON, when its name ends in .json). Without -r, -m or --layout the file's
+    own are kept; a new file gets all shipped recipes on deepseek-r1 in both layouts. The file keeps names as given, so
+    a new recipe that `all` or a glob matches counts as drift until the next update.
 
     \b
     quantkit sizes update
@@ -122,7 +122,7 @@ def _old_lock(path: Path, needed: bool) -> Lock | None:
     type=Percent(),
     default="0",
     metavar="N%",
-    help="Let the tensor bytes of a recipe on a model move by so much.  [default: 0, nothing may change]",
+    help="How much the tensor bytes of a recipe on a model may change.  [default: 0, nothing may change]",
 )
 @click.option(
     "--format",
@@ -212,7 +212,7 @@ def table_(
     pad_token: str | None,
     form: str,
 ) -> None:
-    """Print the size table of a model: recipes by size, with bits a weight.
+    """Print the size table of a model: recipes by size, with bits per weight.
 
     \b
     quantkit sizes table deepseek-r1 --layout kv_b

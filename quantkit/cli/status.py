@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 @click.command(cls=Command)
 @click.argument("out", type=PATH)
-@click.option("--json", "as_json", is_flag=True, help="The same for a script.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def status(out: Path, as_json: bool) -> None:
-    """Show how far a build of OUT has got. OUT is what was given to `quantkit build -o`.
+    """Show how far the build of OUT is. OUT is what you gave to `quantkit build -o`.
 
-    What is counted here is safely on the disk. Run the same `quantkit build` again to continue.
+    Only what is safely on disk is counted. Run the same `quantkit build` again to continue.
 
     \b
     quantkit status R1-UD-IQ1_S.gguf

@@ -24,8 +24,8 @@ def _texts(required: bool) -> Callable[[F], F]:
             multiple=True,
             required=required,
             type=TEXT,
-            help="A file, a folder of text files, a .jsonl file with a `text` a line, or - for standard input. Several "
-            "are read one after the other.",
+            help="A file, a folder of text files, a .jsonl file with a `text` on each line, or - for standard input. "
+            "Repeatable, read in order.",
         ),
         click.option(
             "--chat",
@@ -35,7 +35,7 @@ def _texts(required: bool) -> Callable[[F], F]:
         click.option(
             "--parse-special",
             is_flag=True,
-            help="Take the text of a control token (<|im_start|>) for that token; --chat always does.",
+            help="Read the text of a control token (<|im_start|>) as that token; --chat always does.",
         ),
     )
 
@@ -45,9 +45,10 @@ text_options, optional_text_options = _texts(True), _texts(False)
 chunk_options = together(
     click.option(
         "-c", "--ctx", "n_ctx", type=click.IntRange(2, 1 << 20), default=512, show_default=True,
-        help="Tokens in a chunk.",
+        help="Tokens per chunk.",
     ),
-    click.option("--chunks", "n_chunks", type=click.IntRange(1), help="Chunks at most.  [default: the whole text]"),
+    click.option("--chunks", "n_chunks", type=click.IntRange(1), help="The most chunks to use.  [default: the whole "
+    "text]"),
 )  # fmt: skip
 
 
@@ -56,17 +57,18 @@ def choosing_options(of_text: str) -> Callable[[F], F]:
     return together(
         click.option("--text", "texts", multiple=True, type=TEXT, help=of_text),
         click.option(
-            "--choose-text", "choose_texts", multiple=True, type=TEXT, help="To choose on, in place of --text."
+            "--choose-text", "choose_texts", multiple=True, type=TEXT, help="Text to choose on, instead of --text."
         ),
         click.option(
-            "--report-text", "report_texts", multiple=True, type=TEXT, help="To report on, in place of --text."
+            "--report-text", "report_texts", multiple=True, type=TEXT, help="Text to report on, instead of --text."
         ),
         click.option(
             "-c", "--ctx", "n_ctx", type=click.IntRange(2, 1 << 20), default=512, show_default=True,
-            help="Tokens in a chunk.",
+            help="Tokens per chunk.",
         ),
         click.option(
-            "--chunks", "n_chunks", type=click.IntRange(1), help="Of each text at most, evenly spread.  [default: all]"
+            "--chunks", "n_chunks", type=click.IntRange(1), help="The most chunks of each text, evenly spread.  "
+            "[default: all]"
         ),
     )  # fmt: skip
 

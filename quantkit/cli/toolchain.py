@@ -27,12 +27,12 @@ def toolchain() -> None:
 
 
 @toolchain.command()
-@click.option("--jobs", type=click.IntRange(min=1), help="Compilers at a time.  [default: one a CPU]")
-@click.option("--force", is_flag=True, help="Build again what is installed already.")
+@click.option("--jobs", type=click.IntRange(min=1), help="Compilers to run at once.  [default: one a CPU]")
+@click.option("--force", is_flag=True, help="Rebuild what is already installed.")
 def install(jobs: int | None, force: bool) -> None:
     """Download, build and install the tools into the cache.
 
-    Takes minutes (of compiling) and 1 GB of disk meanwhile. Stopped, it goes on from there when run again.
+    Compiling takes some minutes and 1 GB of disk. If it is stopped, run it again to continue.
     The cache is $QUANTKIT_CACHE, else $XDG_CACHE_HOME/quantkit, else ~/.cache/quantkit.
 
     \b

@@ -76,7 +76,12 @@ if TYPE_CHECKING:
 @click.option("--hash-source", is_flag=True, help="With --attestation: hash all of the source, not only its headers.")
 @threads_option
 @click.option(
-    "--findings", "most", type=click.IntRange(1, 10_000), default=40, show_default=True, help="Print so many."
+    "--findings",
+    "most",
+    type=click.IntRange(1, 10_000),
+    default=40,
+    show_default=True,
+    help="The most findings to print.",
 )
 @click.option("--json", "as_json", is_flag=True, help="The verdict as JSON on standard output.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress.")
@@ -110,12 +115,12 @@ def verify(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Check a finished GGUF cold, with code apart from what wrote it.
+    """Check a finished GGUF, with code that shares nothing with what wrote it.
 
     OUT is a file, any shard, or the name that a split file was built under. Alone: its structure, padding, lengths,
     shards, and every block's scales. With a plan (--recipe and --source, or --plan): types, shapes, bytes, and the
     metadata. With --source and --imatrix: rows quantized again from the source by ggml itself, compared bit for bit;
-    those that ggml did not round are made again by quantkit's own rounding, with --covariance.
+    rows that quantkit rounded itself are made again, with --covariance.
 
     The last line is the verdict. Exit code 0 if all is well, 1 if the file is sound but not what was asked for, 12 if
     anything else was found.

@@ -200,7 +200,7 @@ class _State:
         self._lock = threading.Lock()
 
     def begin(self, job: Job) -> None:
-        """Begin it anew, with what is told of the shards that are finished."""
+        """Start it again, with the record of the shards that are finished."""
         self.close()
         told = [record for records in job.finished.values() for record in records]
         self._journal = Journal.begin(self.folder, STATE, OF, job.state, told)
@@ -270,7 +270,7 @@ class _File:
             ) from None
 
     def finish(self, state: _State) -> None:
-        """Bring it to disk, tell of it, then give it its name."""
+        """Bring it to disk, record it, then give it its name."""
         os.fsync(self.new.fd)
         state.tell(self.records)
         self.new.publish(self.folder, self.name)

@@ -1,7 +1,7 @@
 """What an unfinished output directory is: a journal in it says of what run, and is there until the run is whole.
 
 The journal's parts are the shards by number, their units are bytes. A shard under its own name is finished: it was
-renamed to it after its bytes were on disk and the journal told of all of them. A run that goes on reads it back, and
+renamed to it after its bytes were on disk and the journal recorded all of them. A run that goes on reads it back, and
 writes it again where it is damaged. config.json and the index come last, so that nothing takes an unfinished directory
 for a checkpoint.
 """
@@ -70,9 +70,9 @@ def read_state(folder: Folder | None) -> Told[dict[str, Any]] | None:
     otherwise = f"remove {folder.path} to start again"
     told = journal.read(folder, STATE, OF, _head, otherwise, folder.own, alone=True)
     if told is None and folder.look(STATE) is not None:
-        raise ResumeError(f"{folder.path / STATE}: is damaged and cannot be gone on with; {otherwise}")
+        raise ResumeError(f"{folder.path / STATE}: is damaged and cannot be continued; {otherwise}")
     if told is None and folder.look(_OLD) is not None:
-        raise ResumeError(f"{folder.path / _OLD}: is of an older quantkit and cannot be gone on with; {otherwise}")
+        raise ResumeError(f"{folder.path / _OLD}: is of an older quantkit and cannot be continued; {otherwise}")
     return told
 
 
@@ -114,8 +114,8 @@ def require_same(folder: Path, found: Mapping[str, Any], wanted: Mapping[str, An
 
 
 def finished(folder: Folder, plan: DequantPlan, records: Iterable[Record]) -> dict[str, list[Record]]:
-    """The shards that are finished, and what the journal tells of them: there, and told of whole, which is not compared
-    here. Raises ResumeError for one whose size or header is another, OutputError for one that is another's."""
+    """The shards that are finished, and what the journal tells of them: there, and recorded as whole, which is not
+    compared here. Raises ResumeError for one whose size or header is another, OutputError for one that is another's."""
     told: dict[int, list[Record]] = {}
     for record in records:
         told.setdefault(record.part, []).append(record)
@@ -139,7 +139,7 @@ def finished(folder: Folder, plan: DequantPlan, records: Iterable[Record]) -> di
 
 
 def _are_whole(records: Iterable[Record], nbytes: int) -> bool:
-    """Whether so many bytes are told of, each once."""
+    """Whether so many bytes are recorded, each once."""
     there, n = Ranges(), 0
     for r in records:
         there.add(r.start, r.n)

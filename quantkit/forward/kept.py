@@ -148,7 +148,7 @@ class Kept(AbstractContextManager["Kept"]):
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, IndexError, TypeError, MemoryError) as e:
-            raise ResumeError(f"{path}: cannot be gone on with: {_reason(e)}; remove {self.folder}") from None
+            raise ResumeError(f"{path}: cannot be continued: {_reason(e)}; remove {self.folder}") from None
         for i, state in states.items():
             observer = observers[i] if i < len(observers) else None
             if observer is not None:

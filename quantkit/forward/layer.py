@@ -76,7 +76,7 @@ class State:
             yield self.hidden[at : at + self.block_chunks]
 
     def look(self, names: tuple[str, ...], x: Tensor, mat: int = ALL, n_mats: int = 1) -> None:
-        """Show the input of `names` to whoever watches."""
+        """Show the input of `names` to the watchers."""
         if self.see is not None:
             self.see(Input(names, x, mat, n_mats))
 

@@ -5,8 +5,8 @@
 .quantkit-shards-…/replaced/      files of the output's names, while the new ones get them; done/ when all have
 
 It is named by the output's first file and locked, and only a process that is killed leaves it: then the same command
-goes on with the files that are whole, and any other begins anew. Parts of the journal are files, of one unit each; they
-are known again by inode, size and time, since what was copied is not read.
+goes on with the files that are whole, and any other starts again. Parts of the journal are files, of one unit each;
+they are known again by inode, size and time, since what was copied is not read.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ..base.version import __version__
 from .split import OutputFile, ShardSet
 
 JOURNAL, REPLACED, DONE, OF = "journal", "replaced", "done", "split"
-_DAMAGED = "it is begun anew"
+_DAMAGED = "it starts again"
 
 
 class Made(NamedTuple):
@@ -137,7 +137,7 @@ def _held(folder: Folder, name: str, first: Path) -> tuple[Folder, Lock]:
         now = folder.look(name)
         if now is not None and os.path.samestat(now, scratch.info):
             return scratch, lock
-        lock.close()  # whoever had it has finished and removed it: once more
+        lock.close()  # its owner has finished and removed it: try again
         scratch.close()
 
 

@@ -69,7 +69,7 @@ def write(
 def _make(
     hidden: SplitFolder, files: Sequence[OutputFile], sources: _Sources, how: dict[str, int], progress: Progress | None
 ) -> list[Made]:
-    """All files whole, on the disk, and told of; each is synced when the next is written."""
+    """All files whole, on the disk, and recorded; each is synced when the next is written."""
     made: list[Made] = []
     told = 0
     for number, file in enumerate(files):
@@ -106,7 +106,7 @@ def _write_file(
 
 
 def _sync(hidden: SplitFolder, made: Sequence[Made], begin: int, end: int) -> int:
-    """Bring files from `begin` to before `end` to the disk and tell of them; `end`. Raises OutputError when one is not
+    """Bring files from `begin` to before `end` to the disk and record them; `end`. Raises OutputError when one is not
     the file that was written."""
     for number in range(begin, end):
         each = made[number]

@@ -1,4 +1,4 @@
-"""An importance matrix in the other format, or in the same one written anew: what the quantizer gets stays the same to
+"""An importance matrix in the other format, or in the same one written again: what the quantizer gets stays the same to
 the bit, and what a format cannot hold is said."""
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ def merge(
     entries of which every file has it, statistics are not. Raises ImatrixError where an entry's sizes differ, or a file
     comes twice, or alone; OutputError. `out` is then as it was."""
     if len(matrices) < 2:
-        raise ImatrixError("two importance matrices or more can be merged; to write one anew, convert it")
+        raise ImatrixError("two importance matrices or more can be merged; to rewrite one, convert it")
     check_chunk_size(chunk_size)
     _check_different(matrices)
     sizes = list(dict.fromkeys(m.chunk_size for m in matrices if m.chunk_size))

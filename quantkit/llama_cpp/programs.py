@@ -1,4 +1,4 @@
-"""llama.cpp's programs run to their end: killed with whoever waits for them, and quoted when they fail."""
+"""llama.cpp's programs run to their end: killed with the process that waits for them, and quoted when they fail."""
 
 from __future__ import annotations
 

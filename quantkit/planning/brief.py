@@ -1,4 +1,4 @@
-"""A plan in some ten lines, for whoever is about to build it: model, recipe, size, bits, what fell back, what the
+"""A plan in some ten lines, for someone about to build it: model, recipe, size, bits, what fell back, what the
 importance matrix lacks, and every warning. `report.plan_text` has all of it."""
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ class Rounding(NamedTuple):
     text: str | None = None
     """the policy's, where it is at hand"""
     said_by: str = ""
-    """'file:line rounding' or the option, for messages and for whoever reads the plan"""
+    """'file:line rounding' or the option, for messages and readers of the plan"""
 
 
 @dataclass(frozen=True)

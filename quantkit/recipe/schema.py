@@ -243,7 +243,7 @@ class Rule(BaseModel):
         AfterValidator(type_or_variable),
         WithJsonSchema({"anyOf": [_A_TYPE, {"type": "string", "pattern": r"^\$[a-z_][a-z0-9_]*$"}]}),
     ] = Field(description="The ggml type, or $NAME of a variable.", examples=["IQ2_XXS", "$down"])
-    why: Annotated[str, Field(min_length=1)] = Field(description="The reason, for whoever reads the plan.")
+    why: Annotated[str, Field(min_length=1)] = Field(description="The reason, for readers of the plan.")
     rounding: Annotated[str, AfterValidator(known_rounding), WithJsonSchema(_A_ROUNDING)] | None = Field(
         default=None, description="How its tensors are rounded, where that is not as the file says.",
         examples=["ggml"],

@@ -106,7 +106,7 @@ class PolicyRule(BaseModel):
     rounding: Annotated[str, AfterValidator(known_rounding)] = Field(
         description="ggml, coarse, feedback, feedback+gain."
     )
-    why: str = Field(default="", description="The reason, for whoever reads the plan.")
+    why: str = Field(default="", description="The reason, for readers of the plan.")
     figures: dict[str, str] = Field(default={}, description="What was measured.")
 
     def takes(self, tensor: Tensor, type_: str) -> bool:

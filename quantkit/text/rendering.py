@@ -1,4 +1,4 @@
-"""Chat templates applied to conversations, in a process of its own: a template is a program of whoever made the model.
+"""Chat templates applied to conversations, in a process of its own: a template is a program by the model's author.
 
 It runs in jinja2's sandbox, with limits on its time and memory. `main` is that process; it reads one JSON object from
 standard input and writes one: `texts`, up to the first conversation that has an `error`. The environment is that of

@@ -1,4 +1,4 @@
-"""The journal of work that can be gone on with: what comes back of it, whatever was cut or flipped; its example."""
+"""The journal of work that can be continued: what comes back of it, whatever was cut or flipped; its example."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_the_example() -> None:
 
 
 def test_a_journal_comes_back(tmp_path: Path) -> None:
-    """Numbers beyond 32 bits too; and gone on with."""
+    """Numbers beyond 32 bits too; and continued."""
     some = records(4)
     write(tmp_path, some[:2])
     nbytes = (tmp_path / "journal").stat().st_size
@@ -110,7 +110,7 @@ def test_a_flipped_bit_is_never_taken_for_a_record(tmp_path: Path) -> None:
         elif at == n_head - 1 and b"\n" not in path.read_bytes():  # the first line then never was written whole
             assert read(tmp_path) is None, bit
         else:
-            with pytest.raises(ResumeError, match="is damaged and cannot be gone on with; remove it"):
+            with pytest.raises(ResumeError, match="is damaged and cannot be continued; remove it"):
                 read(tmp_path)
 
 
@@ -118,12 +118,12 @@ def test_a_flipped_bit_is_never_taken_for_a_record(tmp_path: Path) -> None:
     ("text", "said"),
     [
         (b'{"quantkit-journal": 99}', "is of journal version 99, this quantkit reads 3; remove it"),
-        (b'{"quantkit-journal": 3}', "is damaged and cannot be gone on with; remove it"),
-        (b'{"quantkit-journal": 3, "of": "other", "model": "", "layers": []}', "is damaged and cannot be gone on with; "
+        (b'{"quantkit-journal": 3}', "is damaged and cannot be continued; remove it"),
+        (b'{"quantkit-journal": 3, "of": "other", "model": "", "layers": []}', "is damaged and cannot be continued; "
          "remove it"),
-        (b'{"quantkit-journal": 3, "of": "states", "model": ""}', "is damaged and cannot be gone on with; remove it"),
-        (b"[]", "is damaged and cannot be gone on with; remove it"),
-        (b"[" * 100_000, "is damaged and cannot be gone on with; remove it"),
+        (b'{"quantkit-journal": 3, "of": "states", "model": ""}', "is damaged and cannot be continued; remove it"),
+        (b"[]", "is damaged and cannot be continued; remove it"),
+        (b"[" * 100_000, "is damaged and cannot be continued; remove it"),
     ],
 )  # fmt: skip
 def test_first_lines_of_something_else(tmp_path: Path, text: bytes, said: str) -> None:

@@ -355,7 +355,7 @@ def test_status(scene: Scene, b: Builder, name: str, harm: Harm) -> None:
 def test_a_journal_that_names_files_elsewhere(scene: Scene, b: Builder, name: str) -> None:
     b.stopped(N // 4)
     rename_in(named(b, "journal"), lambda files: files[0].__setitem__(0, name))
-    sentence = f"{named(b, 'journal')}: is damaged and cannot be gone on with; start again with --restart"
+    sentence = f"{named(b, 'journal')}: is damaged and cannot be continued; start again with --restart"
     scene.refused(13, sentence, "status", b.out)
     scene.refused(13, sentence, *build(b))
 

@@ -85,7 +85,7 @@ def test_a_journal_of_another_version(tmp_path: Path) -> None:
 def test_a_journal_of_other_work(tmp_path: Path, of: str) -> None:
     with Folder.hold(tmp_path) as held:
         Journal.begin(held, "journal", of, HEAD._asdict()).close()
-        with pytest.raises(ResumeError, match=r"journal: is damaged and cannot be gone on with; start again with"):
+        with pytest.raises(ResumeError, match=r"journal: is damaged and cannot be continued; start again with"):
             journal.read(held)
 
 
@@ -122,7 +122,7 @@ def test_restart_begins_anew(b: Builder, undisturbed: bytes) -> None:
 
 
 def test_resume_asks_for_a_build_to_go_on_with(b: Builder) -> None:
-    with pytest.raises(ResumeError, match=r"m\.gguf: there is no unfinished build to go on with; leave --resume away"):
+    with pytest.raises(ResumeError, match=r"m\.gguf: there is no unfinished build to continue; leave out --resume"):
         b.ready(resume=True)
 
 
@@ -549,7 +549,7 @@ def test_status_of_a_strangers_journal(quantkit: Run, tmp_path: Path) -> None:
     assert lines[3].startswith("  recipe    rrr")
     assert len(lines[3]) < 2000
     assert lines[4:] == [r"  sources   1 file, x\ny first"]
-    damaged = "error: m.gguf.partial/journal: is damaged and cannot be gone on with; start again with --restart"
+    damaged = "error: m.gguf.partial/journal: is damaged and cannot be continued; start again with --restart"
     assert status(json.dumps({**sound, "files": [["n" * 256, 1]]})) == (13, [damaged])
     assert status("[" * 100_000) == (13, [damaged])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 import shlex
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import click
 import pytest
+from command_tree import commands
 
 from quantkit.cli import cli
 from quantkit.cli.files import Group
@@ -86,6 +88,23 @@ def test_a_wrong_command_is_noticed(line: str, why: str) -> None:
     with pytest.raises(click.ClickException) as e:
         parse(line)
     assert why in e.value.format_message()
+
+
+def test_examples_in_help_are_of_the_command_line() -> None:
+    wrong, seen = [], 0
+    for name, command in commands():
+        text = inspect.cleandoc(command.help or "").replace("\\\n", " ")
+        for line in text.splitlines():
+            if line.strip().startswith("quantkit "):
+                seen += 1
+                example = re.split(r" {4,}|  (?=[a-z])| \| | > ", line.strip())[0]
+                try:
+                    parse(example)
+                except (click.ClickException, ValueError) as e:
+                    says = e.format_message() if isinstance(e, click.ClickException) else e
+                    wrong.append(f"{name}: {example}: {says}")
+    assert wrong == []
+    assert seen > 60
 
 
 def test_every_page_is_in_the_index() -> None:

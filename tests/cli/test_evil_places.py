@@ -185,7 +185,7 @@ def test_a_state_that_names_files_elsewhere(scene: Scene, source: Path, makes: l
     dst = scene.folder / "dst"
     unfinished(source, dst)
     edit_head(dst / STATE, lambda head: head.update(makes=makes))
-    sentence = f"{dst / STATE}: is damaged and cannot be gone on with; remove {dst} to start again"
+    sentence = f"{dst / STATE}: is damaged and cannot be continued; remove {dst} to start again"
     scene.refused(13, sentence, *command(source, dst, "--restart"))
 
 

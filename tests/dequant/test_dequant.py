@@ -646,7 +646,7 @@ def test_an_unfinished_run_of_an_older_quantkit(tiny_v3: Path, tmp_path: Path) -
     (dst / ".quantkit-dequant.json").write_text('{"source": {}, "makes": [], "finished": {}}')
     for restart in (False, True):
         assert says(lambda r=restart: dequant(tiny_v3, dst, restart=r), ResumeError) == (
-            f"{dst / '.quantkit-dequant.json'}: is of an older quantkit and cannot be gone on with; remove {dst} to "
+            f"{dst / '.quantkit-dequant.json'}: is of an older quantkit and cannot be continued; remove {dst} to "
             "start again"
         )
 
@@ -658,7 +658,7 @@ def test_a_damaged_state(tiny_v3: Path, tmp_path: Path, text: str) -> None:
     (dst / STATE).write_text(text)
     for restart in (False, True):
         assert says(lambda r=restart: dequant(tiny_v3, dst, restart=r), ResumeError) == (
-            f"{dst / STATE}: is damaged and cannot be gone on with; remove {dst} to start again"
+            f"{dst / STATE}: is damaged and cannot be continued; remove {dst} to start again"
         )
 
 
@@ -672,7 +672,7 @@ def test_a_state_that_says_something_else(tiny_v3: Path, tmp_path: Path, change:
     edit_head(dst / STATE, lambda head: head.update(change))
     for restart in (False, True):
         assert says(lambda r=restart: dequant(tiny_v3, dst, restart=r), ResumeError) == (
-            f"{dst / STATE}: is damaged and cannot be gone on with; remove {dst} to start again"
+            f"{dst / STATE}: is damaged and cannot be continued; remove {dst} to start again"
         )
 
 

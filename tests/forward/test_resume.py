@@ -190,7 +190,7 @@ def kept(tiny_v3: Path, tmp_path: Path) -> Path:
 def not_gone_on_with(kept: Path, why: str, tiny_v3: Path) -> None:
     with pytest.raises(ResumeError) as caught:
         logits_of(model_of(tiny_v3), TOKENS, options(kept.parent))
-    assert str(caught.value) == f"{kept}: cannot be gone on with: {why}; remove {kept.parent}"
+    assert str(caught.value) == f"{kept}: cannot be continued: {why}; remove {kept.parent}"
 
 
 def test_a_flipped_bit(kept: Path, tiny_v3: Path) -> None:
@@ -220,7 +220,7 @@ def test_a_state_of_other_tokens(kept: Path, tiny_v3: Path) -> None:
     with pytest.raises(ResumeError) as caught:
         logits_of(model_of(tiny_v3), TOKENS[:2], options(kept.parent))
     assert str(caught.value) == (
-        f"{kept}: cannot be gone on with: it has an array [4, 16, 256] where there should be [2, 16, 256]; "
+        f"{kept}: cannot be continued: it has an array [4, 16, 256] where there should be [2, 16, 256]; "
         f"remove {kept.parent}"
     )
 

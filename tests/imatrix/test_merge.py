@@ -272,7 +272,7 @@ def test_a_file_twice_or_alone(tmp_path: Path) -> None:
     assert refusal(tmp_path, [a, tmp_path / "link"]) == (
         f"{tmp_path / 'link'}: is given twice, as {a} before; its tokens would count twice: give it once"
     )
-    assert refusal(tmp_path, [a]) == ("two importance matrices or more can be merged; to write one anew, convert it")
+    assert refusal(tmp_path, [a]) == ("two importance matrices or more can be merged; to rewrite one, convert it")
 
 
 @pytest.mark.parametrize(("bad", "shown"), [(np.nan, "nan"), (np.inf, "inf"), (-2.0, "-2.0")])

@@ -74,7 +74,7 @@ def _spans(site: Site, way: Way) -> dict[str, float]:
 
 
 def kills(site: Site, times: int) -> Row:
-    """Every killed build is gone on with to its end; a third of them are also gone on with and killed again."""
+    """Every killed build is continued to its end; a third of them are also continued and killed again."""
     row = Row("kill -9", "", times, "")
     ways = (ONE, SHARDS, CACHED)
     spans = {way.name: _spans(site, way) for way in ways}
@@ -125,7 +125,7 @@ def kills(site: Site, times: int) -> Row:
     if done < times:
         row.failures.append(f"only {done} of {times} kills took place")
     row.what = f"moments drawn over all phases of {builds} builds: {', '.join(w.name for w in ways)} ({late} too late)"
-    row.came_of_it = f"{', '.join(f'{n} {w}' for w, n in came.most_common())}; {again} while gone on with"
+    row.came_of_it = f"{', '.join(f'{n} {w}' for w, n in came.most_common())}; {again} while continued"
     row.kept = claimed
     return row
 

@@ -140,7 +140,7 @@ class Scene:
     older: bool = False
     """files of another build have the names"""
     begun: bool = False
-    """an unfinished build is gone on with"""
+    """an unfinished build is continued"""
     cache: bool = False
     """a cache has half of it; what is written there may be lost too"""
 
@@ -176,8 +176,8 @@ SCENES = (
     Scene("one file", ONE),
     Scene("shards", SHARDS),
     Scene("shards over older ones", SHARDS, ("--force",), older=True),
-    Scene("shards, gone on with", SHARDS, begun=True),
-    Scene("one file, gone on with", ONE, begun=True),
+    Scene("shards, continued", SHARDS, begun=True),
+    Scene("one file, continued", ONE, begun=True),
     Scene("shards, with a cache", CACHED, cache=True),
 )
 

@@ -77,7 +77,7 @@ class Covariance:
         except OSError as e:
             raise OutputError(
                 f"{path}: {plan.nbytes:,} bytes of covariance cannot be written: {e.strerror or e}; free some space, "
-                "and run the same command again: it goes on with this layer"
+                "and run the same command again: it continues with this layer"
             ) from None
 
     def _path(self, plan: Planned) -> Path:

@@ -120,7 +120,7 @@ def save_arrays(path: Path, inputs: Mapping[str, tuple[tuple[str, ...], Mapping[
         nbytes = sum(a.nbytes for a in arrays.values())
         raise OutputError(
             f"{path}: {nbytes:,} bytes of sums cannot be written: {getattr(e, 'strerror', None) or e}; free some "
-            "space, and run the same command again: it goes on with this layer"
+            "space, and run the same command again: it continues with this layer"
         ) from None
 
 

@@ -28,7 +28,7 @@ _IN_VAIN = (WeightError, SourceError, InternalCheckError, ImatrixError)
 @contextmanager
 def unfinished(out: Path, is_kept: Callable[[Path], bool]) -> Iterator[Path]:
     """Hold OUT.partial, a folder to work in, while the body runs. After the body it is gone; where the body raises, it
-    stays if `is_kept` says that something in it can be gone on with, and the exception's `kept` tells that.
+    stays if `is_kept` says that something in it can be continued, and the exception's `kept` tells that.
 
     Raises ResumeError while another process has it; OutputError where it cannot be made, belongs to another user, or is
     an unfinished build."""

@@ -1,4 +1,4 @@
-"""GGUFs of a study's variants in one folder: each is built once, and what is unfinished is gone on with.
+"""GGUFs of a study's variants in one folder: each is built once, and what is unfinished is continued.
 
 DIR/STUDY-VARIANT.gguf   a variant
 DIR/reference.gguf       the source as BF16, where llama.cpp is to run it and it is a checkpoint
