@@ -71,13 +71,13 @@ def clone(catalogue: Catalogue, source: str, stem: str, name: str | None = None)
     .gguf. Raises RecipeError for types that a recipe cannot ask for."""
     types = {t.name: t.source_type for t in catalogue.tensors if t.quantizable}
     if not types:
-        raise RecipeError(f"{source}: of its {count(len(catalogue.tensors))} none is ever quantized")
+        raise RecipeError(f"{source}: of its {count(len(catalogue.tensors))} none can be quantized")
     foreign = Counter(t.source_type for t in catalogue.tensors if t.source_type in IK_TYPES)
     if foreign:
         kinds = ", ".join(f"{name} in {count(n)}" for name, n in foreign.most_common())
         raise UnsupportedError(
             f"{source}: is quantized to types that only ik_llama.cpp has ({kinds}), which no recipe can ask for; "
-            "`quantkit inspect --all` lists them, to write a recipe with types of like size by hand"
+            "`quantkit inspect --all` lists them, to write a recipe with types of similar size by hand"
         )
     notes = list(_never_quantized_notes(catalogue))
     file_type, note = _file_type(catalogue, types)

@@ -294,7 +294,7 @@ def _type(place: str, type_: str, renamed: Mapping[str, str]) -> str:
     if _IK_ONLY.fullmatch(name):
         raise RecipeError(
             f"{place}: {type_:.60} is a type of ik_llama.cpp that ggml does not have; say what to take for it with "
-            f"--map {type_}=TYPE, such as one of like size"
+            f"--map {type_}=TYPE, such as one of similar size"
         )
     raise RecipeError(f"{place}: unknown type '{type_:.60}'{did_you_mean(name, set(QTYPES) - INTEGER_TYPES)}")
 

@@ -130,7 +130,7 @@ def _read(src: Opened, offset: int, buffer: memoryview, left: int) -> int:
         ) from None
     if got == 0:
         raise SourceError(
-            f"{src.path}: ends at {offset:,}, where {left:,} bytes more were to be read; it is truncated or was "
+            f"{src.path}: ends at {offset:,}, where {left:,} more bytes should follow; it is truncated or was "
             "changed meanwhile: get it again"
         )
     return got

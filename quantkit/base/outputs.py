@@ -92,7 +92,7 @@ def check_replaceable(path: Path, replace: bool) -> None:
     if path.is_dir():
         raise OutputError(f"{path}: is a directory; give the name of the file to make")
     if not path.is_file():
-        raise OutputError(f"{path}: is no regular file and will not be replaced; choose another name")
+        raise OutputError(f"{path}: is not a regular file and will not be replaced; choose another name")
     if not replace:
         raise OutputError(f"{path}: exists; choose another name, or replace it with --force")
 
@@ -118,7 +118,7 @@ def _leads_in_a_circle(path: Path) -> bool:
 def check_file_name(text: str, wanted: str, example: str) -> None:
     """Raise OutputError for a text that names a directory, or a stream, where a file is to be made."""
     if text == "-":
-        raise OutputError("-: is no name of a file; give ./- if that is its name, or leave the option away to print")
+        raise OutputError("-: is not a file name; give ./- if that is the name, or leave out the option to print")
     if text.endswith(os.sep) or os.path.basename(text) in (".", ".."):
         raise OutputError(f"{text}: is a directory; give {wanted}, such as {os.path.join(text, example)}")
 

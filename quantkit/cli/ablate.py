@@ -161,7 +161,7 @@ def run(**given: Any) -> None:
         except BaseException as e:
             n = sum(r.scores is not None for r in results.of(study.name))
             if n:
-                words = f"the results of {n:,} variant{'s' * (n != 1)}; run the same again to go on"
+                words = f"the results of {n:,} variant{'s' * (n != 1)}; run the same command again to continue"
                 e.kept = f"{given['results_file']} keeps {words}"  # type: ignore[attr-defined]
             raise
     cache = None if options.cached is None else options.cached.cache

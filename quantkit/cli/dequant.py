@@ -161,8 +161,8 @@ def _run(job: Job, decoder: Decoder, n_threads: int, quiet: bool) -> None:
             raise
         # not the usual words for an interrupt, that nothing was left behind
         click.echo(
-            f"interrupted: {len(kept)} of {len(job.plan.shards)} shards are finished and kept; run the same again to "
-            "go on",
+            f"interrupted: {len(kept)} of {len(job.plan.shards)} shards are finished and kept; run the same "
+            "command again to continue",
             err=True,
         )
         raise SystemExit(130 if isinstance(e, KeyboardInterrupt) else 143) from None

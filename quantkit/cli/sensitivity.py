@@ -191,6 +191,6 @@ def _errors(texts: tuple[str, ...] | None) -> tuple[float, ...]:
         except ValueError:
             value = -1.0
         if not 0 < value < 10:
-            raise click.UsageError(f"--noise {text}: is no relative squared error between 0 and 10, such as 0.01")
+            raise click.UsageError(f"--noise {text}: is not a relative squared error between 0 and 10, such as 0.01")
         out.append(value)
     return tuple(out)

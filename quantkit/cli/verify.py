@@ -221,7 +221,7 @@ def _check_agrees(ctx: click.Context, asked: Asked) -> None:
             option = f"--{name.replace('_', '-')}"
             raise click.UsageError(
                 f"{option} {given} contradicts the attestation, by which the build had "
-                f"{'none' if was is None else f'{option} {was}'}; leave it away, or verify without --attestation"
+                f"{'none' if was is None else f'{option} {was}'}; leave it out, or verify without --attestation"
             )
 
 
@@ -254,7 +254,7 @@ def _attested_rounding(asked: Asked, rules: Recipe, is_given: bool) -> Recipe:
             had = "none" if was is None or not was.by_option else f"--rounding {was.method or 'by a policy'}"
             raise click.UsageError(
                 f"{now.said_by} {now.method or now.policy} contradicts the attestation, by which the build had {had}; "
-                "leave it away, or verify without --attestation"
+                "leave it out, or verify without --attestation"
             )
         return rules
     if was is None or (was.policy is None and not was.by_option):
@@ -302,7 +302,7 @@ def _attested_policy(asked: Asked, given: Policy | None) -> Policy | None:
     if given is not None and given != was:
         had = "none" if was is None else f"--imatrix-policy {was.text}"
         raise click.UsageError(
-            f"--imatrix-policy {given.text} contradicts the attestation, by which the build had {had}; leave it away, "
+            f"--imatrix-policy {given.text} contradicts the attestation, by which the build had {had}; leave it out, "
             "or verify without --attestation"
         )
     return was

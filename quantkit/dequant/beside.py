@@ -83,12 +83,12 @@ def open_to_copy(folder: Path, name: str) -> int:
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as e:
-        raise SourceError(f"{path}: cannot be read: {e.strerror or e}; mend that, or move it away") from None
+        raise SourceError(f"{path}: cannot be read: {e.strerror or e}; fix that, or move it away") from None
     # of what was opened, whatever has its name by now
     real = os.path.realpath(f"/proc/self/fd/{fd}")
     if not stat.S_ISREG(os.fstat(fd).st_mode) or not _is_allowed(os.path.realpath(folder), real):
         os.close(fd)
         raise SourceError(
-            f"{path}: has become something else since this run began; put it back, and run the same again"
+            f"{path}: has become something else since this run began; put it back, and run the same command again"
         )
     return fd

@@ -29,7 +29,8 @@ def place_of(folder: Folder, name: str, make: bool = False) -> Iterator[tuple[Fo
     with folder.at(name, make) as (inner, last):
         if inner is not folder and inner.info.st_uid != folder.own:
             raise OutputError(
-                f"{inner.path}: belongs to {who(inner.info.st_uid)}, not to you; move it away and run the same again"
+                f"{inner.path}: belongs to {who(inner.info.st_uid)}, not to you; move it away and run the same "
+                "command again"
             )
         yield inner, last
 

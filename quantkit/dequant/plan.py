@@ -86,7 +86,7 @@ class DequantPlan:
     left_out: tuple[str, ...]
     """files of weights that are neither read nor copied"""
     refused: tuple[tuple[str, str], ...]
-    """other files that are not copied, and why: links out of the folder, and what is no regular file"""
+    """other files that are not copied, and why: links out of the folder, and what is not a regular file"""
     n_dropped: int
     """weights of MTP layers that are not in the output"""
 

@@ -145,7 +145,7 @@ def run(job: Job, decoder: Decoder, n_threads: int, progress: Progress) -> tuple
     except OSError as e:
         where = job.dst / e.filename if isinstance(e.filename, str) else job.dst
         raise OutputError(
-            f"{where}: {e.strerror or e}; mend that and run the same again: finished shards are kept"
+            f"{where}: {e.strerror or e}; fix that and run the same command again: finished shards are kept"
         ) from None
 
 
@@ -158,10 +158,10 @@ def _begun(job: Job) -> Iterator[tuple[Folder, _State]]:
         try:
             lock = Lock.of_folder(folder)
         except HeldError:
-            raise ResumeError(f"{job.dst}: another quantkit is at work there; wait for it") from None
+            raise ResumeError(f"{job.dst}: another quantkit is running there; wait for it") from None
         with lock, closing(_State(folder)) as state:
             if read_state(folder) != job.found:
-                raise ResumeError(f"{job.dst}: has changed in the meantime; run the same again")
+                raise ResumeError(f"{job.dst}: has changed in the meantime; run the same command again")
             for name, _ in leftovers(folder, job.found, job.restart):
                 with place_of(folder, name) as (inner, last):
                     inner.unlink(last)
@@ -266,7 +266,7 @@ class _File:
         except OSError as e:
             raise OutputError(
                 f"{self.path}: {what} at {at:,} bytes failed: {e.strerror or e}; free some space and run the same "
-                "again: finished shards are kept"
+                "command again: finished shards are kept"
             ) from None
 
     def finish(self, state: _State) -> None:

@@ -110,8 +110,8 @@ class Kept(AbstractContextManager["Kept"]):
             nbytes = sum(values.itemsize * int(np.prod(values.shape)) for _, values in arrays)
             raise OutputError(
                 f"{self.folder}: {nbytes:,} bytes of what is kept between layers cannot be written: "
-                f"{e.strerror or e}; free some space, and run the same command again: it goes on after the last layer "
-                "that was kept"
+                f"{e.strerror or e}; free some space, and run the same command again: it continues after the last "
+                "saved layer"
             ) from None
         self._saved = time.monotonic()
 

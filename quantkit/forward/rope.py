@@ -92,7 +92,7 @@ def read_rope(hp: Hparams, n_rot: int, neox: bool) -> Rope:
     if factor < 0:
         raise SourceError(f"{hp.model}: {hp.arch}.{key} is {factor:g}; it must be at least 0")
     if n_rot % 2:
-        raise SourceError(f"{hp.model}: {n_rot} values of a head are turned; they must be pairs")
+        raise SourceError(f"{hp.model}: {n_rot} values of a head are rotated; they must be pairs")
     n_ctx_orig = hp.int_("rope.scaling.original_context_length", hp.int_("context_length"))
     # yarn_beta_fast, yarn_beta_slow, yarn_ext_factor and yarn_attn_factor of the metadata are not read: llama.cpp has
     # them for other archs only

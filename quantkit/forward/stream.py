@@ -119,8 +119,8 @@ class Pass:
         low, high = int(self.tokens.min()), int(self.tokens.max())
         if low < 0 or high >= first.family.n_vocab:
             raise SourceError(
-                f"{first.name}: token {low if low < 0 else high:,} is not one of its {first.family.n_vocab:,}; was the "
-                "text made into tokens with another model's tokenizer?"
+                f"{first.name}: token {low if low < 0 else high:,} is not one of its {first.family.n_vocab:,}; was "
+                "the text tokenized with another model's tokenizer?"
             )
         self.device = device_of(self.options.device)
         if self.options.dtype not in DTYPES:

@@ -130,7 +130,7 @@ def _held(folder: Folder, name: str, first: Path) -> tuple[Folder, Lock]:
             lock = Lock.of_folder(scratch)
         except HeldError:
             scratch.close()
-            raise ResumeError(f"{first}: another quantkit is at work on it; wait for it") from None
+            raise ResumeError(f"{first}: another quantkit is writing it; wait for it") from None
         except BaseException:
             scratch.close()
             raise

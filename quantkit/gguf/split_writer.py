@@ -62,7 +62,7 @@ def write(
             folder.sync()
             hidden.folder.rename(REPLACED, hidden.folder, DONE)
     except OSError as e:
-        raise OutputError(f"{files[0].path}: {e.strerror or e}; nothing was changed: mend that and try again") from None
+        raise OutputError(f"{files[0].path}: {e.strerror or e}; nothing was changed: fix that and try again") from None
     return how
 
 
@@ -172,7 +172,7 @@ class _Sources:
             try:
                 self._check(source, os.stat(source.path))
             except OSError as e:
-                raise SourceError(f"{source.path}: went away while it was read: {e.strerror or e}") from None
+                raise SourceError(f"{source.path}: disappeared while it was read: {e.strerror or e}") from None
 
     def _check(self, source: Input, now: os.stat_result) -> None:
         if (now.st_size, now.st_mtime_ns, now.st_ino) != (source.nbytes, source.mtime_ns, source.inode):

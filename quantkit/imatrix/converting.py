@@ -32,7 +32,7 @@ def is_dat(out: Path, output_format: str | None = None) -> bool:
 def check_chunk_size(chunk_size: int | None) -> None:
     """Raises ImatrixError for a size that no chunk has."""
     if chunk_size is not None and not 1 <= chunk_size <= MAX_CHUNK_SIZE:
-        raise ImatrixError(f"chunk_size {chunk_size:,}: is no size of a chunk in tokens (1 to {MAX_CHUNK_SIZE:,})")
+        raise ImatrixError(f"chunk_size {chunk_size:,}: is not a chunk size in tokens (1 to {MAX_CHUNK_SIZE:,})")
 
 
 def convert(
@@ -47,7 +47,7 @@ def convert(
     if chunk_size is not None and (as_dat or not matrix.is_dat):
         raise ImatrixError(
             f"{matrix.path}: --chunk-size {chunk_size} is for a GGUF made of a .dat, which does not say it; leave it "
-            "away"
+            "out"
         )
     names, n_chunks = sorted(matrix.entries, key=str.encode), max(0, matrix.n_chunks)  # of a .dat it has a sign
     size = matrix.chunk_size or chunk_size or DEFAULT_CHUNK_SIZE

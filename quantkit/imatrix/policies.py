@@ -86,7 +86,7 @@ def parse_policy(text: str) -> Policy:
         known = {w.partition(":")[0]: w for w in WORDS}
         if word not in known:
             raise ValueError(
-                f"'{piece:.60}' is no policy for an importance matrix{did_you_mean(word[:60], known)}; known are "
+                f"'{piece:.60}' is not a policy for an importance matrix{did_you_mean(word[:60], known)}; known are "
                 f"{', '.join(WORDS)}, several in a row with commas, as in sibling,prior"
             )
         if (":" in known[word]) != bool(colon and value):

@@ -135,7 +135,7 @@ def check_drawable(matrix: Imatrix, path: Path) -> None:
     check_suffix(path)
     if all(e.n_mats == 1 for e in matrix.entries.values()):
         why = "a .dat has no counts of experts" if matrix.is_dat else "none of its entries counts experts"
-        raise ImatrixError(f"{matrix.path}: {why}, so there is nothing to draw; leave the figure away")
+        raise ImatrixError(f"{matrix.path}: {why}, so there is nothing to draw; leave out the figure")
     drawing()
 
 

@@ -62,7 +62,8 @@ def open_model(source: str, options: Options | None = None) -> Catalogue:
         if found is not None:
             return _from_directory(found, opts)
     raise SourceError(
-        f"'{source}' is no directory, file or known model{did_you_mean(source, MODELS)}; give a checkpoint directory, "
+        f"'{source}' is not a directory, file or known model{did_you_mean(source, MODELS)}; give a checkpoint "
+        "directory, "
         f"a GGUF, a config.json, or one of {', '.join(MODELS)}"
     )
 

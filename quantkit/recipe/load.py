@@ -397,7 +397,9 @@ def _text(name: str, folder: Path | None) -> tuple[str, str]:
         if key is not None:
             return known[key], f"{key}.yaml"
         if name.upper() == "COPY":
-            raise RecipeError(f"'{name}' is no recipe: llama-quantize's COPY quantizes nothing; copy the file itself")
+            raise RecipeError(
+                f"'{name}' is not a recipe: llama-quantize's COPY quantizes nothing; copy the file itself"
+            )
         if name and folder is not None and os.path.isdir(folder / path):
             raise RecipeError(f"{name}: is a directory; give a recipe in it, such as {path / 'recipe.yaml'}")
         if folder is None or not _is_file(folder / path):

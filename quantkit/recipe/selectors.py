@@ -114,7 +114,8 @@ def parse_layers(text: str) -> tuple[str, int | slice | frozenset[int] | None]:
     m = _LAYERS.fullmatch(text.strip())
     if m is None:
         raise ValueError(
-            f"'{text:.60}' is no choice of layers; write numbers, such as 3-12 or [3, 5], or a list of layers with a "
+            f"'{text:.60}' is not a choice of layers; write numbers, such as 3-12 or [3, 5], or a list of layers "
+            "with a "
             "Python slice, such as moe, moe[:6] or all[-1]"
         )
     if m["group"] not in LAYER_GROUPS:

@@ -51,7 +51,7 @@ def write(
         try:
             folder.mkdir(exist_ok=True)
         except FileExistsError:
-            raise OutputError(f"{folder}: is no directory; give another name for the figures") from None
+            raise OutputError(f"{folder}: is not a directory; give another name for the figures") from None
         except OSError as e:
             raise OutputError(f"{folder}: cannot be made: {e.strerror or e}") from None
         will_write(*(Output(file, "a figure", replace) for file, _ in made))

@@ -95,7 +95,7 @@ def cut(tokenizer: Tokenizer, ids: Ids, texts: Texts, n_ctx: int, n_chunks: int 
     """Tokens to chunks. Raises as `make_chunks`."""
     if tokenizer.add_eos:
         raise UnsupportedError(
-            f"{tokenizer.vocabulary.where}: wants the end-of-text token after every text "
+            f"{tokenizer.vocabulary.where}: needs the end-of-text token after every text "
             "(tokenizer.ggml.add_eos_token), and llama-imatrix and llama-perplexity do not run with such a model"
         )
     found = len(ids) // n_ctx

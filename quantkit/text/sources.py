@@ -78,7 +78,7 @@ def read_chats(sources: Iterable[str | os.PathLike[str]]) -> tuple[tuple[str, ..
     chats: list[Chat] = []
     for where, data in _read_all(names):
         if where != STDIN and not where.lower().endswith(JSONL):
-            raise TextError(f"{where}: is no .jsonl file; --chat reads lines of JSON, each with `messages`")
+            raise TextError(f"{where}: is not a .jsonl file; --chat reads lines of JSON, each with `messages`")
         chats += [_chat_of(at, value) for at, value in _lines(where, _decode(where, data, []))]
     if not chats:
         raise TextError(f"{', '.join(names) or 'the text'}: has 0 conversations; give a file with some")
@@ -149,7 +149,7 @@ def _decode(where: str, data: bytes, notes: list[str]) -> str:
     for mark, encoding in _MARKS.items():
         if data.startswith(mark):
             raise TextError(
-                f"{shown}: is {encoding}, by its first bytes 0x{mark.hex().upper()}; make UTF-8 of it: "
+                f"{shown}: is {encoding}, by its first bytes 0x{mark.hex().upper()}; convert it: "
                 f"iconv -f {encoding} -t UTF-8"
             )
     if not where.lower().endswith((".html", ".htm")) and (says := not_the_file(data[:ENOUGH])):
@@ -158,12 +158,12 @@ def _decode(where: str, data: bytes, notes: list[str]) -> str:
         text = data.decode("utf-8")
     except UnicodeDecodeError as e:
         raise TextError(
-            f"{shown}: is not UTF-8: byte 0x{data[e.start]:02X} at {e.start:,} ({e.reason}); make UTF-8 of it, for "
+            f"{shown}: is not UTF-8: byte 0x{data[e.start]:02X} at {e.start:,} ({e.reason}); convert it, for "
             "example: iconv -f LATIN1 -t UTF-8"
         ) from None
     if "\0" in text:
         raise TextError(
-            f"{shown}: is no text: byte 0x00 at {data.index(0):,}, as binary files and UTF-16 have it; give a UTF-8 "
+            f"{shown}: is not text: byte 0x00 at {data.index(0):,}, as binary files and UTF-16 have it; give a UTF-8 "
             "text"
         )
     if data.startswith(_BOM):
@@ -184,7 +184,7 @@ def _lines(where: str, text: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
         try:
             value = json.loads(line)
         except (ValueError, RecursionError) as e:
-            raise TextError(f"{at}: is no JSON: {str(e)[:100]}; each line of a .jsonl file is one object") from None
+            raise TextError(f"{at}: is not JSON: {str(e)[:100]}; each line of a .jsonl file is one object") from None
         if not isinstance(value, dict):
             raise TextError(f"{at}: is a JSON {type(value).__name__}, not an object; each line of a .jsonl file is one")
         yield at, value
@@ -203,7 +203,7 @@ def _text_of(at: str, value: Mapping[str, Any]) -> str:
 def _chat_of(at: str, value: Mapping[str, Any]) -> Chat:
     messages, tools = value.get("messages"), value.get("tools")
     if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
-        raise TextError(f"{at}: has no `messages` that is a list of objects, as --chat wants them")
+        raise TextError(f"{at}: has no `messages` that is a list of objects, as --chat needs them")
     if tools is not None and not isinstance(tools, list):
         raise TextError(f"{at}: `tools` is no list")
     _whole(at, json.dumps(value, ensure_ascii=False))

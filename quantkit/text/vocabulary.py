@@ -143,14 +143,14 @@ def read_vocabulary(kvs: Iterable[KV], where: str) -> Vocabulary:
         raise SourceError(f"{where}: has no tokenizer; give a GGUF with one, or the checkpoint")
     if kind not in ("gpt2", "llama"):
         raise UnsupportedError(
-            f"{where}: its tokenizer is of the kind {kind!r:.40} (tokenizer.ggml.model); text is made into tokens for "
+            f"{where}: its tokenizer is of the kind {kind!r:.40} (tokenizer.ggml.model); quantkit tokenizes for "
             "'gpt2' (byte-level BPE) and 'llama' (SentencePiece)"
         )
     name = (keys.text("general.name") or "").lower()
     if any(part in name for part in _STRIPPING):
         raise UnsupportedError(
-            f"{where}: is called {name!r:.60}, for which llama.cpp strips white space beside special tokens; text is "
-            "not made into tokens for such models"
+            f"{where}: is called {name!r:.60}, for which llama.cpp strips white space beside special tokens; "
+            "quantkit does not tokenize for such models"
         )
     # an empty one has a name of its own in llama.cpp
     tokens = [t or f"[EMPTY_{i}]" for i, t in enumerate(keys.array(_P + "tokens", ("str",), 1) or [])]

@@ -58,7 +58,7 @@ def read_plan(path: Path) -> list[Expected]:
     except OSError as e:
         raise SourceError(f"{path}: cannot be read: {e.strerror or e}") from None
     except (ValueError, KeyError, TypeError, RecursionError):
-        raise SourceError(f"{path}: is no plan; make one with: quantkit plan SOURCE --recipe R --json") from None
+        raise SourceError(f"{path}: is not a plan; make one with: quantkit plan SOURCE --recipe R --json") from None
     if not made or len({t.name for t in made}) != len(made):
         raise SourceError(f"{path}: the plan has no tensors, or one of them twice")
     return made
@@ -67,7 +67,7 @@ def read_plan(path: Path) -> list[Expected]:
 def _entry(path: Path, name: Any, shape: Any, type_: Any, nbytes: Any) -> Expected:
     ok = isinstance(name, str) and isinstance(shape, list) and shape and isinstance(nbytes, int)
     if not ok or not all(isinstance(n, int) and n > 0 for n in shape) or type_ not in QTYPES:
-        raise SourceError(f"{path}: is no plan: the entry of {name!r:.80} is malformed")
+        raise SourceError(f"{path}: is not a plan: the entry of {name!r:.80} is malformed")
     return Expected(name, trimmed(tuple(shape)), type_, nbytes)
 
 

@@ -309,7 +309,7 @@ def read(path: Path) -> Attested:
     value = read_json(path, "an attestation")
     if value.get("_type") != STATEMENT or value.get("predicateType") != PREDICATE:
         raise SourceError(
-            f"{path}: is no in-toto statement of a build, but of type {value.get('_type')!r:.60} with "
+            f"{path}: is not an in-toto statement of a build, but of type {value.get('_type')!r:.60} with "
             f"{value.get('predicateType')!r:.60}; give what build --attest wrote (without a signing envelope)"
         )
     try:

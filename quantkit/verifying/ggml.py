@@ -58,7 +58,7 @@ class Ggml:
             self.version = lib.ggml_version().decode()
             self._quantize, self._traits = lib.ggml_quantize_chunk, lib.ggml_get_type_traits
         except (OSError, AttributeError) as e:
-            raise KernelError(f"{path}: is no ggml library: {e}; run: quantkit toolchain install --force") from None
+            raise KernelError(f"{path}: is not a ggml library: {e}; run: quantkit toolchain install --force") from None
         self._quantize.restype = ctypes.c_size_t
         self._quantize.argtypes = (
             ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64,

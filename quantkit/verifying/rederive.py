@@ -73,7 +73,7 @@ def parse_sample(text: str) -> Sample:
     m = re.fullmatch(r"([0-9]{1,15})(?:\s*rows)?", said)
     if m and int(m[1]) > 0:
         return Sample(said, None, int(m[1]))
-    raise ValueError(f"{text!r:.40} is no sample such as 1%, 0.1%, all, none, or a number of rows")
+    raise ValueError(f"{text!r:.40} is not a sample such as 1%, 0.1%, all, none, or a number of rows")
 
 
 def n_chosen(n_rows: int, fraction: float) -> int:

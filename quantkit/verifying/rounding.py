@@ -151,8 +151,8 @@ def require_covariance(said: Recorded | None, covariance: CovarianceSource | Non
         if was != there:
             raise SourceError(
                 f"{covariance.name}: is not the {what}covariance that the file was rounded by, but another: the file "
-                f"says {was[:12] or 'none'}, its digest is {there[:12] or 'none'}; give that one, or leave "
-                "--covariance away and compare the other tensors"
+                f"says {was[:12] or 'none'}, its digest is {there[:12] or 'none'}; give that one, or leave out "
+                "--covariance and compare the other tensors"
             )
 
 

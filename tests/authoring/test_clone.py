@@ -298,7 +298,7 @@ def test_types_that_no_recipe_can_ask_for() -> None:
     assert str(e.value) == "'a.weight' is I32, which is not a type to quantize to; a recipe cannot ask for it"
     with pytest.raises(RecipeError) as e:
         clone(tiny(["a.bias"], ["F32"]), "x.gguf", "x")
-    assert str(e.value) == "x.gguf: of its 1 tensor none is ever quantized"
+    assert str(e.value) == "x.gguf: of its 1 tensor none can be quantized"
 
 
 def test_hyperparameters_that_are_no_numbers() -> None:

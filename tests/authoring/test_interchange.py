@@ -264,7 +264,7 @@ def test_a_type_that_ggml_does_not_have_is_named_with_its_line() -> None:
     ):
         assert refusal(f"# first\nblk=q8_0\nffn_.*={type_}\n", "thireus") == (
             f"rules.txt:3: {type_} is a type of ik_llama.cpp that ggml does not have; say what to take for it with "
-            f"--map {type_}=TYPE, such as one of like size"
+            f"--map {type_}=TYPE, such as one of similar size"
         )
 
 

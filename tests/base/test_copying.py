@@ -96,7 +96,7 @@ def test_a_source_that_ends_early(
     with pytest.raises(SourceError) as e:
         copy_range(src, 100_000, dst, 0, 200_001, seen.append)
     assert str(e.value) == (
-        f"{src.path}: ends at 300,000, where 1 bytes more were to be read; it is truncated or was changed "
+        f"{src.path}: ends at 300,000, where 1 more bytes should follow; it is truncated or was changed "
         "meanwhile: get it again"
     )
     assert sum(seen) == 200_000

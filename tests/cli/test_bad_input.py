@@ -275,7 +275,7 @@ def test_a_hostile_header(place: Place, v3: Path) -> None:
     place.fails(
         4,
         f"{shard}: claims a header of 18,446,744,073,709,551,615 bytes, but has 100 after the length (at most "
-        "100,000,000); it is truncated or no safetensors file: download it again",
+        "100,000,000); it is truncated or not a safetensors file: download it again",
         v3,
     )
 

@@ -120,7 +120,7 @@ def test_a_folder_below_that_is_a_link(scene: Scene, source: Path, restart: bool
     (scene.kept / "code.py").write_bytes(SECRET)
     scene._was = scene._precious()
     scene.link_to_folder(dst / "sub")
-    sentence = f"{dst / 'sub'}: Not a directory; mend that and run the same again: finished shards are kept"
+    sentence = f"{dst / 'sub'}: Not a directory; fix that and run the same command again: finished shards are kept"
     scene.refused(7, sentence, *command(source, dst, *(["--restart"] if restart else [])))
 
 
@@ -130,7 +130,7 @@ def test_a_folder_below_of_another_user(scene: Scene, source: Path) -> None:
     unfinished(source, dst)
     (dst / "sub").mkdir()
     os.chown(dst / "sub", OTHER, OTHER)
-    sentence = f"{dst / 'sub'}: belongs to {WHO}, not to you; move it away and run the same again"
+    sentence = f"{dst / 'sub'}: belongs to {WHO}, not to you; move it away and run the same command again"
     scene.refused(7, sentence, *command(source, dst))
 
 
@@ -265,7 +265,7 @@ def test_what_cannot_be_read_is_said_before_the_work(scene: Scene, source: Path)
     place = scene.folder / "place"
     place.mkdir()
     os.chown(place, OTHER, OTHER)
-    sentence = f"{source / 'sub' / 'code.py'}: cannot be read: Permission denied; mend that, or move it away"
+    sentence = f"{source / 'sub' / 'code.py'}: cannot be read: Permission denied; fix that, or move it away"
     scene.refused(4, sentence, *command(source, place / "dst"), user=OTHER)
     assert list(place.iterdir()) == []
 
@@ -326,8 +326,8 @@ def test_a_file_that_becomes_a_link_while_the_run_is_at_work(scene: Scene, sourc
     with pytest.raises(SourceError) as e:
         dequant.run(job, Native(), 1, progress)
     assert str(e.value) == (
-        f"{source / 'tokenizer.json'}: has become something else since this run began; put it back, and run the "
-        "same again"
+        f"{source / 'tokenizer.json'}: has become something else since this run began; put it back, and run the same "
+        "command again"
     )
     assert not (dst / "tokenizer.json").exists()
 

@@ -179,7 +179,7 @@ def test_a_path_that_leaves_the_checkpoint(v3: Path, to: str) -> None:
 def test_a_path_that_is_none(v3: Path) -> None:
     index = v3 / "model.safetensors.index.json"
     edit_json(index, lambda i: i["weight_map"].update({"lm_head.weight": "x\0y\x1b[2J"}))
-    says = f"{index}: weight_map names 'x\\x00y\\x1b[2J', which is no file name"
+    says = f"{index}: weight_map names 'x\\x00y\\x1b[2J', which is not a file name"
     refused(4, says, "plan", v3, "-r", "Q4_K_M", "--pre", "deepseek-v3")
 
 

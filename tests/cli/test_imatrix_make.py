@@ -146,7 +146,7 @@ def test_a_gguf_of_another_vocabulary(quantkit: Run, tiny_bf16: Path, file: Path
     done = quantkit("imatrix", "make", model, "--text", file, "-c", "32", "-o", tmp_path / "x.gguf", "-q", env=ENV)
     assert done.returncode == 4, done.stderr
     assert re.fullmatch(
-        r"error: .+: token \d+ is not one of its 64; was the text made into tokens with another model's tokenizer\?\n",
+        r"error: .+: token \d+ is not one of its 64; was the text tokenized with another model's tokenizer\?\n",
         done.stderr,
     )
     assert [p.name for p in tmp_path.iterdir()] == ["other.gguf"]

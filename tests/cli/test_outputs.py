@@ -458,7 +458,7 @@ def test_what_is_no_file_is_not_replaced(world: World, case: Case, param: str) -
     os.mkfifo(pipe)
     try:
         given = others(world, case, param) | {param: str(pipe)}
-        says = f"{pipe}: is no regular file and will not be replaced; choose another name"
+        says = f"{pipe}: is not a regular file and will not be replaced; choose another name"
         assert refusal(world, case, given, True) == says
     finally:
         pipe.unlink()
@@ -473,7 +473,7 @@ def test_names_that_are_no_files_names(world: World, case: Case, param: str) -> 
         assert says(text).startswith(f"{text}: is a directory; give the name of the file to make, such as ")
     assert re.fullmatch("(--[a-z-]+|[A-Z]+): is empty; give a name", says(""))
     assert re.fullmatch("(--[a-z-]+|[A-Z]+): has a NUL in it, which no file's name has; give another", says("a\0b"))
-    assert says("-") == "-: is no name of a file; give ./- if that is its name, or leave the option away to print"
+    assert says("-") == "-: is not a file name; give ./- if that is the name, or leave out the option to print"
     name = "ä" * 126 + ".yaml"
     added = {
         "build": (265, " with what is added while it is made"),

@@ -85,8 +85,7 @@ def test_what_is_refused(quantkit: Run, sound: Path, tmp_path: Path) -> None:
         ("images", none),
         (
             "bad.txt",
-            "is not UTF-8: byte 0xFF at 3 (invalid start byte); make UTF-8 of it, for example: iconv -f LATIN1 "
-            "-t UTF-8",
+            "is not UTF-8: byte 0xFF at 3 (invalid start byte); convert it, for example: iconv -f LATIN1 -t UTF-8",
         ),
     ):
         done = quantkit("tokenize", sound, "--text", tmp_path / name)

@@ -438,7 +438,7 @@ def test_a_write_that_fails(tiny_v3: Path, tmp_path: Path) -> None:
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
         assert (done.returncode, done.stderr.count("\n")) == (7, 1), done.stderr
         assert "File too large; " in done.stderr
-        assert done.stderr.endswith("run the same again: finished shards are kept\n")
+        assert done.stderr.endswith("run the same command again: finished shards are kept\n")
         assert bool(shards_of(dst)) == dst.exists() == kept
         assert not list(dst.glob(".*quantkit-part"))
 
@@ -567,8 +567,8 @@ def shards_of(folder: Path) -> dict[str, tuple[int, int]]:
     ("number", "code", "words"),
     [
         (signal.SIGKILL, -9, ""),
-        (signal.SIGINT, 130, "shards are finished and kept; run the same again to go on\n"),
-        (signal.SIGTERM, 143, "shards are finished and kept; run the same again to go on\n"),
+        (signal.SIGINT, 130, "shards are finished and kept; run the same command again to continue\n"),
+        (signal.SIGTERM, 143, "shards are finished and kept; run the same command again to continue\n"),
     ],
 )
 def test_goes_on_where_it_was(tiny_v3: Path, tmp_path: Path, quantkit: Run, number: int, code: int, words: str) -> None:
@@ -762,7 +762,7 @@ def test_two_at_once_are_refused(tiny_v3: Path, tmp_path: Path) -> None:
     try:
         fcntl.flock(held, fcntl.LOCK_EX)
         said = says(lambda: dequant(tiny_v3, dst, shard_size=1_000_000), ResumeError)
-        assert said == f"{dst}: another quantkit is at work there; wait for it"
+        assert said == f"{dst}: another quantkit is running there; wait for it"
     finally:
         os.close(held)
     require_equal(load(dequant(tiny_v3, dst, shard_size=1_000_000)), reference(tiny_v3))

@@ -94,8 +94,8 @@ BAD_V3: dict[str, tuple[KV, str]] = {
         kv(U + "rope.scaling.factor", F32, -1.0),
         "deepseek2.rope.scaling.factor is -1; it must be at least 0",
     ),
-    "a wide rope": (kv(U + "rope.dimension_count", U32, 4096), "keys of 64 values cannot have 4096 turned ones"),
-    "an odd rope": (kv(U + "rope.dimension_count", U32, 31), "31 values of a head are turned; they must be pairs"),
+    "a wide rope": (kv(U + "rope.dimension_count", U32, 4096), "keys of 64 values cannot have 4096 rotated ones"),
+    "an odd rope": (kv(U + "rope.dimension_count", U32, 31), "31 values of a head are rotated; they must be pairs"),
     "more experts used": (
         kv(U + "expert_used_count", U32, 9),
         "9 of 4 experts in 1 of 1 groups cannot be chosen for a token",
@@ -164,7 +164,7 @@ def test_other_shapes_of_llama(llama: Catalogue) -> None:
         f"m: 'blk.0.ffn_gate.weight' has the shape 64 x 64, but 64 x 65 {NO_SHAPE}"
     )
     assert sentence(UnsupportedError, lambda: Model(changed(llama, kv("llama.attention.head_count", U32, 3)))) == (
-        "m: 3 heads on 2 with keys of 16 values, of which 16 are turned, and values of 16 cannot be computed"
+        "m: 3 heads on 2 with keys of 16 values, of which 16 are rotated, and values of 16 cannot be computed"
     )
     assert sentence(UnsupportedError, lambda: Model(changed(llama, kv("llama.expert_count", U32, 8)))) == (
         "m: arch 'llama' with experts cannot be computed"
@@ -207,7 +207,7 @@ def test_tokens_of_another_model(v3: Catalogue) -> None:
     for tokens, which in ((TOKENS + 380, "7"), (TOKENS - 1000, "-")):
         said = sentence(SourceError, partial(Pass, [model], tokens))
         assert re.fullmatch(
-            rf"m: token {which}?[\d,-]+ is not one of its 384; was the text made into tokens with another model's "
+            rf"m: token {which}?[\d,-]+ is not one of its 384; was the text tokenized with another model's "
             r"tokenizer\?",
             said,
         )

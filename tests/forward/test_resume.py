@@ -241,7 +241,7 @@ def test_a_full_disk(tiny_v3: Path, tmp_path: Path) -> None:
         logits_of(model_of(tiny_v3), TOKENS, options(tmp_path))
     assert str(caught.value) == (
         f"{tmp_path}: 65,536 bytes of what is kept between layers cannot be written: No space left on device; free "
-        "some space, and run the same command again: it goes on after the last layer that was kept"
+        "some space, and run the same command again: it continues after the last saved layer"
     )
     (tmp_path / "state.next").unlink()
     told: list[int] = []

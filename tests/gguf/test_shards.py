@@ -502,7 +502,7 @@ def test_outputs_that_are_refused(shards: list[Path], tmp_path: Path) -> None:
             True,
             f"is a directory; give the name of the file to make, such as {tmp_path / 'model.gguf'}",
         ),
-        (tmp_path / "pipe", True, "is no regular file and will not be replaced; choose another name"),
+        (tmp_path / "pipe", True, "is not a regular file and will not be replaced; choose another name"),
         (tmp_path / "no" / "x", False, f"there is no directory {tmp_path / 'no'}; create it first"),
     ]
     before = {p: p.lstat().st_size for p in tmp_path.iterdir()}
@@ -763,7 +763,7 @@ def test_two_splits_to_the_same_names_at_once(tmp_path: Path) -> None:
         said.append(sentence(lambda: write(found, files), ResumeError))
 
     write(found, files, progress)
-    assert set(said) == {f"{files[0].path}: another quantkit is at work on it; wait for it"}
+    assert set(said) == {f"{files[0].path}: another quantkit is writing it; wait for it"}
     assert sorted(p.name for p in out.iterdir()) == [f.path.name for f in files]
 
 

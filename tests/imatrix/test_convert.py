@@ -236,7 +236,7 @@ def refusal(path: Path, out: Path, chunk_size: int | None = None) -> str:
 
 def test_a_chunk_size_for_what_has_one(tmp_path: Path) -> None:
     path, out = full(tmp_path / "x.gguf"), tmp_path / "y"
-    says = f"{path}: --chunk-size 64 is for a GGUF made of a .dat, which does not say it; leave it away"
+    says = f"{path}: --chunk-size 64 is for a GGUF made of a .dat, which does not say it; leave it out"
     assert refusal(path, out.with_suffix(".dat"), 64) == says
     assert refusal(path, out.with_suffix(".gguf"), 64) == says
 

@@ -151,7 +151,7 @@ def test_a_dat_knows_no_experts(file: Path, tmp_path: Path, capsys: pytest.Captu
     assert said["tensors"][0]["never_seen"] is None
     with pytest.raises(ImatrixError) as e:
         run(dat, "-q", "--figure", tmp_path / "x.svg")
-    assert str(e.value) == f"{dat}: a .dat has no counts of experts, so there is nothing to draw; leave the figure away"
+    assert str(e.value) == f"{dat}: a .dat has no counts of experts, so there is nothing to draw; leave out the figure"
     assert not (tmp_path / "x.svg").exists()
 
 
@@ -220,7 +220,7 @@ def test_nothing_to_draw(tmp_path: Path) -> None:
     with pytest.raises(ImatrixError) as e:
         run(tmp_path / "x", "-q", "--figure", tmp_path / "x.svg")
     assert str(e.value) == (
-        f"{tmp_path / 'x'}: none of its entries counts experts, so there is nothing to draw; leave the figure away"
+        f"{tmp_path / 'x'}: none of its entries counts experts, so there is nothing to draw; leave out the figure"
     )
 
 

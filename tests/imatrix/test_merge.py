@@ -318,7 +318,7 @@ def test_an_output_of_neither_format(tmp_path: Path) -> None:
 @pytest.mark.parametrize("size", [0, -1, (1 << 24) + 1])
 def test_a_chunk_size_that_is_none(tmp_path: Path, size: int) -> None:
     a, b = (made(tmp_path / name, {"w": ([[1.0]], [1])}) for name in "ab")
-    says = f"chunk_size {size:,}: is no size of a chunk in tokens (1 to 16,777,216)"
+    says = f"chunk_size {size:,}: is not a chunk size in tokens (1 to 16,777,216)"
     assert refusal(tmp_path, [a, b], chunk_size=size) == says
     with pytest.raises(ImatrixError) as e:
         imatrix.convert(a, tmp_path / "x.gguf", chunk_size=size)

@@ -51,9 +51,9 @@ def test_blanks_and_small_letters_are_forgiven() -> None:
 
 KNOWN = "fail, ones, sibling, prior, shrink:K, raise:TYPE, kv_b, several in a row with commas, as in sibling,prior"
 WRONG = {
-    "": f"'' is no policy for an importance matrix; known are {KNOWN}",
-    "siblings": f"'siblings' is no policy for an importance matrix (did you mean sibling?); known are {KNOWN}",
-    "sibling,,prior": f"'' is no policy for an importance matrix; known are {KNOWN}",
+    "": f"'' is not a policy for an importance matrix; known are {KNOWN}",
+    "siblings": f"'siblings' is not a policy for an importance matrix (did you mean sibling?); known are {KNOWN}",
+    "sibling,,prior": f"'' is not a policy for an importance matrix; known are {KNOWN}",
     "shrink": "'shrink' should be written shrink:K",
     "prior:5": "'prior:5' should be written prior",
     "raise:": "'raise:' should be written raise:TYPE",
@@ -484,7 +484,7 @@ def test_from_the_command_line(quantkit: Run, tiny_v3: Path, gappy: Path, tmp_pa
     assert other.returncode == 2
     assert (
         "--imatrix-policy ones contradicts the attestation, by which the build had --imatrix-policy sibling,prior; "
-        "leave it away, or verify without --attestation"
+        "leave it out, or verify without --attestation"
     ) in " ".join(other.stderr.split())
     wrong = quantkit(*verify, "--sample", "none", "--imatrix-policy", "ones")
     assert wrong.returncode != 0
@@ -497,4 +497,4 @@ def test_usage(quantkit: Run, tiny_v3: Path) -> None:
     assert "--imatrix-policy needs --imatrix FILE: it says what stands in for what FILE lacks" in done.stderr
     done = quantkit("plan", "deepseek-r1", "--recipe", "UD-IQ1_S", "--imatrix", "x", "--imatrix-policy", "onse")
     assert done.returncode == 2
-    assert "'onse' is no policy for an importance matrix (did you mean ones?)" in done.stderr.replace("\n", " ")
+    assert "'onse' is not a policy for an importance matrix (did you mean ones?)" in done.stderr.replace("\n", " ")

@@ -132,7 +132,7 @@ def test_variants_that_cannot_be(tmp_path: Path, reference: Model) -> None:
         ),
         (
             "imatrix_policy: siblings\n" + STUDY,
-            "study.yaml:1 imatrix_policy: 'siblings' is no policy for an importance matrix (did you mean sibling?)",
+            "study.yaml:1 imatrix_policy: 'siblings' is not a policy for an importance matrix (did you mean sibling?)",
         ),
         ("\n", "study.yaml: is empty; a study has a base and axes"),
         ("base: UD-IQ1_S\naxes: {}\n", "axes"),
@@ -209,7 +209,7 @@ def replace_scores(r: Result) -> Result:
 
 
 def test_other_files(tmp_path: Path) -> None:
-    """What is no file of results is refused as it is: nothing is written to it."""
+    """What is not a file of results is refused as it is: nothing is written to it."""
     (tmp_path / "x.db").write_bytes(b"not a database at all, but long enough to be looked at" * 30)
     with sqlite3.connect(tmp_path / "bookmarks.db") as db:
         db.execute("CREATE TABLE bookmarks (url TEXT)")
@@ -226,7 +226,7 @@ def test_other_files(tmp_path: Path) -> None:
         for read_only in (False, True):
             with pytest.raises(SourceError) as e:
                 Results(tmp_path / name, read_only)
-            assert str(e.value) == f"{tmp_path / name}: is no file of results: {why}; give another name"
+            assert str(e.value) == f"{tmp_path / name}: is not a file of results: {why}; give another name"
     assert {p: p.read_bytes() for p in tmp_path.iterdir()} == before
     with Results(tmp_path / "y.db"):
         pass
@@ -257,7 +257,7 @@ def test_reading_makes_nothing(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == [name.name]
     assert name.read_bytes() == before
     (tmp_path / "empty.db").touch()
-    with pytest.raises(SourceError, match="is no file of results: it is empty; give another name"):
+    with pytest.raises(SourceError, match="is not a file of results: it is empty; give another name"):
         Results(tmp_path / "empty.db", read_only=True)
 
 
@@ -398,7 +398,7 @@ def test_an_interrupt_tells_what_is_kept(tiny_v3: Path, tiny_imatrix: Path, tmp_
     with Results(tmp_path / "r.db", read_only=True) as results:
         n = len(list(results.of()))
     assert said.strip() == (
-        f"interrupted; r.db keeps the results of {n} variant{'s' * (n != 1)}; run the same again to go on"
+        f"interrupted; r.db keeps the results of {n} variant{'s' * (n != 1)}; run the same command again to continue"
     )
 
 

@@ -157,7 +157,7 @@ def test_not_with_a_coverage_to_reach(tiny_v3: Path, tmp_path: Path) -> None:
     with pytest.raises(ImatrixError) as e:
         making.make(tiny_v3, file, tmp_path / "x.gguf", covariance=tmp_path / "cov", target=Target(0.9, 10))
     assert str(e.value) == (
-        "a coverage to reach and a covariance cannot be had in one run: make the importance matrix first, then give "
+        "--target-coverage and --covariance do not go together: make the importance matrix first, then give "
         "--covariance with the --chunks that it took"
     )
 

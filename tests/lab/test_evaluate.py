@@ -320,8 +320,8 @@ def test_logits_file(tmp_path: Path) -> None:
     [
         (lambda raw: raw[:-2], "has 202 bytes of 204; llama-perplexity did not finish it: run it again"),
         (lambda raw: raw + b"\0", "has 205 bytes of 204"),
-        (lambda raw: b"_logitz_" + raw[8:], "is no file of llama-perplexity --save-all-logits"),
-        (lambda raw: raw[:12], "is no file of llama-perplexity --save-all-logits"),
+        (lambda raw: b"_logitz_" + raw[8:], "is not a file of llama-perplexity --save-all-logits"),
+        (lambda raw: raw[:12], "is not a file of llama-perplexity --save-all-logits"),
         (lambda raw: raw[:12] + b"\xff" * 4 + raw[16:], "says 2 chunks of 8 tokens of -1: damaged"),
     ],
 )

@@ -129,7 +129,7 @@ def test_what_is_no_importance_matrix(tiny_bf16: Path, file: Path, tmp_path: Pat
     tool = script(tmp_path / "tool", 'while [ "$1" != -o ]; do shift; done; echo GGUFnone > "$2"')
     with pytest.raises(ToolError) as e:
         drive(tool, tiny_bf16, file, tmp_path / "x.gguf")
-    assert str(e.value).startswith(f"{tool} made no sound importance matrix (")
+    assert str(e.value).startswith(f"{tool} made no usable importance matrix (")
     assert str(e.value).endswith("); is the disk full, or the model damaged?")
 
 
@@ -139,6 +139,6 @@ def test_it_wants_two_chunks(imatrix_tool: Path, tiny_bf16: Path, tmp_path: Path
     with pytest.raises(ToolError) as e:
         drive(imatrix_tool, tiny_bf16, file, tmp_path / "x.gguf")
     assert str(e.value) == (
-        f"llama-imatrix wants two chunks of text at least, {2 * CTX} tokens, and there are {n}; give a longer text, a "
+        f"llama-imatrix needs at least two chunks of text, {2 * CTX} tokens, and there are {n}; give a longer text, a "
         "smaller --ctx, or --engine native"
     )

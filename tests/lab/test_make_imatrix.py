@@ -266,7 +266,7 @@ def test_a_disk_that_fills(
     with largest_file(limit), pytest.raises(OutputError) as e:
         making.make(tiny_v3, file, out, **options)
     assert what in str(e.value)
-    assert "run the same command again: it goes on" in str(e.value)
+    assert "run the same command again: it continues" in str(e.value)
     assert "\n" not in str(e.value)
     assert not out.exists()
     making.make(tiny_v3, file, out, **options)

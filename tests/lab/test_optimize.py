@@ -315,7 +315,9 @@ def test_targets() -> None:
     assert parse_target("1.67bpw").bpw == Fraction(167, 100)
     with pytest.raises(RecipeError) as e:
         parse_target("big")
-    assert str(e.value) == ("--target big: is no size; give 131GiB, 140GB, 14517920B or bits a weight such as 1.67bpw")
+    assert str(e.value) == (
+        "--target big: is not a size; give 131GiB, 140GB, 14517920B or bits per weight such as 1.67bpw"
+    )
     with pytest.raises(RecipeError, match=r"^--fit 'two': no GPU|^--fit 'two' is not VRAM in GiB"):
         parse_fit("two")
 
@@ -356,7 +358,7 @@ def test_parts_of_a_text_do_not_overlap() -> None:
     assert parse_part("2/3") == (2, 3)
     with pytest.raises(TextError) as e:
         parse_part("4/3")
-    assert str(e.value) == "--part 4/3: is no part such as 1/3, the first of three"
+    assert str(e.value) == "--part 4/3: is not a part such as 1/3, the first of three"
 
 
 def test_a_baseline_between_two_is_interpolated_linearly_in_bytes(model: Catalogue) -> None:

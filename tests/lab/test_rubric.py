@@ -121,7 +121,7 @@ def test_the_shipped_rubric() -> None:
             "{file}: scenarios.0.driver: Input should be 'plain' or 'pygame'",
         ),
         (("ends well", "prints 42"), "{file}: checks: 'prints 42' is there twice; give each a name of its own"),
-        (("[1, 2]", "[1, 2"), "{file}: is no YAML: while parsing a flow sequence"),
+        (("[1, 2]", "[1, 2"), "{file}: is not YAML: while parsing a flow sequence"),
     ],
 )
 def test_a_rubric_that_is_none(change: tuple[str, str], says: str, tmp_path: Path) -> None:
@@ -136,7 +136,7 @@ def test_a_rubric_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(RecipeError) as e:
         load_rubric("flappy-brid")
     assert str(e.value) == (
-        "flappy-brid: is no rubric (did you mean flappy-bird?); give a .yaml file, or one of: flappy-bird"
+        "flappy-brid: is not a rubric (did you mean flappy-bird?); give a .yaml file, or one of: flappy-bird"
     )
     with pytest.raises(RecipeError) as e:
         load_rubric(str(tmp_path / "r.yaml"))

@@ -228,10 +228,10 @@ def test_a_file_comes_back_as_it_was(measured: Sensitivity, tmp_path: Path) -> N
     [
         ("{}", "is no sensitivity; make it with quantkit sensitivity"),
         ('{"quantkit_sensitivity": 1}', "is of another version of quantkit; make it with quantkit sensitivity"),
-        ("[1", "is no sensitivity, or a damaged one: "),
+        ("[1", "is not a sensitivity, or is damaged: "),
         (
             '{"quantkit_sensitivity": 2}',
-            "is no sensitivity, or a damaged one: 'model'; make it with quantkit sensitivity",
+            "is not a sensitivity, or is damaged: 'model'; make it with quantkit sensitivity",
         ),
     ],
 )

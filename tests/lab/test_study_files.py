@@ -132,7 +132,7 @@ def test_files_are_built_once(tmp_path: Path, reference: Model, tiny_imatrix: Pa
     with pytest.raises(OutputError) as e:
         StudyFiles(tmp_path / "built", one.name)
     assert str(e.value) == (
-        f"{tmp_path / 'built' / 'files.json'}: is no record of a study's files; give another folder, or remove it"
+        f"{tmp_path / 'built' / 'files.json'}: is not a record of a study's files; give another folder, or remove it"
     )
 
 

@@ -287,7 +287,8 @@ KNOWN = ", ".join(MODELS)
 def test_a_source_that_is_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, hint: str) -> None:
     monkeypatch.chdir(tmp_path)
     assert sentence(lambda: open_model(source)) == (
-        f"'{source}' is no directory, file or known model{hint}; give a checkpoint directory, a GGUF, a config.json, "
+        f"'{source}' is not a directory, file or known model{hint}; give a checkpoint directory, a GGUF, a "
+        "config.json, "
         f"or one of {KNOWN}"
     )
 

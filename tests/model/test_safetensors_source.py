@@ -148,35 +148,35 @@ EVIL_HEADERS: list[tuple[str, bytes, int, type[QuantkitError], str]] = [
         json.dumps({"": TENSOR}).encode(),
         16,
         SourceError,
-        "'' is no name for a tensor (1 to 256 printable characters)",
+        "'' is not a name for a tensor (1 to 256 printable characters)",
     ),
     (
         "name_with_newline",
         json.dumps({"a\nb": TENSOR}).encode(),
         16,
         SourceError,
-        "'a\\nb' is no name for a tensor (1 to 256 printable characters)",
+        "'a\\nb' is not a name for a tensor (1 to 256 printable characters)",
     ),
     (
         "name_with_escape",
         json.dumps({"\x1b[2J": TENSOR}).encode(),
         16,
         SourceError,
-        "'\\x1b[2J' is no name for a tensor (1 to 256 printable characters)",
+        "'\\x1b[2J' is not a name for a tensor (1 to 256 printable characters)",
     ),
     (
         "name_surrogate",
         json.dumps({"\ud800": TENSOR}).encode(),
         16,
         SourceError,
-        "'\\ud800' is no name for a tensor (1 to 256 printable characters)",
+        "'\\ud800' is not a name for a tensor (1 to 256 printable characters)",
     ),
     (
         "name_long",
         json.dumps({"n" * 257: TENSOR}).encode(),
         16,
         SourceError,
-        "'" + "n" * 79 + " is no name for a tensor (1 to 256 printable characters)",
+        "'" + "n" * 79 + " is not a name for a tensor (1 to 256 printable characters)",
     ),
     ("entry_null", b'{"a":null}', 0, SourceError, MALFORMED + "None" + AGAIN),
     ("entry_text", b'{"a":"dtype"}', 0, SourceError, MALFORMED + "'dtype'" + AGAIN),
@@ -336,14 +336,14 @@ def test_evil_header(tmp_path: Path, header: bytes, n_data: int, error: type[Qua
         pytest.param(b"\x02" + bytes(6), "7 bytes are too few for a safetensors file; download it again", id="7_bytes"),
         pytest.param(
             struct.pack("<Q", 3) + b"{}",
-            "claims a header of 3 bytes, but has 2 after the length (at most 100,000,000); it is truncated or no "
+            "claims a header of 3 bytes, but has 2 after the length (at most 100,000,000); it is truncated or not a "
             "safetensors file: download it again",
             id="header_beyond_the_file",
         ),
         pytest.param(
             b"\xff" * 8 + b"{}",
-            "claims a header of 18,446,744,073,709,551,615 bytes, but has 2 after the length (at most 100,000,000); it "
-            "is truncated or no safetensors file: download it again",
+            "claims a header of 18,446,744,073,709,551,615 bytes, but has 2 after the length (at most 100,000,000); "
+            "it is truncated or not a safetensors file: download it again",
             id="header_of_2^64",
         ),
     ],
@@ -359,8 +359,8 @@ def test_a_header_beyond_the_limit_is_not_read(tmp_path: Path) -> None:
     path.write_bytes(struct.pack("<Q", MAX_HEADER + 1))
     os.truncate(path, 10 * MAX_HEADER)  # sparse: the claim is true
     assert sentence(lambda: read_shard(path)) == (
-        f"{path}: claims a header of 100,000,001 bytes, but has 999,999,992 after the length (at most 100,000,000); it "
-        "is truncated or no safetensors file: download it again"
+        f"{path}: claims a header of 100,000,001 bytes, but has 999,999,992 after the length (at most 100,000,000); "
+        "it is truncated or not a safetensors file: download it again"
     )
 
 
@@ -580,12 +580,12 @@ BAD_INDEX: list[tuple[str, Any, str]] = [
     (
         "tensor_name_with_newline",
         {"weight_map": {"w\n": "a.safetensors"}},
-        "'w\\n' is no name for a tensor (1 to 256 printable characters)",
+        "'w\\n' is not a name for a tensor (1 to 256 printable characters)",
     ),
-    ("file_empty", {"weight_map": {"w": ""}}, "weight_map names '', which is no file name"),
-    ("file_null", {"weight_map": {"w": "a\0b"}}, "weight_map names 'a\\x00b', which is no file name"),
-    ("file_surrogate", {"weight_map": {"w": "\udcff"}}, "weight_map names '\\udcff', which is no file name"),
-    ("file_long", {"weight_map": {"w": "x" * 257}}, f"weight_map names '{'x' * 79}, which is no file name"),
+    ("file_empty", {"weight_map": {"w": ""}}, "weight_map names '', which is not a file name"),
+    ("file_null", {"weight_map": {"w": "a\0b"}}, "weight_map names 'a\\x00b', which is not a file name"),
+    ("file_surrogate", {"weight_map": {"w": "\udcff"}}, "weight_map names '\\udcff', which is not a file name"),
+    ("file_long", {"weight_map": {"w": "x" * 257}}, f"weight_map names '{'x' * 79}, which is not a file name"),
     (
         "file_above",
         {"weight_map": {"w": "../a.safetensors"}},

@@ -145,7 +145,7 @@ def test_names_mean_what_they_mean_to_llama_quantize(tools: Tools, tmp_path: Pat
 
 def test_names_that_are_no_mixtures() -> None:
     for name, says in (
-        ("COPY", "'COPY' is no recipe: llama-quantize's COPY quantizes nothing; copy the file itself"),
+        ("COPY", "'COPY' is not a recipe: llama-quantize's COPY quantizes nothing; copy the file itself"),
         ("999", "no shipped recipe is called '999'; `quantkit recipe list` shows them; "),
         ("Q4_K_X", "no shipped recipe is called 'Q4_K_X' (did you mean Q4_K_S?); "),
     ):

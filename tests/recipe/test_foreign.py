@@ -95,7 +95,8 @@ def test_layers_as_people_write_them(written: str, layers: list[int]) -> None:
 
 A_LIST = "a list of layers is of numbers, such as [3, 5] or [3-5, 9]; a slice stands alone: moe[:6]"
 NO_CHOICE = (
-    "is no choice of layers; write numbers, such as 3-12 or [3, 5], or a list of layers with a Python slice, such as "
+    "is not a choice of layers; write numbers, such as 3-12 or [3, 5], or a list of layers with a Python slice, such "
+    "as "
     "moe, moe[:6] or all[-1]"
 )
 WRONG_LAYERS = {

@@ -279,7 +279,7 @@ def test_figures_as_files(quantkit: Run, tmp_path: Path) -> None:
     assert not (tmp_path / "r.html").exists()
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "f").iterdir()} == before
     done = quantkit("report", scores, "-o", "r.html", "--figures", "e.json", cwd=tmp_path)
-    says = "error: e.json: is no directory; give another name for the figures\n"
+    says = "error: e.json: is not a directory; give another name for the figures\n"
     assert (done.returncode, done.stderr) == (7, says)
 
 
@@ -326,7 +326,7 @@ def test_files_of_other_kinds(quantkit: Run, tmp_path: Path) -> None:
     assert said == f"d.txt: {none} (Expecting value: line 1 column 1 (char 0)); {NO}"
     assert refused(tmp_path, "e.bin") == f"e.bin: {none}; {NO}"
     assert refused(tmp_path, "f.db") == (
-        "f.db: is no file of results: it holds other tables than results; give another name"
+        "f.db: is not a file of results: it holds other tables than results; give another name"
     )
 
 
@@ -337,7 +337,7 @@ def test_a_model_needs_a_recipe_and_a_recipe_a_model(plan_json: Path, quantkit: 
     assert said == ("--recipe needs a model to plan: its name, config.json, checkpoint, or one GGUF")
     said = refused(tmp_path, plan_json, "--fit", "80x")
     assert said.startswith("--fit ")
-    assert "is no directory, file or known model" in refused(tmp_path, "nothing.gguf")
+    assert "is not a directory, file or known model" in refused(tmp_path, "nothing.gguf")
 
 
 @pytest.mark.parametrize(
@@ -348,7 +348,7 @@ def test_a_model_needs_a_recipe_and_a_recipe_a_model(plan_json: Path, quantkit: 
         (lambda x: x["tensors"][0].update(bytes="7"), "the tensor 'output.weight' has no sizes"),
         (lambda x: x["tensors"][0].update(bytes=-7), "the tensor 'output.weight' has no sizes"),
         (lambda x: x["tensors"][0].update(type=None), "the tensor 'output.weight' has no type or role"),
-        (lambda x: x["totals"].update(bpw=float("inf")), "inf is no finite number"),
+        (lambda x: x["totals"].update(bpw=float("inf")), "inf is not a finite number"),
         (lambda x: x.update(warnings=3), "'int' object is not iterable"),
     ],
 )  # fmt: skip

@@ -105,7 +105,7 @@ def test_a_model_that_ends_every_text(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedError) as e:
         make_chunks(by_bytes(add_eos_token=True), [put(tmp_path / "t.txt", "abcdefg")], 2)
     assert str(e.value) == (
-        "bytes: wants the end-of-text token after every text (tokenizer.ggml.add_eos_token), and llama-imatrix and "
+        "bytes: needs the end-of-text token after every text (tokenizer.ggml.add_eos_token), and llama-imatrix and "
         "llama-perplexity do not run with such a model"
     )
 

@@ -74,21 +74,21 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d\nsize 12\n
         ("f.jsonl", b"\n\n", "{}: has 0 bytes of text; give a longer one"),
         (
             "f.txt", "Größe".encode("latin-1"),
-            "{}: is not UTF-8: byte 0xF6 at 2 (invalid start byte); make UTF-8 of it, for example: iconv -f LATIN1 "
+            "{}: is not UTF-8: byte 0xF6 at 2 (invalid start byte); convert it, for example: iconv -f LATIN1 "
             "-t UTF-8",
         ),
         (
             "f.txt", b"ab\xe4\xb8",
-            "{}: is not UTF-8: byte 0xE4 at 2 (unexpected end of data); make UTF-8 of it, for example: iconv -f LATIN1 "
+            "{}: is not UTF-8: byte 0xE4 at 2 (unexpected end of data); convert it, for example: iconv -f LATIN1 "
             "-t UTF-8",
         ),
         (
             "f.txt", "é".encode("utf-16"),
-            "{}: is UTF-16, by its first bytes 0xFFFE; make UTF-8 of it: iconv -f UTF-16 -t UTF-8",
+            "{}: is UTF-16, by its first bytes 0xFFFE; convert it: iconv -f UTF-16 -t UTF-8",
         ),
         (
             "f.txt", "ab".encode("utf-16-le"),
-            "{}: is no text: byte 0x00 at 1, as binary files and UTF-16 have it; give a UTF-8 text",
+            "{}: is not text: byte 0x00 at 1, as binary files and UTF-16 have it; give a UTF-8 text",
         ),
         (
             "f.txt", POINTER,
@@ -108,12 +108,12 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d\nsize 12\n
         ),
         (
             "f.jsonl", b'\n{"text": "a"',
-            "{}:2: is no JSON: Expecting ',' delimiter: line 1 column 13 (char 12); each line of a .jsonl file is one "
+            "{}:2: is not JSON: Expecting ',' delimiter: line 1 column 13 (char 12); each line of a .jsonl file is one "
             "object",
         ),
         (
             "f.jsonl", b"[" * 100_000,
-            "{}:1: is no JSON: maximum recursion depth exceeded while decoding a JSON array from a unicode string; "
+            "{}:1: is not JSON: maximum recursion depth exceeded while decoding a JSON array from a unicode string; "
             "each line of a .jsonl file is one object",
         ),
         ("f.jsonl", b"[1]", "{}:1: is a JSON list, not an object; each line of a .jsonl file is one"),
@@ -181,10 +181,10 @@ def test_chats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("name", "data", "says"),
     [
-        ("f.txt", "{}", "{}: is no .jsonl file; --chat reads lines of JSON, each with `messages`"),
+        ("f.txt", "{}", "{}: is not a .jsonl file; --chat reads lines of JSON, each with `messages`"),
         ("f.jsonl", "\n", "{}: has 0 conversations; give a file with some"),
-        ("f.jsonl", '{"text": "a"}', "{}:1: has no `messages` that is a list of objects, as --chat wants them"),
-        ("f.jsonl", '{"messages": ["a"]}', "{}:1: has no `messages` that is a list of objects, as --chat wants them"),
+        ("f.jsonl", '{"text": "a"}', "{}:1: has no `messages` that is a list of objects, as --chat needs them"),
+        ("f.jsonl", '{"messages": ["a"]}', "{}:1: has no `messages` that is a list of objects, as --chat needs them"),
         ("f.jsonl", '{"messages": [{}], "tools": 1}', "{}:1: `tools` is no list"),
         (
             "f.jsonl", '{"messages": [{"role": "\\udc00"}]}',

@@ -269,7 +269,7 @@ def test_what_is_rebuilt_is_known_to_llama_cpp() -> None:
         ([], SourceError, "m: has no tokenizer; give a GGUF with one, or the checkpoint"),
         (
             changed([], model="bert", tokens=["a"]), UnsupportedError,
-            "m: its tokenizer is of the kind 'bert' (tokenizer.ggml.model); text is made into tokens for 'gpt2' "
+            "m: its tokenizer is of the kind 'bert' (tokenizer.ggml.model); quantkit tokenizes for 'gpt2' "
             "(byte-level BPE) and 'llama' (SentencePiece)",
         ),
         (
@@ -309,8 +309,8 @@ def test_what_is_rebuilt_is_known_to_llama_cpp() -> None:
         ),
         (
             [kv("general.name", STRING, "Phi-3 mini"), *made(["a"], [])], UnsupportedError,
-            "m: is called 'phi-3 mini', for which llama.cpp strips white space beside special tokens; text is not made "
-            "into tokens for such models",
+            "m: is called 'phi-3 mini', for which llama.cpp strips white space beside special tokens; quantkit does "
+            "not tokenize for such models",
         ),
     ],
 )  # fmt: skip

@@ -159,7 +159,7 @@ def test_other_sources_than_the_attested_are_no_damage(
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda v: v.update(_type="x"), "is no in-toto statement of a build"),
+        (lambda v: v.update(_type="x"), "is not an in-toto statement of a build"),
         (lambda v: v["predicate"]["buildDefinition"].update(buildType="x"), "attests another kind of build"),
         (lambda v: v.update(subject=[]), "attests no file"),
         (lambda v: v["predicate"].clear(), "malformed at 'buildDefinition'"),
@@ -339,7 +339,7 @@ def test_an_option_that_contradicts_the_attestation_is_refused(
     done = quantkit("verify", sound, "--attestation", file, "-q", option, value)
     assert done.returncode == 2
     assert done.stderr.endswith(
-        f"Error: {option} {value} contradicts the attestation, by which the build had {was}; leave it away, or verify "
+        f"Error: {option} {value} contradicts the attestation, by which the build had {was}; leave it out, or verify "
         "without --attestation\n"
     )
     if was != "none":  # said again as it was
@@ -361,7 +361,7 @@ def test_what_is_said_explicitly_without_an_attestation_wins(quantkit: Run, tiny
         (("-r", "Q4_K_M"), 2, "--recipe needs --source"),
         (("--sample", "1%"), 2, "--sample needs --source"),
         (("--set", "down=Q2_K"), 2, "--set needs --recipe"),
-        (("-s", "deepseek-r1", "--sample", "half"), 2, "'half' is no sample such as 1%"),
+        (("-s", "deepseek-r1", "--sample", "half"), 2, "'half' is not a sample such as 1%"),
         (("-s", "deepseek-r1", "--sample", "1%"), 4, "rows can only be compared with weights"),
         (("--hash-source",), 2, "--hash-source needs --attestation"),
         (("--manifest", "nowhere.json"), 4, "nowhere.json: cannot be read"),

@@ -147,7 +147,7 @@ def test_nothing_is_built_from_types_of_ik_llama_cpp(quantkit: Run, bf16: Path, 
     assert (cloned.returncode, cloned.stderr) == (
         5,
         f"error: {path}: is quantized to types that only ik_llama.cpp has (IQ4_KS in 1 tensor), which no recipe can "
-        "ask for; `quantkit inspect --all` lists them, to write a recipe with types of like size by hand\n",
+        "ask for; `quantkit inspect --all` lists them, to write a recipe with types of similar size by hand\n",
     )
     assert quantkit("fit", path, "--vram", "24").returncode == 0
 

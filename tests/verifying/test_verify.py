@@ -290,7 +290,7 @@ def test_samples_are_read() -> None:
     assert parse_sample("500").of(1000) == 0.5
     assert parse_sample("500 rows").of(100) == 1
     for wrong in ("", "0%", "101%", "-1", "1.5", "some", "%", "0"):
-        with pytest.raises(ValueError, match="is no sample such as"):
+        with pytest.raises(ValueError, match="is not a sample such as"):
             parse_sample(wrong)
 
 
@@ -369,5 +369,5 @@ def test_every_prefix_of_a_header_is_a_finding(sound: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize("raw", [b"", b"[]", b"{}", b'{"tensors": []}', b'{"tensors": [{"name": 1}]}'])
 def test_what_is_no_plan_is_refused(raw: bytes, tmp_path: Path) -> None:
     (tmp_path / "p.json").write_bytes(raw)
-    with pytest.raises(SourceError, match=r"is no plan|the plan has no tensors"):
+    with pytest.raises(SourceError, match=r"is not a plan|the plan has no tensors"):
         read_plan(tmp_path / "p.json")

@@ -143,15 +143,15 @@ def test_another_covariance_is_named(world: World, tiny_v3: Path, tmp_path: Path
     code, lines = world.verify("-r", world.recipe, "--covariance", other)
     assert (code, lines) == (4, [
         f"error: {other}: is not the covariance that the file was rounded by, but another: the file says "
-        f"{world.digest[:12]}, its digest is {Covariances(other).digest[:12]}; give that one, or leave --covariance "
-        "away and compare the other tensors"
+        f"{world.digest[:12]}, its digest is {Covariances(other).digest[:12]}; give that one, or leave out "
+        "--covariance and compare the other tensors"
     ])  # fmt: skip
     shutil.copytree(world.covariance, tmp_path / "cov")
     shutil.copytree(other, tmp_path / "cov" / "held-out")
     code, lines = world.verify("--covariance", tmp_path / "cov")
     assert (code, lines) == (4, [
         f"error: {tmp_path / 'cov'}: is not the held-out covariance that the file was rounded by, but another: the "
-        f"file says none, its digest is {Covariances(other).digest[:12]}; give that one, or leave --covariance away "
+        f"file says none, its digest is {Covariances(other).digest[:12]}; give that one, or leave out --covariance "
         "and compare the other tensors"
     ])  # fmt: skip
 
@@ -233,7 +233,7 @@ def test_an_attestation_has_the_covariance(world: World, tiny_v3: Path, tmp_path
     assert code == 2
     assert lines[-1] == (
         "Error: --rounding coarse contradicts the attestation, by which the build had --rounding feedback; leave it "
-        "away, or verify without --attestation"
+        "out, or verify without --attestation"
     )
 
 

@@ -41,7 +41,7 @@ class Deepseek2:
         self.value = hp.int_("attention.value_length_mla" if self.mla else "attention.value_length")
         self.nope = self.key - n_rot
         if self.nope < 1:
-            raise SourceError(f"{hp.model}: keys of {self.key} values cannot have {n_rot} turned ones")
+            raise SourceError(f"{hp.model}: keys of {self.key} values cannot have {n_rot} rotated ones")
         self.lora = 0
         if "blk.0.attn_q_a.weight" in names:
             self.lora = hp.int_("attention.q_lora_rank")

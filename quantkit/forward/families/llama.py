@@ -35,7 +35,7 @@ class Llama:
         if self.n_heads % self.n_kv_heads or {n_rot, n_value} != {self.head}:
             raise UnsupportedError(
                 f"{hp.model}: {self.n_heads:,} heads on {self.n_kv_heads:,} with keys of {self.head:,} values, of "
-                f"which {n_rot:,} are turned, and values of {n_value:,} cannot be computed"
+                f"which {n_rot:,} are rotated, and values of {n_value:,} cannot be computed"
             )
         self.widest = 4 * self.n_embd + 3 * self.n_ff + 3 * self.n_heads * self.head
         self.rope = read_rope(hp, self.head, self.neox)

@@ -260,7 +260,7 @@ def read_sensitivity(path: Path) -> Sensitivity:
         raise SourceError(f"{path}: cannot be read: {e.strerror or e}") from None
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise SourceError(
-            f"{path}: is no sensitivity, or a damaged one: {e}; make it with quantkit sensitivity"
+            f"{path}: is not a sensitivity, or is damaged: {e}; make it with quantkit sensitivity"
         ) from None
 
 

@@ -112,14 +112,16 @@ def parse_target(text: str) -> Target:
     given = text.strip()
     if m := _BPW.fullmatch(given):
         if not 0 < Fraction(m[1]) <= 32:
-            raise RecipeError(f"--target {text}: no file has so many bits a weight; give 1 to 16, such as 1.67bpw")
+            raise RecipeError(f"--target {text}: no file has so many bits per weight; give 1 to 16, such as 1.67bpw")
         return Target(given, bpw=Fraction(m[1]))
     if m := _SIZE.fullmatch(given):
         base = 1024 if m[3] else 1000
         nbytes = Fraction(m[1]) * base ** _POWERS[(m[2] or "").upper()]
         if nbytes >= 1:
             return Target(given, nbytes=int(nbytes))
-    raise RecipeError(f"--target {text}: is no size; give 131GiB, 140GB, 14517920B or bits a weight such as 1.67bpw")
+    raise RecipeError(
+        f"--target {text}: is not a size; give 131GiB, 140GB, 14517920B or bits per weight such as 1.67bpw"
+    )
 
 
 def parse_fit(text: str, reserve: int = GIB, context: int = 8192, cache_type: str = "f16") -> Target:

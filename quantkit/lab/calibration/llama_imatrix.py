@@ -70,7 +70,7 @@ def make_with_tool(
         raise SourceError(f"{catalogue.model}: there are no weights here, only a config; give the checkpoint or a GGUF")
     if chunks.n_tokens < 2 * chunks.n_ctx:
         raise ToolError(
-            f"llama-imatrix wants two chunks of text at least, {2 * chunks.n_ctx:,} tokens, and there are "
+            f"llama-imatrix needs at least two chunks of text, {2 * chunks.n_ctx:,} tokens, and there are "
             f"{chunks.n_tokens:,}; give a longer text, a smaller --ctx, or --engine native"
         )
     check_name(out)
@@ -208,7 +208,7 @@ def _check_run(made: Path, stop: int, options: ToolOptions) -> None:
         found.check()
     except ImatrixError as e:
         raise ToolError(
-            f"{options.binary} made no sound importance matrix ({e}); is the disk full, or the model damaged?"
+            f"{options.binary} made no usable importance matrix ({e}); is the disk full, or the model damaged?"
         ) from None
     if found.n_chunks != stop:
         raise ToolError(

@@ -138,7 +138,7 @@ def check_target(catalogue: Catalogue, options: MakeOptions) -> None:
     """Raise ImatrixError for a coverage to reach where there can be none."""
     if options.target is not None and options.covariance is not None:
         raise ImatrixError(
-            "a coverage to reach and a covariance cannot be had in one run: make the importance matrix first, then "
+            "--target-coverage and --covariance do not go together: make the importance matrix first, then "
             "give --covariance with the --chunks that it took"
         )
     if options.target is not None and not catalogue.moe_layers:

@@ -71,7 +71,7 @@ def _raising(out: Path) -> Iterator[None]:
     try:
         yield
     except OSError as e:
-        raise OutputError(f"{folder_of(out)}: {e.strerror or e}; mend that, and run the same command again") from None
+        raise OutputError(f"{folder_of(out)}: {e.strerror or e}; fix that, and run the same command again") from None
 
 
 def make_folder(path: Path) -> Path:

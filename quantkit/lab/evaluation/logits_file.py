@@ -30,7 +30,7 @@ class LogitsFile:
             with path.open("rb") as f:
                 head = f.read(_HEAD)
                 if len(head) < _HEAD or head[:8] != _MAGIC:
-                    raise SourceError(f"{path}: is no file of llama-perplexity --save-all-logits")
+                    raise SourceError(f"{path}: is not a file of llama-perplexity --save-all-logits")
                 self.n_ctx, self.n_vocab, self.n_chunks = (int(n) for n in np.frombuffer(head, "<i4", 3, 8))
                 if not (2 <= self.n_ctx <= _MOST and 1 <= self.n_vocab <= _MOST and 1 <= self.n_chunks <= _MOST):
                     raise SourceError(

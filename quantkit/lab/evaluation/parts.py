@@ -32,5 +32,5 @@ def parse_part(text: str) -> tuple[int, int]:
     """1/3 as (1, 3). Raises TextError."""
     m = _PART.fullmatch(text.strip())
     if m is None or not 1 <= int(m[1]) <= int(m[2]):
-        raise TextError(f"--part {text}: is no part such as 1/3, the first of three")
+        raise TextError(f"--part {text}: is not a part such as 1/3, the first of three")
     return int(m[1]), int(m[2])

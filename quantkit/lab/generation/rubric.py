@@ -146,14 +146,15 @@ def load_rubric(name: str) -> Rubric:
         path = _SHIPPED / f"{name}.yaml"
     elif path.suffix not in (".yaml", ".yml"):
         raise RecipeError(
-            f"{name}: is no rubric{did_you_mean(name, shipped())}; give a .yaml file, or one of: {', '.join(shipped())}"
+            f"{name}: is not a rubric{did_you_mean(name, shipped())}; give a .yaml file, or one of: "
+            f"{', '.join(shipped())}"
         )
     try:
         found = yaml.safe_load(path.read_text("utf-8"))
     except OSError as e:
         raise RecipeError(f"{name}: cannot be read: {e.strerror or e}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as e:
-        raise RecipeError(f"{name}: is no YAML: {' '.join(str(e).split())[:300]}") from None
+        raise RecipeError(f"{name}: is not YAML: {' '.join(str(e).split())[:300]}") from None
     try:
         made = Rubric.model_validate(found)
     except ValidationError as e:

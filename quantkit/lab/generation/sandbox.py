@@ -110,8 +110,8 @@ def _head(path: Path) -> str:
 
 
 def left_by(path: Path, most: int) -> bytes | None:
-    """What a program left in a file, at most so many bytes; None where that is no regular file: a link could lead out
-    of its folder, and a pipe has no end."""
+    """What a program left in a file, at most so many bytes; None where that is not a regular file: a link could lead
+    out of its folder, and a pipe has no end."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:

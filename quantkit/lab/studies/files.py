@@ -63,7 +63,9 @@ class StudyFiles:
         except OSError as e:
             raise OutputError(f"{self.folder}: no files can be built there: {e.strerror or e}") from None
         except (ValueError, KeyError, TypeError):
-            raise OutputError(f"{path}: is no record of a study's files; give another folder, or remove it") from None
+            raise OutputError(
+                f"{path}: is not a record of a study's files; give another folder, or remove it"
+            ) from None
 
     def path_of(self, variant: str) -> Path:
         """Where a variant's file is: names that differ only in what no file's name should have are told apart by a

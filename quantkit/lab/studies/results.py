@@ -72,12 +72,12 @@ class Results(AbstractContextManager["Results"]):
 
     def _close(self, why: str) -> NoReturn:
         self._db.close()
-        raise SourceError(f"{self.path}: is no file of results: it {why}; give another name")
+        raise SourceError(f"{self.path}: is not a file of results: it {why}; give another name")
 
     def _fail(self, e: sqlite3.DatabaseError) -> NoReturn:
         if isinstance(e, sqlite3.OperationalError) and not str(e).startswith("no such column"):
             raise OutputError(f"{self.path}: results cannot be kept or read: {e}") from None
-        raise SourceError(f"{self.path}: is no file of results: {e}; give another name") from None
+        raise SourceError(f"{self.path}: is not a file of results: {e}; give another name") from None
 
     def __exit__(self, *_: object) -> None:
         self._db.close()

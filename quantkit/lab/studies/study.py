@@ -168,7 +168,7 @@ def load_study(path: Path) -> Study:
         why = "it is not UTF-8 text" if isinstance(e, UnicodeDecodeError) else e.strerror or e
         raise RecipeError(f"{path}: cannot be read: {why}") from None
     if text is None:
-        raise RecipeError(f"{path}: has more than {_MOST_TEXT:,} bytes; it is no study")
+        raise RecipeError(f"{path}: has more than {_MOST_TEXT:,} bytes; it is not a study")
     if not text.strip():
         raise RecipeError(f"{path}: is empty; a study has a base and axes")
     return parse_study(text, path.stem, path.parent, str(path))

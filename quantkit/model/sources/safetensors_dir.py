@@ -193,7 +193,7 @@ def _indexed(path: Path) -> dict[str, SourceTensor]:
     for file in shards:
         pure = PurePosixPath(file)
         if not file.isprintable() or not 0 < len(file) <= MAX_NAME:
-            raise SourceError(f"{index}: weight_map names {file!r:.80}, which is no file name")
+            raise SourceError(f"{index}: weight_map names {file!r:.80}, which is not a file name")
         if pure.is_absolute() or ".." in pure.parts or "\\" in file:
             raise SourceError(f"{index}: weight_map names '{file}', which is outside the checkpoint directory")
     tensors: dict[str, SourceTensor] = {}
@@ -246,7 +246,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _check_name(file: Path, name: str) -> None:
     if not name.isprintable() or not 0 < len(name) <= MAX_NAME:
-        raise SourceError(f"{file}: {name!r:.80} is no name for a tensor (1 to {MAX_NAME} printable characters)")
+        raise SourceError(f"{file}: {name!r:.80} is not a name for a tensor (1 to {MAX_NAME} printable characters)")
 
 
 def read_shard(path: Path) -> dict[str, SourceTensor]:
@@ -264,7 +264,7 @@ def read_shard(path: Path) -> dict[str, SourceTensor]:
             if n > min(size - 8, MAX_HEADER):
                 raise SourceError(
                     f"{path}: claims a header of {n:,} bytes, but has {size - 8:,} after the length "
-                    f"(at most {MAX_HEADER:,}); it is truncated or no safetensors file: download it again"
+                    f"(at most {MAX_HEADER:,}); it is truncated or not a safetensors file: download it again"
                 )
             raw = f.read(n)
     except OSError as e:
