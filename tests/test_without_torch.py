@@ -21,7 +21,7 @@ from packaging.utils import canonicalize_name
 from safetensors.torch import load_file
 
 from quantkit.cli import cli
-from quantkit.cli.doctor import LAB, REQUIRED
+from quantkit.cli.doctor import LAB, PICTURES, REQUIRED
 from quantkit.model import demo
 
 ROOT = Path(__file__).parent.parent
@@ -113,6 +113,7 @@ def test_the_base_brings_no_torch_and_no_cuda() -> None:
 def test_the_extras_bring_it() -> None:
     extras = project()["optional-dependencies"]
     assert {Requirement(r).name for r in extras["lab"]} == set(LAB)
+    assert {Requirement(r).name for r in extras["pictures"]} == set(PICTURES)
     assert "torch" in heavy({Requirement(r).name for r in extras["test"]})
 
 

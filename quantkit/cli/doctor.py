@@ -29,6 +29,9 @@ REQUIRED = (
 #: those of the extra `lab`, and what needs them
 LAB = {"torch": "imatrix make, dequant --device cuda, convert_hf_to_gguf.py", "scipy": "", "jinja2": "--chat"}
 INSTALL_LAB = "pip install 'quantkit[lab]'"
+#: those of the extra `pictures`
+PICTURES = {"altair": "report, --figure", "squarify": "report", "vl-convert-python": "report, --figure"}
+INSTALL_PICTURES = "pip install 'quantkit[pictures]'"
 CPU_FEATURES = ("avx2", "avx512f", "f16c", "fma", "neon")
 
 _GIB = 2**30
@@ -68,13 +71,16 @@ def examine() -> dict[str, Any]:
     def problem(severity: str, what: str, fix: str) -> None:
         problems.append({"severity": severity, "what": what, "fix": fix})
 
-    packages = {name: _installed_version(name) for name in (*REQUIRED, *LAB)}
+    packages = {name: _installed_version(name) for name in (*REQUIRED, *LAB, *PICTURES)}
     for name in REQUIRED:
         if packages[name] is None:
             problem("error", f"{name} is not installed", f"pip install {name}")
-    lab_lacks = [f"{name} ({use})" if use else name for name, use in LAB.items() if packages[name] is None]
-    if lab_lacks:
-        problem("warning", f"the extra lab lacks {' and '.join(lab_lacks)}", INSTALL_LAB)
+    extras = {}
+    for extra, uses, install in (("lab", LAB, INSTALL_LAB), ("pictures", PICTURES, INSTALL_PICTURES)):
+        lacks = [f"{name} ({use})" if use else name for name, use in uses.items() if packages[name] is None]
+        extras[extra] = not lacks
+        if lacks:
+            problem("warning", f"the extra {extra} lacks {' and '.join(lacks)}", install)
 
     kernels, ggml = _kernels(problem)
     tools = describe()
@@ -93,7 +99,7 @@ def examine() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": packages,
-        "extras": {"lab": not lab_lacks},
+        "extras": extras,
         "ggml": ggml,
         "toolchain": tools,
         "cpu": {
@@ -217,7 +223,9 @@ def _lines(found: dict[str, Any]) -> list[str]:
 
     lines = [f"quantkit {found['quantkit']}, Python {found['python']}, {found['platform']}"]
     packages = [(name, version or "not installed") for name, version in found["packages"].items()]
-    packages.append(("extra lab", "complete" if found["extras"]["lab"] else "not complete"))
+    packages += [
+        (f"extra {extra}", "complete" if whole else "not complete") for extra, whole in found["extras"].items()
+    ]
     packages.append(("ggml of the wheel", found["ggml"]["version"] or "not found"))
     features, memory = found["cpu"]["features"], found["memory"]
     machine = [
