@@ -128,7 +128,6 @@ def test_results_as_frames(model: Catalogue, words: Path, tmp_path: Path, monkey
         m.setitem(sys.modules, "pandas", None)
         with pytest.raises(ToolError, match=r"^pandas is not installed; run: pip install pandas$"):
             found.to_frame()
-    pytest.importorskip("pandas")
     assert list(found.to_frame()["mean_kld"]) == [found.candidates[0].mean_kld]
     study = qk.Study("base: Q8_0\naxes: {out: {match: output.weight, types: [Q4_K]}}\n")
     rows = study.run(model, words, tmp_path / "r.db", n_ctx=64, n_chunks=1).to_frame()
