@@ -286,6 +286,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.keep or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
         todo: list[tuple[tuple[str, Catalogue, Imatrix, Path], dict[str, float | None]]] = []
         if args.judge is not None and str(args.judge) != "-":
             wanted: dict[str, float | None] = {"UD-IQ1_S": 0.75, "UD-IQ2_XXS": 0.75, "UD-Q2_K_XL": 0.75}
