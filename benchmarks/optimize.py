@@ -134,12 +134,13 @@ def optimized(
     return made
 
 
-def rows_of(model: Model, recipe: str, wanted: float | None, n_choose: int, refine: int) -> Iterator[Row]:
+def rows_of(model: Model, recipe: str, wanted: float | None, given: argparse.Namespace) -> Iterator[Row]:
     catalogue, imatrix = model.catalogue, model.imatrix
     ud = qk.plan(catalogue, recipe, imatrix)
     target = file_bytes(ud, imatrix)
-    choose = part(model.chunks, 2, 3, n_choose)
-    best = optimized(model, target, f"{model.name}-{recipe}-bytes", Constraints(), refine, choose)
+    choose = part(model.chunks, 2, 3, given.choose_chunks)
+    free = Constraints(per_tensor=given.per_tensor)
+    best = optimized(model, target, f"{model.name}-{recipe}-bytes", free, given.refine, choose)
     run = Optimizer(catalogue, model.known, parse_target(f"{target}B"), imatrix, OptimizeOptions())
     yield Row("optimized", recipe, best.plan, best.predicted, recipe, wanted)
     names = [t.name for t in catalogue.tensors if t.name in ("token_embd.weight", "output.weight")]
@@ -268,6 +269,7 @@ def main() -> None:
     parser.add_argument("--chunks", type=int, default=16, help="to report on")
     parser.add_argument("--bands", type=int, default=5, help="of depth: these models have 5 and 6 layers")
     parser.add_argument("--refine", type=int, default=6)
+    parser.add_argument("--per-tensor", action="store_true", help="tensors of a group may differ")
     parser.add_argument("--keep", type=Path, help="a folder for sensitivities and recipes; a second run goes on there")
     parser.add_argument("--confirm", action="store_true", help="build files and measure them with llama-perplexity")
     parser.add_argument("--gguf", type=Path, help="a GGUF, to be compared with stock mixtures")
@@ -300,11 +302,7 @@ def main() -> None:
         for given, at in todo:
             try:
                 model = prepare(given, args.probe_chunks, args.bands, folder / f"{given[0]}.json")
-                rows = [
-                    r
-                    for recipe, least in at.items()
-                    for r in rows_of(model, recipe, least, args.choose_chunks, args.refine)
-                ]
+                rows = [r for recipe, least in at.items() for r in rows_of(model, recipe, least, args)]
                 for r in rows:
                     if args.keep and r.what.startswith("optimized"):
                         (folder / f"{r.plan.recipe.name}.yaml").write_text(r.plan.recipe.text)

@@ -25,7 +25,7 @@ from .options import (
     threads_option,
     together,
 )
-from .text_options import chunk_options, optional_text_options, print_notes, read_chunks
+from .text_options import check_countable, chunk_options, optional_text_options, print_notes, read_chunks
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -251,6 +251,7 @@ def _print_estimate(study: Study, every: Sequence[Variant], catalogue: Catalogue
     n_ctx, n_chunks = given["n_ctx"], given["n_chunks"]
     n_tokens = given["text_tokens"]
     if n_tokens is None:
+        check_countable(catalogue)
         n_tokens = read_chunks(
             catalogue, given["texts"], n_ctx, n_chunks, given["chat"], given["parse_special"]
         ).tokens.size  # fmt: skip
@@ -261,8 +262,8 @@ def _print_estimate(study: Study, every: Sequence[Variant], catalogue: Catalogue
     work = lab.study_work(study, every, catalogue, text, given["memory"], given["at_a_time"] or 0)
     tflops, rate = given["gpu_tflops"], given["disk"]
     disk, how = (float(rate.nbytes), "given") if rate is not None else read_rate(catalogue)
-    rates = Rates(tflops * 1e12 if tflops else measured_flop(), disk, measured_decode(fp8))
     threads = given["threads"] or default_threads()
+    rates = Rates(tflops * 1e12 if tflops else measured_flop(threads), disk, measured_decode(fp8))
     quantize = lab.measured_quantize(sorted(work.quantized))
     times = lab.study_times(work, rates, quantize, threads)
     if given["as_json"]:

@@ -121,7 +121,7 @@ def print_estimate(source: str, model: Catalogue, n_tokens: int, given: Mapping[
     tflops, rate = given["gpu_tflops"], next((d for d in given["disks"] if isinstance(d, Rate)), None)
     disk, how = (float(rate.nbytes), "given") if rate is not None else read_rate(model)
     n_threads = given["threads"] or default_threads()
-    rates = Rates(tflops * 1e12 if tflops else measured_flop(), disk, n_threads * measured_decode(fp8))
+    rates = Rates(tflops * 1e12 if tflops else measured_flop(n_threads), disk, n_threads * measured_decode(fp8))
     times = times_of(work, rates)
     if given["as_json"]:
         values = {**asdict(work), "flop": work.flop, "rates": asdict(rates), "seconds": asdict(times)}

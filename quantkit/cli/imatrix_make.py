@@ -21,7 +21,7 @@ from .options import (
     ready_kernels,
     together,
 )
-from .text_options import chunk_options, optional_text_options, print_notes
+from .text_options import check_countable, chunk_options, optional_text_options, print_notes
 
 if TYPE_CHECKING:
     from quantkit.lab.calibration.make_imatrix import MakeOptions
@@ -145,6 +145,8 @@ def make(source: str, pre: str | None, quiet: bool, **_: Any) -> None:
     _check_usage(ctx, given)
     if given.estimate:
         model = open_model(source, conversion("k_b+v_b", pre, None))
+        if given.text_tokens is None:
+            check_countable(model)
         n_tokens = given.text_tokens or _chunks(model, given, quiet).tokens.size
         print_estimate(source, model, n_tokens, ctx.params)
         return

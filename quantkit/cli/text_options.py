@@ -52,6 +52,12 @@ chunk_options = together(
 )  # fmt: skip
 
 
+def check_countable(model: Catalogue) -> None:
+    """Raise UsageError for a model without a tokenizer, whose --estimate cannot count a --text."""
+    if model.source is None and not model.kvs_complete:
+        raise click.UsageError(f"{model.model} has no tokenizer here to count a --text; give --text-tokens instead")
+
+
 def choosing_options(of_text: str) -> Callable[[F], F]:
     """Texts to choose and to report on, and how they are cut. `of_text`: what becomes of --text."""
     return together(

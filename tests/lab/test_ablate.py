@@ -228,8 +228,8 @@ def test_other_files(tmp_path: Path) -> None:
                 Results(tmp_path / name, read_only)
             assert str(e.value) == f"{tmp_path / name}: is not a file of results: {why}; give another name"
     assert {p: p.read_bytes() for p in tmp_path.iterdir()} == before
-    with Results(tmp_path / "y.db"):
-        pass
+    with Results(tmp_path / "y.db") as results:
+        results.put("1", result({}, 0.5, 100))
     with sqlite3.connect(tmp_path / "y.db") as db:
         db.execute("UPDATE about SET value = '99'")
     with pytest.raises(SourceError) as e:
@@ -238,6 +238,19 @@ def test_other_files(tmp_path: Path) -> None:
         f"{tmp_path}/y.db: has results of version 99, and this quantkit knows version 1; give another file, or use the "
         "quantkit that wrote it"
     )
+
+
+def test_a_new_file_with_no_results_does_not_stay(tmp_path: Path) -> None:
+    with pytest.raises(KeyError), Results(tmp_path / "r.db"):
+        raise KeyError
+    with Results(tmp_path / "r.db"):
+        pass
+    assert list(tmp_path.iterdir()) == []
+    with Results(tmp_path / "r.db") as results:
+        results.put("1", result({}, 0.5, 100))
+    with pytest.raises(KeyError), Results(tmp_path / "r.db"):
+        raise KeyError
+    assert [p.name for p in tmp_path.iterdir()] == ["r.db"]
 
 
 def test_reading_makes_nothing(tmp_path: Path) -> None:

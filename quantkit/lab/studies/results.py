@@ -54,6 +54,7 @@ class Results(AbstractContextManager["Results"]):
             tables = {name for (name,) in self._db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
             if (tables or read_only) and not {"about", "results"} <= tables:
                 self._close("holds other tables than results" if tables else "is empty")
+            self._is_new = not tables
             if not tables:
                 self._db.executescript(_SCHEMA)
                 self._db.execute("INSERT OR IGNORE INTO about VALUES ('quantkit_results', ?)", (_VERSION,))
@@ -80,7 +81,14 @@ class Results(AbstractContextManager["Results"]):
         raise SourceError(f"{self.path}: is not a file of results: {e}; give another name") from None
 
     def __exit__(self, *_: object) -> None:
+        """A file that was made here and in which nothing was kept is removed."""
+        try:
+            left = self._is_new and self._db.execute("SELECT count(*) FROM results").fetchone()[0] == 0
+        except sqlite3.DatabaseError:
+            left = False
         self._db.close()
+        if left:
+            self.path.unlink(missing_ok=True)
 
     def get(self, identity: str) -> Result | None:
         """The result, not a failure, of exactly this, if there is one."""
