@@ -4,8 +4,9 @@
 
 Processor seconds of every process, one thread each. The stock way is measured on four of the variants, and multiplied:
 llama-quantize from a BF16 GGUF, with the variant's types, and llama-perplexity's KL divergence against saved logits;
-the BF16 file and the logits of the reference are made once. Beside it the same with quantkit's own build in place of
-llama-quantize. The mean KLDs of both ways are printed side by side, and must agree.
+the BF16 file and the logits of the reference are made once. Beside it
+the same with quantkit's own build in place of llama-quantize. The mean KLDs of both ways are printed side by side, and
+must agree. The study is run twice more with --cache: once to fill it, once from it.
 """
 
 from __future__ import annotations
@@ -63,12 +64,20 @@ def main() -> None:
         here = Path(folder)
         (here / "study.yaml").write_text(STUDY)
         study = load_study(here / "study.yaml")
-        _, ours = run(
+        ablate = (
             *me, "ablate", "run", here / "study.yaml", given.checkpoint, "--pre", given.pre, "--imatrix", given.imatrix,
-            "--text", given.text, *text, "-t", "1", "-q", "-o", here / "results.db",
+            "--text", given.text, *text, "-t", "1", "-q",
         )  # fmt: skip
-        shown = json.loads(run(*me, "ablate", "show", here / "results.db", "--json")[0])
-        found = {r["variant"]: r["scores"] for r in shown["results"]}
+
+        def results(name: str) -> dict[str, dict[str, float]]:
+            shown = json.loads(run(*me, "ablate", "show", here / name, "--json")[0])
+            return {r["variant"]: r["scores"] for r in shown["results"]}
+
+        _, ours = run(*ablate, "-o", here / "results.db")
+        found = results("results.db")
+        kept = ("--cache", here / "cache")
+        cached = [run(*ablate, *kept, "-o", here / name)[1] for name in ("fills.db", "reads.db")]
+        assert results("fills.db") == results("reads.db") == found
 
         bf16 = "name: BF16\narch: [deepseek2]\nfile_type: BF16\nrules: [{match: '*', type: BF16, why: as it is}]\n"
         (here / "bf16.yaml").write_text(bf16)
@@ -108,6 +117,7 @@ def main() -> None:
         head = ["variant", "llama-quantize s", "quantkit build s", "llama-perplexity s", "KLD here", "KLD there"]
         print(markdown_table(rows, head, (1, 2, 3, 4, 5)))
         print(f"\n{len(found)} variants: {ours:.1f} processor seconds in one command")
+        print(f"with --cache: {cached[0]:.1f} while it fills, {cached[1]:.1f} from it, with the same results")
         for way, seconds_of in (("llama-quantize", stock), ("quantkit build", own)):
             each = sum(seconds_of) / len(seconds_of)
             total = base + each * len(found)
