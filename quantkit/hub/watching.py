@@ -17,31 +17,24 @@ class Watcher(Protocol):
         """`done` of `total` are there; the last call has both equal."""
 
 
-class _Nobody:
-    def note(self, sentence: str) -> None:
-        pass
-
-    def step(self, what: str, done: int, total: int) -> None:
-        pass
-
-
-_watcher: Watcher = _Nobody()
+_watchers: list[Watcher] = []
 
 
 def note(sentence: str) -> None:
-    _watcher.note(sentence)
+    if _watchers:
+        _watchers[-1].note(sentence)
 
 
 def step(what: str, done: int, total: int) -> None:
-    _watcher.step(what, done, total)
+    if _watchers:
+        _watchers[-1].step(what, done, total)
 
 
 @contextmanager
 def watched(by: Watcher) -> Iterator[None]:
-    """Within it, `by` is told."""
-    global _watcher
-    before, _watcher = _watcher, by
+    """Within it, `by` is told, and nobody else."""
+    _watchers.append(by)
     try:
         yield
     finally:
-        _watcher = before
+        _watchers.pop()
