@@ -187,3 +187,15 @@ def test_an_id_alone_says_how_to_read_it() -> None:
         "'org/Nowhere-V3' is no directory, no file and not in Hugging Face's cache; to read a repository on the Hub, "
         "give hf://org/Nowhere-V3"
     )
+
+
+def test_a_wait_is_a_note_on_standard_error(hub: Hub, tiny_v3: Path, quantkit: Run) -> None:
+    hub.add("me/Tiny-V3", tiny_v3)
+    hub.fail(Fault("/api/models/*", status=429, headers={"Retry-After": "1"}))
+    done = quantkit("inspect", "hf://me/Tiny-V3", "--json")
+    assert done.returncode == 0
+    assert json.loads(done.stdout)["arch"] == "deepseek2"
+    assert done.stderr == (
+        "note: hf://me/Tiny-V3: the server answers 429: too many requests; try again later; waiting 1 s, then trying "
+        "again\n"
+    )
