@@ -24,6 +24,7 @@ from quantkit.planning.plan import Plan
 if TYPE_CHECKING:
     from evil import Scene
     from faults_site import Server
+    from hub_server import Hub
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -190,6 +191,29 @@ def sound_set(sound_plan: Plan, tiny_imatrix: Path, tmp_path_factory: pytest.Tem
 
     out = tmp_path_factory.mktemp("sound-set") / "tiny.gguf"
     return small_builds.build(sound_plan, out, tiny_imatrix, split=500_000).parent
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A server on this machine that huggingface_hub takes for Hugging Face, with an empty cache and a token; children
+    of this process take it too."""
+    import huggingface_hub
+    from hub_server import Hub
+    from huggingface_hub import constants
+
+    made = Hub(tmp_path / "hub-store")
+    home = tmp_path / "hub-home"
+    for name, value in made.environment(home).items():
+        monkeypatch.setenv(name, value)
+    template = made.url + "/{repo_id}/resolve/{revision}/{filename}"
+    now = {"ENDPOINT": made.url, "HUGGINGFACE_CO_URL_TEMPLATE": template, "HF_HUB_OFFLINE": False}
+    now |= {"HF_HOME": str(home), "HF_HUB_CACHE": str(home / "hub"), "HF_HUB_DISABLE_XET": True}
+    for name, constant in now.items():  # they were read from the environment when it was imported
+        monkeypatch.setattr(constants, name, constant)
+    yield made
+    made.close()
+    if hasattr(huggingface_hub, "close_session"):
+        huggingface_hub.close_session()
 
 
 @pytest.fixture(scope="module")

@@ -20,6 +20,7 @@ from huggingface_hub import constants
 
 from quantkit.base.errors import SourceError
 from quantkit.gguf.header import I32, KV, STRING, U16, U32, kv, kv_array
+from quantkit.hub import patience
 from quantkit.model.open import open_model
 from quantkit.model.sources.gguf_file import open_gguf
 from quantkit.model.sources.remote import FIRST_BYTES, is_remote, open_remote
@@ -101,6 +102,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
         constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}"
     )
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(patience, "WAITS", (0.0, 0.0, 0.0))
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
@@ -260,12 +262,17 @@ def test_files_that_are_no_model(hub: Hub, tmp_path: Path) -> None:
 def test_a_connection_that_breaks(hub: Hub, tmp_path: Path, session: str, request: pytest.FixtureRequest) -> None:
     if session == "old":
         request.getfixturevalue("old_session")
-    model(tmp_path)
-    hub.stop_after = 5000
+    local = open_gguf(model(tmp_path))
+    hub.stop_after = 7 << 16
+    assert open_remote("hf://org/repo/x.gguf").infos == local.infos  # gone on with, from where it ended
+    assert [r for _, r, _ in hub.seen][:2] == ["bytes=0-1048575", "bytes=458752-1048575"]
+    hub.stop_after = 0
+    hub.seen.clear()
     assert re.match(
-        "hf://org/repo/x.gguf: (cannot be fetched: |the server sent 5,000 of 1,048,576 bytes)",
+        "hf://org/repo/x.gguf: (cannot be fetched: |the server sent 0 of 1,048,576 bytes)",
         refusal(lambda: open_remote("hf://org/repo/x.gguf")),
     )
+    assert len(hub.seen) == 4
 
 
 def test_a_server_that_hides_the_length(hub: Hub, tmp_path: Path) -> None:

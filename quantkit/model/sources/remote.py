@@ -4,23 +4,20 @@
     https://host/path/x.gguf                 any server; http:// too
 
 A growing prefix is fetched until the header parses, 1 MiB at first, then twice as much each time
-(R1's header has 5 MB, in 4 requests). A server that ignores ranges is read to the same place, and
-the connection closed. The token goes to Hugging Face's endpoint only.
+(R1's header has 5 MB, in 4 requests).
 """
 
 from __future__ import annotations
 
 import re
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from urllib.parse import quote, unquote, urlsplit
 
 from ...base.errors import SourceError
-from ...base.version import __version__
 from ...gguf.header import MAX_HEADER, Header, PrefixTooShortError, is_utf8, parse_header
 from ...gguf.shards import read_set
+from ...hub import ranges
+from ...hub.patience import REFUSED
 from .gguf_file import GgufHeaders, joined
 
 FIRST_BYTES = 1 << 20
@@ -29,14 +26,6 @@ _HF = re.compile(
     r"hf://(?P<repo>[^/@]+/[^/@]+)(@(?P<early>[^/]+))?/(?P<folder>([^/]+/)*)(?P<name>[^/@]+)(@(?P<late>.+))?",
     re.IGNORECASE,
 )
-_RANGE = re.compile(r"bytes (\d+)-\d+/(\d+)")
-_REFUSED = {
-    401: "it needs a token; log in with `hf auth login`, or set HF_TOKEN",
-    403: "access is refused; ask for it on the model's page, and check that the token may read it",
-    404: "there is no such file, or it is private; check the name, and log in with `hf auth login` for a private one",
-    416: "the file is empty",
-    429: "too many requests; try again later",
-}
 
 
 class _Place(NamedTuple):
@@ -68,7 +57,7 @@ def open_remote(source: str) -> GgufHeaders:
     try:
         kvs, infos = joined(read_set(place.name, place.where, read))
     except FileNotFoundError:
-        raise SourceError(f"{source}: {_REFUSED[404]}") from None
+        raise SourceError(f"{source}: {REFUSED[404]}") from None
     return GgufHeaders(source, place.name.removesuffix(".gguf"), kvs, [info for _, info in infos])
 
 
@@ -105,68 +94,9 @@ def _header(place: _Place, name: str) -> Header:
     url = name.join(place.url) if place.quoted else quote(name).join(place.url)
     prefix, wanted = bytearray(), FIRST_BYTES
     while True:
-        more, file_bytes = _fetch(where, url, len(prefix), wanted - len(prefix))
+        more, file_bytes = ranges.read(where, url, len(prefix), wanted - len(prefix))
         prefix += more
         try:
             return parse_header(where, bytes(prefix), file_bytes)
         except PrefixTooShortError as e:
             wanted = min(MAX_HEADER, max(2 * len(prefix), e.needed))
-
-
-def _fetch(where: str, url: str, start: int, n: int) -> tuple[bytes, int]:
-    """At most `n` bytes of a file from `start` on, fewer at its end only, and the bytes it has in all."""
-    with _get(where, url, {"Range": f"bytes={start}-{start + n - 1}", "Accept-Encoding": "identity"}) as answer:
-        status, headers, chunks = answer
-        if status == 404:
-            raise FileNotFoundError
-        if status not in (200, 206):
-            why = _REFUSED.get(status, "try again later" if status >= 500 else "the server refuses it")
-            raise SourceError(f"{where}: the server answers {status}: {why}")
-        m = _RANGE.fullmatch(headers.get("Content-Range", ""))
-        length = headers.get("Content-Length", "")
-        if (status == 206 and (m is None or int(m[1]) != start)) or (status == 200 and not length.isdigit()):
-            raise SourceError(
-                f"{where}: the server does not say how long the file is (status {status}, Content-Range "
-                f"{headers.get('Content-Range')!r}); download the file and give its path"
-            )
-        # a server that ignores the range (200) sends the file from its start on
-        skip, file_bytes = (start, int(length)) if m is None or status == 200 else (0, int(m[2]))
-        wanted = min(start + n, file_bytes) - start + skip
-        got = bytearray()
-        for chunk in chunks:
-            got += chunk
-            if len(got) >= wanted:
-                break
-    if len(got) < wanted:
-        raise SourceError(f"{where}: the server sent {len(got):,} of {wanted:,} bytes and stopped; try again")
-    return bytes(got[skip:wanted]), file_bytes
-
-
-@contextmanager
-def _get(where: str, url: str, headers: dict[str, str]) -> Iterator[tuple[int, Any, Iterator[bytes]]]:
-    """Status, headers and body of a URL, streamed; the connection is closed afterwards, however much was read.
-    huggingface_hub's session is one of requests in its older releases, of httpx or httpx2 in its newer."""
-    from huggingface_hub import constants
-    from huggingface_hub.errors import OfflineModeIsEnabled
-    from huggingface_hub.utils import build_hf_headers, get_session  # type: ignore[attr-defined]
-
-    token = None if url.startswith(f"{constants.ENDPOINT}/") else False  # None: the one of `hf auth login`, if any
-    headers = build_hf_headers(token=token, library_name="quantkit", library_version=__version__) | headers
-    session: Any = get_session()
-    package = sys.modules[type(session).__module__.partition(".")[0]]
-    names = ("RequestException", "HTTPError", "StreamError", "InvalidURL")
-    failures = tuple(getattr(package, name) for name in names if hasattr(package, name))
-    timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
-    try:
-        if callable(session.stream):
-            with session.stream("GET", url, headers=headers, timeout=timeout, follow_redirects=True) as answer:
-                yield answer.status_code, answer.headers, answer.iter_bytes()
-        else:
-            with session.get(url, headers=headers, timeout=timeout, stream=True) as answer:
-                yield answer.status_code, answer.headers, answer.iter_content(1 << 16)
-    except OfflineModeIsEnabled:
-        raise SourceError(f"{where}: HF_HUB_OFFLINE is set, so nothing is fetched; unset it") from None
-    except FileNotFoundError:
-        raise
-    except (OSError, *failures) as e:
-        raise SourceError(f"{where}: cannot be fetched: {e or type(e).__name__}") from None
