@@ -9,7 +9,6 @@ from ..model.catalogue import family_of, ranges
 from ..recipe.load import Recipe
 from .review import Change, Difference, Explanation
 
-
 #: which columns of a difference's tables are shown, by the room there is
 _TENSOR_COLUMNS = (range(7), (0, 1, 2, 3, 5, 6), (0, 1, 2, 3, 4, 5), (0, 1, 2, 3, 5), (0, 2, 3, 5))
 _ROLE_COLUMNS = (range(8), (0, 1, 2, 4, 5), (0, 4, 5, 6, 7))
