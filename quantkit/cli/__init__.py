@@ -39,6 +39,7 @@ from . import (
     tokenize,
     toolchain,
     verify,
+    which,
 )
 from .files import Group
 from .shells import VARIABLE, complete
@@ -76,6 +77,7 @@ for _command in (
     sizes.sizes,
     imatrix.imatrix,
     fit.fit,
+    which.which,
     sensitivity.sensitivity,
     optimize.optimize,
     rounding.rounding,

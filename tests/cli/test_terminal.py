@@ -54,6 +54,7 @@ PRINTS = {
     "sizes check": "sizes check",
     "sizes table": "sizes table deepseek-r1",
     "fit": "fit deepseek-r1 -r UD-IQ1_S --vram 24",
+    "which": "which deepseek-r1 --vram 24",
     "tokenize": "tokenize v3 --pre deepseek-v3 --text words.txt --ctx 16",
     "imatrix make": "imatrix make deepseek-r1 --estimate --text-tokens 1M --gpu-tflops 400 --disk 5GB/s",
     "imatrix info": "imatrix info imatrix.gguf",
