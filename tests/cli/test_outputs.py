@@ -81,6 +81,7 @@ CASES = [
         {"write_manifest": "--write-manifest"},
     ),
     Case("verify", "$first --plan $plan -q", "$shards/* $plan", {"write_manifest": "--write-manifest"}),
+    Case("tokenizer check", "$first --fix pad --pad-token 2 -q", "$shards/*", {"output": "-o"}),
     Case("merge", "$first -q", "$shards/*", {"output": ""}),
     Case("split", "$first --max-size 500000 -q", "", {"prefix": ""}),
     Case("dequant", "$v3 -q", "$v3/*", {"output": ""}, ("output",), force=False),

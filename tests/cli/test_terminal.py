@@ -56,6 +56,7 @@ PRINTS = {
     "fit": "fit deepseek-r1 -r UD-IQ1_S --vram 24",
     "which": "which deepseek-r1 --vram 24",
     "tokenize": "tokenize v3 --pre deepseek-v3 --text words.txt --ctx 16",
+    "tokenizer check": "tokenizer check v3",
     "imatrix make": "imatrix make deepseek-r1 --estimate --text-tokens 1M --gpu-tflops 400 --disk 5GB/s",
     "imatrix info": "imatrix info imatrix.gguf",
     "imatrix check": "imatrix check imatrix.gguf --recipe UD-IQ1_S --model deepseek-v2-lite",
