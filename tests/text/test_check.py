@@ -69,7 +69,7 @@ def test_nothing_is_wrong(r1: list[KV]) -> None:
         ({"pre": "qwen2"}, "pre-other", Severity.ERROR),
         ({"pre": "superbpe"}, "not-run", Severity.NOTE),
         ({"add_bos_token": True}, "two-bos", Severity.NOTE),
-        ({"eos_token_id": 128803}, "eos-other", Severity.WARNING),
+        ({"eos_token_id": 128803}, "eos-moved", Severity.WARNING),
         ({"bos_token_id": 5}, "bos-moved", Severity.WARNING),
     ],
 )
