@@ -20,7 +20,8 @@ from ..base.errors import SourceError
 from ..model.catalogue import SourceTensor
 from ..model.families.beside import check_files
 from ..model.sources.quantization import MODELOPT_CONFIG
-from ..model.sources.safetensors_dir import DTYPE_BYTES, INDEX, SINGLE, Checkpoint
+from ..model.sources.safetensors_dir import SINGLE, Checkpoint
+from ..model.sources.safetensors_header import DTYPE_BYTES, INDEX
 from . import beside
 
 FP8 = "F8_E4M3"

@@ -27,7 +27,8 @@ from ..base.folders import Folder
 from ..base.journal import Journal, Record, Told, digest, is_there, temporary_name
 from ..base.lock import HeldError, Lock
 from ..base.workers import share_out
-from ..model.sources.safetensors_dir import DTYPE_BYTES, INDEX, Checkpoint
+from ..model.sources.safetensors_dir import Checkpoint
+from ..model.sources.safetensors_header import DTYPE_BYTES, INDEX
 from .beside import open_to_copy
 from .decode import Decoder, Fp8Rows
 from .place import hold, part_of, place_of, replacing

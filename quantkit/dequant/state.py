@@ -21,7 +21,8 @@ from ..base.errors import OutputError, ResumeError, SourceError
 from ..base.folders import Folder
 from ..base.journal import Ranges, Record, Told
 from ..base.version import __version__
-from ..model.sources.safetensors_dir import INDEX, Checkpoint
+from ..model.sources.safetensors_dir import Checkpoint
+from ..model.sources.safetensors_header import INDEX
 from .place import PART, place_of
 from .plan import CONFIG, DequantPlan
 

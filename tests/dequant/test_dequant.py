@@ -44,7 +44,8 @@ from quantkit.dequant.decode import Decoder, Fp8Rows, Native, Torch
 from quantkit.dequant.state import STATE, read_state
 from quantkit.kernels import U8
 from quantkit.model.sources.gguf_file import open_gguf
-from quantkit.model.sources.safetensors_dir import DTYPE_BYTES, open_checkpoint
+from quantkit.model.sources.safetensors_dir import open_checkpoint
+from quantkit.model.sources.safetensors_header import DTYPE_BYTES
 
 INDEX = "model.safetensors.index.json"
 #: bytes of a record of the journal

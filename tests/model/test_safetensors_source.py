@@ -22,7 +22,8 @@ from safetensors.torch import save_file
 from quantkit.base.errors import QuantkitError, SourceError, UnsupportedError
 from quantkit.model.catalogue import SourceTensor
 from quantkit.model.sources.files import Files
-from quantkit.model.sources.safetensors_dir import DTYPE_BYTES, INDEX, MAX_HEADER, open_checkpoint, read_shard
+from quantkit.model.sources.safetensors_dir import open_checkpoint, read_shard
+from quantkit.model.sources.safetensors_header import DTYPE_BYTES, INDEX, MAX_HEADER
 
 TENSOR = {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}
 

@@ -12,52 +12,75 @@ the other ways); U8 scales are powers of two (F8_E8M0) where config.json has the
 
 from __future__ import annotations
 
-import json
-import struct
-from collections import Counter
-from collections.abc import Callable, Mapping
-from math import prod
-from pathlib import Path, PurePosixPath
-from typing import Any
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from ...base.errors import SourceError, UnsupportedError
-from ...base.first_bytes import ENOUGH, not_json, not_the_file
-from ..catalogue import SourceTensor
+from ...base.first_bytes import ENOUGH
+from ..catalogue import UNREAD, SourceTensor
 from .files import Files, regular_size
 from .kinds import other_folder
-from .quantization import MODELOPT_CONFIG, other_scale, read_scheme, sorted_out
+from .quantization import MODELOPT_CONFIG, is_weight, other_scale, read_scheme, sorted_out
+from .safetensors_header import (
+    INDEX,
+    MAX_HEADER,
+    check_shard,
+    header_bytes,
+    parse_index,
+    parse_json,
+    parse_shard,
+)
 
-INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-MAX_HEADER = 100_000_000
-MAX_NAME = 256
-MAX_DIMS = 8
-MAX_DEPTH = 32
-
-#: bytes a value of the dtypes of the format
-DTYPE_BYTES = {
-    "BOOL": 1, "U8": 1, "I8": 1, "F8_E5M2": 1, "F8_E4M3": 1, "F8_E8M0": 1, "I16": 2, "U16": 2, "F16": 2,
-    "BF16": 2, "I32": 4, "U32": 4, "F32": 4, "F64": 8, "I64": 8, "U64": 8,
-}  # fmt: skip
 SCALE_DTYPES = ("F32", "BF16", "F16", "F8_E8M0")
 
 
-class Checkpoint:
-    """A checked safetensors directory: `tensors` by name, scales apart, and their bytes on request."""
+class Reader(Protocol):
+    """Who reads bytes of shards: `Files`, for those that lie here."""
 
-    def __init__(self, path: Path, config: Mapping[str, Any], tensors: dict[str, SourceTensor]) -> None:
+    def read(self, tensor: SourceTensor, start: int, out: npt.NDArray[np.uint8]) -> None: ...
+    def will_need(self, tensor: SourceTensor, start: int, nbytes: int) -> None: ...
+
+
+class Checkpoint:
+    """A checked safetensors directory: `tensors` by name, scales apart, and their bytes on request.
+
+    `path` is the folder of config.json, the tokenizer and what else is small; a tensor's `file` is where its shard is
+    in it, or would be. `absent` are tensors whose headers are not here, with their shards. Where `lacks` says why,
+    weights cannot be read, and `note` what is not here. `reader` reads them otherwise than from the files.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        config: Mapping[str, Any],
+        tensors: dict[str, SourceTensor],
+        absent: Mapping[str, Path] | None = None,
+        lacks: str = "",
+        note: str = "",
+        reader: Reader | None = None,
+    ) -> None:
         self.path = path
         self.config = config
+        self.lacks, self.note = lacks, note
+        self._absent = absent or {}
         self._scheme = read_scheme(path, config, _modelopt(path))
         self.block, self.scales, self.tensors = sorted_out(self._scheme, tensors)
         if (config.get("quantization_config") or {}).get("scale_fmt") == "ue8m0":
             self.scales = {n: t._replace(dtype="F8_E8M0") if t.dtype == "U8" else t for n, t in self.scales.items()}
         self._check_scales()
         self.files = tuple(sorted({t.file for t in tensors.values()}))
-        self._files = Files(self.files)
+        self._files: Reader = reader or Files(self.files)
+
+    @property
+    def named(self) -> dict[str, SourceTensor]:
+        """The weights that are known, and those whose headers are not here, as `UNREAD`."""
+        unread = {n: SourceTensor(n, UNREAD, (), f, 0, 0) for n, f in self._absent.items()}
+        return self.tensors | {n: t for n, t in unread.items() if is_weight(self._scheme, n)}
 
     def tensor(self, name: str) -> SourceTensor:
         return self.tensors[name]
@@ -90,6 +113,8 @@ class Checkpoint:
         for name, scale in self.scales.items():
             weight = self.tensors.get(name)
             if weight is None:
+                if name in self._absent:
+                    continue
                 raise SourceError(
                     f"{scale.file}: scale '{scale.name}' has no weight '{name}' in any shard; the checkpoint is not "
                     "whole: download it again"
@@ -120,6 +145,8 @@ class Checkpoint:
         for name, weight in self.tensors.items():
             if weight.dtype == "F8_E4M3" and name not in self.scales:
                 wanted = f"{name}{self._scheme.suffix}"
+                if wanted in self._absent:
+                    continue
                 if other := other_scale(name, self.tensors):
                     raise UnsupportedError(
                         f"{weight.file}: the scale of the FP8 weight '{name}' is '{other}', where a checkpoint of its "
@@ -140,21 +167,18 @@ def _modelopt(path: Path) -> dict[str, Any] | None:
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file. Raises SourceError."""
+    return parse_json(str(path), read_small(path))
+
+
+def read_small(path: Path) -> bytes:
+    """The bytes of a file of JSON. Raises SourceError."""
     try:
         size = regular_size(path)
         if size > MAX_HEADER:
             raise SourceError(f"{path}: {size:,} bytes are too many for it (at most {MAX_HEADER:,})")
-        raw = path.read_bytes()
+        return path.read_bytes()
     except OSError as e:
         raise SourceError(f"{path}: cannot be read: {e.strerror or e}") from None
-    return parse_json(path, raw)
-
-
-def parse_json(path: Path, raw: bytes) -> dict[str, Any]:
-    """A JSON object that was read from a file. Raises SourceError."""
-    if says := not_json(raw[:ENOUGH]):
-        raise SourceError(f"{path}: {says}")
-    return _object(f"{path}: is", raw, dict)
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -180,137 +204,67 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 def _indexed(path: Path) -> dict[str, SourceTensor]:
-    index = path / INDEX
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise SourceError(f"{index}: has no weight_map object; download it again")
-    shards: dict[str, set[str]] = {}
-    for name, file in weight_map.items():
-        _check_name(index, name)
-        if not isinstance(file, str):
-            raise SourceError(f"{index}: weight_map gives '{name}' the file {file!r:.80}, not a name")
-        shards.setdefault(file, set()).add(name)
-    for file in shards:
-        pure = PurePosixPath(file)
-        if not file.isprintable() or not 0 < len(file) <= MAX_NAME:
-            raise SourceError(f"{index}: weight_map names {file!r:.80}, which is no file name")
-        if pure.is_absolute() or ".." in pure.parts or "\\" in file:
-            raise SourceError(f"{index}: weight_map names '{file}', which is outside the checkpoint directory")
-    tensors: dict[str, SourceTensor] = {}
+    shards = parse_index(str(path / INDEX), read_small(path / INDEX))
     missing = [f for f in sorted(shards) if not (path / f).is_file()]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise SourceError(
-            f"{path}: shard {missing[0]}{more} of the {len(shards)} that {INDEX} names is missing; download it again"
+            f"{path}: shard {missing[0]}{more} of the {len(shards)} that {INDEX} names is missing; download it again",
+            cut=True,
         )
+    tensors: dict[str, SourceTensor] = {}
     for file in sorted(shards):
         here = read_shard(path / file)
-        if here.keys() != shards[file]:
-            lacking = sorted(shards[file] - here.keys())
-            if lacking:
-                raise SourceError(
-                    f"{path / file}: '{lacking[0]}' should be here by {INDEX}, but is not; download both again"
-                )
-            extra = sorted(here.keys() - shards[file])[0]
-            elsewhere = f"places it in {weight_map[extra]}" if extra in weight_map else "does not name it"
-            raise SourceError(f"{path / file}: holds '{extra}', but {INDEX} {elsewhere}; download both again")
+        check_shard(str(path / file), here, shards, file)
         tensors.update(here)
     return tensors
 
 
-def _object(what: str, raw: bytes, pairs: Callable[[list[tuple[str, Any]]], dict[str, Any]]) -> dict[str, Any]:
-    """A JSON object of modest depth. Raises SourceError that begins with `what`."""
-    try:
-        value = json.loads(raw, object_pairs_hook=pairs)
-        level = [value]
-        for _ in range(MAX_DEPTH):
-            inner = [v.values() if isinstance(v, dict) else v for v in level if isinstance(v, dict | list)]
-            level = [v for group in inner for v in group]
-        if level:
-            raise RecursionError(f"nested deeper than {MAX_DEPTH}")
-    except (ValueError, RecursionError) as e:
-        raise SourceError(f"{what} not valid JSON: {str(e)[:200]}; download it again") from None
-    if not isinstance(value, dict):
-        raise SourceError(f"{what} a JSON {type(value).__name__}, not an object; download it again")
-    return value
+def open_partial(path: Path, whole: SourceError) -> Checkpoint:
+    """A checkpoint of which shards are missing or cut short, as `whole` says who wanted all of it: what its headers say
+    as far as they are here. Raises SourceError for what is wrong with those."""
+    if not (path / INDEX).exists():
+        single = next(iter(sorted(path.glob("*.safetensors"))), path / SINGLE)
+        note = f"not whole, so nothing can be built from it: {single.name} ends before its data"
+        return Checkpoint(path, read_json(path / "config.json"), read_shard(single, True), None, str(whole), note)
+    shards = parse_index(str(path / INDEX), read_small(path / INDEX))
+    tensors: dict[str, SourceTensor] = {}
+    absent: dict[str, Path] = {}
+    gone, short = [], []
+    for file in sorted(shards):
+        try:
+            here = read_shard(path / file, cut=True)
+        except (SourceError, FileNotFoundError) as e:
+            if isinstance(e, SourceError) and not e.cut:
+                raise
+            gone.append(file)
+            absent |= dict.fromkeys(shards[file], path / file)
+            continue
+        check_shard(str(path / file), here, shards, file)
+        tensors.update(here)
+        if any(t.offset + t.nbytes > (path / file).stat().st_size for t in here.values()):
+            short.append(file)
+    says = [f"{_some(gone)} of {len(shards)} is missing, and shapes in it are config.json's"] if gone else []
+    says += [f"{_some(short)} of {len(shards)} ends before its data"] if short else []
+    note = f"not whole, so nothing can be built from it: {'; '.join(says)}"
+    return Checkpoint(path, read_json(path / "config.json"), tensors, absent, str(whole), note)
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    out = dict(pairs)
-    if len(out) != len(pairs):
-        counts = Counter(k for k, _ in pairs)
-        twice = next(k for k, n in counts.items() if n > 1)
-        raise ValueError(f"{twice!r:.80} occurs twice")
-    return out
+def _some(files: list[str]) -> str:
+    return f"shard {files[0]}" + (f" and {len(files) - 1} more" if len(files) > 1 else "")
 
 
-def _check_name(file: Path, name: str) -> None:
-    if not name.isprintable() or not 0 < len(name) <= MAX_NAME:
-        raise SourceError(f"{file}: {name!r:.80} is no name for a tensor (1 to {MAX_NAME} printable characters)")
-
-
-def read_shard(path: Path) -> dict[str, SourceTensor]:
-    """The tensors of one safetensors file, by name. Raises SourceError for anything its header should not say."""
+def read_shard(path: Path, cut: bool = False) -> dict[str, SourceTensor]:
+    """The tensors of one safetensors file, by name; if `cut`, its data may be missing at the end. Raises SourceError
+    for anything its header should not say; if `cut`, FileNotFoundError."""
     try:
         size = regular_size(path)
         with open(path, "rb") as f:
-            if says := not_the_file(f.read(ENOUGH)):
-                raise SourceError(f"{path}: {says}")
-            f.seek(0)
-            head = f.read(8)
-            if len(head) < 8:
-                raise SourceError(f"{path}: {size} bytes are too few for a safetensors file; download it again")
-            (n,) = struct.unpack("<Q", head)
-            if n > min(size - 8, MAX_HEADER):
-                raise SourceError(
-                    f"{path}: claims a header of {n:,} bytes, but has {size - 8:,} after the length "
-                    f"(at most {MAX_HEADER:,}); it is truncated or no safetensors file: download it again"
-                )
+            n = header_bytes(str(path), f.read(ENOUGH), size)
+            f.seek(8)
             raw = f.read(n)
     except OSError as e:
+        if cut and isinstance(e, FileNotFoundError):
+            raise
         raise SourceError(f"{path}: cannot be read: {e.strerror or e}") from None
-    header = _object(f"{path}: the header is", raw, _once)
-    header.pop("__metadata__", None)
-    start, available = 8 + n, size - 8 - n
-    tensors = {name: _tensor(path, name, info, start, available) for name, info in header.items()}
-    end = 0
-    for t in sorted(tensors.values(), key=lambda t: (t.offset, t.nbytes)):
-        if t.offset - start != end:
-            how = "overlaps the tensor before it" if t.offset - start < end else "leaves a hole before it"
-            raise SourceError(
-                f"{path}: the data of '{t.name}' at {t.offset - start:,} {how}, which ends at {end:,}; "
-                "download it again"
-            )
-        end += t.nbytes
-    if end != available:
-        raise SourceError(
-            f"{path}: the tensors end at {end:,} of {available:,} data bytes; the file is not as it was written: "
-            "download it again"
-        )
-    return tensors
-
-
-def _tensor(path: Path, name: str, info: Any, start: int, available: int) -> SourceTensor:
-    _check_name(path, name)
-    try:
-        dtype, shape, (begin, end) = info["dtype"], info["shape"], info["data_offsets"]
-        ok = isinstance(dtype, str) and isinstance(shape, list) and len(shape) <= MAX_DIMS
-        ok = ok and all(type(n) is int and 0 <= n < 1 << 62 for n in (begin, end, *shape))
-    except (KeyError, TypeError, ValueError):
-        ok = False
-    if not ok:
-        raise SourceError(f"{path}: the header entry of '{name}' is malformed: {info!r:.80}; download it again")
-    if dtype not in DTYPE_BYTES:
-        raise UnsupportedError(f"{path}: '{name}' has the unknown dtype {dtype!r:.80}")
-    want = prod(shape) * DTYPE_BYTES[dtype]
-    if not begin <= end <= available:
-        raise SourceError(
-            f"{path}: the data of '{name}' is said to be at {begin:,}-{end:,}, outside the file's {available:,} "
-            "data bytes; the shard is truncated: download it again"
-        )
-    if end - begin != want:
-        raise SourceError(
-            f"{path}: '{name}' is {dtype} {shape}, {want:,} bytes, but its offsets span {end - begin:,}; "
-            "download it again"
-        )
-    return SourceTensor(name, dtype, tuple(shape), path, start + begin, want)
+    return parse_shard(str(path), raw, size, path, cut)
