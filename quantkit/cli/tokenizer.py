@@ -101,8 +101,8 @@ def _subject(source: str) -> tuple[Path | None, Subject]:
         return path, Subject(str(path), header.kvs, rows, False)
     catalogue = open_model(source, only_types("k_b+v_b", None, None))
     rows = next((t.shape[-1] for t in catalogue.tensors if t.name == "token_embd.weight"), None)
-    is_checkpoint = catalogue.source is not None
-    return None, Subject(source, catalogue.kvs, rows, is_checkpoint)
+    is_gguf_elsewhere = all(t.parts and t.parts[0].source == t.name for t in catalogue.tensors)
+    return None, Subject(source, catalogue.kvs, rows, not is_gguf_elsewhere)
 
 
 def _mend(

@@ -310,6 +310,13 @@ def test_repositories_that_do_not_help(repository: Hub, tmp_path: Path) -> None:
         run(model, "--vram", "24", "--repo", "what is this")
 
 
+def test_a_model_on_the_hub(hub: Hub, tiny_v3: Path) -> None:
+    hub.add("me/Tiny-V3", tiny_v3)
+    here, there = (answers(model, "--vram", "1", "--reserve", "0") for model in (str(tiny_v3), "hf://me/Tiny-V3"))
+    assert there == here
+    assert there["best"] == "Q8_0"
+
+
 def test_a_busy_hub(repository: Hub, tmp_path: Path) -> None:
     repository.fail(Fault("/api/models/*", status=503, times=2))
     assert answers(str(config(tmp_path)), "--vram", "24", "--repo", "org/R1-GGUF")["best"] == "Q8_0"

@@ -12,6 +12,7 @@ import pytest
 import vocabularies
 from click.testing import CliRunner
 from conftest import Run
+from hub_server import Hub
 from vocabularies import changed
 
 from quantkit.base.errors import OutputError, SourceError, UnsupportedError
@@ -245,6 +246,21 @@ def test_a_checkpoint(tiny_v3: Path) -> None:
     code, text = run(tiny_v3, "--fix", "pad")
     assert code == 2
     assert "a checkpoint's files stay as they are" in text
+
+
+def test_on_the_hub(hub: Hub, copied: Path, tiny_v3: Path, tmp_path: Path) -> None:
+    """By headers; nothing there is mended."""
+    (tmp_path / "files").mkdir()
+    shutil.copy(copied, tmp_path / "files" / "m.gguf")
+    hub.add("me/GGUF", tmp_path / "files")
+    code, text = run("hf://me/GGUF/m.gguf")
+    assert code == 1
+    assert "[pad-is-eos]" in text
+    assert run("hf://me/GGUF/m.gguf", "--fix", "pad")[0] == 2
+    hub.add("me/Tiny-V3", tiny_v3)
+    code, text = run("hf://me/Tiny-V3")
+    assert code == 1
+    assert f"mend: `quantkit build` with --pad-token '{PADS[0]}'" in text
 
 
 def test_what_cannot_be(copied: Path, tmp_path: Path, tiny_v3: Path) -> None:
