@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..base.text import in_unit, shape_text, table, unit_of
+from ..base.text import fitting_columns, in_unit, shape_text, table, unit_of, wrapped
 from ..model.catalogue import family_of, ranges
 from ..recipe.load import Recipe
 from .review import Change, Difference, Explanation
+
+#: which columns of a difference's tables are shown, by the room there is
+_TENSOR_COLUMNS = (range(7), (0, 1, 2, 3, 5, 6), (0, 1, 2, 3, 4, 5), (0, 1, 2, 3, 5), (0, 2, 3, 5))
+_ROLE_COLUMNS = (range(8), (0, 1, 2, 4, 5), (0, 4, 5, 6, 7))
 
 
 def recipes_text(recipes: Sequence[Recipe]) -> str:
@@ -28,10 +32,11 @@ def explanation_text(e: Explanation) -> str:
     return "\n\n".join(parts)
 
 
-def difference_text(d: Difference, every_tensor: bool = False) -> str:
-    """Two recipes on a model: what changed, by tensor and by role."""
+def difference_text(d: Difference, every_tensor: bool = False, width: int | None = None) -> str:
+    """Two recipes on a model: what changed, by tensor and by role, in lines of at most `width` characters."""
     a, b = d.before, d.after
-    parts = [f"{a.catalogue.model} (layout {a.catalogue.layout}): {a.recipe.name} -> {b.recipe.name}"]
+    about = f"{a.catalogue.model} (layout {a.catalogue.layout}): {a.recipe.name} -> {b.recipe.name}"
+    parts = [wrapped(about, width)]
     unit = unit_of(max(a.tensor_bytes, b.tensor_bytes))
     groups: dict[tuple[str, ...], list[Change]] = {}
     for c in d.changes:
@@ -42,12 +47,11 @@ def difference_text(d: Difference, every_tensor: bool = False) -> str:
         layers = [c.before.tensor.layer for c in some if c.before.tensor.layer is not None]
         shown = name.replace("blk.*.", f"blk.{{{ranges(layers)}}}.") if len(some) > 1 else some[0].name
         nbytes = sum(c.nbytes for c in some)
-        rows.append(
-            [shown, str(len(some)), before, after, f"{nbytes:+,}", in_unit(nbytes, unit, sign="+"), some[0].after.rule]
-        )
+        sizes = [f"{nbytes:+,}", in_unit(nbytes, unit, sign="+")]
+        rows.append([shown, str(len(some)), before, after, *sizes, some[0].after.rule])
     if rows:
         head = ["tensor", "n", a.recipe.name, b.recipe.name, "bytes", unit, "by"]
-        parts.append(table(rows, head, right=(1, 4, 5)))
+        parts.append(fitting_columns(rows, head, _TENSOR_COLUMNS, (1, 4, 5), width))
     else:
         parts.append("the same type for every tensor")
     rounded = d.roundings()
@@ -55,11 +59,11 @@ def difference_text(d: Difference, every_tensor: bool = False) -> str:
         lines = [
             f"{p.recipe.name}: {', '.join(r) or 'all as ggml does it'}" for p, r in zip((a, b), rounded, strict=True)
         ]
-        parts.append("\n".join(["rounded otherwise than by ggml", *(f"  {line}" for line in lines)]))
-    rows = [_role_row(r.role, r.n_elements, r.before, r.after, unit) for r in d.roles]
-    rows.append(_role_row("all", a.n_elements, a.tensor_bytes, b.tensor_bytes, unit))
+        parts.append("\n".join(["rounded otherwise than by ggml", *(wrapped(f"  {line}", width) for line in lines)]))
+    roles = [_role_row(r.role, r.n_elements, r.before, r.after, unit) for r in d.roles]
+    roles.append(_role_row("all", a.n_elements, a.tensor_bytes, b.tensor_bytes, unit))
     head = ["role", f"{a.recipe.name}, bytes", f"{b.recipe.name}, bytes", "difference", unit, "%", "bits", "bits"]
-    parts.append(table(rows, head, right=range(1, 8)))
+    parts.append(fitting_columns(roles, head, _ROLE_COLUMNS, range(1, 8), width))
     return "\n\n".join(parts)
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 import textwrap
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from enum import Enum
 
 GIB = 1 << 30
@@ -39,6 +40,57 @@ def table(
     widths = _widths(every, ())
     lines = columns(every, right)
     return "\n".join([lines[0], "  ".join("-" * w for w in widths), *lines[1:]])
+
+
+def fitting_table(
+    rows: Sequence[Mapping[str, str]], choices: Sequence[Sequence[str]], right: Iterable[str], width: int | None,
+    enough: int = 0,
+) -> str:  # fmt: skip
+    """`fitting_columns` of rows whose cells have names, which are the heads too."""
+    names = list(dict.fromkeys(name for choice in choices for name in choice))
+    ends = frozenset(right)
+    return fitting_columns(
+        [[row[name] for name in names] for row in rows],
+        names,
+        [[names.index(name) for name in choice] for choice in choices],
+        [i for i, name in enumerate(names) if name in ends],
+        width,
+        enough,
+    )
+
+
+def fitting_columns(
+    rows: Sequence[Sequence[str]], head: Sequence[str], choices: Sequence[Sequence[int]], right: Iterable[int],
+    width: int | None, enough: int = 0,
+) -> str:  # fmt: skip
+    """A table of as many columns as the width has room for. `choices`: which columns, the widest choice first; `right`:
+    columns that are aligned to the right. A choice of no more than `enough` columns, or the last, is taken even where
+    it is too wide: its first column is wrapped."""
+    ends = frozenset(right)
+    for choice in choices:
+        every = [[row[i] for i in choice] for row in (head, *rows)]
+        if width is None or table_width(every) <= width or len(choice) <= enough:
+            break
+    return table(every[1:], every[0], [at for at, i in enumerate(choice) if i in ends], width)
+
+
+def command_lines(arguments: Sequence[str], width: int | None, indent: str = "  ") -> str:
+    """Arguments for a shell as lines of at most `width` characters where they can be broken: each but the last ends in
+    a backslash. An option stays with its value."""
+    words: list[str] = []
+    for argument in arguments:
+        is_value = words and not argument.startswith("-") and words[-1].startswith("-") and " " not in words[-1]
+        if is_value:
+            words[-1] += " " + shlex.quote(argument)
+        else:
+            words.append(shlex.quote(argument))
+    lines = [indent]
+    for word in words:
+        if width is not None and len(lines[-1]) > len(indent) and len(lines[-1]) + len(word) > width - 2:
+            lines[-1] += "\\"
+            lines.append(indent)
+        lines[-1] += word + " "
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def table_width(rows: Sequence[Sequence[str]]) -> int:

@@ -38,8 +38,10 @@ from . import (
     sizes,
     status,
     tokenize,
+    tokenizer,
     toolchain,
     verify,
+    which,
 )
 from .bars import Fetching
 from .files import Group
@@ -78,10 +80,12 @@ for _command in (
     sizes.sizes,
     imatrix.imatrix,
     fit.fit,
+    which.which,
     sensitivity.sensitivity,
     optimize.optimize,
     rounding.rounding,
     tokenize.tokenize,
+    tokenizer.tokenizer,
     demo.demo,
     toolchain.toolchain,
     doctor.doctor,

@@ -25,6 +25,7 @@ from .options import (
     rounded,
     rounding_options,
     set_option,
+    tokenizer_options,
 )
 from .text_options import chunk_options, print_notes, read_chunks, text_options
 
@@ -77,7 +78,7 @@ def group() -> None:
 )  # fmt: skip
 @forward_options
 @layout_option
-@click.option("--pre", metavar="NAME", help="tokenizer.ggml.pre, for a tokenizer that is not recognized.")
+@tokenizer_options
 @click.option("--csv", "csv_file", type=REPORT, metavar="FILE", help="Write the candidates' figures to FILE as CSV.")
 @click.option("-o", "--output", type=REPORT, metavar="FILE", help="Write the tables to FILE as Markdown.")
 @click.option("--force", is_flag=True, help="Replace files that exist.")
@@ -97,7 +98,7 @@ def evaluate(**given: Any) -> None:
     from quantkit.lab.evaluation import report as eval_report
     from quantkit.model.open import open_model
 
-    options = conversion(given["layout"], given["pre"], None)
+    options = conversion(given["layout"], given["pre"], given["pad_token"])
     catalogue = open_model(given["reference"], options)
     if not given["candidates"] and not given["recipes"]:
         raise click.UsageError("give a CANDIDATE, or --recipe")
@@ -137,7 +138,7 @@ def _native(catalogue: Catalogue, given: dict[str, Any]) -> Evaluation:
     names = _names(given["candidates"], [(r.name, name) for r, name in zip(recipes, given["recipes"], strict=True)])
     candidates = []
     for path in given["candidates"]:
-        options = conversion(given["layout"], given["pre"], None) if Path(path).is_dir() else None
+        options = conversion(given["layout"], given["pre"], given["pad_token"]) if Path(path).is_dir() else None
         candidates.append(of_file(open_model(path, options), names.pop(0)))
     covariance = covariance_of(given["covariance"])
     for rules in recipes:

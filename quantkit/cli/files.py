@@ -454,6 +454,7 @@ def _as_prefix(_: Path, one: Output) -> Iterable[Output]:
 
 BUILT = Written(outputs=_of_build)
 MERGED = Written(outputs=lambda _, one: [one._replace(suffix=".part")])
+MENDED = Written()
 REPORT = Written("report.txt")
 #: grows with every run
 RESULTS = Written("results.db", outputs=lambda _, one: [one._replace(replace=True)])

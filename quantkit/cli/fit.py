@@ -19,7 +19,7 @@ else:
 
 
 class GpuList(_GpusParam):
-    """24,80,2x80,4x3090: several answers, each for one GPU or for so many alike."""
+    """24,80,2x80,4x3090,24+80: several answers, each for one GPU, for so many alike, or for some together."""
 
     name = "gpus"
 
@@ -42,7 +42,7 @@ class GpuList(_GpusParam):
     type=GpuList(),
     required=True,
     metavar="LIST",
-    help="GiB of each GPU, or its name, such as 24,80,2x80,4x3090; an answer for each.",
+    help="GiB of each GPU, or its name, such as 24,80,2x80,4x3090; an answer for each. 24+80 are two together.",
 )
 @click.option("--ram", type=Size(bare=2**30, least=0), metavar="GIB", help="RAM for the rest: 256, 256GB or 256GiB.")
 @click.option(
@@ -96,8 +96,11 @@ def fit(
     import json
 
     from quantkit.model.open import open_model
-    from quantkit.planning import fit, report
+    from quantkit.planning import fit
+    from quantkit.planning.fit_report import fit_text
     from quantkit.planning.plan import make_plan
+
+    from .terminal import width
 
     if recipe is None and (sets or changes()):
         raise click.UsageError("--set, --type and the like need --recipe: they change one")
@@ -117,4 +120,4 @@ def fit(
         click.echo(json.dumps(fit.to_json(weights, answers, ram), indent=1, ensure_ascii=False))
     else:
         about = f"KV cache of {context:,} tokens in {cache_type}"
-        click.echo(report.fit_text(weights, answers, about, ram))
+        click.echo(fit_text(weights, answers, about, ram, width()))

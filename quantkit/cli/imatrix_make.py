@@ -20,6 +20,7 @@ from .options import (
     json_option,
     ready_kernels,
     together,
+    tokenizer_options,
 )
 from .text_options import check_countable, chunk_options, optional_text_options, print_notes
 
@@ -122,11 +123,11 @@ _engine_options = together(
 @_engine_options
 @forward_options
 @estimate_options
-@click.option("--pre", metavar="NAME", help="tokenizer.ggml.pre, for a tokenizer that is not recognized.")
+@tokenizer_options
 @click.option("--force", is_flag=True, help="Replace the output if it exists.")
 @click.option("-q", "--quiet", is_flag=True, help="No notes, no progress; errors only.")
 @json_option
-def make(source: str, pre: str | None, quiet: bool, **_: Any) -> None:
+def make(source: str, pre: str | None, pad_token: str | None, quiet: bool, **_: Any) -> None:
     """Make an importance matrix: the mean squared input of each column of each matrix, over a text.
 
     The model runs layer by layer and expert by expert, straight from the checkpoint or GGUF, so it need not fit in
@@ -144,14 +145,14 @@ def make(source: str, pre: str | None, quiet: bool, **_: Any) -> None:
     given = _Given(**{name: ctx.params[name] for name in _Given.__dataclass_fields__})
     _check_usage(ctx, given)
     if given.estimate:
-        model = open_model(source, conversion("k_b+v_b", pre, None))
+        model = open_model(source, conversion("k_b+v_b", pre, pad_token))
         if given.text_tokens is None:
             check_countable(model)
         n_tokens = given.text_tokens or _chunks(model, given, quiet).tokens.size
         print_estimate(source, model, n_tokens, ctx.params)
         return
     ready_kernels()
-    model = open_model(source, conversion("k_b+v_b", pre, None))
+    model = open_model(source, conversion("k_b+v_b", pre, pad_token))
     if given.engine == NATIVE:
         from quantkit.lab import require_torch
 

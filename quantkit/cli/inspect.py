@@ -29,6 +29,8 @@ def inspect(
     from quantkit.model.sources.remote import is_remote
     from quantkit.planning import report
 
+    from .terminal import width
+
     # a tokenizer nobody knows is no reason not to look
     catalogue = open_model(source, only_types(layout, pre, pad_token)._replace(any_kind=True))
     paths = (
@@ -37,6 +39,7 @@ def inspect(
         else [source if is_remote(source) else "(config only)"]
     )
     found = report.inspection(catalogue, describe_stored(catalogue), paths)
-    click.echo(
-        json.dumps(found, indent=1, ensure_ascii=False) if as_json else report.inspection_text(found, every_tensor)
-    )
+    if as_json:
+        click.echo(json.dumps(found, indent=1, ensure_ascii=False))
+    else:
+        click.echo(report.inspection_text(found, every_tensor, width()))

@@ -256,6 +256,8 @@ def diff(
     from quantkit.authoring.stored import require_same_tensors, stored_plan
     from quantkit.planning.plan import make_plan
 
+    from .terminal import width
+
     if after is None and not (sets or changes()):
         raise click.UsageError("what A is compared with is missing: give a second recipe or GGUF, or a change of A")
     options = only_types(layout, pre, pad_token)
@@ -287,7 +289,7 @@ def diff(
     if as_json:
         click.echo(json.dumps(made.to_json(), indent=1, ensure_ascii=False))
     else:
-        click.echo(report.difference_text(made, every_tensor))
+        click.echo(report.difference_text(made, every_tensor, width()))
 
 
 @recipe.command()

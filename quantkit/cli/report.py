@@ -62,7 +62,7 @@ def report(
     """Draw plans, files and measurements as one page of HTML that opens offline.
 
     SOURCE is a GGUF, an importance matrix, the results of `quantkit ablate`, a sensitivity, what `plan`, `eval`,
-    `optimize`, `recipe diff` and others print with --json, or a model (a name, config.json or checkpoint) with
+    `optimize`, `which`, `recipe diff` and others print with --json, or a model (a name, config.json or checkpoint) with
     --recipe. With a plan, an importance matrix and a sensitivity on one page, each tensor shows its tokens and its
     error too.
 

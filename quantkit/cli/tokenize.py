@@ -7,7 +7,7 @@ import json
 import click
 
 from .files import MODEL, Command
-from .options import json_option
+from .options import json_option, tokenizer_options
 from .text_options import chunk_options, print_notes, text_options
 
 
@@ -17,7 +17,7 @@ from .text_options import chunk_options, print_notes, text_options
 @chunk_options
 @click.option("--ids", is_flag=True, help="Print the token ids, as llama-tokenize --ids does, and nothing else.")
 @json_option
-@click.option("--pre", metavar="NAME", help="tokenizer.ggml.pre, for a tokenizer that is not recognized.")
+@tokenizer_options
 def tokenize(
     model: str,
     texts: tuple[str, ...],
@@ -28,6 +28,7 @@ def tokenize(
     ids: bool,
     as_json: bool,
     pre: str | None,
+    pad_token: str | None,
 ) -> None:
     """Count the tokens and chunks of a text, or print its token ids. No weight is read.
 
@@ -43,7 +44,7 @@ def tokenize(
     from quantkit.model.open import open_model
     from quantkit.text.chunking import encode_sources
 
-    tokenizer = text.tokenizer(open_model(model, Options(pre=pre)))
+    tokenizer = text.tokenizer(open_model(model, Options(pre=pre, pad_token=pad_token)))
     limit = None if n_chunks is None else n_chunks * n_ctx
     found, read = encode_sources(tokenizer, texts, chat=chat, parse_special=parse_special, limit=limit)
     print_notes(read.notes)

@@ -29,6 +29,7 @@ _MEANT = {
     "generate": "eval generate",
     "gguf-dump": "inspect",
     "gguf-split": "split",
+    "choose": "which",
     "gpu": "fit",
     "hash": "verify",
     "help": "--help",

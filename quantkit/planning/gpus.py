@@ -1,4 +1,4 @@
-"""GPUs as people name them: 24, 2x80, 80GB, 16x3090, 4xA100-80GB.
+"""GPUs as people name them: 24, 2x80, 80GB, 16x3090, 4xA100-80GB, and unlike ones together: 24+80.
 
 A number is the GiB of one GPU. So is the GB that a GPU is sold by: an RTX 4090 of 24 GB has 24 x 2^30 bytes.
 """
@@ -37,13 +37,20 @@ class Gpus(NamedTuple):
     """GPUs as asked for."""
 
     text: str
-    """24, 2x80 or 16x3090 (16x24)"""
+    """24, 2x80, 16x3090 (16x24) or 24+80"""
     gib: tuple[int, ...]
     """of each"""
 
 
 def parse_gpus(text: str) -> Gpus:
-    """One GPU, or so many alike. Raises ValueError with a sentence."""
+    """One GPU, so many alike, or several of these with + between them, in llama.cpp's order. Raises ValueError with a
+    sentence."""
+    if "+" in text:
+        parts = [parse_gpus(part) for part in text.split("+")] if all(map(str.strip, text.split("+"))) else []
+        gib = tuple(each for part in parts for each in part.gib)
+        if not 1 <= len(gib) <= MOST_GPUS:
+            raise ValueError(_wrong(text))
+        return Gpus("+".join(part.text for part in parts), gib)
     item = " ".join(text.lower().split())
     after = _COUNTED_AFTER.fullmatch(item)
     m = _COUNTED.fullmatch(f"{after[2]}x{after[1]}" if after and _is_one(after[1]) else item)
@@ -83,5 +90,6 @@ def _name(text: str) -> str:
 
 def _wrong(text: str, guess: str = "") -> str:
     return (
-        f"{text!r} is not VRAM in GiB such as 24, 2x80 for two GPUs (at most {MOST_GPUS}), or a GPU such as 3090{guess}"
+        f"{text!r} is not VRAM in GiB such as 24, 2x80 or 24+80 for two GPUs (at most {MOST_GPUS}), or a GPU such as "
+        f"3090{guess}"
     )

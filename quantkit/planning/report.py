@@ -6,21 +6,20 @@ GiB is 2^30 bytes and GB 10^9, and every table says which.
 from __future__ import annotations
 
 import re
-import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..base.text import bar, columns, in_unit, shape_text, short_size, size, table, table_width, unit_of, wrapped
+from ..base.text import bar, fitting_table, in_unit, shape_text, short_size, size, table, table_width, unit_of, wrapped
 from ..gguf.header import ARRAY, F32, KV, STRING, TYPE_NAMES, array_head, decode
 from ..gguf.types import STORED_TYPES
 from ..imatrix.policies import OWN
 from ..model.catalogue import ROLES, Catalogue, family_of, ranges
-from .fit import Answer, Fit, PlacedBytes
 from .gaps import gap_notes, gap_warnings
 from .plan import Plan, Planned, missing_note
 from .rounding import rounding_notes, rounding_warnings
 
-_MAX_VALUE = 60
+#: characters of a value that are shown, and at least where there is little room
+_MAX_VALUE, _SHORTEST_VALUE = 60, 12
 
 
 def plan_text(
@@ -126,7 +125,8 @@ def _tensor_table(plan: Plan, every: bool, width: int | None) -> str:
             }
         )
     choices = _TENSOR_COLUMNS if plan.rounding is None else [(*c[:-1], "rounding", c[-1]) for c in _TENSOR_COLUMNS]
-    return _that_fits(rows, choices, ("n", "bytes", "size", "rule"), width)
+    enough = len(choices[-2]) if width is not None and width >= _USUAL_WIDTH else 0
+    return fitting_table(rows, choices, ("n", "bytes", "size", "rule"), width, enough)
 
 
 def _short_rule(rule: str) -> str:
@@ -144,27 +144,14 @@ _TENSOR_COLUMNS = (
     ("tensor", "n", "shape (ne)", "type", "size", "rule"),
     ("tensor", "n", "type", "size"),
 )
+#: from so many characters on the shapes of tensors are shown, and names wrapped where they must be
+_USUAL_WIDTH = 72
 _SHARE_COLUMNS = (
     ("tensors", "elements", "%", "bytes", "size", "% of file", "bits"),
     ("tensors", "elements", "%", "size", "% of file", "bits"),
     ("tensors", "size", "% of file", "bits"),
     ("size", "% of file"),
 )
-#: from so many characters on the shapes of tensors are shown, and names wrapped where they must be
-_USUAL_WIDTH = 72
-
-
-def _that_fits(
-    rows: Sequence[Mapping[str, str]], choices: Sequence[Sequence[str]], right: Sequence[str], width: int | None
-) -> str:
-    """A table of as many columns as the width has room for."""
-    for names in choices:
-        cells = [[row[name] for name in names] for row in rows]
-        if width is None or table_width([names, *cells]) <= width:
-            break
-        if names is choices[-2] and "tensor" in names and width >= _USUAL_WIDTH:
-            break
-    return table(cells, names, [i for i, name in enumerate(names) if name in right], width)
 
 
 def _rounded(plan: Plan, t: Planned) -> str:
@@ -213,7 +200,7 @@ def _share_table(kind: str, rows: Sequence[Mapping[str, str]], plan: Plan, width
     named = [{unit if key == "size" else key: cell for key, cell in row.items()} for row in rows]
     bars = [""] if "" in rows[0] else []
     choices = [(kind, *(unit if name == "size" else name for name in names)) for names in _SHARE_COLUMNS]
-    return _that_fits(named, [*((*c, *bars) for c in choices), choices[-1]], choices[0][1:], width)
+    return fitting_table(named, [*((*c, *bars) for c in choices), choices[-1]], choices[0][1:], width)
 
 
 def _share_row(kind: str, name: str, of: Sequence[Planned], plan: Plan) -> dict[str, str]:
@@ -272,12 +259,13 @@ def inspection(catalogue: Catalogue, stored: Mapping[str, Any], paths: Sequence[
     }
 
 
-def inspection_text(found: Mapping[str, Any], every_tensor: bool) -> str:
-    """An inspection for people."""
-    parts = [
+def inspection_text(found: Mapping[str, Any], every_tensor: bool, width: int | None = None) -> str:
+    """An inspection for people, in lines of at most `width` characters."""
+    about = (
         f"{found['model']}: {found['arch']}, layout {found['layout']}, {found['layers']} layers, "
         f"{len(found['tensors'])} tensors, {found['elements']:,} elements"
-    ]
+    )
+    parts = [wrapped(about, width)]
     stored = found["stored"]
     total = sum(v["bytes"] for v in stored.values())
     unit = unit_of(total)
@@ -285,101 +273,46 @@ def inspection_text(found: Mapping[str, Any], every_tensor: bool) -> str:
     rows.append(["all", str(sum(v["tensors"] for v in stored.values())), f"{total:,}", in_unit(total, unit)])
     files = found["files"]
     where = files[0] if len(files) == 1 else f"{files[0]} … {files[-1]}"
-    parts.append(f"stored in {len(files)} file{'s' * (len(files) != 1)}: {where}")
-    parts.append(table(rows, ["stored as", "tensors", "bytes", unit], right=(1, 2, 3)))
-    parts.append(table([[m["key"], m["type"], m["value"]] for m in found["metadata"]], ["key", "type", "value"]))
+    parts.append(wrapped(f"stored in {len(files)} file{'s' * (len(files) != 1)}: {where}", width))
+    parts.append(table(rows, ["stored as", "tensors", "bytes", unit], (1, 2, 3), width))
+    parts.append(_metadata(found["metadata"], width))
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for t in found["tensors"]:
         key = (t["name"],) if every_tensor else (family_of(t["name"]), tuple(t["shape"]), t["type"])
         groups.setdefault(key, []).append(t)
-    rows = []
+    tensors = []
     for key, group in groups.items():
         layers = [int(m[1]) for t in group if (m := re.match(r"blk\.(\d+)\.", t["name"]))]
         name = key[0].replace("blk.*.", f"blk.{{{ranges(layers)}}}.") if len(group) > 1 else group[0]["name"]
         nbytes = sum(t["bytes"] for t in group)
-        rows.append(
-            [name, str(len(group)), shape_text(group[0]["shape"]), group[0]["type"], f"{nbytes:,}", group[0]["role"]]
-        )
-    parts.append(table(rows, ["tensor", "n", "shape (ne)", "type", "bytes", "role"], right=(1, 4)))
+        tensors.append(
+            {
+                "tensor": name, "n": str(len(group)), "shape (ne)": shape_text(group[0]["shape"]),
+                "type": group[0]["type"], "bytes": f"{nbytes:,}", "size": short_size(nbytes), "role": group[0]["role"],
+            }
+        )  # fmt: skip
+    enough = len(_INSPECTED[-2]) if width is not None and width >= _USUAL_WIDTH else 0
+    parts.append(fitting_table(tensors, _INSPECTED, ("n", "bytes", "size"), width, enough))
     if found["notes"]:
-        parts.append("\n".join(f"note: {n}" for n in found["notes"]))
+        parts.append("\n".join(wrapped(f"note: {n}", width) for n in found["notes"]))
     return "\n\n".join(parts)
 
 
-# ---------------------------------------------------------------- fit
+#: columns of an inspection's tensors, the widest choice first
+_INSPECTED = (
+    ("tensor", "n", "shape (ne)", "type", "bytes", "role"),
+    ("tensor", "n", "shape (ne)", "type", "size", "role"),
+    ("tensor", "n", "shape (ne)", "type", "size"),
+    ("tensor", "n", "type", "size"),
+)
 
 
-def fit_text(w: PlacedBytes, answers: Sequence[Answer], about: str, ram: int | None) -> str:
-    """What fits on GPUs, for people. `about`: the context and its cache in words. `ram`: bytes there are, or None."""
-    n_moe = sum(1 for x in w.layers if x.experts)
-    of = f" as {w.recipe}" if w.recipe else ""
-    parts = [
-        f"{w.model}{of}: {size(w.tensor_bytes)}, {w.n_layers} layers and the output head\n"
-        f"{about}: {short_size(sum(x.cache for x in w.layers))}; each GPU of N GB taken as N GiB"
-    ]
-    rows, unit = [], unit_of(max(w.tensor_bytes, sum(x.cache for x in w.layers)))
-    parts.append(_placed(w, unit))
-    for a in answers:
-        whole = _fit_cells(a.whole, unit)
-        row = [a.gpus.text, f"{a.rule} of {w.n_layers}", f"{a.whole.n_layers} of {w.n_layers}", *whole]
-        if n_moe:
-            split = [] if a.split is None else [f"{a.split.n_layers} of {n_moe}", *_fit_cells(a.split, unit)]
-            row += split or ["no room", "", ""]
-        rows.append(row)
-    head = ["VRAM", "published rule", "whole layers", f"GPU {unit}", f"RAM {unit}"]
-    if n_moe:
-        head += ["or experts of", f"GPU {unit}", f"RAM {unit}"]
-    parts.append(table(rows, head, right=(0, 3, 4, 6, 7)[: 5 if n_moe else 3]))
-    for a in answers:
-        lines = [f"{a.gpus.text}: whole layers{_ram_text(a.whole, ram)}", f"  {shlex.join(a.whole.flags)}"]
-        if a.split is None and n_moe:
-            base = sum(x.rest + x.cache for x in w.layers)
-            lines.append(
-                f"{a.gpus.text}: no room for all but routed experts: with the KV cache that is {_amount(base)}; "
-                "take a shorter --ctx, or a smaller --cache-type or --reserve"
-            )
-        elif a.split is not None and not (a.whole.n_layers == w.n_layers and a.split.n_layers == n_moe):
-            lines += [
-                f"{a.gpus.text}: all but routed experts, and experts of {a.split.n_layers} of {n_moe} layers"
-                + _ram_text(a.split, ram),
-                f"  {shlex.join(a.split.flags)}",
-            ]
-        if a.note:
-            lines.append(f"  note: {a.note}")
-        parts.append("\n".join(lines))
-    return "\n\n".join(parts)
-
-
-def _placed(w: PlacedBytes, unit: str) -> str:
-    """What the bytes are of, a bar each."""
-    of = {
-        "routed experts": sum(x.experts for x in w.layers),
-        "rest of layers": sum(x.rest for x in w.layers[:-1]),
-        "output head": w.layers[-1].rest,
-        "token_embd": w.input,
-        "KV cache": sum(x.cache for x in w.layers),
-    }
-    most = max(of.values())
-    rows = [[what, f"{in_unit(n, unit, 2)} {unit}", bar(n / most, 20)] for what, n in of.items() if n]
-    return "\n".join(columns(rows, right=(1,)))
-
-
-def _fit_cells(f: Fit, unit: str) -> list[str]:
-    used = [in_unit(n, unit, 1) for n in f.used]
-    few, most = (in_unit(n, unit, 1) for n in (min(f.used), max(f.used)))
-    text = " + ".join(used) if len(used) < 3 else f"{len(used)} of {few} to {most}"
-    return [text, in_unit(f.ram, unit, 1)]
-
-
-def _ram_text(f: Fit, ram: int | None) -> str:
-    if ram is None:
-        return f"; {_amount(f.ram)} stay in RAM"
-    if f.ram <= ram:
-        return f"; the other {_amount(f.ram)} fit in RAM"
-    over = f.ram - ram
-    return f"; {_amount(f.ram)} are left, {_amount(over)} more than RAM has: read from disk (mmap) as needed"
-
-
-def _amount(nbytes: int) -> str:
-    unit = unit_of(nbytes)
-    return f"{in_unit(nbytes, unit, 1)} {unit}"
+def _metadata(items: Sequence[Mapping[str, str]], width: int | None) -> str:
+    """Keys, types and values; where there is little room, values are cut."""
+    rows = [[m["key"], m["type"], m["value"]] for m in items]
+    head = ["key", "type", "value"]
+    over = 0 if width is None else table_width([head, *rows]) - width
+    if over > 0:
+        room = max(_SHORTEST_VALUE, max(len(row[2]) for row in rows) - over)
+        rows = [[*row[:2], row[2] if len(row[2]) <= room else f"{row[2][: room - 1]}…"] for row in rows]
+    return table(rows, head, (), width)

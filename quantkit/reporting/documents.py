@@ -19,12 +19,13 @@ from ..pictures.figure import cleaned
 from ..planning.plan import Plan
 
 PLAN, GGUF, IMATRIX, STUDY, EVAL = "plan", "GGUF", "importance matrix", "study", "evaluation"
-SENSITIVITY, OPTIMIZED, DIFF, SIZES, FIT = (
+SENSITIVITY, OPTIMIZED, DIFF, SIZES, FIT, WHICH = (
     "sensitivity",
     "optimized recipe",
     "comparison of recipes",
     "size table",
     "fit",
+    "choice for a machine",
 )
 #: bytes of JSON that is read
 _MAX_BYTES = 1 << 28
@@ -36,6 +37,7 @@ _KEYS: tuple[tuple[str, frozenset[str], int | None], ...] = (
     (EVAL, frozenset({"quantkit_eval"}), 1),
     (STUDY, frozenset({"quantkit_ablate"}), 1),
     (OPTIMIZED, frozenset({"quantkit_optimize"}), 1),
+    (WHICH, frozenset({"quantkit_which"}), 1),
     (IMATRIX, frozenset({"count_unit", "min_tokens", "tensors"}), None),
     (DIFF, frozenset({"before", "after", "changes", "roles"}), None),
     (GGUF, frozenset({"stored", "metadata", "tensors"}), None),
@@ -140,7 +142,7 @@ def _sound(path: Path, kind: str, said: dict[str, Any]) -> dict[str, Any]:
 def _none(path: Path, why: str) -> NoReturn:
     raise SourceError(
         f"{path}: {why}; give a GGUF, an importance matrix, the file of a study or a sensitivity, what plan, eval, "
-        "optimize, recipe diff, inspect, fit or sizes table printed as JSON, or a model with --recipe"
+        "optimize, recipe diff, inspect, fit, which or sizes table printed as JSON, or a model with --recipe"
     )
 
 

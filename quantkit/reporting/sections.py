@@ -205,9 +205,33 @@ def _difference(d: Document, _scale: Scale, _more: More) -> Section:
     return Section(title, [("model", f"{x['model']}, layout {x['layout']}")], side_by_side(x), notes)
 
 
+def _which(d: Document, _scale: Scale, _more: More) -> Section:
+    x = d.data
+    machine = x["machine"]
+    rungs = [
+        Rung(
+            c["name"], c["tensor_bytes"], float(c["bpw"]), c["name"] == x["best"], x["cache_bytes"],
+            c["runs"] in ("in VRAM", "in RAM", "in memory"), f"{c['runs']}; quality: {c['quality']['text']}",
+        )
+        for c in x["choices"]
+    ]  # fmt: skip
+    there = machine["unified_bytes"] or sum(machine["gib"]) * GIB or machine["ram_bytes"]
+    what = "unified memory" if machine["unified_bytes"] else "VRAM" if machine["gib"] else "RAM"
+    budget = Budget(what, there, f"bars have the KV cache of {x['ctx']:,} tokens")
+    title = f"Which quantization of {x['model']}, with {machine['text']}"
+    best = next((c for c in x["choices"] if c["name"] == x["best"]), None)
+    facts = [("machine", machine["text"]), ("order", x["rule"])]
+    if best is not None:
+        facts.insert(1, ("best", f"{best['name']}: {best['runs']}, llama.cpp's flags {' '.join(best['flags'])}"))
+    sources = list(dict.fromkeys(c["quality"]["source"] for c in x["choices"] if c["quality"]["source"]))
+    notes = [f"Quality: {source}." for source in sources] + [f"Note: {n}" for n in x["notes"]]
+    return Section(title, facts, [ladder(rungs, title, budget)], notes)
+
+
 _MAKERS: dict[str, Callable[[Document, Scale, More], Section]] = {
     docs.PLAN: _plan, docs.GGUF: _gguf, docs.IMATRIX: _imatrix, docs.STUDY: _study, docs.EVAL: _evaluation,
     docs.SENSITIVITY: _sensitivity, docs.OPTIMIZED: _optimized, docs.DIFF: _difference,
+    docs.WHICH: _which,
 }  # fmt: skip
 
 

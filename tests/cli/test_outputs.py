@@ -81,6 +81,7 @@ CASES = [
         {"write_manifest": "--write-manifest"},
     ),
     Case("verify", "$first --plan $plan -q", "$shards/* $plan", {"write_manifest": "--write-manifest"}),
+    Case("tokenizer check", "$first --fix pad --pad-token 2 -q", "$shards/*", {"output": "-o"}),
     Case("merge", "$first -q", "$shards/*", {"output": ""}),
     Case("split", "$first --max-size 500000 -q", "", {"prefix": ""}),
     Case("dequant", "$v3 -q", "$v3/*", {"output": ""}, ("output",), force=False),
@@ -166,7 +167,7 @@ IDS = [f"{case.command}-{i}" for i, case in enumerate(CASES)]
 NO_FILES = {
     "sets", "pre", "pad_token", "sample", "ignored", "device", "name", "file_type", "maps", "tensor", "part", "probes",
     "changed_types", "changed_tensor_types", "changed_output_type", "changed_embedding_type", "changed_metadata",
-    "changed_name", "noise", "types", "target", "fit", "locks", "minimum", "llama_args", "study",
+    "changed_name", "noise", "types", "target", "fit", "locks", "minimum", "llama_args", "study", "repo",
 }  # fmt: skip
 
 

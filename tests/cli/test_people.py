@@ -116,6 +116,27 @@ def test_a_plan_fits_the_terminal(columns: int, env: dict[str, str]) -> None:
     assert "".join(lines).count("ffn_gate_shexp") == 1 or columns == 40
 
 
+@pytest.mark.parametrize("columns", [132, 80, 60])
+@pytest.mark.parametrize(
+    "words",
+    [
+        "fit deepseek-r1 -r UD-IQ1_S --vram 24,24+80,2x80,16x3090 --ram 64",
+        "fit deepseek-r1-distill-qwen-7b -r Q4_K_M --vram 8,16x24",
+        "recipe diff UD-IQ1_S UD-IQ1_M",
+        "recipe diff Q2_K_XS IQ2_XXS --all",
+        "inspect deepseek-r1",
+    ],
+)
+def test_tables_fit_the_terminal(quantkit: Run, words: str, columns: int) -> None:
+    """Lines that a shell reads are as long as their longest argument."""
+    lines = quantkit(*words.split(), env={"COLUMNS": str(columns)}).stdout.splitlines()
+    argument = r"  (-ot '.*'|-c \d+ .*-ot '.*')"
+    assert len(lines) > 10
+    assert max(len(line) for line in lines if not re.fullmatch(argument, line)) <= columns
+    wide = quantkit(*words.split(), env={"COLUMNS": ""}).stdout.splitlines()
+    assert max(map(len, wide)) > 60
+
+
 def test_a_pipe_gets_whole_lines(quantkit: Run) -> None:
     """Unless $COLUMNS says otherwise."""
     done = quantkit(*R1, env={"COLUMNS": ""})

@@ -366,6 +366,7 @@ def gpus(text: str) -> list[tuple[str, tuple[int, ...]]]:
         ("NVIDIA GeForce RTX 3090 Ti", (24,)), ("8xH100", (80,) * 8), ("H200x8", (141,) * 8), ("24GBx2", (24, 24)),
         ("80 GiB x 4", (80,) * 4),
         ("A100-80GB", (80,)), ("4xA100 40G", (40,) * 4), ("a100-80", (80,)), ("RTX PRO 6000 Blackwell", (96,)),
+        ("24+80", (24, 80)), ("3090 + 2x80GB", (24, 80, 80)), ("8x24+8x80", (24,) * 8 + (80,) * 8),
         ("MI300X", (192,)), ("7900 XTX", (24,)), ("Tesla P40", (24,)), ("2xL40S", (48, 48)), ("4xH100-80GB", (80,) * 4),
     ],
 )  # fmt: skip
@@ -375,9 +376,9 @@ def test_gpus_as_people_name_them(text: str, gib: tuple[int, ...]) -> None:
 
 
 def test_gpus_are_shown_as_they_were_asked_for() -> None:
-    assert gpus("2x80GB,16x3090,4090x2,A100-80GB") == [
+    assert gpus("2x80GB,16x3090,4090x2,3090+2x80GB,A100-80GB") == [
         ("2x80", (80, 80)), ("16x3090 (16x24)", (24,) * 16), ("2x4090 (2x24)", (24, 24)),
-        ("a100-80gb (80)", (80,)),
+        ("3090 (24)+2x80", (24, 80, 80)), ("a100-80gb (80)", (80,)),
     ]  # fmt: skip
 
 
@@ -392,7 +393,7 @@ def test_fit_says_what_a_name_stands_for() -> None:
     assert text.partition("whole layers;")[2] == plain.partition("whole layers;")[2].replace("16x24", "16x3090 (16x24)")
 
 
-NO_VRAM = " is not VRAM in GiB such as 24, 2x80 for two GPUs (at most 16), or a GPU such as 3090"
+NO_VRAM = " is not VRAM in GiB such as 24, 2x80 or 24+80 for two GPUs (at most 16), or a GPU such as 3090"
 
 
 @pytest.mark.parametrize(
@@ -401,6 +402,8 @@ NO_VRAM = " is not VRAM in GiB such as 24, 2x80 for two GPUs (at most 16), or a 
         ("", "''" + NO_VRAM), ("0", "'0'" + NO_VRAM), ("17x80", "'17x80'" + NO_VRAM), ("24,", "''" + NO_VRAM),
         ("0x8", "'0x8'" + NO_VRAM), ("0x3090", "'0x3090'" + NO_VRAM), ("-24", "'-24'" + NO_VRAM),
         ("24.5", "'24.5'" + NO_VRAM), ("much", "'much'" + NO_VRAM), ("40900", "no GPU has 40,900 GiB"),
+        ("24+", "'24+'" + NO_VRAM), ("+", "'+'" + NO_VRAM), ("9x24+8x80", "'9x24+8x80'" + NO_VRAM),
+        ("24+much", "'much'" + NO_VRAM),
         ("H10", "'H10'" + NO_VRAM + " (did you mean h100?)"),
         ("2xA100", "'2xA100': A100 are sold with 40 or 80 GiB; say which, such as 2x80"),
         ("513", "'513': no GPU has 513 GiB (at most 512), nor is one known by that name"),

@@ -294,7 +294,7 @@ def test_the_same_input_gives_the_same_page(plan_json: Path, quantkit: Run, tmp_
 
 NO = (
     "give a GGUF, an importance matrix, the file of a study or a sensitivity, what plan, eval, optimize, recipe diff, "
-    "inspect, fit or sizes table printed as JSON, or a model with --recipe"
+    "inspect, fit, which or sizes table printed as JSON, or a model with --recipe"
 )
 
 

@@ -1,0 +1,65 @@
+"""The special tokens of DeepSeek-R1 and of its distills: which ids they have, and which token pads.
+
+Ids of R1: its tokenizer. Of the distills: their tokenizers, as Unsloth's guide of January 2025 has them in a table, the
+padding tokens too (R1 2, Distill-Qwen 151654, Distill-Llama 128004). All of these models name the end-of-text token as
+the padding token in their tokenizer_config.json, which is the fault that the guide mends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+BOS, EOS = "<\uff5cbegin\u2581of\u2581sentence\uff5c>", "<\uff5cend\u2581of\u2581sentence\uff5c>"
+USER, ASSISTANT = "<\uff5cUser\uff5c>", "<\uff5cAssistant\uff5c>"
+THINK, END_THINK = "<think>", "</think>"
+#: tokens that are for padding only, in the order in which they are taken where the family is not known
+PADS = (
+    "<\uff5c\u2581pad\u2581\uff5c>", "<|PAD_TOKEN|>", "<\uff5cPAD\u2581TOKEN\uff5c>", "<|finetune_right_pad_id|>",
+    "<|vision_pad|>", "<pad>", "<|pad|>",
+)  # fmt: skip
+
+
+class Family(NamedTuple):
+    """A vocabulary."""
+
+    name: str
+    pre: str
+    """its tokenizer.ggml.pre"""
+    ids: Mapping[str, int]
+    pad: str
+    """the token for padding"""
+
+
+FAMILIES = (
+    Family(
+        "DeepSeek-V3 and R1", "deepseek-v3",
+        {BOS: 0, EOS: 1, THINK: 128798, END_THINK: 128799, USER: 128803, ASSISTANT: 128804}, PADS[0],
+    ),
+    Family(
+        "R1-Distill-Qwen", "deepseek-r1-qwen",
+        {BOS: 151646, EOS: 151643, THINK: 151648, END_THINK: 151649, USER: 151644, ASSISTANT: 151645}, "<|vision_pad|>",
+    ),
+    Family(
+        "R1-Distill-Llama", "llama-bpe",
+        {BOS: 128000, EOS: 128001, THINK: 128013, END_THINK: 128014, USER: 128011, ASSISTANT: 128012},
+        "<|finetune_right_pad_id|>",
+    ),
+)  # fmt: skip
+
+
+def family_of(tokens: Sequence[str]) -> Family | None:
+    """The family of a vocabulary: that whose beginning- and end-of-text tokens, and User, are where the family has
+    them."""
+    for family in FAMILIES:
+        marks = [(family.ids[text], text) for text in (BOS, EOS, USER)]
+        if all(i < len(tokens) and tokens[i] == text for i, text in marks):
+            return family
+    return None
+
+
+def pad_for(tokens: Sequence[str], family: Family | None) -> int | None:
+    """The id of the token that should pad: the family's, or the first of PADS that there is."""
+    wanted = (*((family.pad,) if family is not None else ()), *PADS)
+    there = set(tokens)
+    return next((tokens.index(text) for text in wanted if text in there), None)
