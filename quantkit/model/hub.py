@@ -118,3 +118,8 @@ def downloaded(repo: str, revision: str | None = None) -> Path | None:
         return Path(snapshot_download(repo, revision=revision, local_files_only=True))
     except Exception:  # not in the cache, or not a repository id
         return None
+
+
+def gguf_headers(source: str) -> GgufHeaders:
+    """The headers of the GGUF that an address names. Raises SourceError for a checkpoint."""
+    return open_remote(gguf_address(source))
