@@ -19,7 +19,7 @@ else:
 
 
 class GpuList(_GpusParam):
-    """24,80,2x80,4x3090: several answers, each for one GPU or for so many alike."""
+    """24,80,2x80,24+80,4x3090: several answers, each for one GPU, so many alike, or several kinds."""
 
     name = "gpus"
 
@@ -42,7 +42,7 @@ class GpuList(_GpusParam):
     type=GpuList(),
     required=True,
     metavar="LIST",
-    help="GiB of each GPU, or its name, such as 24,80,2x80,4x3090; an answer for each.",
+    help="GiB of each GPU, or its name, such as 24,80,2x80,24+80,4x3090; an answer for each.",
 )
 @click.option("--ram", type=Size(bare=2**30, least=0), metavar="GIB", help="RAM for the rest: 256, 256GB or 256GiB.")
 @click.option(

@@ -1,4 +1,4 @@
-"""GPUs as people name them: 24, 2x80, 80GB, 16x3090, 4xA100-80GB.
+"""GPUs as people name them: 24, 2x80, 80GB, 16x3090, 4xA100-80GB, and several kinds as 24+2x80.
 
 A number is the GiB of one GPU. So is the GB that a GPU is sold by: an RTX 4090 of 24 GB has 24 x 2^30 bytes.
 """
@@ -37,13 +37,23 @@ class Gpus(NamedTuple):
     """GPUs as asked for."""
 
     text: str
-    """24, 2x80 or 16x3090 (16x24)"""
+    """24, 2x80, 24+80 or 16x3090 (16x24)"""
     gib: tuple[int, ...]
     """of each"""
 
 
 def parse_gpus(text: str) -> Gpus:
-    """One GPU, or so many alike. Raises ValueError with a sentence."""
+    """One GPU, so many alike, or several kinds joined by +, in llama.cpp's order. Raises ValueError with a sentence."""
+    kinds = [_alike(part) for part in text.split("+")]
+    if len(kinds) == 1:
+        return kinds[0]
+    gib = tuple(n for kind in kinds for n in kind.gib)
+    if len(gib) > MOST_GPUS:
+        raise ValueError(f"{text!r} is {len(gib)} GPUs, and {MOST_GPUS} are the most")
+    return Gpus("+".join(kind.text for kind in kinds), gib)
+
+
+def _alike(text: str) -> Gpus:
     item = " ".join(text.lower().split())
     after = _COUNTED_AFTER.fullmatch(item)
     m = _COUNTED.fullmatch(f"{after[2]}x{after[1]}" if after and _is_one(after[1]) else item)

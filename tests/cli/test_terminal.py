@@ -54,6 +54,7 @@ PRINTS = {
     "sizes check": "sizes check",
     "sizes table": "sizes table deepseek-r1",
     "fit": "fit deepseek-r1 -r UD-IQ1_S --vram 24",
+    "run-card": "run-card q.gguf --vram 24",
     "tokenize": "tokenize v3 --pre deepseek-v3 --text words.txt --ctx 16",
     "imatrix make": "imatrix make deepseek-r1 --estimate --text-tokens 1M --gpu-tflops 400 --disk 5GB/s",
     "imatrix info": "imatrix info imatrix.gguf",
@@ -100,6 +101,7 @@ def place(tiny_v3: Path, tiny_imatrix: Path, quantkit: Run, tmp_path_factory: py
     factory.gguf_file(folder / "m.gguf", tensors)
     kvs = [kv("general.architecture", STRING, "deepseek2"), kv("deepseek2.block_count", U32, 1)]
     kvs.append(kv("general.file_type", U32, 7))
+    kvs += [kv(f"deepseek2.{key}", U32, n) for key, n in (("attention.head_count", 4), ("embedding_length", 256))]
     factory.gguf_file(folder / "q.gguf", {"output.weight": ((256, 2), "Q8_0", bytes(2 * 8 * 34))}, kvs)
     for args in ("sizes update -r UD-IQ1_S -m deepseek-r1", "split m.gguf s --max-tensors 1 -q"):
         done = quantkit(*args.split(), cwd=folder)
