@@ -123,7 +123,7 @@ def first_shard(name: str) -> Path:
     from quantkit.running.files import gguf_in
 
     path = Path(name)
-    if path.is_dir():
+    if os.path.isdir(path):  # False for a name that no file can have
         path = gguf_in(path)
     path = as_built(path)
     parts = split_name(path.name)
