@@ -38,6 +38,8 @@ PROBES: tuple[list[Message], ...] = (
     _talk("Why?", "<think>\nsince it\nis\n</think>So.", "Sure?"),
     _talk("Why?", "<think>a</think>So.", "Sure?", "<think>\n\n</think>Yes.", "Then go.", system="Think."),
 )
+#: conversations whose texts are taken apart
+_PARTS = (_talk(_U), _talk(_U, _A), _talk(_U, _A, _V), _talk(_U, system=_S))
 
 
 @dataclass(frozen=True)
@@ -73,15 +75,16 @@ def find(tokenizer: Tokenizer) -> ChatFormat | None:
     """The format of a model's chat template; None where it is no fixed texts around messages. Raises TextError where
     there is no template, no jinja2, or it fails."""
     template = tokenizer.vocabulary.chat_template or ""
-    try:
-        found = _taken_apart(tokenizer)
-    except ValueError:
-        return None
+    parts = _rendered(tokenizer, _PARTS)
     if "strftime_now" in template:  # today's date would be every day's
         return None
     try:
-        texts = render(tokenizer, [Chat("a conversation", p, None) for p in PROBES], reply=True)
+        with_reply, *texts = _rendered(tokenizer, (_PARTS[0], *PROBES), reply=True)
     except TextError:  # it refuses one of them
+        return None
+    try:
+        found = _taken_apart(tokenizer, parts, with_reply)
+    except ValueError:
         return None
     for drops in (False, True):
         candidate = replace(found, drops_thinking=drops)
@@ -90,17 +93,16 @@ def find(tokenizer: Tokenizer) -> ChatFormat | None:
     return None
 
 
-def _taken_apart(tokenizer: Tokenizer) -> ChatFormat:
-    """The texts, out of five conversations. Raises ValueError where they are not there, TextError."""
+def _rendered(tokenizer: Tokenizer, talks: Sequence[list[Message]], reply: bool = False) -> list[str]:
+    return render(tokenizer, [Chat("a conversation", talk, None) for talk in talks], reply)
 
-    def rendered(messages: list[Message], reply: bool = False) -> str:
-        return render(tokenizer, [Chat("a conversation", messages, None)], reply)[0]
 
-    with_reply = rendered(_talk(_U), True)
-    start, user_end = _parts(rendered(_talk(_U)), _U)
-    _, _, reply_end = _parts(rendered(_talk(_U, _A)), _U, _A)
-    start_again, between, and_then, _ = _parts(rendered(_talk(_U, _A, _V)), _U, _A, _V)
-    before, after, _ = _parts(rendered(_talk(_U, system=_S)), _S, _U)
+def _taken_apart(tokenizer: Tokenizer, texts: Sequence[str], with_reply: str) -> ChatFormat:
+    """The texts of the format, out of those of `_PARTS`. Raises ValueError where they are not there."""
+    start, user_end = _parts(texts[0], _U)
+    _, _, reply_end = _parts(texts[1], _U, _A)
+    start_again, between, and_then, _ = _parts(texts[2], _U, _A, _V)
+    before, after, _ = _parts(texts[3], _S, _U)
     bos = tokenizer.vocabulary.tokens[tokenizer.bos] if tokenizer.bos is not None else ""
     if not (start == start_again and bos and start.startswith(bos) and before.startswith(bos)):
         bos = ""
