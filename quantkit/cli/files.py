@@ -459,6 +459,7 @@ REPORT = Written("report.txt")
 #: grows with every run
 RESULTS = Written("results.db", outputs=lambda _, one: [one._replace(replace=True)])
 MANIFEST = Written("manifest.json")
+MODELFILE = Written("Modelfile")
 ATTESTATION = Written("build.json")
 RECIPE_OUT = Written("recipe.yaml")
 POLICY_OUT = Written("policy.yaml")

@@ -102,9 +102,15 @@ class Answer(NamedTuple):
 # ---------------------------------------------------------------- a model's bytes by layer
 
 
-def cache_bytes(catalogue: Catalogue, context: int, cache_type: str) -> list[int]:
-    """Bytes of KV cache of each layer for one sequence of `context` tokens. Raises UnsupportedError when the
-    metadata does not say, or the type's blocks do not divide a head."""
+def has_mla_cache(catalogue: Catalogue) -> bool:
+    """Whether the cache has K only, of which V is a view (k_b+v_b): then both have one type."""
+    return any(item.key == f"{catalogue.arch}.attention.key_length_mla" for item in catalogue.kvs)
+
+
+def cache_bytes(catalogue: Catalogue, context: int, cache_type: str, value_type: str | None = None) -> list[int]:
+    """Bytes of KV cache of each layer for one sequence of `context` tokens; `value_type` is the type of V where it is
+    another than that of K. Raises UnsupportedError when the metadata does not say, or the type's blocks do not divide
+    a head."""
     arch = catalogue.arch
     kvs = {item.key.removeprefix(f"{arch}."): item for item in catalogue.kvs}
     n = catalogue.n_layers
@@ -125,22 +131,25 @@ def cache_bytes(catalogue: Catalogue, context: int, cache_type: str) -> list[int
     heads_kv = numbers("attention.head_count_kv") or heads
     per_head = [w // h if h else 0 for w, h in zip(width, heads, strict=True)]
     key_length = numbers("attention.key_length") or per_head
-    value_length = [0] * n if "attention.key_length_mla" in kvs else numbers("attention.value_length") or per_head
-    qtype = QTYPES[cache_type.upper()]
-    odd = next((v for v in (*key_length, *value_length) if v % qtype.block), None)
-    if odd is not None:
-        raise UnsupportedError(
-            f"{catalogue.model}: a {cache_type} cache has blocks of {qtype.block} values, which do not divide a head "
-            f"of {odd}; take --cache-type f16"
-        )
+    value_length = [0] * n if has_mla_cache(catalogue) else numbers("attention.value_length") or per_head
+    types = [QTYPES[name.upper()] for name in (cache_type, value_type or cache_type)]
+    for name, qtype, lengths in zip((cache_type, value_type), types, (key_length, value_length), strict=True):
+        odd = next((v for v in lengths if v % qtype.block), None)
+        if odd is not None:
+            raise UnsupportedError(
+                f"{catalogue.model}: a {name or cache_type} cache has blocks of {qtype.block} values, which do not "
+                f"divide a head of {odd}; take --cache-type f16"
+            )
     tokens = -(-context // _PAD) * _PAD
     return [
-        h * tokens * (qtype.row_bytes(k) + qtype.row_bytes(v))
+        h * tokens * (types[0].row_bytes(k) + types[1].row_bytes(v))
         for h, k, v in zip(heads_kv, key_length, value_length, strict=True)
     ]
 
 
-def weigh(catalogue: Catalogue, plan: Plan | None, context: int, cache_type: str) -> PlacedBytes:
+def weigh(
+    catalogue: Catalogue, plan: Plan | None, context: int, cache_type: str, value_type: str | None = None
+) -> PlacedBytes:
     """The bytes of a plan by layer; without a plan, of a GGUF as it is. Raises UnsupportedError."""
     if plan is not None:
         sizes = [(t.tensor, t.nbytes) for t in plan.tensors]
@@ -157,7 +166,7 @@ def weigh(catalogue: Catalogue, plan: Plan | None, context: int, cache_type: str
             input_ += nbytes
     if not any(t.name == "output.weight" for t, _ in sizes):  # tied: llama.cpp loads token_embd a second time
         head += sum(nbytes for t, nbytes in sizes if t.name == "token_embd.weight")
-    cache = cache_bytes(catalogue, context, cache_type)
+    cache = cache_bytes(catalogue, context, cache_type, value_type)
     layers = [Layer(*each) for each in zip(rest, experts, cache, strict=True)]
     return PlacedBytes(
         catalogue.model,

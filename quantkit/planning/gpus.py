@@ -1,4 +1,4 @@
-"""GPUs as people name them: 24, 2x80, 80GB, 16x3090, 4xA100-80GB, and unlike ones together: 24+80.
+"""GPUs as people name them: 24, 2x80, 80GB, 16x3090, 4xA100-80GB, and several kinds as 24+2x80.
 
 A number is the GiB of one GPU. So is the GB that a GPU is sold by: an RTX 4090 of 24 GB has 24 x 2^30 bytes.
 """
@@ -37,20 +37,24 @@ class Gpus(NamedTuple):
     """GPUs as asked for."""
 
     text: str
-    """24, 2x80, 16x3090 (16x24) or 24+80"""
+    """24, 2x80, 24+80 or 16x3090 (16x24)"""
     gib: tuple[int, ...]
     """of each"""
 
 
 def parse_gpus(text: str) -> Gpus:
-    """One GPU, so many alike, or several of these with + between them, in llama.cpp's order. Raises ValueError with a
-    sentence."""
-    if "+" in text:
-        parts = [parse_gpus(part) for part in text.split("+")] if all(map(str.strip, text.split("+"))) else []
-        gib = tuple(each for part in parts for each in part.gib)
-        if not 1 <= len(gib) <= MOST_GPUS:
-            raise ValueError(_wrong(text))
-        return Gpus("+".join(part.text for part in parts), gib)
+    """One GPU, so many alike, or several kinds joined by +, in llama.cpp's order. Raises ValueError with a sentence."""
+    parts = text.split("+")
+    kinds = [_alike(part if len(parts) == 1 or part.strip() else text) for part in parts]
+    if len(kinds) == 1:
+        return kinds[0]
+    gib = tuple(n for kind in kinds for n in kind.gib)
+    if len(gib) > MOST_GPUS:
+        raise ValueError(f"{text!r} is {len(gib)} GPUs, and {MOST_GPUS} are the most")
+    return Gpus("+".join(kind.text for kind in kinds), gib)
+
+
+def _alike(text: str) -> Gpus:
     item = " ".join(text.lower().split())
     after = _COUNTED_AFTER.fullmatch(item)
     m = _COUNTED.fullmatch(f"{after[2]}x{after[1]}" if after and _is_one(after[1]) else item)

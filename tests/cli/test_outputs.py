@@ -83,6 +83,7 @@ CASES = [
     Case("verify", "$first --plan $plan -q", "$shards/* $plan", {"write_manifest": "--write-manifest"}),
     Case("tokenizer check", "$first --fix pad --pad-token 2 -q", "$shards/*", {"output": "-o"}),
     Case("merge", "$first -q", "$shards/*", {"output": ""}),
+    Case("ollama", "$first m -q", "$shards/*", {"output": "-o"}),
     Case("split", "$first --max-size 500000 -q", "", {"prefix": ""}),
     Case("dequant", "$v3 -q", "$v3/*", {"output": ""}, ("output",), force=False),
     Case("demo", "-r $mine", "$mine $base", {"folder": "--dir"}, ("folder",), force=False),

@@ -24,7 +24,7 @@ from faults_site import Server
 from quantkit.base.errors import QuantkitError
 from quantkit.cli import cli
 from quantkit.cli.files import Read, Written
-from quantkit.gguf.header import STRING, U32, kv
+from quantkit.gguf.header import STRING, U32, kv, kv_array
 
 QUANTKIT = [sys.executable, "-m", "quantkit"]
 #: a run of each command that prints, in a folder with what `place` makes
@@ -55,6 +55,8 @@ PRINTS = {
     "sizes table": "sizes table deepseek-r1",
     "fit": "fit deepseek-r1 -r UD-IQ1_S --vram 24",
     "which": "which deepseek-r1 --vram 24",
+    "ollama": "ollama chat.gguf m",
+    "run-card": "run-card q.gguf --vram 24",
     "tokenize": "tokenize v3 --pre deepseek-v3 --text words.txt --ctx 16",
     "tokenizer check": "tokenizer check v3",
     "imatrix make": "imatrix make deepseek-r1 --estimate --text-tokens 1M --gpu-tflops 400 --disk 5GB/s",
@@ -102,7 +104,11 @@ def place(tiny_v3: Path, tiny_imatrix: Path, quantkit: Run, tmp_path_factory: py
     factory.gguf_file(folder / "m.gguf", tensors)
     kvs = [kv("general.architecture", STRING, "deepseek2"), kv("deepseek2.block_count", U32, 1)]
     kvs.append(kv("general.file_type", U32, 7))
+    kvs += [kv(f"deepseek2.{key}", U32, n) for key, n in (("attention.head_count", 4), ("embedding_length", 256))]
     factory.gguf_file(folder / "q.gguf", {"output.weight": ((256, 2), "Q8_0", bytes(2 * 8 * 34))}, kvs)
+    vocabulary = [kv("tokenizer.ggml.model", STRING, "gpt2"), kv_array("tokenizer.ggml.tokens", STRING, ["a", "b"])]
+    vocabulary.append(kv_array("tokenizer.ggml.merges", STRING, ["a b"]))
+    factory.gguf_file(folder / "chat.gguf", {"output.weight": ((256, 2), "Q8_0", bytes(2 * 8 * 34))}, kvs + vocabulary)
     for args in ("sizes update -r UD-IQ1_S -m deepseek-r1", "split m.gguf s --max-tensors 1 -q"):
         done = quantkit(*args.split(), cwd=folder)
         assert done.returncode == 0, done.stderr

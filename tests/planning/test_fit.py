@@ -402,7 +402,7 @@ NO_VRAM = " is not VRAM in GiB such as 24, 2x80 or 24+80 for two GPUs (at most 1
         ("", "''" + NO_VRAM), ("0", "'0'" + NO_VRAM), ("17x80", "'17x80'" + NO_VRAM), ("24,", "''" + NO_VRAM),
         ("0x8", "'0x8'" + NO_VRAM), ("0x3090", "'0x3090'" + NO_VRAM), ("-24", "'-24'" + NO_VRAM),
         ("24.5", "'24.5'" + NO_VRAM), ("much", "'much'" + NO_VRAM), ("40900", "no GPU has 40,900 GiB"),
-        ("24+", "'24+'" + NO_VRAM), ("+", "'+'" + NO_VRAM), ("9x24+8x80", "'9x24+8x80'" + NO_VRAM),
+        ("24+", "'24+'" + NO_VRAM), ("+", "'+'" + NO_VRAM), ("9x24+8x80", "'9x24+8x80' is 17 GPUs, and 16 are the most"),
         ("24+much", "'much'" + NO_VRAM),
         ("H10", "'H10'" + NO_VRAM + " (did you mean h100?)"),
         ("2xA100", "'2xA100': A100 are sold with 40 or 80 GiB; say which, such as 2x80"),
