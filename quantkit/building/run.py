@@ -94,7 +94,8 @@ def prepare(
     catalogue = plan.catalogue
     if catalogue.source is None:
         raise SourceError(
-            f"{catalogue.model}: only the {'header' if catalogue.kvs_complete else 'config'} is known, there are no "
+            catalogue.lacks
+            or f"{catalogue.model}: only the {'header' if catalogue.kvs_complete else 'config'} is known, there are no "
             "weights to build from; give a checkpoint directory or a GGUF"
         )
     check_covariance(plan)

@@ -15,6 +15,7 @@ import click
 
 from quantkit.base.errors import QuantkitError
 from quantkit.base.version import __version__
+from quantkit.hub.watching import watched
 
 from . import (
     ablate,
@@ -40,6 +41,7 @@ from . import (
     toolchain,
     verify,
 )
+from .bars import Fetching
 from .files import Group
 from .shells import VARIABLE, complete
 from .terminal import Streams
@@ -112,7 +114,7 @@ def main() -> None:
         signal.signal(signal.SIGINT, _stop)
     if os.environ.get(VARIABLE):  # a shell asks, and reads every byte itself
         complete(cli)
-    with Streams():
+    with Streams(), watched(Fetching()):
         _run()
 
 

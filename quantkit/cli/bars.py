@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -69,3 +70,35 @@ class Bars:
     def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
+
+
+class Fetching:
+    """What the Hub's room tells: waits as notes, a second apart at least where many threads wait for the same; steps as
+    a bar, if they take longer than two seconds."""
+
+    def __init__(self) -> None:
+        self._bar: Any = None
+        self._lock = threading.Lock()
+        self._last = 0.0
+
+    def note(self, sentence: str) -> None:
+        import click
+
+        with self._lock:
+            if time.monotonic() - self._last >= 1:
+                self._last = time.monotonic()
+                click.echo(f"note: {showable(sentence)}", err=True)
+
+    def step(self, what: str, done: int, total: int) -> None:
+        from tqdm import tqdm
+
+        with self._lock:
+            if self._bar is None:
+                often = 0.1 if sys.stderr.isatty() else 10.0
+                self._bar = tqdm(
+                    total=total, desc=showable(what), delay=2, mininterval=often, dynamic_ncols=True, file=bars_file()
+                )
+            self._bar.update(done - self._bar.n)
+            if done == total:
+                self._bar.close()
+                self._bar = None

@@ -258,7 +258,7 @@ def _of_model(value: str) -> Iterator[Path]:
     elif is_there:
         yield from _of_gguf(str(path))
     elif value.count("/") == 1 and not value.startswith((".", "~", "/")) and "://" not in value:
-        from quantkit.model.open import downloaded
+        from quantkit.model.hub import downloaded
 
         found = downloaded(value)
         if found is not None:

@@ -34,7 +34,8 @@ class Reader:
     def __init__(self, catalogue: Catalogue) -> None:
         if catalogue.source is None:
             raise SourceError(
-                f"{catalogue.model}: there are no weights here, only a config; give the checkpoint or a GGUF"
+                catalogue.lacks
+                or f"{catalogue.model}: there are no weights here, only a config; give the checkpoint or a GGUF"
             )
         self.source: Source = catalogue.source
         self.tensors = {t.name: t for t in catalogue.tensors}

@@ -39,6 +39,11 @@ def is_hub(source: str) -> bool:
     return source[:5].lower() == "hf://" or _page(source) is not None
 
 
+def is_gguf(source: str) -> bool:
+    """Whether it is the address of a GGUF, by its name."""
+    return re.search(r"\.gguf(@[^/]*)?$", source.partition("?")[0]) is not None
+
+
 def parse(source: str) -> Address:
     """The address that `is_hub` saw. Raises SourceError for one that is none."""
     page = _page(source)

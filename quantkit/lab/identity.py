@@ -22,7 +22,10 @@ def of_model(catalogue: Catalogue) -> str:
     and both of its ends. Models of one shape have files of one size, but other weights in them. Raises SourceError."""
     source = catalogue.source
     if source is None:
-        raise SourceError(f"{catalogue.model}: there are no weights here, only a config; give the checkpoint or a GGUF")
+        raise SourceError(
+            catalogue.lacks
+            or f"{catalogue.model}: there are no weights here, only a config; give the checkpoint or a GGUF"
+        )
     h = hashlib.sha256()
     for t in catalogue.tensors:
         h.update(f"{t.name} {t.shape} {t.source_type}\n".encode())

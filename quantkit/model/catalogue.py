@@ -119,6 +119,10 @@ class SourceTensor(NamedTuple):
     nbytes: int
 
 
+#: the dtype of a tensor that an index names and whose header is not here; its shape is ()
+UNREAD = "unread"
+
+
 class Source(Protocol):
     """Where the weights are: their stored bytes, and the scales that FP8 weights have."""
 
@@ -152,6 +156,10 @@ class Catalogue:
     """False when planned from a config alone: the tokenizer is not known, file sizes lack it"""
     source: Source | None = None
     notes: tuple[str, ...] = field(default=())
+    headers: Source | None = None
+    """in place of `source` where headers are known and weights cannot be read"""
+    lacks: str = ""
+    """why they cannot: a sentence with what to do"""
 
     def layer_groups(self) -> Mapping[str, tuple[int, ...]]:
         """The layer numbers of each named group that a recipe's `layers` may slice."""

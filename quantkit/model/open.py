@@ -1,7 +1,7 @@
 """SOURCE on the command line, whatever it is, to a Catalogue.
 
-A checkpoint directory, a GGUF file (here, or its headers only at hf://… or https://…), a config.json,
-the name of a known model, or the id of a repository that `hf download` has brought here.
+A checkpoint directory or a GGUF file, here or elsewhere (hf://org/repo, hf://… or https://… of a GGUF: by their
+headers only), a config.json, the name of a known model, or the id of a repository that `hf download` has brought here.
 """
 
 from __future__ import annotations
@@ -10,12 +10,14 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from ..base.errors import SourceError, UnsupportedError, did_you_mean
 from ..gguf.header import ALIGNMENT, KV, STRING, U32, array_head, decode, is_gguf, is_other_alignment, is_utf8, kv
 from ..gguf.pre_tokenizers import PRE_KEY, unknown_pre
 from ..gguf.types import IK_TYPES, STORED_TYPES
+from ..hub.address import is_hub
 from . import families
 from .catalogue import Catalogue, MlaLayout, Part, Role, Tensor, is_quantizable, layer_of, output_order, role_of
 from .families.beside import folder_name
@@ -23,10 +25,11 @@ from .families.known import MODELS
 from .families.known import config as known_config
 from .families.options import Options
 from .families.tokenizer import PAD_KEY, token_id
+from .hub import downloaded, open_address
 from .sources.gguf_file import GgufFile, GgufHeaders, open_gguf
 from .sources.kinds import other_file, other_folder, other_gguf
 from .sources.remote import is_remote, open_remote
-from .sources.safetensors_dir import open_checkpoint, read_json
+from .sources.safetensors_dir import Checkpoint, open_checkpoint, read_json
 
 _MAX_LAYERS = 4096
 _MAX_TITLE = 200
@@ -38,7 +41,7 @@ def open_model(source: str, options: Options | None = None) -> Catalogue:
     if opts.pre is not None and not opts.recognize and (says := unknown_pre(opts.pre)):
         raise SourceError(f"--pre: {says}")
     if is_remote(source):
-        return from_gguf(open_remote(source), opts)
+        return _from_elsewhere(source, opts)
     path = _expand(source)
     if not is_utf8(str(path.absolute())):
         raise SourceError(f"{source!a}: the path gives the model its name, but is not UTF-8; rename the folder or file")
@@ -61,6 +64,11 @@ def open_model(source: str, options: Options | None = None) -> Catalogue:
         found = downloaded(source)
         if found is not None:
             return _from_directory(found, opts)
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", source, re.ASCII):
+            raise SourceError(
+                f"'{source}' is no directory, no file and not in Hugging Face's cache; to read a repository on the "
+                f"Hub, give hf://{source}"
+            )
     raise SourceError(
         f"'{source}' is no directory, file or known model{did_you_mean(source, MODELS)}; give a checkpoint directory, "
         f"a GGUF, a config.json, or one of {', '.join(MODELS)}"
@@ -81,23 +89,23 @@ def _from_directory(path: Path, options: Options) -> Catalogue:
         ggufs = sorted(path.glob("*.gguf"))
         hint = f"; to read a GGUF, give the file: {ggufs[0]}" if ggufs else ""
         raise SourceError(f"{path}: has no config.json, so it is not a checkpoint directory{hint}")
-    checkpoint = open_checkpoint(path.resolve())
-    return families.build(folder_name(checkpoint.path), checkpoint.config, options, checkpoint, checkpoint.tensors)
+    return _of_checkpoint(open_checkpoint(path.resolve()), options)
+
+
+def _of_checkpoint(checkpoint: Checkpoint, options: Options) -> Catalogue:
+    """The catalogue of a checkpoint; where its weights cannot be read, `headers` has it and not `source`."""
+    made = families.build(folder_name(checkpoint.path), checkpoint.config, options, checkpoint, checkpoint.named)
+    return replace(made, source=None, headers=made.source, lacks=checkpoint.lacks) if checkpoint.lacks else made
+
+
+def _from_elsewhere(source: str, options: Options) -> Catalogue:
+    found = open_address(source) if is_hub(source) else open_remote(source)
+    return from_gguf(found, options) if isinstance(found, GgufHeaders) else _of_checkpoint(found, options)
 
 
 def _folder_of(file: Path) -> Path:
     """The folder a file is in; a file that is a link, as in Hugging Face's cache, is not followed."""
     return Path(os.path.realpath(file.parent))
-
-
-def downloaded(repo: str) -> Path | None:
-    """The snapshot of a Hugging Face repository in the local cache, or None. Never downloads."""
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(repo, local_files_only=True))
-    except Exception:  # not in the cache, or not a repository id
-        return None
 
 
 def from_gguf(file: GgufHeaders, options: Options | None = None) -> Catalogue:
@@ -205,7 +213,7 @@ def _notes(file: GgufHeaders) -> Iterator[str]:
 
 def describe_stored(catalogue: Catalogue) -> dict[str, tuple[int, int]]:
     """How a source stores its tensors, scales and left-out layers too: dtype -> (tensors, bytes)."""
-    source = catalogue.source
+    source = catalogue.source or catalogue.headers
     counts: dict[str, tuple[int, int]] = {}
     if source is None and catalogue.kvs_complete:  # a GGUF elsewhere
         for t in catalogue.tensors:

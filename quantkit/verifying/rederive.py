@@ -324,7 +324,8 @@ def check_source(catalogue: Catalogue) -> Source:
     """The weights of a model. Raises SourceError where only its headers are known."""
     if catalogue.source is None:
         raise SourceError(
-            f"{catalogue.model}: rows can only be compared with weights, and here is only a header or a config; give "
-            "--source DIR or GGUF, or --sample none"
+            catalogue.lacks
+            or f"{catalogue.model}: rows can only be compared with weights, and here is only a header or a config; "
+            "give --source DIR or GGUF, or --sample none"
         )
     return catalogue.source

@@ -119,7 +119,8 @@ class Logged:
 
 
 class Hub:
-    """The two hosts. `latency` is waited before each answer, in seconds; `page` entries make a page of a tree."""
+    """The two hosts. `latency` is waited before each answer, in seconds; `page` entries make a page of a tree; bodies
+    share a line of `rate` bytes a second, if it is not 0."""
 
     def __init__(self, store: Path | None = None) -> None:
         from hub_reading import ROUTES
@@ -131,6 +132,8 @@ class Hub:
         self.log: list[Logged] = []
         self.latency = 0.0
         self.page = 1000
+        self.rate = 0.0
+        self.line = threading.Lock()
         self.store = store
         """where a module that takes uploads keeps them"""
         self.lock = threading.RLock()
@@ -302,6 +305,9 @@ class _Handler(BaseHTTPRequestHandler):
                 for place in wrong:
                     if at <= place < at + len(chunk):
                         chunk[place - at] ^= 0x55
+                if self.server.hub.rate:
+                    with self.server.hub.line:
+                        time.sleep(len(chunk) / self.server.hub.rate)
                 logged.sent += len(chunk)  # before: the client may be done before us
                 self.wfile.write(chunk)
         if cut is not None:

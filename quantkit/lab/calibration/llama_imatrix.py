@@ -67,7 +67,10 @@ def make_with_tool(
     the unfinished work is, if it is kept."""
     source = catalogue.source
     if source is None:
-        raise SourceError(f"{catalogue.model}: there are no weights here, only a config; give the checkpoint or a GGUF")
+        raise SourceError(
+            catalogue.lacks
+            or f"{catalogue.model}: there are no weights here, only a config; give the checkpoint or a GGUF"
+        )
     if chunks.n_tokens < 2 * chunks.n_ctx:
         raise ToolError(
             f"llama-imatrix wants two chunks of text at least, {2 * chunks.n_ctx:,} tokens, and there are "

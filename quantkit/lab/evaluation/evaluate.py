@@ -163,7 +163,7 @@ def of_file(catalogue: Catalogue, name: str) -> Candidate:
     """A candidate that is a GGUF, single or split."""
     source = catalogue.source
     if source is None:
-        raise SourceError(f"{name}: has no weights here; give a local GGUF, or a recipe")
+        raise SourceError(catalogue.lacks or f"{name}: has no weights here; give a local GGUF, or a recipe")
     nbytes = sum(file.stat().st_size for file in source.files)
     bits = sum(8 * STORED_TYPES[t.source_type].row_bytes(t.n_cols) * t.n_rows for t in catalogue.tensors)
     return Candidate(Model(catalogue, name), nbytes, bits / sum(t.n_elements for t in catalogue.tensors))

@@ -8,7 +8,8 @@ from pathlib import Path
 from ...base.errors import SourceError
 from ...base.first_bytes import ENOUGH, not_json, not_the_file
 
-_READ = (
+#: those the metadata is made from
+READ = (
     "added_tokens.json",
     "chat_template.jinja",
     "chat_template.json",
@@ -26,7 +27,7 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 def check_files(folder: Path) -> None:
     """Raise SourceError for a file that the metadata is made from and that is not what its name says."""
-    for name in _READ:
+    for name in READ:
         file = folder / name
         if not file.is_file():
             continue

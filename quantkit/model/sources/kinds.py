@@ -18,7 +18,11 @@ _NO_WEIGHTS = ("training_args.bin", "optimizer.bin", "scheduler.bin", "optimizer
 
 def other_folder(path: Path) -> str | None:
     """What a folder is, if it is known and no checkpoint in safetensors: to follow its name. Raises OSError."""
-    has = {p.name for p in path.iterdir()}
+    return other_names({p.name for p in path.iterdir()}, path)
+
+
+def other_names(has: set[str], path: Path) -> str | None:
+    """The same by the names of what is in a folder; `path` is where it lies, if it lies here."""
     weights = {name for name in has if name.endswith(".safetensors") and not name.startswith("adapter_model")}
     if "model_index.json" in has:
         return "is a pipeline of diffusers (model_index.json), which makes images; quantkit converts models of text"

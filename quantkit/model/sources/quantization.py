@@ -140,6 +140,12 @@ class Scales(NamedTuple):
     """the other tensors, without those that are not used"""
 
 
+def is_weight(scheme: Scheme, name: str) -> bool:
+    """Whether a tensor is neither a scale nor one that is not used."""
+    is_scale = name.endswith(f"weight{scheme.suffix}" if scheme.suffix == SCALE else scheme.suffix)
+    return not is_scale and not name.endswith(scheme.unused or ("\0",))
+
+
 def sorted_out(scheme: Scheme, tensors: Mapping[str, SourceTensor]) -> Scales:
     """Weights and scales of a checkpoint apart, the shapes of the scales checked. Raises SourceError."""
     packed = next((t for name, t in tensors.items() if name.endswith(".qweight")), None)

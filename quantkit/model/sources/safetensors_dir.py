@@ -14,17 +14,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from ...base.errors import SourceError, UnsupportedError
 from ...base.first_bytes import ENOUGH
-from ..catalogue import SourceTensor
+from ..catalogue import UNREAD, SourceTensor
 from .files import Files, regular_size
 from .kinds import other_folder
-from .quantization import MODELOPT_CONFIG, other_scale, read_scheme, sorted_out
+from .quantization import MODELOPT_CONFIG, is_weight, other_scale, read_scheme, sorted_out
 from .safetensors_header import (
     INDEX,
     MAX_HEADER,
@@ -39,19 +39,47 @@ SINGLE = "model.safetensors"
 SCALE_DTYPES = ("F32", "BF16", "F16", "F8_E8M0")
 
 
-class Checkpoint:
-    """A checked safetensors directory: `tensors` by name, scales apart, and their bytes on request."""
+class Reader(Protocol):
+    """Who reads bytes of shards: `Files`, for those that lie here."""
 
-    def __init__(self, path: Path, config: Mapping[str, Any], tensors: dict[str, SourceTensor]) -> None:
+    def read(self, tensor: SourceTensor, start: int, out: npt.NDArray[np.uint8]) -> None: ...
+    def will_need(self, tensor: SourceTensor, start: int, nbytes: int) -> None: ...
+
+
+class Checkpoint:
+    """A checked safetensors directory: `tensors` by name, scales apart, and their bytes on request.
+
+    `path` is the folder of config.json, the tokenizer and what else is small; a tensor's `file` is where its shard is
+    in it, or would be. `absent` are tensors whose headers are not here, with their shards. Where `lacks` says why,
+    weights cannot be read. `reader` reads them otherwise than from the files.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        config: Mapping[str, Any],
+        tensors: dict[str, SourceTensor],
+        absent: Mapping[str, Path] | None = None,
+        lacks: str = "",
+        reader: Reader | None = None,
+    ) -> None:
         self.path = path
         self.config = config
+        self.lacks = lacks
+        self._absent = absent or {}
         self._scheme = read_scheme(path, config, _modelopt(path))
         self.block, self.scales, self.tensors = sorted_out(self._scheme, tensors)
         if (config.get("quantization_config") or {}).get("scale_fmt") == "ue8m0":
             self.scales = {n: t._replace(dtype="F8_E8M0") if t.dtype == "U8" else t for n, t in self.scales.items()}
         self._check_scales()
         self.files = tuple(sorted({t.file for t in tensors.values()}))
-        self._files = Files(self.files)
+        self._files: Reader = reader or Files(self.files)
+
+    @property
+    def named(self) -> dict[str, SourceTensor]:
+        """The weights that are known, and those whose headers are not here, as `UNREAD`."""
+        unread = {n: SourceTensor(n, UNREAD, (), f, 0, 0) for n, f in self._absent.items()}
+        return self.tensors | {n: t for n, t in unread.items() if is_weight(self._scheme, n)}
 
     def tensor(self, name: str) -> SourceTensor:
         return self.tensors[name]
@@ -84,6 +112,8 @@ class Checkpoint:
         for name, scale in self.scales.items():
             weight = self.tensors.get(name)
             if weight is None:
+                if name in self._absent:
+                    continue
                 raise SourceError(
                     f"{scale.file}: scale '{scale.name}' has no weight '{name}' in any shard; the checkpoint is not "
                     "whole: download it again"
@@ -114,6 +144,8 @@ class Checkpoint:
         for name, weight in self.tensors.items():
             if weight.dtype == "F8_E4M3" and name not in self.scales:
                 wanted = f"{name}{self._scheme.suffix}"
+                if wanted in self._absent:
+                    continue
                 if other := other_scale(name, self.tensors):
                     raise UnsupportedError(
                         f"{weight.file}: the scale of the FP8 weight '{name}' is '{other}', where a checkpoint of its "
