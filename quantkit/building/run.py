@@ -105,13 +105,13 @@ def prepare(
             "tensors otherwise; take --engine native, or --rounding ggml"
         )
     limits = limits or Limits()
-    supply = supply_of(plan, limits)
-    if supply is not None and engine is not None and not engine.by_shard:
+    store = store_of(catalogue.source)
+    if store is not None and engine is not None and not engine.by_shard:
         raise UnsupportedError(
             f"{catalogue.model}: the engine {engine.name} reads a whole checkpoint, not one on the Hub; take --engine "
             "native, or download it first and give its folder"
         )
-    here = () if supply is not None else catalogue.source.files  # what comes from the Hub is known by its commit
+    here = () if store is not None else catalogue.source.files  # what comes from the Hub is known by its commit
     read = [*here, *([imatrix.path] if imatrix else []), *_covariance_files(plan)]
     sources = {path: stat_of(path) for path in read}
     plan = with_values(plan, imatrix)
@@ -123,6 +123,7 @@ def prepare(
     identity = identity_of(plan, kvs, split_max_size, imatrix.path if imatrix else None)
     _check_names(out, names)
     begun = _begun(out, identity, resume)
+    supply = supply_of(plan, limits, begun)
     finished = _finished(names, _told(out) if resume is False else begun, folder_of(out))
     replace = frozenset(names if force else finished)
     outputs.check(

@@ -6,10 +6,12 @@ from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from ..base.errors import OutputError, ResumeError
+from ..base.journal import Ranges
 from ..base.text import short_size
 from ..model.catalogue import SourceTensor
 from ..model.sources.shard_store import ShardStore, store_of
 from ..planning.plan import Plan
+from .journal import ToldBuild, rows_of
 from .shard_order import Limits, Piece, Visit, most_held, most_on_disk, pieces_of, visits
 
 #: the entry of a build's identity that names the repository
@@ -31,13 +33,14 @@ class Supply(NamedTuple):
     n_again: int
     """shards that are fetched a second time"""
 
-    def text(self) -> str:
-        """For people, a line."""
+    def text(self, file_bytes: int) -> str:
+        """For people, a line. `file_bytes`: of the output."""
         held = f", and {short_size(self.held)} in memory" if self.held else ""
         again = f" ({self.n_again} of them twice)" if self.n_again else ""
         return (
             f"{short_size(self.nbytes)} in {self.n_shards} shard{'s' * (self.n_shards != 1)}{again} from {self.where}; "
-            f"at most {short_size(self.most)} of it on the disk at a time{held}"
+            f"at most {short_size(self.most)} of it on the disk at a time, "
+            f"{short_size(self.most + file_bytes)} with the output{held}"
         )
 
 
@@ -49,17 +52,17 @@ def visits_of(plan: Plan, pieces: Iterable[Piece], store: ShardStore) -> list[Vi
     return visits(pieces, lambda n: (source.tensor(n), scales.get(n)), store.shard, store.whole())
 
 
-def supply_of(plan: Plan, limits: Limits) -> Supply | None:
-    """What a whole build takes from the Hub; None where the source is here. Raises OutputError where a shard is larger
-    than what is allowed."""
+def supply_of(plan: Plan, limits: Limits, begun: ToldBuild | None = None) -> Supply | None:
+    """What a build takes from the Hub, or what is left of one that was begun; None where the source is here. Raises
+    OutputError where a shard is larger than what is allowed."""
     store = None if plan.catalogue.source is None else store_of(plan.catalogue.source)
     if store is None:
         return None
-    source = plan.catalogue.source
-    assert source is not None
-    order = [visit for visit in visits_of(plan, pieces_of(plan.tensors), store) if visit.shard]
+    rows = {} if begun is None else rows_of(begun)
+    pieces = [p for p in pieces_of(plan.tensors) if begun is None or not _is_made(rows, p)]
+    order = [visit for visit in visits_of(plan, pieces, store) if visit.shard]
     sizes = [store.size(visit.shard) for visit in order]
-    if limits.disk is not None and max(sizes) > limits.disk:
+    if limits.disk is not None and max(sizes, default=0) > limits.disk:
         largest = order[sizes.index(max(sizes))].shard
         raise OutputError(
             f"{store.repo.where(largest)}: has {max(sizes):,} bytes, more than the {limits.disk:,} of --disk; give "
@@ -71,6 +74,11 @@ def supply_of(plan: Plan, limits: Limits) -> Supply | None:
         f"{store.repo.where()} at commit {store.repo.commit[:12]}", len(order), sum(sizes), most_on_disk(sizes, limits),
         most_held(order, nbytes.__getitem__), n_again,
     )  # fmt: skip
+
+
+def _is_made(rows: Mapping[str, Ranges], piece: Piece) -> bool:
+    tensor = piece.planned.tensor
+    return tensor.name in rows and rows[tensor.name].covers(piece.out_row, tensor.parts[piece.part].out_rows)
 
 
 def identity_of_source(store: ShardStore) -> dict[str, str]:

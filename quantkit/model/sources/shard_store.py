@@ -72,7 +72,9 @@ class ShardStore:
 
     def whole(self) -> list[str]:
         """The shards that an earlier run left whole, by their names; what has begun to come of others follows."""
-        names = set(os.listdir(self._folder)) if self._folder is not None else set()
+        if self._folder is None:
+            return []
+        names = set(os.listdir(self._folder))
         there = [s for s in self._shards if self.place(s).name in names]
         return there + [s for s in self._shards if self._part(s).name in names and s not in there]
 
