@@ -79,7 +79,7 @@ def clone(catalogue: Catalogue, source: str, stem: str, name: str | None = None)
             f"{source}: is quantized to types that only ik_llama.cpp has ({kinds}), which no recipe can ask for; "
             "`quantkit inspect --all` lists them, to write a recipe with types of like size by hand"
         )
-    notes = list(_never_quantized_notes(catalogue))
+    notes = [*([catalogue.partial] if catalogue.partial else []), *_never_quantized_notes(catalogue)]
     file_type, note = _file_type(catalogue, types)
     notes += note
     keys = {item.key for item in catalogue.kvs}

@@ -61,7 +61,13 @@ class RecipeError(QuantkitError):
 
 
 class SourceError(QuantkitError):
+    """`cut` says that something is missing at the end, and what is there may still be read as far as it goes."""
+
     exit_code = 4
+
+    def __init__(self, message: object = "", cut: bool = False) -> None:
+        super().__init__(message)
+        self.cut = cut
 
 
 class UnsupportedError(SourceError):

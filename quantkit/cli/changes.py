@@ -13,6 +13,7 @@ import click
 from .completing import TypeAfter, TypeName
 
 if TYPE_CHECKING:
+    from quantkit.model.catalogue import Catalogue
     from quantkit.planning.plan import Plan
     from quantkit.recipe.changes import Changes
 
@@ -80,6 +81,12 @@ def changes() -> Changes:
     ctx = click.get_current_context(silent=True)
     given = {} if ctx is None else ctx.meta.get(_KEY, {})
     return Changes(**{key: value for key, value in given.items() if value not in (None, ())})
+
+
+def say_partial(catalogue: Catalogue) -> None:
+    """What is not here of a model, on standard error, where a command shows no notes that would say it."""
+    if catalogue.partial:
+        click.echo(f"note: {catalogue.model}: {catalogue.partial}", err=True)
 
 
 def say_warnings(plan: Plan) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -54,6 +55,8 @@ class Read(_Type):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         _check_text(value, param, self.error)
         value = _at_home(value)
+        if self._as_path:
+            _refuse_address(value)
         return Path(value) if self._as_path else value
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> Items:
@@ -194,6 +197,18 @@ def _check_text(value: Any, param: click.Parameter | None, error: str) -> None:
         raise getattr(errors, error)(f"{named}: is empty; give a name")
     if isinstance(value, str) and "\0" in value:
         raise getattr(errors, error)(f"{named}: has a NUL in it, which no file's name has; give another")
+
+
+def _refuse_address(value: Any) -> None:
+    """Raise SourceError for the address of a file elsewhere, where only one here can be read."""
+    from quantkit.base.errors import SourceError
+
+    if re.match("(hf|https?)://", str(value), re.IGNORECASE) and not os.path.lexists(value):
+        m = re.match("hf://([^/@]+/[^/@]+)", str(value), re.IGNORECASE)
+        how = f" (`hf download {m[1]}`)" if m else ""
+        raise SourceError(
+            f"{value}: this is read from a file or folder here; download it first{how}, and give its path"
+        )
 
 
 def _at_home(value: Any) -> Any:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .changes import change_options, changes, say_warnings
+from .changes import change_options, changes, say_partial, say_warnings
 from .files import MODEL, RECIPE, Command
 from .options import Size, layout_option, mixture_version_option, only_types, recipe_of, set_option, tokenizer_options
 
@@ -102,6 +102,7 @@ def fit(
     if recipe is None and (sets or changes()):
         raise click.UsageError("--set, --type and the like need --recipe: they change one")
     catalogue = open_model(model, only_types(layout, pre, pad_token))
+    say_partial(catalogue)
     if recipe is None and not all(t.parts and t.parts[0].source == t.name for t in catalogue.tensors):
         raise click.UsageError(f"{model} is not a GGUF, so --recipe must say which types it gets")
     plan = None if recipe is None else make_plan(catalogue, recipe_of(recipe, sets), None, mixture_version)

@@ -38,7 +38,9 @@ def gguf_of(name: str) -> str | None:
     from quantkit.model.sources.remote import is_remote
 
     if is_remote(name):
-        return name
+        from quantkit.model.hub import gguf_address
+
+        return gguf_address(name)
     path = as_built(Path(name))
     try:
         if path.is_file() and (path.suffix.lower() == ".gguf" or is_gguf(path)):

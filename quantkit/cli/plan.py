@@ -42,8 +42,8 @@ def plan(
 ) -> None:
     """Show the type of every tensor, why, and the exact bytes. Reads headers only.
 
-    SOURCE is a checkpoint directory, a GGUF, a config.json, the name of a known model (deepseek-r1), or the
-    id of a repository already downloaded with `hf download`.
+    SOURCE is a checkpoint directory, a GGUF, a config.json, the name of a known model (deepseek-r1), a
+    repository on the Hub (hf://org/repo[@revision]), or the id of one already downloaded with `hf download`.
 
     \b
     quantkit plan deepseek-r1 --recipe UD-IQ1_S

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from . import transfer
-from .changes import change_options, changes, own_change_options, say_warnings
+from .changes import change_options, changes, own_change_options, say_partial, say_warnings
 from .files import IMATRIX, MODEL, PAGE, RECIPE, RECIPE_OUT, Group
 from .ggufs import gguf_of, title
 from .options import (
@@ -371,4 +371,6 @@ def _open(model: str, options: Options, named: bool) -> Catalogue:
     """The model that was named, or one that stands for its arch, whose layout nobody asked for."""
     from quantkit.model.open import open_model
 
-    return open_model(model, options if named else options._replace(layout_given=False))
+    opened = open_model(model, options if named else options._replace(layout_given=False))
+    say_partial(opened)
+    return opened

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .changes import change_options, changes
+from .changes import change_options, changes, say_partial
 from .files import LOCK, LOCK_OUT, MODEL, RECIPES, REPORT, Group, will_write
 from .options import layout_option, mixture_version_option, only_types, recipe_of, set_option, tokenizer_options
 
@@ -226,6 +226,7 @@ def table_(
     if (sets or changes()) and not recipes:
         raise click.UsageError("--set, --type and the like need --recipe: say which recipes they change")
     catalogue = open_model(model, only_types(layout, pre, pad_token))
+    say_partial(catalogue)
     names = compare.expand_recipes(recipes or ("all",), Path())
     if changes().name is not None and len(names) > 1:
         raise click.UsageError(f"--name is for one recipe, and these are {len(names)}")

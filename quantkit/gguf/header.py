@@ -52,6 +52,8 @@ MAX_ELEMENTS = 1 << 21
 MAX_KEYS, MAX_TENSORS = 1 << 16, 1 << 18
 #: bytes of a header; R1's has 5 MB, and what claims more than this is no header
 MAX_HEADER = 1 << 26
+#: bytes of a file that one cut short may have had
+_MAX_FILE = 1 << 46
 
 
 class KV(NamedTuple):
@@ -197,9 +199,10 @@ class _Cursor:
     def __init__(self, where: str | Path, file: BinaryIO, size: int, is_prefix: bool = False) -> None:
         self.where, self.file, self.size, self.is_prefix, self.at = where, file, size, is_prefix, 0
         self.n_elements = 0
+        self.may_be_cut = False
 
-    def fail(self, what: str) -> SourceError:
-        return SourceError(f"{self.where}: not a usable GGUF file: {what}")
+    def fail(self, what: str, cut: bool = False) -> SourceError:
+        return SourceError(f"{self.where}: not a usable GGUF file: {what}", cut)
 
     def take(self, n: int, what: str) -> bytes:
         if n > self.size - self.at:
@@ -271,8 +274,8 @@ def is_gguf(path: Path) -> bool:
         return f.read(4) == MAGIC
 
 
-def read_header(path: Path) -> Header:
-    """Read and check the header of a GGUF file; the data is not touched.
+def read_header(path: Path, cut: bool = False) -> Header:
+    """Read and check the header of a GGUF file; the data is not touched, and if `cut`, may be missing at the end.
 
     Raises SourceError for anything the format does not allow: wrong magic or version, counts and
     lengths beyond the file, duplicate names, unknown types, sizes that overflow, data that is
@@ -283,7 +286,9 @@ def read_header(path: Path) -> Header:
         if not stat.S_ISREG(info.st_mode):
             raise SourceError(f"{path}: is not a regular file")
         with open(path, "rb") as file:
-            return _read(_Cursor(path, file, info.st_size))
+            cursor = _Cursor(path, file, info.st_size)
+            cursor.may_be_cut = cut
+            return _read(cursor)
     except OSError as e:
         raise SourceError(f"{path}: cannot be read: {e.strerror or e}") from None
 
@@ -351,10 +356,11 @@ def _read(c: _Cursor) -> Header:
         if offset < end:
             raise c.fail(f"the data of '{name}' at {offset:,} overlaps the tensor before it, which ends at {end:,}")
         end = offset + nbytes
-        if data_offset + end > c.size:
+        if data_offset + end > (_MAX_FILE if c.may_be_cut else c.size):
             raise c.fail(
                 f"the data of '{name}' should end at {data_offset + end:,}, but the file ends at {c.size:,}; "
-                "the file is truncated: get it again"
+                "the file is truncated: get it again",
+                cut=data_offset + end < _MAX_FILE,
             )
     tensors = tuple(TensorInfo(n, s, t, data_offset + o, b) for n, s, t, o, b in infos)
     return Header(version, tuple(kvs), tensors, data_offset, alignment, c.size)

@@ -157,7 +157,7 @@ def read_set(
             header = read(name)
         except FileNotFoundError:
             raise SourceError(
-                f"{where(name)}: shard {no + 1} of {count} is missing; get it and put it beside the first"
+                f"{where(name)}: shard {no + 1} of {count} is missing; get it and put it beside the first", cut=True
             ) from None
         yield Shard(name, where(name), no, count, header, _numbers(where(name), header))
 

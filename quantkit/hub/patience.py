@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
@@ -31,6 +32,7 @@ REFUSED = {
     416: "the file is empty",
     429: "too many requests; try again later",
 }
+_thread = threading.local()
 _RATE = re.compile(r";\s*r\s*=\s*0\s*;\s*t\s*=\s*(\d{1,9})")
 
 
@@ -67,7 +69,16 @@ def persist(where: str, call: Callable[[], T]) -> T:
             raise SourceError(f"{where}: {passing.says}; it asks for a wait of {wait:,.0f} seconds: try again then")
         if wait >= 1:
             watching.note(f"{where}: {passing.says}; waiting {wait:,.0f} s, then trying again")
-        time.sleep(wait)
+        stop: threading.Event | None = getattr(_thread, "stop", None)
+        if stop is None:
+            time.sleep(wait)
+        elif stop.wait(wait):
+            raise SourceError(f"{where}: {passing.says}")
+
+
+def stop_by(event: threading.Event) -> None:
+    """In this thread, waits end when `event` is set, and so do tries."""
+    _thread.stop = event
 
 
 def asked_wait(headers: Mapping[str, str]) -> float | None:

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from ..base.errors import SourceError
 from ..base.version import __version__
 from . import ranges
 from .address import Address
+from .parallel import each
 from .patience import REFUSED, persist
 
-#: requests at the same time
-PARALLEL = 16
 _CHUNK = 1 << 20
+_COMMIT, _SHA256 = re.compile("[0-9a-f]{40}"), re.compile("[0-9a-f]{64}")
 
 
 class RemoteFile(NamedTuple):
@@ -94,8 +94,8 @@ class Repo:
     def small(self, paths: Sequence[str]) -> Path:
         """Get small files into Hugging Face's cache, those that are not there yet; returns the folder they are in, the
         snapshot of this commit. Raises SourceError."""
-        with _quiet(), ThreadPoolExecutor(PARALLEL) as pool:
-            places = list(pool.map(self._small, paths))
+        with _quiet():
+            places = list(each(self._small, paths))
         folder = places[0]
         for _ in range(paths[0].count("/") + 1):
             folder = folder.parent
@@ -183,14 +183,27 @@ def open_repo(address: Address) -> Repo:
                 timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT,
             )
 
-    info = persist(where, asked)
-    files = {
-        s.rfilename: RemoteFile(s.lfs.size if s.lfs else s.size or 0, s.lfs.sha256 if s.lfs else None, s.blob_id)
-        for s in info.siblings or ()
-    }
-    if not isinstance(info.sha, str) or len(info.sha) != 40:
-        raise SourceError(f"{where}: the server does not name a commit; is HF_ENDPOINT a Hub?")
+    try:
+        info = persist(where, asked)
+        files = {s.rfilename: _file(s) for s in info.siblings or ()}
+        if not _COMMIT.fullmatch(info.sha):
+            raise ValueError("no commit")
+    except (ValueError, TypeError, KeyError, AttributeError) as e:
+        raise SourceError(f"{where}: the server's answer is not one of the Hub ({e}); check HF_ENDPOINT") from None
     return Repo(address.repo, address.revision, info.sha, files)
+
+
+def _file(said: Any) -> RemoteFile:
+    """What the answer says of a file. Raises ValueError where its name or its numbers cannot be."""
+    name, size, sha256 = said.rfilename, said.size, None
+    if said.lfs:
+        size, sha256 = said.lfs.size, said.lfs.sha256
+    path = PurePosixPath(name)
+    if not name.isprintable() or path.is_absolute() or ".." in path.parts or "\\" in name or str(path) != name:
+        raise ValueError(f"a file is called {name!r:.80}")
+    if type(size) is not int or size < 0 or (sha256 is not None and not _SHA256.fullmatch(sha256)):
+        raise ValueError(f"no size or hash of {name!r:.80}")
+    return RemoteFile(size, sha256, said.blob_id)
 
 
 def _api() -> Any:

@@ -160,6 +160,8 @@ class Catalogue:
     """in place of `source` where headers are known and weights cannot be read"""
     lacks: str = ""
     """why they cannot: a sentence with what to do"""
+    partial: str = ""
+    """what is not here of what was given: the same as one of the notes"""
 
     def layer_groups(self) -> Mapping[str, tuple[int, ...]]:
         """The layer numbers of each named group that a recipe's `layers` may slice."""

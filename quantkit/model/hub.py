@@ -31,11 +31,29 @@ def open_address(source: str) -> Checkpoint | GgufHeaders:
     if _is_offline():
         return _from_cache(where)
     repo = open_repo(where)
+    gguf = _gguf(repo, where)
+    return open_hub(repo, READ) if gguf is None else open_remote(gguf)
+
+
+def gguf_address(source: str) -> str:
+    """The address of the GGUF that an address names: of itself, or of the only one in a repository or folder. Raises
+    SourceError for a checkpoint, and where there is a choice."""
+    if not address.is_hub(source) or address.is_gguf(source):
+        return source
+    where = address.parse(source)
+    found = _gguf(open_repo(where), where)
+    if found is None:
+        raise UnsupportedError(f"{source}: is a checkpoint, and a GGUF is wanted; of a model give it with --model")
+    return found
+
+
+def _gguf(repo: Repo, where: Address) -> str | None:
+    """The address of the only GGUF in a repository or a folder of it; None for a checkpoint."""
     top = {path for path in repo.files if "/" not in path}
     if where.path or not any(path.endswith(".safetensors") for path in top):
         ggufs = _ggufs(repo, where.path)
         if len(ggufs) == 1:
-            return open_remote(str(where._replace(path=next(iter(ggufs)))))
+            return str(where._replace(path=next(iter(ggufs))))
         if ggufs:
             raise SourceError(_choice(repo, ggufs))
     if where.path:
@@ -45,7 +63,7 @@ def open_address(source: str) -> Checkpoint | GgufHeaders:
         )
     if "config.json" not in top:
         raise SourceError(f"{repo.where()}: holds neither a checkpoint (config.json) nor a GGUF")
-    return open_hub(repo, READ)
+    return None
 
 
 def _ggufs(repo: Repo, folder: str) -> dict[str, int]:
@@ -110,13 +128,3 @@ def with_weights(catalogue: Catalogue) -> Catalogue:
     sources as it is."""
     store = None if catalogue.headers is None else store_of(catalogue.headers)
     return catalogue if store is None else replace(catalogue, source=catalogue.headers, headers=None, lacks="")
-
-
-def gguf_headers(source: str) -> GgufHeaders:
-    """The headers of the GGUF that an address names. Raises SourceError for a checkpoint."""
-    if not address.is_hub(source):
-        return open_remote(source)
-    found = open_address(source)
-    if isinstance(found, Checkpoint):
-        raise UnsupportedError(f"{source}: is a checkpoint, and a GGUF is wanted")
-    return found

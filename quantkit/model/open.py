@@ -26,10 +26,10 @@ from .families.known import config as known_config
 from .families.options import Options
 from .families.tokenizer import PAD_KEY, token_id
 from .hub import downloaded, open_address
-from .sources.gguf_file import GgufFile, GgufHeaders, open_gguf
+from .sources.gguf_file import GgufFile, GgufHeaders, open_as_far
 from .sources.kinds import other_file, other_folder, other_gguf
 from .sources.remote import is_remote, open_remote
-from .sources.safetensors_dir import Checkpoint, open_checkpoint, read_json
+from .sources.safetensors_dir import Checkpoint, open_checkpoint, open_partial, read_json
 
 _MAX_LAYERS = 4096
 _MAX_TITLE = 200
@@ -55,7 +55,7 @@ def open_model(source: str, options: Options | None = None) -> Catalogue:
                 raise UnsupportedError(f"{path}: {says}")
             if path.suffix == ".safetensors":
                 raise SourceError(f"{path}: is one shard of a checkpoint; give the directory: {_folder_of(path)}")
-            return from_gguf(open_gguf(path), opts)
+            return from_gguf(open_as_far(path), opts)
     except OSError as e:
         raise SourceError(f"{source}: cannot be read: {e.strerror or e}") from None
     if source.lower() in MODELS:
@@ -89,13 +89,22 @@ def _from_directory(path: Path, options: Options) -> Catalogue:
         ggufs = sorted(path.glob("*.gguf"))
         hint = f"; to read a GGUF, give the file: {ggufs[0]}" if ggufs else ""
         raise SourceError(f"{path}: has no config.json, so it is not a checkpoint directory{hint}")
-    return _of_checkpoint(open_checkpoint(path.resolve()), options)
+    try:
+        checkpoint = open_checkpoint(path.resolve())
+    except SourceError as e:
+        if not e.cut:
+            raise
+        checkpoint = open_partial(path.resolve(), e)
+    return _of_checkpoint(checkpoint, options)
 
 
 def _of_checkpoint(checkpoint: Checkpoint, options: Options) -> Catalogue:
     """The catalogue of a checkpoint; where its weights cannot be read, `headers` has it and not `source`."""
     made = families.build(folder_name(checkpoint.path), checkpoint.config, options, checkpoint, checkpoint.named)
-    return replace(made, source=None, headers=made.source, lacks=checkpoint.lacks) if checkpoint.lacks else made
+    if not checkpoint.lacks:
+        return made
+    notes = (*made.notes, checkpoint.note) if checkpoint.note else made.notes
+    return replace(made, source=None, headers=made.source, lacks=checkpoint.lacks, partial=checkpoint.note, notes=notes)
 
 
 def _from_elsewhere(source: str, options: Options) -> Catalogue:
@@ -160,11 +169,12 @@ def from_gguf(file: GgufHeaders, options: Options | None = None) -> Catalogue:
         )
     out_kvs, notes = _with_options(file, kvs, options or Options())
     notes = (*notes, f"it {says}") if says else notes
+    notes = (*notes, file.note) if file.note else notes
     name = text("general.name") or ""
     name = name if name.isprintable() and 0 < len(name) <= _MAX_TITLE else file.stem
     return Catalogue(
         name, arch_name, layout, n_layers, tuple(dense), tuple(moe), tuple(tensors), out_kvs, True,
-        file if isinstance(file, GgufFile) else None, (*notes, *_notes(file)),
+        file if isinstance(file, GgufFile) else None, (*notes, *_notes(file)), lacks=file.lacks, partial=file.note,
     )  # fmt: skip
 
 

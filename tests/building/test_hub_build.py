@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import Run
@@ -72,9 +73,9 @@ class Builds:
         if self.source.is_dir():
             self.most_files = max(self.most_files, len(os.listdir(self.source)))
 
-    def shards(self, n: int, **what: object) -> Fault:
+    def shards(self, n: int, **what: Any) -> Fault:
         """What goes wrong with the n-th shard, after its header has been read."""
-        return Fault(f"/me/Tiny-V3/model-{n:05d}-*", host="cdn", after=1, **what)  # type: ignore[arg-type]
+        return Fault(f"/me/Tiny-V3/model-{n:05d}-*", host="cdn", **({"after": 1} | what))
 
 
 @pytest.fixture
@@ -142,9 +143,9 @@ def test_what_passes_is_waited_for_and_nothing_is_lost(builds: Builds, expected:
     for n in range(1, 6):
         builds.hub.fail(
             builds.shards(n, status=429, headers=now, times=2),
-            builds.shards(n, cut=1000, times=2),
-            builds.shards(n, status=503, headers=now),
-            builds.shards(n, wrong=30_000),
+            builds.shards(n, cut=1000, after=3, times=2),
+            builds.shards(n, status=503, headers=now, after=5),
+            builds.shards(n, wrong=30_000, after=6),
         )
     ran = builds.run("--keep", "2")
     assert ran.returncode == 0, ran.stderr

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hub_server import TOKEN, Fault, Hub
+from hub_server import TOKEN, Fault, Hub, Reply
 from hypothesis import given
 from hypothesis import strategies as st
 
 from quantkit.base.errors import SourceError
 from quantkit.hub import patience
 from quantkit.hub.address import Address, is_hub, parse
+from quantkit.hub.parallel import each
 from quantkit.hub.patience import asked_wait
 from quantkit.hub.repo import RemoteFile, Repo, open_repo
 from quantkit.hub.watching import watched
@@ -310,3 +313,58 @@ def test_hashes() -> None:
     digest = file.digest()
     digest.update(b"abc")
     assert digest.hexdigest() == file.expected  # as `git hash-object` has it
+
+
+def answer(hub: Hub, path: str, reply: Reply) -> None:
+    """From now on the server answers so."""
+    hub.routes.insert(0, ("hub GET", re.compile(path), lambda hub, request, m: reply))
+
+
+GOOD = {"rfilename": "a.gguf", "size": 3, "blobId": "0" * 40}
+LFS = {"sha256": "0" * 64, "size": 3, "pointerSize": 134}
+
+
+@pytest.mark.parametrize(
+    ("body", "why"),
+    [
+        (b"<html>log in</html>", "Expecting value: line 1 column 1 (char 0)"),
+        (b"[]", ""),
+        (b'{"id": "org/repo"}', ""),
+        ({"sha": "main", "siblings": []}, "no commit"),
+        ({"siblings": [{**GOOD, "rfilename": "../x"}]}, "a file is called '../x'"),
+        ({"siblings": [{**GOOD, "rfilename": "/etc/x"}]}, "a file is called '/etc/x'"),
+        ({"siblings": [{**GOOD, "rfilename": "a\\b"}]}, "a file is called 'a\\\\b'"),
+        ({"siblings": [{**GOOD, "rfilename": "a\x1b[2J"}]}, "a file is called 'a\\x1b[2J'"),
+        ({"siblings": [{**GOOD, "size": -1}]}, "no size or hash of 'a.gguf'"),
+        ({"siblings": [{**GOOD, "size": "3"}]}, "no size or hash of 'a.gguf'"),
+        ({"siblings": [{**GOOD, "lfs": {**LFS, "sha256": "x"}}]}, "no size or hash of 'a.gguf'"),
+    ],
+)
+def test_a_server_that_is_no_hub(hub: Hub, body: bytes | dict[str, Any], why: str) -> None:
+    if isinstance(body, dict):
+        body = json.dumps({"id": "org/repo", "sha": "0" * 40} | body).encode()
+    answer(hub, "/api/models/.*", Reply(body=body, headers={"Content-Type": "application/json"}))
+    said = refusal(lambda: open_repo(HERE))
+    assert said.startswith("hf://org/repo: the server's answer is not one of the Hub (")
+    assert said.endswith("); check HF_ENDPOINT")
+    assert why in said
+
+
+def test_a_file_that_is_not_of_the_size_the_list_has(hub: Hub, folder: Path, tmp_path: Path) -> None:
+    repo = opened(hub, folder)
+    answer(hub, ".*/resolve/.*", Reply(body=b"short", headers={"X-Repo-Commit": repo.commit, "ETag": '"x"'}))
+    assert refusal(lambda: repo.fetch("model.safetensors", tmp_path / "w")) == (
+        f"hf://org/repo/model.safetensors: the server has 5 bytes, the repository says {len(WEIGHTS):,} at commit "
+        f"{repo.commit[:12]}; try again later"
+    )
+
+
+def test_who_waits_is_woken_when_another_has_failed(hub: Hub, folder: Path) -> None:
+    repo = opened(hub, folder)
+    hub.fail(
+        Fault("*/config.json", pause=0.5, status=404),
+        Fault("*/model.safetensors", status=429, headers={"Retry-After": "200"}),
+    )
+    assert "there is no such file" in refusal(
+        lambda: list(each(lambda path: repo.read(path, 0, 1), ["config.json", "model.safetensors"]))
+    )

@@ -145,7 +145,6 @@ def test_the_checks_of_a_folder(hub: Hub, v3: Path) -> None:
     assert "claims a header of" in said((1 << 60).to_bytes(8, "little") + whole[8:])
     assert "is a Git LFS pointer" in said(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
     assert "not valid JSON" in said(whole[:8] + b"]" + whole[9:])
-    assert "too few" in said(b"")
     renamed = whole.replace(b"layernorm", b"layernarm", 1)
     assert f"by {INDEX}, but is not" in said(renamed)
     assert "the tensors end at" in said(whole + b"1")
@@ -199,3 +198,24 @@ def test_a_wait_is_a_note_on_standard_error(hub: Hub, tiny_v3: Path, quantkit: R
         "note: hf://me/Tiny-V3: the server answers 429: too many requests; try again later; waiting 1 s, then trying "
         "again\n"
     )
+
+
+def test_where_a_checkpoint_on_the_hub_is_not_what_is_wanted(hub: Hub, tiny_v3: Path, quantkit: Run) -> None:
+    hub.add("me/Tiny-V3", tiny_v3)
+    for args in (("recipe", "diff", "hf://me/Tiny-V3", "Q8_0"), ("recipe", "from-gguf", "hf://me/Tiny-V3")):
+        done = quantkit(*args)
+        assert (done.returncode, done.stderr) == (
+            5,
+            "error: hf://me/Tiny-V3: is a checkpoint, and a GGUF is wanted; of a model give it with --model\n",
+        )
+    for args in (
+        ("dequant", "hf://me/Tiny-V3", "out"),
+        ("verify", "hf://me/Tiny-V3"),
+        ("split", "hf://me/Tiny-V3", "o"),
+    ):
+        done = quantkit(*args)
+        assert (done.returncode, done.stderr) == (
+            4,
+            "error: hf://me/Tiny-V3: this is read from a file or folder here; download it first (`hf download "
+            "me/Tiny-V3`), and give its path\n",
+        )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +16,14 @@ from .files import Files
 
 
 class GgufHeaders:
-    """The checked headers of a GGUF, wherever it is: `infos` in file order, `kvs` without the split keys."""
+    """The checked headers of a GGUF, wherever it is: `infos` in file order, `kvs` without the split keys. Where `lacks`
+    says why weights cannot be read, `note` says what is not here."""
 
-    def __init__(self, where: str, stem: str, kvs: tuple[KV, ...], infos: list[TensorInfo]) -> None:
+    def __init__(
+        self, where: str, stem: str, kvs: tuple[KV, ...], infos: list[TensorInfo], lacks: str = "", note: str = ""
+    ) -> None:
         self.where, self.stem, self.kvs, self.infos = where, stem, kvs, infos
+        self.lacks, self.note = lacks, note
 
 
 class GgufFile(GgufHeaders):
@@ -56,6 +60,45 @@ def open_gguf(path: Path) -> GgufFile:
     """Open a GGUF; for a split one give the first shard. Raises SourceError for anything inconsistent."""
     kvs, infos = joined(read_files(path, read_header))
     return GgufFile(path, kvs, [(path.with_name(shard.name), info) for shard, info in infos])
+
+
+def open_as_far(path: Path) -> GgufHeaders:
+    """A GGUF or, where its data is cut short or later shards are missing, its headers as far as they are here. Raises
+    SourceError."""
+    try:
+        return open_gguf(path)
+    except SourceError as e:
+        if not e.cut:
+            raise
+        whole = e
+    shards: list[Shard] = []
+    try:
+        shards.extend(read_files(path, lambda file: read_header(file, cut=True)))
+        kvs, infos = joined(shards)
+        note = "not whole, so nothing can be built from it: the file ends before its data"
+    except SourceError as e:
+        if not e.cut:
+            raise
+        shards = list(_those_here(path))
+        first = shards[0]
+        kvs = tuple(item for item in first.header.kvs if item.key not in SPLIT_KEYS)
+        infos = [(shard, info) for shard in shards for info in shard.header.tensors]
+        total = first.numbers.get("split.tensors.count")
+        of = f" of {total:,}" if total is not None else ""
+        note = (
+            f"not whole: {len(shards)} of {first.n_shards} shards are here with {len(infos):,}{of} tensors; all sizes "
+            "are of those only, and nothing can be built from it"
+        )
+    return GgufHeaders(str(path), path.stem, kvs, [info for _, info in infos], str(whole), note)
+
+
+def _those_here(first: Path) -> Iterator[Shard]:
+    """The shards up to the first that is missing."""
+    try:
+        yield from read_files(first, lambda file: read_header(file, cut=True))
+    except SourceError as e:
+        if not e.cut:
+            raise
 
 
 def joined(shards: Iterable[Shard]) -> tuple[tuple[KV, ...], list[tuple[Shard, TensorInfo]]]:

@@ -5,12 +5,12 @@ the header is read by range, many at a time. What is checked of a folder's heade
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from ...base.errors import SourceError, UnsupportedError
 from ...hub import watching
-from ...hub.repo import PARALLEL, Repo
+from ...hub.parallel import each
+from ...hub.repo import Repo
 from ..catalogue import SourceTensor
 from .kinds import other_names
 from .quantization import MODELOPT_CONFIG
@@ -36,6 +36,8 @@ def open_hub(repo: Repo, beside: Iterable[str]) -> Checkpoint:
             raise SourceError(
                 f"{repo.where(path)}: {repo.files[path].size:,} bytes are too many for it (at most {MAX_HEADER:,})"
             )
+    if "config.json" not in top:
+        raise SourceError(f"{repo.where()}: has no config.json, so it is not a checkpoint")
     folder = repo.small(small)
     if INDEX in top:
         shards = parse_index(repo.where(INDEX), read_small(folder / INDEX))
@@ -64,15 +66,11 @@ def open_hub(repo: Repo, beside: Iterable[str]) -> Checkpoint:
 
 def _headers(repo: Repo, folder: Path, shards: Mapping[str, set[str]]) -> dict[str, SourceTensor]:
     """The tensors of all shards. Raises SourceError for the first thing wrong, in the order of their names."""
-    names, tensors, done = sorted(shards), {}, 0
-    pool = ThreadPoolExecutor(PARALLEL)
-    try:
-        for here in pool.map(lambda file: _shard(repo, folder, file, shards), names):
-            done += 1
-            watching.step(f"headers of {repo.name}", done, len(names))
-            tensors.update(here)
-    finally:
-        pool.shutdown(cancel_futures=True)
+    names = sorted(shards)
+    tensors: dict[str, SourceTensor] = {}
+    for i, here in enumerate(each(lambda file: _shard(repo, folder, file, shards), names)):
+        watching.step(f"headers of {repo.name}", i + 1, len(names))
+        tensors.update(here)
     return tensors
 
 

@@ -51,7 +51,7 @@ class Checkpoint:
 
     `path` is the folder of config.json, the tokenizer and what else is small; a tensor's `file` is where its shard is
     in it, or would be. `absent` are tensors whose headers are not here, with their shards. Where `lacks` says why,
-    weights cannot be read. `reader` reads them otherwise than from the files.
+    weights cannot be read, and `note` what is not here. `reader` reads them otherwise than from the files.
     """
 
     def __init__(
@@ -61,11 +61,12 @@ class Checkpoint:
         tensors: dict[str, SourceTensor],
         absent: Mapping[str, Path] | None = None,
         lacks: str = "",
+        note: str = "",
         reader: Reader | None = None,
     ) -> None:
         self.path = path
         self.config = config
-        self.lacks = lacks
+        self.lacks, self.note = lacks, note
         self._absent = absent or {}
         self._scheme = read_scheme(path, config, _modelopt(path))
         self.block, self.scales, self.tensors = sorted_out(self._scheme, tensors)
@@ -210,7 +211,8 @@ def _indexed(path: Path) -> dict[str, SourceTensor]:
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise SourceError(
-            f"{path}: shard {missing[0]}{more} of the {len(shards)} that {INDEX} names is missing; download it again"
+            f"{path}: shard {missing[0]}{more} of the {len(shards)} that {INDEX} names is missing; download it again",
+            cut=True,
         )
     tensors: dict[str, SourceTensor] = {}
     for file in sorted(shards):
@@ -220,8 +222,43 @@ def _indexed(path: Path) -> dict[str, SourceTensor]:
     return tensors
 
 
-def read_shard(path: Path) -> dict[str, SourceTensor]:
-    """The tensors of one safetensors file, by name. Raises SourceError for anything its header should not say."""
+def open_partial(path: Path, whole: SourceError) -> Checkpoint:
+    """A checkpoint of which shards are missing or cut short, as `whole` says who wanted all of it: what its headers say
+    as far as they are here. Raises SourceError for what is wrong with those."""
+    if not (path / INDEX).exists():
+        single = next(iter(sorted(path.glob("*.safetensors"))), path / SINGLE)
+        note = f"not whole, so nothing can be built from it: {single.name} ends before its data"
+        return Checkpoint(path, read_json(path / "config.json"), read_shard(single, True), None, str(whole), note)
+    shards = parse_index(str(path / INDEX), read_small(path / INDEX))
+    tensors: dict[str, SourceTensor] = {}
+    absent: dict[str, Path] = {}
+    gone, short = [], []
+    for file in sorted(shards):
+        try:
+            here = read_shard(path / file, cut=True)
+        except (SourceError, FileNotFoundError) as e:
+            if isinstance(e, SourceError) and not e.cut:
+                raise
+            gone.append(file)
+            absent |= dict.fromkeys(shards[file], path / file)
+            continue
+        check_shard(str(path / file), here, shards, file)
+        tensors.update(here)
+        if any(t.offset + t.nbytes > (path / file).stat().st_size for t in here.values()):
+            short.append(file)
+    says = [f"{_some(gone)} of {len(shards)} is missing, and shapes in it are config.json's"] if gone else []
+    says += [f"{_some(short)} of {len(shards)} ends before its data"] if short else []
+    note = f"not whole, so nothing can be built from it: {'; '.join(says)}"
+    return Checkpoint(path, read_json(path / "config.json"), tensors, absent, str(whole), note)
+
+
+def _some(files: list[str]) -> str:
+    return f"shard {files[0]}" + (f" and {len(files) - 1} more" if len(files) > 1 else "")
+
+
+def read_shard(path: Path, cut: bool = False) -> dict[str, SourceTensor]:
+    """The tensors of one safetensors file, by name; if `cut`, its data may be missing at the end. Raises SourceError
+    for anything its header should not say; if `cut`, FileNotFoundError."""
     try:
         size = regular_size(path)
         with open(path, "rb") as f:
@@ -229,5 +266,7 @@ def read_shard(path: Path) -> dict[str, SourceTensor]:
             f.seek(8)
             raw = f.read(n)
     except OSError as e:
+        if cut and isinstance(e, FileNotFoundError):
+            raise
         raise SourceError(f"{path}: cannot be read: {e.strerror or e}") from None
-    return parse_shard(str(path), raw, size, path)
+    return parse_shard(str(path), raw, size, path, cut)

@@ -23,6 +23,8 @@ from ..catalogue import SourceTensor
 
 INDEX = "model.safetensors.index.json"
 MAX_HEADER = 100_000_000
+#: bytes of a file that one cut short may have had
+MAX_FILE = 1 << 46
 MAX_NAME = 256
 MAX_DIMS = 8
 MAX_DEPTH = 32
@@ -46,12 +48,13 @@ def header_bytes(where: str, head: bytes, size: int) -> int:
     if says := not_the_file(head[:ENOUGH]):
         raise SourceError(f"{where}: {says}")
     if len(head) < 8:
-        raise SourceError(f"{where}: {size} bytes are too few for a safetensors file; download it again")
+        raise SourceError(f"{where}: {size} bytes are too few for a safetensors file; download it again", cut=True)
     n: int = struct.unpack("<Q", head[:8])[0]
     if n > min(size - 8, MAX_HEADER):
         raise SourceError(
             f"{where}: claims a header of {n:,} bytes, but has {size - 8:,} after the length "
-            f"(at most {MAX_HEADER:,}); it is truncated or no safetensors file: download it again"
+            f"(at most {MAX_HEADER:,}); it is truncated or no safetensors file: download it again",
+            cut=n <= MAX_HEADER,
         )
     return n
 
@@ -95,7 +98,7 @@ def parse_shard(where: str, raw: bytes, size: int, file: Path, cut: bool = False
     header = _object(f"{where}: the header is", raw, _once)
     header.pop("__metadata__", None)
     start, available = 8 + len(raw), size - 8 - len(raw)
-    room = 1 << 62 if cut else available
+    room = MAX_FILE if cut else available
     tensors = {name: _tensor(where, name, info, start, room, file) for name, info in header.items()}
     end = 0
     for t in sorted(tensors.values(), key=lambda t: (t.offset, t.nbytes)):
@@ -130,7 +133,8 @@ def _tensor(where: str, name: str, info: Any, start: int, available: int, file: 
     if not begin <= end <= available:
         raise SourceError(
             f"{where}: the data of '{name}' is said to be at {begin:,}-{end:,}, outside the file's {available:,} "
-            "data bytes; the shard is truncated: download it again"
+            "data bytes; the shard is truncated: download it again",
+            cut=begin <= end < MAX_FILE,
         )
     if end - begin != want:
         raise SourceError(
