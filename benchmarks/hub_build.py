@@ -1,6 +1,6 @@
-"""A build of a source on the Hub with one shard at a time: the same bytes, how much is fetched, how much is on the disk.
+"""A build of a source on the Hub with one shard at a time: the same bytes, what is fetched, what is on the disk.
 
-    python benchmarks/hub_build.py CHECKPOINT [--imatrix FILE] [--pre deepseek-v3] [--keep 1] [--shards N] [--faults 100]
+    python benchmarks/hub_build.py CHECKPOINT [--imatrix FILE] [--pre deepseek-v3] [--keep 1] [--shards N]
 
 CHECKPOINT is a folder (the project's tiny-deepseek; `quantkit demo` makes another). The tests' local server has it, the
 real huggingface_hub client fetches it. Four builds: from the folder, from the server, from the server ended by kill -9
@@ -115,8 +115,8 @@ class Bench:
         return made
 
     def faults(self, n: int) -> list[Fault]:
-        """So many things that go wrong, shard by shard; the first request for each is for its header. No two wrong bodies
-        in a row: the second would be refused."""
+        """So many things that go wrong, shard by shard; the first request for each is for its header. No two wrong
+        bodies in a row: the second would be refused."""
         rng, now, found, of = random.Random(SEED), {"Retry-After": "0"}, [], len(self.shards)
         for i in range(n):
             shard, turn = i % of, i // of
