@@ -123,8 +123,10 @@ def downloaded(repo: str, revision: str | None = None) -> Path | None:
         return None
 
 
-def with_weights(catalogue: Catalogue) -> Catalogue:
-    """The same catalogue, for who reads the weights of a repository shard by shard (sources.shard_store); of other
-    sources as it is."""
+def with_weights(catalogue: Catalogue, by_range: bool = False) -> Catalogue:
+    """The same catalogue, for who reads the weights of a repository shard by shard (sources.shard_store), or a few of
+    them by range; of other sources as it is."""
     store = None if catalogue.headers is None else store_of(catalogue.headers)
+    if store is not None:
+        store.by_range = by_range
     return catalogue if store is None else replace(catalogue, source=catalogue.headers, headers=None, lacks="")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import resource
@@ -247,6 +248,16 @@ def test_ctrl_c_does_not_wait_for_the_server(builds: Builds, expected: bytes) ->
     builds.hub.faults.clear()
     assert builds.run("-q").returncode == 0
     assert builds.out.read_bytes() == expected
+
+
+def test_what_was_built_is_verified_by_a_few_ranges(builds: Builds, in_order: Path, expected: bytes) -> None:
+    builds.out.write_bytes(expected)
+    more = ("verify", builds.out, "--source", "hf://me/Tiny-V3", *builds.options, "--sample", "2")
+    done = builds.quantkit(*more, "--json", cwd=builds.folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    said = json.loads(done.stdout)
+    assert any("row" in one for one in said["checked"]), said
+    assert 100_000 < builds.hub.sent("*.safetensors") < shard_bytes(in_order)
 
 
 def test_what_needs_all_of_a_source_is_refused(builds: Builds, quantkit: Run, tmp_path: Path) -> None:
