@@ -72,9 +72,9 @@ class BuildOptions:
 def open_model(
     source: Name, *, layout: str | None = None, pre: str | None = None, pad_token: str | None = None
 ) -> Catalogue:
-    """The tensors and the metadata of a model: a known model's name, a config.json, a checkpoint directory, a GGUF
-    (here or, its headers only, at hf:// or https://), or the id of a repository in Hugging Face's cache. No weight is
-    read.
+    """The tensors and the metadata of a model: a known model's name, a config.json, a checkpoint directory or a GGUF
+    (here or, by their headers only, at hf://org/repo, hf://… or https://…), or the id of a repository in Hugging Face's
+    cache. No weight is read.
 
     `layout` is "k_b+v_b" (the default) or "kv_b"; `pre` a tokenizer.ggml.pre; `pad_token` a token's text or number.
     Raises SourceError, UnsupportedError.

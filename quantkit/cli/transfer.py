@@ -47,12 +47,12 @@ def from_gguf(source: str, output: Path | None, name: str | None, force: bool, a
     quantkit recipe from-gguf hf://unsloth/DeepSeek-R1-GGUF/DeepSeek-R1-UD-IQ1_S/DeepSeek-R1-UD-IQ1_S-00001-of-00003.gguf
     """
     from quantkit.authoring.clone import clone
-    from quantkit.model.hub import gguf_address
+    from quantkit.model.hub import gguf_headers
     from quantkit.model.open import from_gguf
     from quantkit.model.sources.gguf_file import open_as_far
-    from quantkit.model.sources.remote import is_remote, open_remote
+    from quantkit.model.sources.remote import is_remote
 
-    file = open_remote(gguf_address(source)) if is_remote(source) else open_as_far(Path(source))
+    file = gguf_headers(source) if is_remote(source) else open_as_far(Path(source))
     made = clone(from_gguf(file), source, file.stem, name)
     proof = {"tensors": made.proof.n_tensors, "bytes": made.proof.nbytes, "equal": True}
     _give(made.text, output, force, [*(f"note: {n}" for n in made.notes), str(made.proof)], as_json,

@@ -130,3 +130,8 @@ def with_weights(catalogue: Catalogue, by_range: bool = False) -> Catalogue:
     if store is not None:
         store.by_range = by_range
     return catalogue if store is None else replace(catalogue, source=catalogue.headers, headers=None, lacks="")
+
+
+def gguf_headers(source: str) -> GgufHeaders:
+    """The headers of the GGUF that an address names. Raises SourceError for a checkpoint."""
+    return open_remote(gguf_address(source))
