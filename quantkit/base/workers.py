@@ -18,9 +18,15 @@ def default_threads() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def share_out(jobs: Iterable[T], n_threads: int, worker: Callable[[], Callable[[T], object]]) -> None:
+def share_out(
+    jobs: Iterable[T],
+    n_threads: int,
+    worker: Callable[[], Callable[[T], object]],
+    on_stop: Callable[[], object] = lambda: None,
+) -> None:
     """Do every job. Each thread calls `worker` once for a function of its own, which has its buffers; jobs are made
-    and taken one at a time, in order, under one lock.
+    and taken one at a time, in order, under one lock. `on_stop` is called when no more are to be begun, at the end,
+    after a failure, at Ctrl-C: where the making of a job waits for something, it must end that.
 
     After a failure no job is begun, those begun are finished, and the first is raised: a QuantkitError before any
     other, then by the order of the jobs.
@@ -43,6 +49,7 @@ def share_out(jobs: Iterable[T], n_threads: int, worker: Callable[[], Callable[[
         except BaseException as e:
             failures.append((number, e))
             stop.set()
+            on_stop()
             raise
 
     # an executor, not bare threads: an interrupted Thread.join takes a running thread for a finished one
@@ -53,6 +60,7 @@ def share_out(jobs: Iterable[T], n_threads: int, worker: Callable[[], Callable[[
                 pass  # in short turns, so that Ctrl-C is heard
         finally:
             stop.set()
+            on_stop()
     if failures:
         # jobs are taken in order and finished once taken, so the first bad one is the same whatever the threads
         raise min(failures, key=lambda f: (not isinstance(f[1], QuantkitError), f[0]))[1]

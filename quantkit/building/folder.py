@@ -4,6 +4,7 @@ OUT.partial/lock        held by the process at work, with its number
 OUT.partial/journal     what the build is, and the rows that are on the disk for good (quantkit.building.journal)
 OUT.partial/NAME.gguf   a file of the output: header first, full length, rows at their place as they come
 OUT.partial/scratch/    of an engine; emptied
+OUT.partial/source/     shards of a source on the Hub, as long as they are needed (quantkit.model.sources.shard_store)
 
 The folder and all in it belong to the user who builds, and only that user writes in it: what is found there decides
 which bytes the output gets. Others may read it (`quantkit status`).
@@ -24,7 +25,7 @@ from ..base.lock import HeldError, Lock, holder
 from . import journal
 from .journal import ToldBuild
 
-LOCK, SCRATCH = "lock", "scratch"
+LOCK, SCRATCH, SOURCE = "lock", "scratch", "source"
 #: nobody but the owner may put anything into it, whatever the umask
 _MODE = 0o755
 _ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)
@@ -120,7 +121,7 @@ def take(out: Path, ours: Collection[str]) -> Taken:
 
 def _locked(out: Path, folder: Folder, ours: Collection[str]) -> Lock | None:
     """The lock of a folder, None where the folder is no longer there."""
-    _check_ours(folder, {LOCK, journal.NAME, SCRATCH, *ours})
+    _check_ours(folder, {LOCK, journal.NAME, SCRATCH, SOURCE, *ours})
     folder.close_to_others()
     try:
         lock = Lock.of_file(folder, LOCK, folder.own)
@@ -141,8 +142,18 @@ def _check_ours(folder: Folder, ours: set[str]) -> None:
         raise OutputError(_no_build(folder.path, f"holds '{min(there - ours)}'"))
 
 
-def clear(folder: Folder) -> None:
-    """Remove everything but the lock, the journal last. Raises OSError."""
+def clear(folder: Folder, but: Collection[str] = ()) -> None:
+    """Remove everything but the lock and what else is named, the journal last. Raises OSError."""
     for name in sorted(folder.names(), key=lambda n: n == journal.NAME):
-        if name != LOCK:
+        if name not in (LOCK, *but):
             folder.remove(name)
+
+
+def fetched(folder: Folder) -> int:
+    """The bytes of shards of the source that have come. Raises OSError."""
+    try:
+        source = folder.sub(SOURCE)
+    except FileNotFoundError:
+        return 0
+    with source:
+        return sum(info.st_size for name in source.names() if (info := source.look(name)) is not None)

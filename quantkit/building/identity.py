@@ -17,8 +17,10 @@ from .. import kernels
 from ..base.errors import ResumeError, SourceError
 from ..base.files import file_sha256
 from ..gguf.header import ARRAY, KV, array_head, decode
+from ..model.sources.shard_store import store_of
 from ..planning.plan import Plan
 from ..rounding.options import VERSION as ROUNDING_VERSION
+from .supply import check_not_moved, identity_of_source
 
 _HEAD_BYTES = 1 << 16
 #: before the names of metadata keys
@@ -81,7 +83,10 @@ def identity_of(plan: Plan, kvs: Iterable[KV], split_max_size: int | None, imatr
         "kernels": kernels.version(),
         **_rounding(plan),
     }
-    for path in catalogue.source.files:
+    store = store_of(catalogue.source)
+    if store is not None:
+        out |= identity_of_source(store)
+    for path in () if store is not None else catalogue.source.files:
         s = stat_of(path)
         when = datetime.fromtimestamp(s.mtime_ns / 1e9, timezone.utc).isoformat(sep=" ")[:23]
         with open(path, "rb") as f:
@@ -129,6 +134,7 @@ def difference(was: Mapping[str, str], now: Mapping[str, str]) -> str:
 
 def require_same(folder: Path, was: Mapping[str, str], now: Mapping[str, str]) -> None:
     """Raises ResumeError, which says what differs, unless the unfinished build in a folder is one of the same."""
+    check_not_moved(was, now)
     differs = difference(was, now)
     if differs:
         raise ResumeError(

@@ -62,8 +62,17 @@ def _head(said: dict[str, Any]) -> Head:
 
 def durable(told: ToldBuild) -> list[int]:
     """For each tensor, how many of its rows are on the disk by what the journal tells."""
+    return [len(rows) for rows in _rows(told)]
+
+
+def rows_of(told: ToldBuild) -> dict[str, Ranges]:
+    """Which rows of each tensor, by its name."""
+    return {tensor[0]: rows for tensor, rows in zip(told.head.tensors, _rows(told), strict=True)}
+
+
+def _rows(told: ToldBuild) -> list[Ranges]:
     rows = [Ranges() for _ in told.head.tensors]
     for r in told.records:
         if r.part < len(rows):
             rows[r.part].add(r.start, r.n)
-    return [len(r) for r in rows]
+    return rows

@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..base import outputs
@@ -28,15 +29,18 @@ from ..gguf.types import IK_TYPES, QTYPES
 from ..imatrix.matrix import Imatrix
 from ..imatrix.policies import Completed
 from ..model.catalogue import Catalogue
+from ..model.sources.shard_store import store_of
 from ..planning.file_layout import FileLayout, file_names, lay_out, output_kvs
 from ..planning.plan import Plan, with_values
 from ..planning.rounding import check_covariance
 from . import leftovers
 from .cache import Cache
 from .engines import Engine, Progress, Work
-from .folder import folder_of, read_journal
+from .folder import fetched, folder_of, held_folder, read_journal
 from .identity import FileStat, check_unchanged, identity_of, require_same, stat_of
 from .journal import ToldBuild
+from .shard_order import Limits
+from .supply import Supply, supply_of
 from .unfinished import UnfinishedBuild
 
 
@@ -57,6 +61,10 @@ class Build:
     restart: bool
     begun: ToldBuild | None
     """the journal of an unfinished build that this one goes on with"""
+    limits: Limits = field(default_factory=Limits)
+    """how much of a source on the Hub may be on the disk at a time"""
+    supply: Supply | None = None
+    """what comes from there"""
 
     @property
     def weights(self) -> Completed | None:
@@ -77,6 +85,7 @@ def prepare(
     allow_requantize: bool = False,
     engine: Engine | None = None,
     resume: bool | None = None,
+    limits: Limits | None = None,
 ) -> Build:
     """Check everything that can be checked before the first byte. `engine` is the one that will run, for
     the scratch space it needs. An unfinished build of the same output is continued; `resume` True asks for one,
@@ -95,7 +104,15 @@ def prepare(
             f"the engine {engine.name} only rounds as ggml does, and the plan rounds {len(plan.rounding.choices)} "
             "tensors otherwise; take --engine native, or --rounding ggml"
         )
-    read = [*catalogue.source.files, *([imatrix.path] if imatrix else []), *_covariance_files(plan)]
+    limits = limits or Limits()
+    store = store_of(catalogue.source)
+    if store is not None and engine is not None and not engine.by_shard:
+        raise UnsupportedError(
+            f"{catalogue.model}: the engine {engine.name} reads a whole checkpoint, not one on the Hub; take --engine "
+            "native, or download it first and give its folder"
+        )
+    here = () if store is not None else catalogue.source.files  # what comes from the Hub is known by its commit
+    read = [*here, *([imatrix.path] if imatrix else []), *_covariance_files(plan)]
     sources = {path: stat_of(path) for path in read}
     plan = with_values(plan, imatrix)
     _check_requantize(catalogue, plan, allow_requantize)
@@ -106,6 +123,7 @@ def prepare(
     identity = identity_of(plan, kvs, split_max_size, imatrix.path if imatrix else None)
     _check_names(out, names)
     begun = _begun(out, identity, resume)
+    supply = supply_of(plan, limits, begun)
     finished = _finished(names, _told(out) if resume is False else begun, folder_of(out))
     replace = frozenset(names if force else finished)
     outputs.check(
@@ -116,8 +134,9 @@ def prepare(
         ],
     )
     scratch = engine.scratch_bytes(plan) if engine is not None else 0
-    _check_space(out, [file for file in files if file[0] not in finished], scratch)
-    return Build(plan, imatrix, files, out, identity, sources, replace, resume is False, begun)
+    to_write = [file for file in files if file[0] not in finished]
+    _check_space(out, to_write, scratch, 0 if supply is None else supply.most)
+    return Build(plan, imatrix, files, out, identity, sources, replace, resume is False, begun, limits, supply)
 
 
 def _covariance_files(plan: Plan) -> tuple[Path, ...]:
@@ -154,20 +173,29 @@ def _finished(names: tuple[Path, ...], begun: ToldBuild | None, folder: Path) ->
     return {path for path in names if path.name in its and not os.path.lexists(folder / path.name)}
 
 
-def _check_space(out: Path, files: Sequence[tuple[Path, FileLayout]], scratch: int) -> None:
-    """Raises OutputError when what is still to be written has no room."""
+def _check_space(out: Path, files: Sequence[tuple[Path, FileLayout]], scratch: int, shards: int) -> None:
+    """Raises OutputError when what is still to be written has no room, with so many bytes of `scratch`, and of `shards`
+    of the source at a time."""
     need, free = 0, shutil.disk_usage(out.parent).free
+    came = 0
+    with suppress(OSError, OutputError):
+        found = held_folder(out, own=True)
+        if found is not None:
+            with found:
+                came = fetched(found)
     for name, file_layout in files:
         try:
             there = os.stat(folder_of(out) / name.name, follow_symlinks=False).st_blocks * 512
         except OSError:
             there = 0
         need += max(0, file_layout.nbytes - there)
-    if need + scratch > free:
-        also = f" and its making {scratch:,} more" if scratch else ""
+    beside = scratch + max(0, shards - came)
+    if need + beside > free:
+        also = f" and {'the shards of its source' if shards else 'its making'} {beside:,} more" if beside else ""
+        less = ", have fewer shards at a time (--keep)" if shards else ""
         raise OutputError(
             f"{out.parent}: the output needs {need:,} bytes{also}, but {free:,} are free; free "
-            f"{need + scratch - free:,} more, or choose another place"
+            f"{need + beside - free:,} more{less}, or choose another place"
         )
 
 
@@ -210,10 +238,18 @@ def run(build: Build, engine: Engine, n_threads: int, progress: Progress, cache:
             leftovers.remove(build.out, [name for name, _ in build.files])
         begun.start(build.restart, n_threads, progress)
         file_layouts = tuple(file_layout for _, file_layout in build.files)
+        assert build.plan.catalogue.source is not None
+        store = store_of(build.plan.catalogue.source)
+        if store is not None:
+            store.keep_in(begun.source_folder())
         with begun.durability.committing():
             if cache is not None:
                 _use(cache, build, begun, n_threads, progress)
-            engine.run(Work(build.plan, file_layouts, begun.sink, build.weights, n_threads, progress, begun.scratch))
+            work = Work(
+                build.plan, file_layouts, begun.sink, build.weights, n_threads, progress, begun.scratch,
+                begun.durability.commit, build.limits,
+            )  # fmt: skip
+            engine.run(work)
         begun.finish()
         if cache is not None:
             cache.settle()

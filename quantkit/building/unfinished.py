@@ -21,7 +21,7 @@ from ..base.lock import Lock
 from ..planning.file_layout import FileLayout
 from . import journal
 from .durability import Durability, os_error
-from .folder import LOCK, SCRATCH, clear, folder_of, take
+from .folder import LOCK, SCRATCH, SOURCE, clear, fetched, folder_of, take
 from .identity import require_same
 from .journal import Head, ToldBuild
 from .sink import RowSink
@@ -100,6 +100,13 @@ class UnfinishedBuild:
         assert self._durability is not None
         return self._durability
 
+    def source_folder(self) -> Path:
+        """Where shards of the source are kept, made if need be. Raises OSError."""
+        with self.inside.sub(SOURCE, 0o700) as folder:
+            if not folder.is_own:
+                raise OutputError(f"{folder.path}: belongs to another user; have it moved away")
+            return folder.path
+
     def _hold_above(self) -> Folder:
         try:
             self._held.append(above := Folder.hold(self.out.absolute().parent))
@@ -112,7 +119,7 @@ class UnfinishedBuild:
         if found is not None and found.records:
             require_same(self.folder, found.head.identity, self.identity)
             return Journal.go_on(self.inside, journal.NAME, found)
-        clear(self.inside)
+        clear(self.inside, but=(SOURCE,))
         self._fresh = True
         files = [
             (name.name, file_layout.nbytes) for name, file_layout in zip(self.names, self.file_layouts, strict=True)
@@ -140,7 +147,10 @@ class UnfinishedBuild:
                 if keep and self._durability.failure is None:
                     self._durability.commit()
             done = self._durability.durable_bytes
-        keep = any(self.files.final) or (keep and (done > 0 or not self._fresh))
+        came = 0
+        with suppress(OSError):
+            came = fetched(self.inside)
+        keep = any(self.files.final) or (keep and (done > 0 or came > 0 or not self._fresh))
         if not keep:
             self._remove()
             return None
@@ -148,8 +158,8 @@ class UnfinishedBuild:
             self.inside.remove(SCRATCH)
         self.close()
         return (
-            f"{done:,} of {total:,} bytes are kept in {self.folder}: the same command goes on from there, "
-            "--restart starts again"
+            f"{done:,} of {total:,} bytes{f', and {came:,} of the source,' if came else ''} are kept in {self.folder}: "
+            "the same command goes on from there, --restart starts again"
         )
 
     def _remove(self) -> None:

@@ -91,6 +91,14 @@ if TYPE_CHECKING:
     help="The most DIR may hold; what was used least recently is removed first.",
 )
 @click.option(
+    "--keep",
+    type=click.IntRange(min=1),
+    default=3,
+    show_default=True,
+    help="With hf://…: the most shards of the source on the disk at a time, those on their way included.",
+)
+@click.option("--disk", type=Size(), metavar="SIZE", help="With hf://…: the most bytes of them, such as 60GB.")
+@click.option(
     "-v", "--verbose", is_flag=True, help="Print the whole plan, as `quantkit plan` does, instead of a summary."
 )
 @plan_first_options
@@ -119,6 +127,8 @@ def build(
     resume: bool | None,
     cache_dir: Path | None,
     cache_size: int,
+    keep: int,
+    disk: int | None,
     verbose: bool,
     dry_run: bool,
     quiet: bool,
@@ -129,6 +139,7 @@ def build(
     quantkit build DeepSeek-R1/ -o R1-UD-IQ1_S.gguf --recipe UD-IQ1_S --imatrix imatrix.gguf
     quantkit build R1-BF16-00001-of-00030.gguf -o R1.gguf --recipe UD-IQ2_XXS --imatrix imatrix.dat \\
         --split-max-size 50G
+    quantkit build hf://deepseek-ai/DeepSeek-R1 -o R1-UD-IQ1_S.gguf --recipe UD-IQ1_S --imatrix imatrix.gguf --keep 2
     """
     if hash_source and attest is None:
         raise click.UsageError("--hash-source needs --attest")
@@ -140,16 +151,21 @@ def build(
     from quantkit.building.cache import Cache
     from quantkit.building.leftovers import finished_shards
     from quantkit.building.run import prepare
+    from quantkit.building.shard_order import Limits
+    from quantkit.model.hub import with_weights
     from quantkit.model.open import open_model
     from quantkit.planning.plan import make_plan
 
     ready_kernels()
     rules = rounded(recipe_of(recipe, sets), rounding, rounding_policy)
     weights = imatrix_of(imatrix, policy)
-    made = make_plan(open_model(source, conversion(layout, pre, pad_token)), rules, weights, mixture_version, policy)
+    model = with_weights(open_model(source, conversion(layout, pre, pad_token)))
+    made = make_plan(model, rules, weights, mixture_version, policy)
     made = with_covariance(made, covariance)
     chosen = make_engine(engine, binary)
-    ready = prepare(made, output, weights, split_max_size, force, allow_requantize, chosen, resume)
+    limits = Limits(keep, disk)
+    ready = prepare(made, output, weights, split_max_size, force, allow_requantize, chosen, resume, limits)
+    _check_hub_options(ready, attest, cache_dir)
     will_write(*(Output(name, "--output", is_later=True) for name, _ in ready.files))
     show_plan(ready, verbose, quiet)
     if ready.begun is not None and not quiet:
@@ -186,7 +202,9 @@ def build(
 
 
 def show_plan(ready: Build, verbose: bool, quiet: bool) -> None:
-    """Print the plan: in ten lines, or all of it, or only its warnings, on standard error."""
+    """Print the plan: in ten lines, or all of it, or only its warnings, on standard error. And what is fetched for
+    it."""
+    from quantkit.base.text import wrapped
     from quantkit.planning import brief, report
 
     files = [(path.name, f.nbytes) for path, f in ready.files]
@@ -197,6 +215,20 @@ def show_plan(ready: Build, verbose: bool, quiet: bool) -> None:
         click.echo(report.plan_text(ready.plan, files, width=width()) + "\n")
     else:
         click.echo(brief.brief_text(ready.plan, files, width()) + "\n")
+    if ready.supply is not None and not quiet:
+        click.echo(wrapped(f"{'download':10}{ready.supply.text(ready.file_bytes)}", width(), " " * 10) + "\n")
+
+
+def _check_hub_options(ready: Build, attest: Path | None, cache: Path | None) -> None:
+    """Raises UnsupportedError for what needs all of a source at hand, where it comes from the Hub by shards."""
+    from quantkit.base.errors import UnsupportedError
+
+    given = "--attest" if attest is not None else "--cache" if cache is not None else ""
+    if ready.supply is not None and given:
+        raise UnsupportedError(
+            f"{ready.supply.where}: {given} needs all of the source at hand, and it is fetched shard by shard; leave "
+            "it out, or download the repository first and give its folder"
+        )
 
 
 def _asked_rounding(plan: Plan, method: str | None, policy: str | None) -> AskedRounding | None:

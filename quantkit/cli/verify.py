@@ -156,9 +156,12 @@ def verify(
             rules = _attested_rounding(attested.asked, rules, recipe is not None)
     model = None
     if source is not None:
+        from quantkit.model.hub import with_weights
         from quantkit.model.open import open_model
 
         model = open_model(source, conversion(layout, pre, pad_token))
+        if sample not in (None, "none"):  # of the Hub only what is asked for: a row is a request
+            model = with_weights(model, by_range=True)
     chosen = None if weights is None else _policy(output, rules, policy)
     made = _plan(model, rules, weights, mixture_version, None if chosen is None else chosen.policy)
     said, moments = recorded(headers(output)), covariance_of(covariance)

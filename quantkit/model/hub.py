@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from ..base.errors import SourceError, UnsupportedError
@@ -10,11 +11,13 @@ from ..gguf.shards import split_name
 from ..hub import address
 from ..hub.address import Address
 from ..hub.repo import Repo, open_repo
+from .catalogue import Catalogue
 from .families.beside import READ
 from .sources.gguf_file import GgufHeaders
 from .sources.hub_repo import open_hub
 from .sources.remote import open_remote
 from .sources.safetensors_dir import Checkpoint, open_checkpoint
+from .sources.shard_store import store_of
 
 _MAX_LISTED = 24
 
@@ -118,6 +121,15 @@ def downloaded(repo: str, revision: str | None = None) -> Path | None:
         return Path(snapshot_download(repo, revision=revision, local_files_only=True))
     except Exception:  # not in the cache, or not a repository id
         return None
+
+
+def with_weights(catalogue: Catalogue, by_range: bool = False) -> Catalogue:
+    """The same catalogue, for who reads the weights of a repository shard by shard (sources.shard_store), or a few of
+    them by range; of other sources as it is."""
+    store = None if catalogue.headers is None else store_of(catalogue.headers)
+    if store is not None:
+        store.by_range = by_range
+    return catalogue if store is None else replace(catalogue, source=catalogue.headers, headers=None, lacks="")
 
 
 def gguf_headers(source: str) -> GgufHeaders:

@@ -29,7 +29,9 @@ from quantkit import kernels
 from quantkit.base.errors import KernelError, OutputError, QuantkitError, WeightError
 from quantkit.building import run as builds
 from quantkit.building.engines.llama_quantize import _batches
-from quantkit.building.engines.native import NativeEngine, slabs
+from quantkit.building.engines.native import NativeEngine, Slab
+from quantkit.building.engines.native import slabs as slabs_of
+from quantkit.building.shard_order import pieces_of
 from quantkit.gguf.header import STRING, U32, kv, read_header
 from quantkit.gguf.types import QTYPES
 from quantkit.imatrix.matrix import open_imatrix
@@ -83,6 +85,11 @@ def data_of(path: Path) -> dict[str, bytes]:
 # ---------------------------------------------------------------- slabs
 
 
+def slabs(planned: Planned, *slab_values: int) -> list[Slab]:
+    """Those of all parts of a tensor."""
+    return [slab for piece in pieces_of([planned]) for slab in slabs_of(piece, *slab_values)]
+
+
 def planned(shape: tuple[int, ...], parts: tuple[Part, ...], type_: str = "F32") -> Planned:
     t = Tensor("t", shape, Role.OTHER, None, True, "BF16", parts)
     return Planned(t, type_, type_, QTYPES[type_].row_bytes(shape[0]) * t.n_rows, "", "", ImatrixStatus.USED)
@@ -114,7 +121,7 @@ def stacked(draw: st.DrawFn) -> Planned:
 @given(work=stacked(), slab_values=st.integers(1, 1000))
 def test_slabs_cover_every_row_once(work: Planned, slab_values: int) -> None:
     tensor = work.tensor
-    cut = list(slabs(work, slab_values))
+    cut = slabs(work, slab_values)
     rows = [(part.source, row) for part in tensor.parts for row in range(part.out_rows)]
     assert [(s.part.source, s.row + i) for s in cut for i in range(s.n_rows)] == rows
     assert [s.out_row + i for s in cut for i in range(s.n_rows)] == list(range(tensor.n_rows))
@@ -142,7 +149,7 @@ def test_slabs_are_as_large_as_they_may_be(work: Planned, slab_values: int) -> N
 def test_slabs_of_r1() -> None:
     """An expert's down_proj is 7168 rows of 2048; a slab is at most 2^20 values, so 512 rows."""
     parts = tuple(Part(f"e{e}", (7168, 2048), 0, 7168) for e in range(256))
-    cut = list(slabs(planned((2048, 7168, 256), parts, "IQ1_S")))
+    cut = slabs(planned((2048, 7168, 256), parts, "IQ1_S"))
     assert len(cut) == 256 * 14
     assert {s.n_rows for s in cut} == {512}
     assert (cut[14].part.source, cut[14].row, cut[14].out_row) == ("e1", 0, 7168)

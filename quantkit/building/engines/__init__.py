@@ -7,7 +7,7 @@ output and knows what is there already. It reports progress in source elements d
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -17,6 +17,7 @@ import numpy.typing as npt
 from ...base.folders import Folder
 from ...planning.file_layout import FileLayout
 from ...planning.plan import Plan
+from ..shard_order import Limits
 
 #: called with the name of the tensor at work and the elements finished since the last call
 Progress = Callable[[str, int], None]
@@ -67,12 +68,18 @@ class Work:
     progress: Progress
     scratch: Folder
     """a folder of the build's own, on the output's filesystem"""
+    commit: Callable[[], None] = lambda: None
+    """returns when all that was put is on the disk for good. Raises what a build's end raises"""
+    limits: Limits = field(default_factory=Limits)
+    """how much of a source on the Hub may be on the disk at a time"""
 
 
 class Engine(Protocol):
     name: str
     rounds: bool
     """whether it can round otherwise than ggml"""
+    by_shard: bool
+    """whether it can build while the shards of the source come and go"""
 
     def scratch_bytes(self, plan: Plan) -> int:
         """The most disk space that it needs beside the output."""

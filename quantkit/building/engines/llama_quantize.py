@@ -64,6 +64,7 @@ class LlamaQuantizeEngine:
 
     name = "llama-quantize"
     rounds = False
+    by_shard = False
 
     def __init__(self, binary: Path, batch_bytes: int = BATCH_BYTES) -> None:
         self.binary = binary

@@ -11,12 +11,15 @@ whatever the tensor's size. Rows are independent, so results do not depend on sl
 Where the plan rounds otherwise than ggml, the slab's rows are made again under their covariance
 (quantkit.rounding.rounder), and take the place of ggml's where their output error is lower. Workers
 share the factors of the covariance, which are dropped when others need the room.
+
+Where the source is on the Hub, the slabs come in the order of its shards, which are there for as long
+as they are needed (quantkit.building.window).
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -27,9 +30,13 @@ from ...base.errors import WeightError
 from ...base.workers import share_out
 from ...gguf.types import QTYPES
 from ...model.catalogue import Part
+from ...model.sources.shard_store import ShardStore, store_of
 from ...planning.plan import ImatrixStatus, Plan, Planned
 from ...rounding.rounder import Rounder
 from ...weights.rows import RowReader
+from ..shard_order import Piece, pieces_of
+from ..supply import visits_of
+from ..window import Window
 from . import Work
 
 #: values of a slab: 4 MiB as float32, in reach of L2/L3, large beside a call's overhead
@@ -48,20 +55,18 @@ class Slab(NamedTuple):
     out_row: int
 
 
-def slabs(planned: Planned, slab_values: int = SLAB_VALUES) -> Iterator[Slab]:
-    """The slabs of a tensor, in order."""
-    tensor = planned.tensor
+def slabs(piece: Piece, slab_values: int = SLAB_VALUES) -> Iterator[Slab]:
+    """The slabs of a part of a tensor, in order."""
+    tensor, part = piece.planned.tensor, piece.planned.tensor.parts[piece.part]
     step = max(1, slab_values // tensor.n_cols)
     # a slab has one expert's slice of the importance matrix
     rows_per_mat = tensor.shape[1] if len(tensor.shape) > 1 else 1
-    out_row = 0
-    for part in tensor.parts:
-        row = 0
-        while row < part.out_rows:
-            n = min(step, part.out_rows - row, rows_per_mat - out_row % rows_per_mat)
-            yield Slab(planned, part, row, n, out_row)
-            row += n
-            out_row += n
+    row, out_row = 0, piece.out_row
+    while row < part.out_rows:
+        n = min(step, part.out_rows - row, rows_per_mat - out_row % rows_per_mat)
+        yield Slab(piece.planned, part, row, n, out_row)
+        row += n
+        out_row += n
 
 
 class _Worker:
@@ -157,6 +162,7 @@ class NativeEngine:
 
     name = "native"
     rounds = True
+    by_shard = True
 
     def __init__(self, slab_values: int = SLAB_VALUES) -> None:
         self.slab_values = slab_values
@@ -165,8 +171,46 @@ class NativeEngine:
         return 0
 
     def run(self, work: Work) -> None:
-        every = (s for planned in work.plan.tensors for s in slabs(planned, self.slab_values))
-        missing = (s for s in every if not work.sink.has(s.planned.tensor.name, s.out_row, s.n_rows))
         covariance = None if work.plan.rounding is None else work.plan.rounding.covariance
         rounder = None if covariance is None else Rounder(covariance)
-        share_out(_announced(missing, work), work.n_threads, lambda: _Worker(work, rounder).do)
+
+        def worker() -> Callable[[Slab], None]:
+            return _Worker(work, rounder).do
+
+        pieces = list(pieces_of(work.plan.tensors))
+        assert work.plan.catalogue.source is not None
+        store = store_of(work.plan.catalogue.source)
+        if store is None:
+            share_out(_announced(self._missing(pieces, work), work), work.n_threads, worker)
+        else:
+            self._by_shard(store, pieces, work, worker)
+
+    def _missing(self, pieces: Iterable[Piece], work: Work) -> Iterator[Slab]:
+        every = (slab for piece in pieces for slab in slabs(piece, self.slab_values))
+        return (s for s in every if not work.sink.has(s.planned.tensor.name, s.out_row, s.n_rows))
+
+    def _by_shard(
+        self, store: ShardStore, pieces: list[Piece], work: Work, worker: Callable[[], Callable[[Slab], None]]
+    ) -> None:
+        """The same where shards come and go."""
+        missing = [p for p in pieces if next(self._missing([p], work), None) is not None]
+        order = visits_of(work.plan, missing, store)
+        store.clear(visit.shard for visit in order[: work.limits.keep])
+        window: Window[Slab] = Window(
+            store, order, work.limits, work.commit, lambda what: work.progress(f"fetching {what}", 0)
+        )
+
+        def told() -> Callable[[tuple[int, Slab]], None]:
+            do = worker()
+
+            def do_and_tell(job: tuple[int, Slab]) -> None:
+                do(job[1])
+                window.done(job[0])
+
+            return do_and_tell
+
+        try:
+            jobs = window.slabs(lambda visit: _announced(self._missing(visit.pieces, work), work))
+            share_out(jobs, work.n_threads, told, window.stop)
+        finally:
+            window.close()

@@ -16,6 +16,7 @@ from .kinds import other_names
 from .quantization import MODELOPT_CONFIG
 from .safetensors_dir import SINGLE, Checkpoint, open_checkpoint, read_json, read_shard, read_small
 from .safetensors_header import INDEX, MAX_HEADER, check_shard, header_bytes, parse_index, parse_shard
+from .shard_store import ShardStore
 
 #: bytes of a tensor's entry in a header, beside its name: {"dtype":"F8_E4M3","shape":[…],"data_offsets":[…]}
 _ENTRY = 100
@@ -59,7 +60,8 @@ def open_hub(repo: Repo, beside: Iterable[str]) -> Checkpoint:
         f"{repo.where()}: only the headers are read from the Hub here, and this needs the weights; download it "
         f"(`hf download {repo.name}`) and give {repo.name}"
     )
-    return Checkpoint(folder, read_json(folder / "config.json"), _headers(repo, folder, shards), lacks=lacks)
+    config, headers = read_json(folder / "config.json"), _headers(repo, folder, shards)
+    return Checkpoint(folder, config, headers, lacks=lacks, reader=ShardStore(repo, folder))
 
 
 def _headers(repo: Repo, folder: Path, shards: Mapping[str, set[str]]) -> dict[str, SourceTensor]:

@@ -75,6 +75,8 @@ class Checkpoint:
         self._check_scales()
         self.files = tuple(sorted({t.file for t in tensors.values()}))
         self._files: Reader = reader or Files(self.files)
+        self.store = reader
+        """what shards of a repository on the Hub come and go in (shard_store); None where they lie here"""
 
     @property
     def named(self) -> dict[str, SourceTensor]:

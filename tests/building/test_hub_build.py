@@ -1,0 +1,270 @@
+"""Builds whose source comes from the Hub shard by shard: the same bytes as from a folder, whatever happens between."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Run
+from hub_server import TOKEN, Fault, Hub
+from reshard import reshard
+
+RECIPE = ("-r", "UD-IQ1_S", "--pre", "deepseek-v3")
+
+
+@pytest.fixture(scope="session")
+def dealt(tiny_v3: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """tiny_v3 in five shards, no scale with its weight."""
+    return reshard(tiny_v3, tmp_path_factory.mktemp("dealt") / "Tiny-V3", 5, deal=True)
+
+
+@pytest.fixture(scope="session")
+def in_order(tiny_v3: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """tiny_v3 in five shards, in order; the last has the output tensor, and is fetched after the first."""
+    return reshard(tiny_v3, tmp_path_factory.mktemp("ordered") / "Tiny-V3", 5)
+
+
+@pytest.fixture(scope="session")
+def expected(in_order: Path, tiny_imatrix: Path, quantkit: Run, tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """What is built from the folder."""
+    out = tmp_path_factory.mktemp("expected") / "m.gguf"
+    assert quantkit("build", in_order, "-o", out, *RECIPE, "--imatrix", tiny_imatrix, "-q").returncode == 0
+    return out.read_bytes()
+
+
+class Builds:
+    """Builds of me/Tiny-V3 to m.gguf."""
+
+    def __init__(self, hub: Hub, quantkit: Run, imatrix: Path, folder: Path) -> None:
+        self.hub, self.quantkit, self.folder = hub, quantkit, folder
+        self.out, self.source = folder / "m.gguf", folder / "m.gguf.partial" / "source"
+        self.options = (*RECIPE, "--imatrix", imatrix)
+        self.most_files = 0
+
+    def run(self, *more: str | Path, source: str = "hf://me/Tiny-V3") -> subprocess.CompletedProcess[str]:
+        return self.quantkit("build", source, "-o", self.out, *self.options, *more, cwd=self.folder)
+
+    def start(self, *more: str) -> subprocess.Popen[str]:
+        args: list[str | Path] = [
+            sys.executable,
+            "-m",
+            "quantkit",
+            "build",
+            "hf://me/Tiny-V3",
+            "-o",
+            self.out,
+            *self.options,
+            *more,
+        ]
+        env = os.environ | {"QUANTKIT_COMMIT_SECONDS": "0.05"}
+        pipe = subprocess.PIPE
+        return subprocess.Popen(args, cwd=self.folder, env=env, stdout=pipe, stderr=pipe, text=True)
+
+    def look(self) -> None:
+        """Count the shards that are there, whole or not."""
+        if self.source.is_dir():
+            self.most_files = max(self.most_files, len(os.listdir(self.source)))
+
+    def shards(self, n: int, **what: Any) -> Fault:
+        """What goes wrong with the n-th shard, after its header has been read."""
+        return Fault(f"/me/Tiny-V3/model-{n:05d}-*", host="cdn", **({"after": 1} | what))
+
+
+@pytest.fixture
+def builds(hub: Hub, quantkit: Run, tiny_imatrix: Path, in_order: Path, tmp_path: Path) -> Builds:
+    hub.add("me/Tiny-V3", in_order)
+    (tmp_path / "out").mkdir()
+    return Builds(hub, quantkit, tiny_imatrix, tmp_path / "out")
+
+
+def shard_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+@pytest.mark.parametrize(("kind", "keep"), [("in_order", 1), ("dealt", 1), ("dealt", 3)])
+def test_the_same_bytes_with_few_shards_at_a_time(
+    builds: Builds, kind: str, keep: int, expected: bytes, request: pytest.FixtureRequest
+) -> None:
+    folder: Path = request.getfixturevalue(kind)
+    builds.hub.add("me/Tiny-V3", folder)
+    builds.hub.fail(Fault("*.safetensors", host="cdn", times=999, do=builds.look))
+    ran = builds.run("--keep", str(keep), "--threads", "2")
+    assert ran.returncode == 0, ran.stderr
+    assert builds.out.read_bytes() == expected
+    assert 1 <= builds.most_files <= keep
+    whole = [one.sent for one in builds.hub.log if one.host == "cdn" and one.sent > 400_000]
+    assert sorted(whole) == sorted(path.stat().st_size for path in folder.glob("*.safetensors"))  # each shard once
+    assert builds.hub.sent("*.safetensors") < sum(whole) + 100_000
+    assert os.listdir(builds.folder) == ["m.gguf"]
+    said = " ".join(ran.stdout.split())
+    assert re.search(r"download .* in 5 shards from hf://me/Tiny-V3 at commit [0-9a-f]{12}; at most ", said)
+    assert TOKEN not in ran.stdout + ran.stderr
+
+
+def test_a_limit_of_bytes(builds: Builds, in_order: Path, expected: bytes) -> None:
+    largest = max(path.stat().st_size for path in in_order.glob("*.safetensors"))
+    refused = builds.run("--disk", str(largest - 1))
+    assert refused.returncode == 7
+    assert f"has {largest:,} bytes, more than the {largest - 1:,} of --disk; give --disk" in refused.stderr
+    assert not os.listdir(builds.folder)
+    builds.hub.fail(Fault("*.safetensors", host="cdn", times=999, do=builds.look))
+    assert builds.run("--disk", str(largest), "-q").returncode == 0
+    assert (builds.most_files, builds.out.read_bytes() == expected) == (1, True)
+
+
+@pytest.mark.parametrize("keep", ["1", "3"])
+def test_after_kill_9_the_same_command_goes_on(builds: Builds, keep: str, in_order: Path, expected: bytes) -> None:
+    process = builds.start("--keep", keep)
+    builds.hub.fail(builds.shards(4, do=process.kill))
+    process.communicate(timeout=300)
+    assert process.returncode == -signal.SIGKILL
+    assert not builds.out.exists()
+    before = builds.hub.sent("*.safetensors")
+    ran = builds.run("--keep", keep)
+    assert ran.returncode == 0, ran.stderr
+    assert "continuing the build" in ran.stdout or keep == "3"
+    assert builds.out.read_bytes() == expected
+    again = builds.hub.sent("*.safetensors") - before
+    # with one at a time four shards were done and gone, of which one has a weight whose scales are in the last; with
+    # three, those that were whole are not fetched again
+    assert again < shard_bytes(in_order) * 2.5 / 5
+
+
+def test_what_passes_is_waited_for_and_nothing_is_lost(builds: Builds, expected: bytes) -> None:
+    now = {"Retry-After": "0"}
+    for n in range(1, 6):
+        builds.hub.fail(
+            builds.shards(n, status=429, headers=now, times=2),
+            builds.shards(n, cut=1000, after=3, times=2),
+            builds.shards(n, status=503, headers=now, after=5),
+            builds.shards(n, wrong=30_000, after=6),
+        )
+    ran = builds.run("--keep", "2")
+    assert ran.returncode == 0, ran.stderr
+    assert builds.out.read_bytes() == expected
+    assert all(fault.hits for fault in builds.hub.faults)
+
+
+def test_wrong_bytes_are_refused_and_never_used(builds: Builds, expected: bytes) -> None:
+    builds.hub.fail(builds.shards(3, wrong=30_000, times=2))
+    refused = builds.run("--keep", "1")
+    assert refused.returncode == 4
+    assert "model-00003-of-00005.safetensors: what came twice is not what the repository has at commit" in (
+        refused.stderr
+    )
+    assert "are kept in" in refused.stderr
+    assert not builds.out.exists()
+    assert os.listdir(builds.source) == []
+    assert builds.run("--keep", "1").returncode == 0
+    assert builds.out.read_bytes() == expected
+
+
+def test_kept_shards_are_hashed_before_they_are_used(builds: Builds, expected: bytes) -> None:
+    builds.hub.fail(builds.shards(3, status=404, times=9))
+    refused = builds.run("--keep", "3")
+    assert refused.returncode == 4
+    assert "model-00003-of-00005.safetensors: there is no such file" in refused.stderr
+    whole = [path for path in builds.source.iterdir() if path.suffix != ".part"]
+    assert whole
+    for path in whole:
+        with open(path, "r+b") as f:
+            f.seek(20_000)
+            f.write(b"\xff" * 100)
+    builds.hub.faults.clear()
+    ran = builds.run("--keep", "2")
+    assert ran.returncode == 0, ran.stderr
+    assert builds.out.read_bytes() == expected
+
+
+def test_a_revision_that_moved_is_refused_with_both_commits(
+    builds: Builds, dealt: Path, in_order: Path, expected: bytes
+) -> None:
+    first = builds.hub.add("me/Tiny-V3", in_order)
+    process = builds.start("--keep", "1")
+    builds.hub.fail(builds.shards(3, do=process.kill))
+    process.communicate(timeout=300)
+    second = builds.hub.add("me/Tiny-V3", dealt)
+    assert first != second
+    refused = builds.run()
+    assert refused.returncode == 13
+    assert refused.stderr.strip().endswith(
+        f"hf://me/Tiny-V3: the unfinished build is of commit {first}, and the repository is now at {second}; to go on, "
+        f"give hf://me/Tiny-V3@{first}, or start again with --restart"
+    )
+    ran = builds.run("--keep", "1", source=f"hf://me/Tiny-V3@{first}")
+    assert ran.returncode == 0, ran.stderr
+    assert "were kept from before" in ran.stdout
+    assert builds.out.read_bytes() == expected
+    builds.out.unlink()
+    builds.hub.faults.clear()
+    process = builds.start("--keep", "1")
+    builds.hub.fail(builds.shards(3, do=process.kill))
+    process.communicate(timeout=300)
+    builds.hub.add("me/Tiny-V3", in_order)
+    assert builds.run("--restart").returncode == 0
+    assert builds.out.read_bytes() == expected
+
+
+def test_a_place_that_takes_no_more_is_one_sentence(
+    builds: Builds, tiny_v3: Path, expected: bytes, tmp_path: Path
+) -> None:
+    large = reshard(tiny_v3, tmp_path / "Tiny-V3", 2)
+    builds.hub.add("me/Tiny-V3", large)
+    smallest = min(path.stat().st_size for path in large.glob("*.safetensors"))
+    limit = len(expected) + 5000
+    assert limit < smallest
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        refused = builds.run("--keep", "2")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert refused.returncode == 7
+    assert "source: model-0000" in refused.stderr
+    assert "cannot be kept there: File too large; mend that and give the same command again" in refused.stderr
+    assert builds.run("--keep", "2").returncode == 0
+    assert builds.out.read_bytes() == expected
+
+
+def test_ctrl_c_does_not_wait_for_the_server(builds: Builds, expected: bytes) -> None:
+    process = builds.start("--keep", "1")
+    endless = builds.shards(3, pause=600)
+    builds.hub.fail(endless)
+    while not endless.hits:
+        time.sleep(0.02)
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 130, err
+    builds.hub.faults.clear()
+    assert builds.run("-q").returncode == 0
+    assert builds.out.read_bytes() == expected
+
+
+def test_what_was_built_is_verified_by_a_few_ranges(builds: Builds, in_order: Path, expected: bytes) -> None:
+    builds.out.write_bytes(expected)
+    more = ("verify", builds.out, "--source", "hf://me/Tiny-V3", *builds.options, "--sample", "2")
+    done = builds.quantkit(*more, "--json", cwd=builds.folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    said = json.loads(done.stdout)
+    assert any("row" in one for one in said["checked"]), said
+    assert 100_000 < builds.hub.sent("*.safetensors") < shard_bytes(in_order)
+
+
+def test_what_needs_all_of_a_source_is_refused(builds: Builds, quantkit: Run, tmp_path: Path) -> None:
+    for more, says in (
+        (("--attest", "a.json"), "--attest needs all of the source at hand"),
+        (("--cache", "cache"), "--cache needs all of the source at hand"),
+    ):
+        refused = builds.run(*more)
+        assert (refused.returncode, says in refused.stderr) == (5, True), refused.stderr
+    assert not os.listdir(builds.folder)
