@@ -1,7 +1,9 @@
 """What rounding with error feedback is worth in ggml's formats: output error of matrices, slope, KLD of models.
 
-    python benchmarks/rounding.py judge/fp8 --pre deepseek-v3 -c 256 --imatrix imatrix.gguf --covariance moments/ \
-        --held-out moments-of-choose/ --choose choose.txt --report report.txt --report seen.txt \
+    quantkit imatrix make judge/fp8 -c 256 --text calib.txt -o imatrix.gguf --covariance weighted/ --fisher
+    quantkit imatrix make judge/fp8 -c 256 --text choose.txt -o other.gguf --covariance held-out/
+    python benchmarks/rounding.py judge/fp8 --pre deepseek-v3 -c 256 --imatrix imatrix.gguf --covariance weighted/ \
+        --held-out held-out/ --choose choose.txt --report report.txt --report seen.txt \
         --types IQ1_S IQ2_XXS Q2_K --whole UD-IQ1_S UD-Q2_K_XL "UD-IQ1_S:routed expert" --want UD-IQ1_S=0.74
 
 Three texts that share nothing: one to calibrate (of the second moments), one to choose on, one to report (several may

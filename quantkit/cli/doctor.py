@@ -61,6 +61,7 @@ def examine() -> dict[str, Any]:
     """All that the doctor looks at, as plain data: the keys of `doctor --json`."""
     import platform
 
+    from quantkit.base.memory import memory_sizes
     from quantkit.base.version import __version__
     from quantkit.llama_cpp import toolchain
 
@@ -108,7 +109,7 @@ def examine() -> dict[str, Any]:
         },
         "kernels": kernels,
         "disk": _disks(),
-        "memory": _memory(),
+        "memory": memory_sizes(),
         "problems": problems,
     }
 
@@ -197,18 +198,6 @@ def _disk(folder: Path) -> dict[str, Any]:
 
     existing = next(path for path in (folder, *folder.parents) if os.path.exists(path))
     return {"path": str(folder), "free_nbytes": shutil.disk_usage(existing).free}
-
-
-def _memory() -> dict[str, int | None]:
-    """Bytes of memory: all, and what can be had without swapping; None where Linux does not say."""
-    sizes: dict[str, int] = {}
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            name, _, value = line.partition(":")
-            sizes[name] = int(value.split()[0]) * 1024
-    except (OSError, ValueError, IndexError):
-        pass
-    return {"total_nbytes": sizes.get("MemTotal"), "available_nbytes": sizes.get("MemAvailable")}
 
 
 def _lines(found: dict[str, Any]) -> list[str]:

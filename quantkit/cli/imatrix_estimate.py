@@ -117,7 +117,7 @@ def print_estimate(source: str, model: Catalogue, n_tokens: int, given: Mapping[
     if given["n_chunks"] is not None:
         n_tokens = min(n_tokens, given["n_chunks"] * n_ctx)
     fp8 = is_fp8(source, model)
-    work = work_of(model, n_tokens, n_ctx, fp8=fp8, covariance=covariance)
+    work = work_of(model, n_tokens, n_ctx, fp8=fp8, covariance=covariance, fisher=given["fisher"])
     tflops, rate = given["gpu_tflops"], next((d for d in given["disks"] if isinstance(d, Rate)), None)
     disk, how = (float(rate.nbytes), "given") if rate is not None else read_rate(model)
     n_threads = given["threads"] or default_threads()

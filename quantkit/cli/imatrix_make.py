@@ -50,7 +50,7 @@ class Coverage(_CoverageType):
         return share, int(m[3])
 
 
-#: --covariance, --pooled-experts, --disk
+#: --covariance, --pooled-experts, --fisher, --disk
 _covariance_options = together(
     click.option(
         "--covariance",
@@ -63,6 +63,12 @@ _covariance_options = together(
         "--pooled-experts",
         is_flag=True,
         help="With --covariance: one matrix per layer for the experts' ffn_down, not one per expert.",
+    ),
+    click.option(
+        "--fisher",
+        is_flag=True,
+        help="With --covariance: a token counts for a matrix as the squared gradient at its output, of the model's own "
+        "predictions. Computed backwards, with a layer in memory: for small models.",
     ),
     click.option(
         "--disk",
@@ -137,6 +143,7 @@ def make(source: str, pre: str | None, pad_token: str | None, quiet: bool, **_: 
     quantkit imatrix make DeepSeek-R1/ --text calibration.txt -o imatrix.gguf
     quantkit imatrix make R1-Q8_0-00001-of-00015.gguf --text books/ --text chats.jsonl --target-coverage 99%:100 \\
         -o imatrix.gguf
+    quantkit imatrix make SmolLM2-135M/ --text calibration.txt -o imatrix.gguf --covariance cov --fisher
     quantkit imatrix make deepseek-r1 --estimate --gpu-tflops 400 --disk 5GB/s --text-tokens 1M
     """
     from quantkit.model.open import open_model
@@ -184,6 +191,7 @@ class _Given:
     target: tuple[float, int] | None
     covariance: Path | None
     pooled_experts: bool
+    fisher: bool
     disks: tuple[int | Rate, ...]
     engine: str
     binary: str | None
@@ -212,6 +220,10 @@ def _check_usage(ctx: click.Context, given: _Given) -> None:
 
     needs = [
         ("--pooled-experts", given.pooled_experts, "--covariance", given.covariance is not None),
+        ("--fisher", given.fisher, "--covariance", given.covariance is not None),
+        ("--fisher", given.fisher, "a matrix an expert: leave out --pooled-experts", not given.pooled_experts),
+        ("--fisher", given.fisher, "--device cpu", given.device == "cpu"),
+        ("--fisher", given.fisher, "--dtype f32", given.dtype == "f32"),
         ("--disk SIZE", given.room is not None, "--covariance", given.covariance is not None),
         *((f"--{option}", said(name), "--engine llama-imatrix", given.engine == TOOL_ENGINE)
           for option, name in (("llama-imatrix", "binary"), ("via", "via"), ("save-frequency", "save_frequency"))),
@@ -249,7 +261,7 @@ def _make(model: Catalogue, given: _Given, quiet: bool) -> dict[str, Any]:
 
     target = None if given.target is None else Target(*given.target)
     forward = Options(given.device, given.dtype, given.threads or 0, given.memory)
-    options = MakeOptions(given.process_output, target, given.covariance, True, given.force, forward)
+    options = MakeOptions(given.process_output, target, given.covariance, True, given.fisher, given.force, forward)
     check_target(model, options)
     covariance: dict[str, Any] = {}
     if given.covariance is not None:
@@ -279,14 +291,24 @@ def _with_covariance(
     """Options with the choice for experts, which is printed with the size."""
     from dataclasses import replace
 
+    from quantkit.base.errors import OutputError
     from quantkit.lab.calibration.covariance_folder import choose_own, described
     from quantkit.lab.calibration.inputs import covariance_bytes
+    from quantkit.rounding.covariance import FISHER
 
     assert given.covariance is not None
     own = not given.pooled_experts and choose_own(model, given.covariance, given.room)
+    if given.fisher and not own:
+        raise OutputError(
+            f"{given.covariance}: --fisher needs a matrix for each expert's ffn_down, {covariance_bytes(model):,} "
+            "bytes, and there is less room; allow more, or leave --fisher out"
+        )
     if not quiet:
         click.echo(f"{given.covariance}: covariance of {described(model, own)}")
-    facts = {"covariance": str(given.covariance), "covariance_bytes": covariance_bytes(model, own), "own_experts": own}
+    nbytes = covariance_bytes(model, own)
+    facts = {"covariance": str(given.covariance), "covariance_bytes": nbytes, "own_experts": own}
+    if given.fisher:
+        facts["weights"] = FISHER
     return replace(options, own_experts=own), facts
 
 
@@ -344,7 +366,8 @@ def _tell(facts: dict[str, Any]) -> None:
             seen += f"; {facts['coverage']:.4f} of them saw {n:,} tokens or more{reached}"
         click.echo(seen)
     if "covariance" in facts:
-        click.echo(f"{facts['covariance']}  {facts['covariance_bytes']:,} bytes of second moments")
+        fisher = ", weighted by gradients" if "weights" in facts else ""
+        click.echo(f"{facts['covariance']}  {facts['covariance_bytes']:,} bytes of second moments{fisher}")
     read = f", {facts['bytes_read']:,} bytes of weights read" if "bytes_read" in facts else ""
     click.echo(
         f"{facts['tokens']:,} tokens in {facts['seconds']:.1f} s, {facts['tokens'] / facts['seconds']:,.0f} tokens/s"

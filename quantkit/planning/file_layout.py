@@ -104,6 +104,8 @@ def rounding_kvs(plan: Plan) -> list[KV]:
     said["covariance"] = _NO_DIGEST if covariance is None else covariance.digest
     if covariance is not None and covariance.held_out is not None:
         said["held_out"] = covariance.held_out.digest
+    if covariance is not None and covariance.weighting:
+        said["weights"] = covariance.weighting
     return [
         kv(ROUNDING_PREFIX + "version", U32, ROUNDING_VERSION),
         *(kv(ROUNDING_PREFIX + name, STRING, value) for name, value in said.items()),

@@ -2,8 +2,9 @@
 
 A folder is `quantkit imatrix make --covariance`'s. For each layer it has `layer-00003.json`, a list with an object an
 input: `file`, `tensors` that have this input, `n_cols`, `counts` of inputs that were summed; the file is a NumPy array
-float32 [n_mats, n_cols * (n_cols + 1) / 2]: the upper triangle by rows, sums, not divided by anything. Where the folder
-has a folder `held-out` of the same kind, made of other text, that one judges what is rounded (quantkit.rounding.rows).
+float32 [n_mats, n_cols * (n_cols + 1) / 2]: the upper triangle by rows, sums, not divided by anything. With `weights`
+`fisher` an input counts as often as the squared gradient at the matrix's output says. Where the folder has a folder
+`held-out` of the same kind, made of other text, that one judges what is rounded (quantkit.rounding.rows).
 
 Which matrix: tensors that share an input share its second moment, so all experts' gate and up have one a layer. An
 expert's ffn_down has its own, drawn towards its layer's by `SHRINK` tokens. attn_k_b and attn_v_b have one a head.
@@ -29,6 +30,8 @@ from ..model.catalogue import Tensor
 
 F32 = npt.NDArray[np.float32]
 
+#: how inputs are weighted: each alike, or by the squared gradient at the matrix's output
+PLAIN, FISHER = "", "fisher"
 #: what an expert's own second moment is drawn towards its layer's by
 SHRINK = 512
 HELD_OUT = "held-out"
@@ -54,6 +57,10 @@ class CovarianceSource(Protocol):
     @property
     def n_tokens(self) -> int:
         """Tokens of the text: the most inputs that were summed for any tensor."""
+
+    @property
+    def weighting(self) -> str:
+        """How inputs were weighted: PLAIN or FISHER."""
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -144,6 +151,11 @@ class Covariances:
         return int(max(max(found.counts) for found in self._where.values()))
 
     @property
+    def weighting(self) -> str:
+        """How inputs were weighted, of any tensor."""
+        return max(found.weighting for found in self._where.values())
+
+    @property
     def files(self) -> tuple[Path, ...]:
         own = (*self._json, *sorted({found.file for found in self._where.values()}))
         return own if self.held_out is None else (*own, *self.held_out.files)
@@ -197,6 +209,7 @@ class _Found(NamedTuple):
     file: Path
     n_cols: int
     counts: tuple[float, ...]
+    weighting: str
 
 
 def _read(path: Path) -> bytes:
@@ -218,7 +231,10 @@ def _found(folder: Path, one: dict[str, Any]) -> _Found:
         raise ValueError("tensors are not a list of names")
     if type(one["n_cols"]) is not int or one["n_cols"] < 1:
         raise ValueError(f"{one['n_cols']!r:.40} columns")
-    return _Found(folder / name, one["n_cols"], counts)
+    weighting = one.get("weights", PLAIN)
+    if weighting not in (PLAIN, FISHER):
+        raise ValueError(f"weights {weighting!r:.40}; known is {FISHER!r}")
+    return _Found(folder / name, one["n_cols"], counts, weighting)
 
 
 # ---------------------------------------------------------------- which matrix has which

@@ -171,6 +171,8 @@ def _expected_keys(plan: Plan, imatrix: Imatrix | None) -> dict[str, tuple[int, 
             put(PREFIX + "covariance", _STR, _text(rounding.covariance.digest.encode()))
             if rounding.covariance.held_out is not None:
                 put(PREFIX + "held_out", _STR, _text(rounding.covariance.held_out.digest.encode()))
+            if rounding.covariance.weighting:
+                put(PREFIX + "weights", _STR, _text(rounding.covariance.weighting.encode()))
             put(PREFIX + "tokens", _U32, struct.pack("<I", rounding.covariance.n_tokens))
         texts = b"".join(_text(line.encode()) for line in listed)
         put(PREFIX + "tensors", _ARR, struct.pack("<IQ", _STR, len(listed)) + texts)

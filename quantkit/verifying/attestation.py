@@ -170,6 +170,8 @@ class Dependency(NamedTuple):
     digests: dict[str, str]
     state: tuple[int, int, int]
     """size, time of modification and inode when it was hashed"""
+    weights: str = ""
+    """of a covariance: how inputs were weighted, where not alike"""
 
 
 @dataclass(frozen=True)
@@ -197,6 +199,8 @@ class Evidence:
             digest, notes = dict(file.digests), {"role": file.role, "bytes": file.nbytes}
             if file.header_bytes is not None:
                 notes["headerBytes"] = file.header_bytes
+            if file.weights:
+                notes["weights"] = file.weights
             if file in todo:
                 digest["sha256"] = file_digest(file.path, progress=progress)
             out.append({"name": file.path.name, "digest": digest, "annotations": notes})
@@ -249,7 +253,8 @@ def _of_covariance(covariance: CovarianceSource | None) -> tuple[Dependency, ...
         if one is not None and one.files:
             folder = one.files[0].parent
             nbytes = sum(_state(file)[0] for file in one.files if file.parent == folder)
-            out.append(Dependency(folder, "covariance", nbytes, None, {COVARIANCE_DIGEST: one.digest}, _state(folder)))
+            digest = {COVARIANCE_DIGEST: one.digest}
+            out.append(Dependency(folder, "covariance", nbytes, None, digest, _state(folder), one.weighting))
     return tuple(out)
 
 

@@ -87,6 +87,8 @@ def test_the_stock_tool_by_name(quantkit: Run, tiny_bf16: Path, file: Path, tmp_
         ("--text x", "Missing option '-o'."),
         ("-o x.gguf", "Missing option '--text'."),
         ("-o x.gguf --text x --pooled-experts", "--pooled-experts needs --covariance"),
+        ("-o x.gguf --text x --fisher", "--fisher needs --covariance"),
+        ("-o x.gguf --text x --covariance c --fisher --device cuda", "--fisher needs --device cpu"),
         ("-o x.gguf --text x --disk 5GB", "--disk SIZE needs --covariance"),
         ("-o x.gguf --text x --disk 5GB/s", "--disk RATE needs --estimate"),
         ("-o x.gguf --text x --gpu-tflops 5", "--gpu-tflops needs --estimate"),

@@ -31,8 +31,8 @@ class CovarianceFolder:
         """`is_made`: all layers were computed by an earlier run."""
         self.folder, self._identity = Path(os.path.normpath(folder)), identity
         outputs.check(read, [Output(self.folder, "--covariance", is_folder=True, suffix=".partial")])
-        self._is_given = is_made and said(self.folder / _IDENTITY) == identity
-        if not self._is_given:
+        self.is_given = is_made and said(self.folder / _IDENTITY) == identity
+        if not self.is_given:
             check_empty(self.folder)
         self._stack = ExitStack()
 
@@ -65,7 +65,7 @@ class CovarianceFolder:
 
     def give(self) -> None:
         """Let the finished folder have its name. Raises OutputError."""
-        if self._is_given:
+        if self.is_given:
             return
         outputs.write_text(self.inside / _IDENTITY, self._identity, replace=True)
         try:

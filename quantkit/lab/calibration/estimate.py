@@ -22,6 +22,7 @@ from ...gguf.types import QTYPES
 from ...model.catalogue import Catalogue, Source, Tensor
 from ...model.families.known import MODELS
 from ...model.families.known import config as known_config
+from .fisher_work import fisher_bytes, fisher_flop, hidden_bytes, memory_bytes
 from .inputs import covariance_bytes, is_matrix, planned
 
 #: seconds between two states that are kept, where hidden states are large
@@ -62,10 +63,16 @@ class Work:
     sums_bytes: int
     """the sums of an importance matrix while it is made, and the file"""
     covariance_bytes: int
+    flop_fisher: int = 0
+    """each layer once more and backwards, and second moments of all matrices"""
+    fisher_memory: int = 0
+    """bytes of memory that the way back takes"""
+    fisher_disk: int = 0
+    """bytes of hidden states of all layers, gradients and those second moments"""
 
     @property
     def flop(self) -> int:
-        return self.flop_weights + self.flop_attention + self.flop_covariance
+        return self.flop_weights + self.flop_attention + self.flop_covariance + self.flop_fisher
 
     @property
     def n_chunks(self) -> int:
@@ -100,11 +107,12 @@ class Times:
 
 def work_of(
     catalogue: Catalogue, n_tokens: int, n_ctx: int, *, fp8: bool = False, head: bool = False,
-    covariance: bool | None = None,
+    covariance: bool | None = None, fisher: bool = False,
 ) -> Work:  # fmt: skip
     """The work of a pass over `n_tokens` in chunks of `n_ctx`. Of a catalogue without weights, `fp8` says how they are
     stored; `head` counts the logits of all tokens; `covariance` second moments, True with a matrix for each expert's
-    ffn_down, False with one a layer. Raises SourceError for a catalogue without the numbers."""
+    ffn_down, False with one a layer; `fisher` also those weighted by gradients. Raises SourceError for a catalogue
+    without the numbers."""
     hp = Hparams(catalogue)
     matrices = [t for t in catalogue.tensors if t.layer is not None and is_matrix(t)]
     if not matrices:
@@ -128,6 +136,17 @@ def work_of(
     read += stored_bytes(catalogue.source, embedding, fp8) * rows / embedding.n_rows
     read += stored_bytes(catalogue.source, output, fp8) if head else 0
     routed = [t for t in matrices if is_routed(t)]
+    flop_weights = 2 * (n_active + head_active) * n_tokens
+    flop_attention = attention_flop(hp, n_ctx) * n_tokens * len({t.layer for t in matrices})
+    more = {}
+    if fisher:
+        both = 2 * (flop_weights + 2 * output.n_elements * n_tokens) + 3 * flop_attention
+        more = {
+            "flop_fisher": both + fisher_flop(catalogue, n_tokens, share),
+            "fisher_memory": memory_bytes(catalogue, n_tokens, n_ctx),
+            "fisher_disk": hidden_bytes(catalogue, n_tokens) + fisher_bytes(catalogue),
+        }
+        read *= 2
     return Work(
         model=catalogue.model,
         n_tokens=n_tokens,
@@ -135,8 +154,8 @@ def work_of(
         n_layers=len({t.layer for t in matrices}),
         n_parameters=sum(t.n_elements for t in matrices),
         n_active=n_active,
-        flop_weights=2 * (n_active + head_active) * n_tokens,
-        flop_attention=attention_flop(hp, n_ctx) * n_tokens * len({t.layer for t in matrices}),
+        flop_weights=flop_weights,
+        flop_attention=flop_attention,
         flop_covariance=0 if covariance is None else _moments(catalogue, covariance, share, n_tokens),
         n_experts=n_experts * len({t.layer for t in routed}),
         n_moe_layers=len({t.layer for t in routed}),
@@ -147,6 +166,7 @@ def work_of(
         hidden_bytes=2 * 4 * n_embd * n_tokens,
         sums_bytes=2 * 8 * sums + 2 * 4 * sums,
         covariance_bytes=sum(own),
+        **more,
     )
 
 
@@ -213,7 +233,7 @@ def times_of(work: Work, rates: Rates) -> Times:
     n_states = work.n_layers
     if state > LARGE_STATE:
         n_states = min(n_states, ceil(max(computing, reading) / KEEP_SECONDS))
-    return Times(computing, reading, (n_states * state + work.covariance_bytes) / rates.disk)
+    return Times(computing, reading, (n_states * state + work.covariance_bytes + work.fisher_disk) / rates.disk)
 
 
 def measured_flop(n_threads: int, seconds: float = 0.5) -> float:

@@ -45,6 +45,11 @@ def estimate_text(work: Work, rates: Rates, times: Times, sources: tuple[str, st
         f"disk: {bytes_text(work.hidden_bytes)} for what is kept between layers, {bytes_text(work.sums_bytes)} for "
         "sums and the file" + (f", {bytes_text(work.covariance_bytes)} of covariance" if work.covariance_bytes else ""),
     ]
+    if work.fisher_disk:
+        lines.append(
+            f"backwards: {bytes_text(work.fisher_memory)} of memory for the largest layer, "
+            f"{bytes_text(work.fisher_disk)} on the disk for hidden states after all layers and second moments"
+        )
     return "\n".join(lines)
 
 

@@ -16,6 +16,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from ...base import outputs
 from ...base.errors import ImatrixError
@@ -29,6 +30,7 @@ from ..identity import of_run, said
 from .covariance import Covariance
 from .covariance_folder import CovarianceFolder
 from .estimate import KEEP_SECONDS, LARGE_STATE
+from .fisher import HiddenFile, make_fisher, require_room
 from .sums import InputSums, Observers, Saved
 from .unfinished import give, make_folder, unfinished
 
@@ -65,6 +67,8 @@ class MakeOptions:
     """a folder for second moments of the inputs"""
     own_experts: bool = True
     """with covariance: a matrix for each expert's ffn_down, else one a layer"""
+    fisher: bool = False
+    """with covariance: tokens count by the gradients of the model's predictions, computed backwards"""
     replace: bool = False
     forward: Options = field(default_factory=Options)
 
@@ -111,6 +115,8 @@ def make_imatrix(
             is_made = said(folder / "round-0" / _DONE) == identity
             covariance = stack.enter_context(CovarianceFolder(opts.covariance, read, identity, is_made))
             covariance.require_space(catalogue, opts.own_experts)
+            if opts.fisher:
+                require_room(catalogue, chunks.tokens.size, chunks.tokens.shape[1], folder)
         rounds: list[Path] = []
         coverage: float | None = None
         n_done = 0
@@ -127,6 +133,8 @@ def make_imatrix(
         facts = Facts(chunks.names, n_done, chunks.tokens.shape[1])
         write_gguf(folder / MADE, facts, saved.entries(), saved.shapes, replace=True)
         if covariance is not None:
+            if opts.fisher and not covariance.is_given:
+                _backwards(model, chunks.tokens, rounds[0], opts, progress, covariance)
             covariance.give()
         give(folder / MADE, out, opts.replace)
     return Made(
@@ -175,16 +183,31 @@ def _round(
         observers = Observers(sums, Covariance(model.catalogue, covariance.inside, opts.own_experts))
     large = 4 * tokens.size * model.family.n_embd > LARGE_STATE
     forward = replace(opts.forward, folder=folder, identity=identity, keep_seconds=KEEP_SECONDS if large else 0.0)
-    Pass([model], tokens, forward, [observers], progress=progress).run()
+    keep = None
+    if opts.fisher:
+        keep = HiddenFile(folder, (model.family.n_layers, *tokens.shape, model.family.n_embd)).keep
+    Pass([model], tokens, forward, [observers], on_hidden=keep, progress=progress).run()
     sums.end()
     outputs.write_text(done, identity, replace=True)
     (folder / "state").unlink(missing_ok=True)
 
 
+def _backwards(
+    model: Model, tokens: npt.NDArray[np.int32], state: Path, opts: MakeOptions, progress: Progress,
+    covariance: CovarianceFolder,
+) -> None:  # fmt: skip
+    before = torch.get_num_threads()
+    torch.set_num_threads(opts.forward.n_threads or before)
+    try:
+        make_fisher(model, tokens, state, covariance.inside, progress)
+    finally:
+        torch.set_num_threads(before)
+
+
 def _identity(model: Model, tokens: npt.NDArray[np.int32], opts: MakeOptions) -> str:
     """What a run that goes on must be of."""
     where = None if opts.covariance is None else os.path.realpath(opts.covariance)
-    settings = (__version__, opts.forward.dtype, opts.process_output, where, opts.own_experts)
+    settings = (__version__, opts.forward.dtype, opts.process_output, where, opts.own_experts, opts.fisher)
     return of_run(model.weights.source, tokens, settings)
 
 

@@ -30,6 +30,8 @@ class ImatrixOptions:
     """a new folder for the second moments of all inputs"""
     pooled_experts: bool = False
     """with covariance: one matrix a layer for the experts' ffn_down, also where one an expert would fit the disk"""
+    fisher: bool = False
+    """with covariance: tokens count by the gradients of the model's predictions; for small models"""
     device: str = "cpu"
     dtype: str = "f32"
     """of matrix products: f32, bf16"""
@@ -68,6 +70,6 @@ def make(
     own = folder is not None and not options.pooled_experts and choose_own(catalogue, folder, None)
     target = None if options.target_coverage is None else Target(*options.target_coverage)
     forward = Options(options.device, options.dtype, options.threads or 0, options.memory)
-    how = MakeOptions(options.process_output, target, folder, own, force, forward)
+    how = MakeOptions(options.process_output, target, folder, own, options.fisher, force, forward)
     chunks = text.chunks(catalogue, texts, n_ctx, n_chunks, chat=options.chat)
     return make_imatrix(catalogue, chunks, Path(out), how, progress)
