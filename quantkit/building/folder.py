@@ -4,6 +4,7 @@ OUT.partial/lock        held by the process at work, with its number
 OUT.partial/journal     what the build is, and the rows that are on the disk for good (quantkit.building.journal)
 OUT.partial/NAME.gguf   a file of the output: header first, full length, rows at their place as they come
 OUT.partial/scratch/    of an engine; emptied
+OUT.partial/pass/       of an engine, where it goes on with what it has computed
 
 The folder and all in it belong to the user who builds, and only that user writes in it: what is found there decides
 which bytes the output gets. Others may read it (`quantkit status`).
@@ -24,7 +25,7 @@ from ..base.lock import HeldError, Lock, holder
 from . import journal
 from .journal import ToldBuild
 
-LOCK, SCRATCH = "lock", "scratch"
+LOCK, SCRATCH, LASTING = "lock", "scratch", "pass"
 #: nobody but the owner may put anything into it, whatever the umask
 _MODE = 0o755
 _ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)

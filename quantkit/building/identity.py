@@ -100,9 +100,10 @@ def _rounding(plan: Plan) -> dict[str, str]:
         return {}
     policy = "" if rounding.policy is None else f", policy {rounding.policy.name} ({rounding.policy.digest})"
     judge = "" if covariance.held_out is None else f", held-out {covariance.held_out.digest[:12]}"
+    said = covariance.name if rounding.in_pass else f"{covariance.n_tokens:,} tokens"
     return {
         "rounding": f"{rounding.options}{policy} (method {ROUNDING_VERSION}, tensors {short(*listed)})",
-        "covariance": f"{covariance.n_tokens:,} tokens (sha256 {covariance.digest[:12]}{judge})",
+        "covariance": f"{said} (sha256 {covariance.digest[:12]}{judge})",
     }
 
 

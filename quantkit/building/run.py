@@ -212,7 +212,12 @@ def run(build: Build, engine: Engine, n_threads: int, progress: Progress, cache:
         with begun.durability.committing():
             if cache is not None:
                 _use(cache, build, begun, n_threads, progress)
-            engine.run(Work(build.plan, file_layouts, begun.sink, build.weights, n_threads, progress, begun.scratch))
+            engine.run(
+                Work(
+                    build.plan, file_layouts, begun.sink, build.weights, n_threads, progress, begun.scratch,
+                    begun.lasting,
+                )
+            )  # fmt: skip
         begun.finish()
         if cache is not None:
             cache.settle()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -24,6 +24,7 @@ from .options import (
     threads_option,
     with_covariance,
 )
+from .second_moments import pass_asked, pass_options, with_pass
 from .terminal import width
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 @click.command(cls=Command)
 @source_options
 @rounding_options
+@pass_options
 @click.option(
     "-o",
     "--output",
@@ -122,6 +124,7 @@ def build(
     verbose: bool,
     dry_run: bool,
     quiet: bool,
+    **of_pass: Any,
 ) -> None:
     """Build the GGUF that a recipe describes, in one pass from an FP8 checkpoint or a GGUF.
 
@@ -129,11 +132,14 @@ def build(
     quantkit build DeepSeek-R1/ -o R1-UD-IQ1_S.gguf --recipe UD-IQ1_S --imatrix imatrix.gguf
     quantkit build R1-BF16-00001-of-00030.gguf -o R1.gguf --recipe UD-IQ2_XXS --imatrix imatrix.dat \\
         --split-max-size 50G
+    quantkit build DeepSeek-R1/ -o R1.gguf --recipe UD-IQ1_S --imatrix imatrix.gguf --rounding feedback \\
+        --text calibration.txt
     """
     if hash_source and attest is None:
         raise click.UsageError("--hash-source needs --attest")
     if binary is not None and engine != "llama-quantize":
         raise click.UsageError("--llama-quantize needs --engine llama-quantize")
+    asked_pass = pass_asked(of_pass, covariance)
     from quantkit.base.errors import OutputError
     from quantkit.base.outputs import Output
     from quantkit.base.workers import default_threads
@@ -147,7 +153,7 @@ def build(
     rules = rounded(recipe_of(recipe, sets), rounding, rounding_policy)
     weights = imatrix_of(imatrix, policy)
     made = make_plan(open_model(source, conversion(layout, pre, pad_token)), rules, weights, mixture_version, policy)
-    made = with_covariance(made, covariance)
+    made = with_covariance(made, covariance) if asked_pass is None else with_pass(made, asked_pass, threads)
     chosen = make_engine(engine, binary)
     ready = prepare(made, output, weights, split_max_size, force, allow_requantize, chosen, resume)
     will_write(*(Output(name, "--output", is_later=True) for name, _ in ready.files))

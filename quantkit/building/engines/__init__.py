@@ -14,6 +14,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from ...base.errors import InternalCheckError
 from ...base.folders import Folder
 from ...planning.file_layout import FileLayout
 from ...planning.plan import Plan
@@ -42,6 +43,9 @@ class Sink(Protocol):
         """Write rows row… of a tensor, uint8 [n_rows, row_bytes]; `data` may be changed afterwards. Raises
         OutputError."""
 
+    def commit(self) -> None:
+        """What was put is on the disk for good when it returns. Raises OutputError, SourceError."""
+
     @property
     def is_empty(self) -> bool:
         """Whether nothing is there from an earlier run."""
@@ -52,6 +56,10 @@ class Sink(Protocol):
     def accept_whole_file(self, name: str) -> None:
         """Take that file of the scratch folder, with all tensors and the planned header. Raises OutputError for one
         that is not ours."""
+
+
+def _no_folder() -> Path:
+    raise InternalCheckError("this work has no folder that lasts")
 
 
 @dataclass(frozen=True)
@@ -67,6 +75,8 @@ class Work:
     progress: Progress
     scratch: Folder
     """a folder of the build's own, on the output's filesystem"""
+    lasting: Callable[[], Path] = _no_folder
+    """makes another, that is there when the build goes on after it was stopped"""
 
 
 class Engine(Protocol):

@@ -22,10 +22,10 @@ from ...base.errors import ImatrixError
 from ...base.outputs import Output
 from ...base.version import __version__
 from ...forward.model import Model
-from ...forward.stream import Options, Pass, Progress
+from ...forward.stream import Options, Pass, Progress, threads_of
 from ...imatrix.write import Facts, check_name, write_gguf
 from ...model.catalogue import Catalogue
-from ..identity import of_run, said
+from ..identity import of_pass, of_run, said
 from .covariance import Covariance
 from .covariance_folder import CovarianceFolder
 from .estimate import KEEP_SECONDS, LARGE_STATE
@@ -127,7 +127,7 @@ def make_imatrix(
         facts = Facts(chunks.names, n_done, chunks.tokens.shape[1])
         write_gguf(folder / MADE, facts, saved.entries(), saved.shapes, replace=True)
         if covariance is not None:
-            covariance.give()
+            covariance.give(_of_covariance(catalogue, chunks.tokens, opts))
         give(folder / MADE, out, opts.replace)
     return Made(
         out, len(saved.shapes), n_done, coverage, len(counts), int((counts == 0).sum()), model.weights.bytes_read
@@ -186,6 +186,10 @@ def _identity(model: Model, tokens: npt.NDArray[np.int32], opts: MakeOptions) ->
     where = None if opts.covariance is None else os.path.realpath(opts.covariance)
     settings = (__version__, opts.forward.dtype, opts.process_output, where, opts.own_experts)
     return of_run(model.weights.source, tokens, settings)
+
+
+def _of_covariance(catalogue: Catalogue, tokens: npt.NDArray[np.int32], opts: MakeOptions) -> str:
+    return of_pass(catalogue, tokens, opts.forward, threads_of(opts.forward), opts.own_experts)
 
 
 def saved_counts(saved: Saved) -> Iterator[tuple[str, npt.NDArray[np.float64]]]:
