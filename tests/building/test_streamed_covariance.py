@@ -16,6 +16,7 @@ from checking import info_of
 from conftest import Run
 from small_builds import OPTIONS, plan_of
 
+import quantkit as qk
 from quantkit.building import run as builds
 from quantkit.building.engines.native import NativeEngine
 from quantkit.forward.stream import Options
@@ -105,6 +106,16 @@ def _listed(file: Path) -> list[object]:
     from gguf import GGUFReader
 
     return list(GGUFReader(file).fields["quantkit.rounding.tensors"].contents())
+
+
+def test_from_python(world: World, one_pass: Path, tmp_path: Path) -> None:
+    model = qk.open_model(world.v3, pre="deepseek-v3")
+    moments = qk.second_moments(model, world.text, making.CTX, N_CHUNKS, options=THREADS)
+    made = qk.plan(model, world.recipe, str(world.imatrix), covariance=moments)
+    built = qk.build(made, tmp_path / "m.gguf", threads=1)
+    assert data(built.files[0]) == data(one_pass)
+    again = qk.plan(model, world.recipe, str(world.imatrix), covariance=world.covariance)
+    assert qk.verify(tmp_path / "m.gguf", plan=again, sample="5%").ok
 
 
 def test_what_the_file_says_of_itself(world: World, one_pass: Path) -> None:
