@@ -43,6 +43,8 @@ __all__ = [
     "Tensor",
     "TextError",
     "ToolError",
+    "TuneOptions",
+    "Tuned",
     "UnsupportedError",
     "Verdict",
     "WeightError",
@@ -60,8 +62,10 @@ __all__ = [
     "plan",
     "quantize",
     "run_study",
+    "second_moments",
     "sensitivity",
     "text",
+    "tune_rounding",
     "verify",
 ]
 
@@ -84,6 +88,10 @@ _HOMES = {
     "Study": "lab.scripting",
     "StudyOptions": "lab.scripting",
     "StudyResults": "lab.scripting",
+    "second_moments": "lab.scripting",
+    "tune_rounding": "lab.scripting",
+    "TuneOptions": "lab.rounding_policy.tuning",
+    "Tuned": "lab.rounding_policy.tuning",
 }
 #: rooms that are public as they are: modules
 _ROOMS = ("forward", "imatrix", "text")

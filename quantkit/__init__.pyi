@@ -88,6 +88,12 @@ from quantkit.lab.allocation.optimized import Optimized as Optimized
 from quantkit.lab.evaluation.scores import (
     Evaluation as Evaluation,
 )
+from quantkit.lab.rounding_policy.tuning import (
+    Tuned as Tuned,
+)
+from quantkit.lab.rounding_policy.tuning import (
+    TuneOptions as TuneOptions,
+)
 from quantkit.lab.scripting import (
     Study as Study,
 )
@@ -102,6 +108,12 @@ from quantkit.lab.scripting import (
 )
 from quantkit.lab.scripting import (
     run_study as run_study,
+)
+from quantkit.lab.scripting import (
+    second_moments as second_moments,
+)
+from quantkit.lab.scripting import (
+    tune_rounding as tune_rounding,
 )
 from quantkit.model.catalogue import Catalogue as Catalogue
 from quantkit.model.catalogue import Tensor as Tensor

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .planning.imatrix_check import Check
     from .planning.plan import Plan
     from .recipe.load import Recipe
+    from .rounding.covariance import CovarianceSource
     from .text.chunking import Chunks
     from .verifying.verdict import Verdict
 
@@ -122,7 +123,7 @@ def open_imatrix(path: Name) -> Imatrix:
 def plan(
     model: Catalogue | Name, recipe: Recipe | Name, imatrix: Imatrix | Name | None = None, *,
     imatrix_policy: str | None = None, mixture_version: str = "current", rounding: str | None = None,
-    covariance: Name | None = None,
+    covariance: Name | CovarianceSource | None = None,
 ) -> Plan:  # fmt: skip
     """The type of every tensor, with its rule, its reason and its exact bytes. With `imatrix` all its values are read
     and checked, as a build does it. `imatrix_policy` says what stands in for data that it lacks, such as
@@ -131,8 +132,8 @@ def plan(
 
     `rounding` says how to round, whatever the recipe says: "ggml", "coarse", "feedback", "feedback+gain", or the name
     or the path (ending in .yaml) of a policy. All but ggml's needs the `covariance` of the inputs, a folder of
-    `quantkit imatrix make --covariance`, to be built. Raises RecipeError, ImatrixError, SourceError,
-    UnsupportedError, and ValueError for a policy of the importance matrix that is none.
+    `quantkit imatrix make --covariance` or what `second_moments` gives, to be built. Raises RecipeError, ImatrixError,
+    SourceError, UnsupportedError, and ValueError for a policy of the importance matrix that is none.
 
     >>> import quantkit as qk
     >>> made = qk.plan("deepseek-r1", "UD-IQ1_S")
@@ -155,7 +156,8 @@ def plan(
         rules = _rounded(rules, rounding)
     made = make_plan(tensors, rules, weights, mixture_version, policy)
     if covariance is not None:
-        made = with_covariance(made, Covariances(Path(covariance)))
+        source = Covariances(Path(covariance)) if isinstance(covariance, str | os.PathLike) else covariance
+        made = with_covariance(made, source)
     return made if weights is None else with_values(made, weights)
 
 

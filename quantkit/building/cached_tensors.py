@@ -138,6 +138,9 @@ class _Sink:
     def has(self, name: str, row: int, n_rows: int) -> bool:
         return False
 
+    def commit(self) -> None:
+        """An entry is durable when it is whole."""
+
     def put(self, name: str, row: int, data: U8) -> None:
         t = self._planned[name]
         row_bytes = QTYPES[t.type].row_bytes(t.tensor.n_cols)

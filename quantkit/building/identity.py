@@ -106,9 +106,10 @@ def _rounding(plan: Plan) -> dict[str, str]:
     policy = "" if rounding.policy is None else f", policy {rounding.policy.name} ({rounding.policy.digest})"
     weights = f", weights {covariance.weighting}" if covariance.weighting else ""
     judge = "" if covariance.held_out is None else f", held-out {covariance.held_out.digest[:12]}"
+    said = covariance.name if rounding.in_pass else f"{covariance.n_tokens:,} tokens"
     return {
         "rounding": f"{rounding.options}{policy} (method {ROUNDING_VERSION}, tensors {short(*listed)})",
-        "covariance": f"{covariance.n_tokens:,} tokens{weights} (sha256 {covariance.digest[:12]}{judge})",
+        "covariance": f"{said}{weights} (sha256 {covariance.digest[:12]}{judge})",
     }
 
 

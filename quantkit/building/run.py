@@ -247,7 +247,7 @@ def run(build: Build, engine: Engine, n_threads: int, progress: Progress, cache:
                 _use(cache, build, begun, n_threads, progress)
             work = Work(
                 build.plan, file_layouts, begun.sink, build.weights, n_threads, progress, begun.scratch,
-                begun.durability.commit, build.limits,
+                begun.durability.commit, build.limits, begun.lasting,
             )  # fmt: skip
             engine.run(work)
         begun.finish()

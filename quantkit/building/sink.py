@@ -48,6 +48,9 @@ class RowSink:
             ) from None
         self.note(name, row, len(data), journal.digest(view))
 
+    def commit(self) -> None:
+        self._durability.commit()
+
     def note(self, name: str, row: int, n_rows: int, digest: bytes) -> None:
         """Rows have been written by other means; `digest` is quantkit.base.journal's of their bytes."""
         self._durability.note(Record(self._files.places[name].number, row, n_rows, digest))

@@ -21,7 +21,7 @@ from ..base.lock import Lock
 from ..planning.file_layout import FileLayout
 from . import journal
 from .durability import Durability, os_error
-from .folder import LOCK, SCRATCH, SOURCE, clear, fetched, folder_of, take
+from .folder import LASTING, LOCK, SCRATCH, SOURCE, clear, fetched, folder_of, take
 from .identity import require_same
 from .journal import Head, ToldBuild
 from .sink import RowSink
@@ -127,6 +127,11 @@ class UnfinishedBuild:
         tensors = [(name, p.n_rows, p.row_bytes, p.file) for name, p in self.places.items()]
         now = datetime.now(timezone.utc).isoformat(" ", "seconds")
         return journal.begin(self.inside, Head(now, dict(self.identity), files, tensors))
+
+    def lasting(self) -> Path:
+        """A folder inside, for what an engine goes on with after it was stopped."""
+        with self.inside.sub(LASTING, 0o700) as folder:
+            return folder.path
 
     # ------------------------------------------------------------ the end
 

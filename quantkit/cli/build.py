@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -24,6 +24,7 @@ from .options import (
     threads_option,
     with_covariance,
 )
+from .second_moments import pass_asked, pass_options, with_pass
 from .terminal import width
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 @click.command(cls=Command)
 @source_options
 @rounding_options
+@pass_options
 @click.option(
     "-o",
     "--output",
@@ -132,6 +134,7 @@ def build(
     verbose: bool,
     dry_run: bool,
     quiet: bool,
+    **of_pass: Any,
 ) -> None:
     """Build the GGUF that a recipe describes, in one pass from an FP8 checkpoint or a GGUF.
 
@@ -140,11 +143,14 @@ def build(
     quantkit build R1-BF16-00001-of-00030.gguf -o R1.gguf --recipe UD-IQ2_XXS --imatrix imatrix.dat \\
         --split-max-size 50G
     quantkit build hf://deepseek-ai/DeepSeek-R1 -o R1-UD-IQ1_S.gguf --recipe UD-IQ1_S --imatrix imatrix.gguf --keep 2
+    quantkit build DeepSeek-R1/ -o R1.gguf --recipe UD-IQ1_S --imatrix imatrix.gguf --rounding feedback \\
+        --text calibration.txt
     """
     if hash_source and attest is None:
         raise click.UsageError("--hash-source needs --attest")
     if binary is not None and engine != "llama-quantize":
         raise click.UsageError("--llama-quantize needs --engine llama-quantize")
+    asked_pass = pass_asked(of_pass, covariance)
     from quantkit.base.errors import OutputError
     from quantkit.base.outputs import Output
     from quantkit.base.workers import default_threads
@@ -161,11 +167,11 @@ def build(
     weights = imatrix_of(imatrix, policy)
     model = with_weights(open_model(source, conversion(layout, pre, pad_token)))
     made = make_plan(model, rules, weights, mixture_version, policy)
-    made = with_covariance(made, covariance)
+    made = with_covariance(made, covariance) if asked_pass is None else with_pass(made, asked_pass, threads)
     chosen = make_engine(engine, binary)
     limits = Limits(keep, disk)
     ready = prepare(made, output, weights, split_max_size, force, allow_requantize, chosen, resume, limits)
-    _check_hub_options(ready, attest, cache_dir)
+    _check_hub_options(ready, attest, cache_dir, asked_pass is not None)
     will_write(*(Output(name, "--output", is_later=True) for name, _ in ready.files))
     show_plan(ready, verbose, quiet)
     if ready.begun is not None and not quiet:
@@ -219,11 +225,11 @@ def show_plan(ready: Build, verbose: bool, quiet: bool) -> None:
         click.echo(wrapped(f"{'download':10}{ready.supply.text(ready.file_bytes)}", width(), " " * 10) + "\n")
 
 
-def _check_hub_options(ready: Build, attest: Path | None, cache: Path | None) -> None:
+def _check_hub_options(ready: Build, attest: Path | None, cache: Path | None, has_pass: bool) -> None:
     """Raises UnsupportedError for what needs all of a source at hand, where it comes from the Hub by shards."""
     from quantkit.base.errors import UnsupportedError
 
-    given = "--attest" if attest is not None else "--cache" if cache is not None else ""
+    given = "--attest" if attest is not None else "--cache" if cache is not None else "--text" if has_pass else ""
     if ready.supply is not None and given:
         raise UnsupportedError(
             f"{ready.supply.where}: {given} needs all of the source at hand, and it is fetched shard by shard; leave "

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from .files import Command
 from .options import conversion, imatrix_of, recipe_of, rounded, rounding_options, source_options, with_covariance
+from .rounding_estimate import check_rounding_estimate, print_rounding_estimate, rounding_estimate_options
 from .terminal import width
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 @click.command(cls=Command)
 @source_options
 @rounding_options
+@rounding_estimate_options
 @click.option("--all", "every_tensor", is_flag=True, help="A line for each tensor instead of each kind.")
 @click.option("--json", "as_json", is_flag=True, help="The plan as JSON on standard output.")
 def plan(
@@ -37,6 +39,7 @@ def plan(
     covariance: Path | None,
     every_tensor: bool,
     as_json: bool,
+    **of_estimate: Any,
 ) -> None:
     """Show the type of every tensor, why, and the exact bytes. Reads headers only.
 
@@ -46,7 +49,9 @@ def plan(
     \b
     quantkit plan deepseek-r1 --recipe UD-IQ1_S
     quantkit plan deepseek-r1 --recipe UD-IQ1_S --layout kv_b --json | jq .totals
+    quantkit plan deepseek-r1 --recipe UD-IQ1_S --rounding feedback --estimate --text-tokens 1M --gpu-tflops 400
     """
+    check_rounding_estimate(of_estimate)
     from quantkit.model.open import open_model
     from quantkit.planning import file_layout, report
     from quantkit.planning.plan import make_plan, with_values
@@ -55,6 +60,9 @@ def plan(
     weights = imatrix_of(imatrix, policy)
     made = make_plan(open_model(source, conversion(layout, pre, pad_token)), rules, weights, mixture_version, policy)
     made = with_covariance(made, covariance)
+    if of_estimate["estimate"]:
+        print_rounding_estimate(source, made, {**of_estimate, "as_json": as_json})
+        return
     if weights is not None:  # without one a plan still tells what would be made
         made = with_values(made, weights)
     files = file_layout.lay_out(made, file_layout.output_kvs(made, weights), split_max_size)

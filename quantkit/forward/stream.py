@@ -7,7 +7,7 @@ Models that have been the same so far, and are in this layer, are computed once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -64,6 +64,11 @@ class Options:
     """routed experts with few tokens that are computed in one product; 0: one on a CPU, several on a GPU"""
     keep_seconds: float = 0.0
     """what is computed in so many seconds may be lost; 0: it is kept after each layer"""
+
+
+def threads_of(options: Options) -> int:
+    """How many threads compute; the last bits of float32 products depend on it."""
+    return options.n_threads or min(default_threads(), torch.get_num_threads())
 
 
 class _Group(NamedTuple):
@@ -129,7 +134,7 @@ class Pass:
             raise KernelError(
                 f"{self.options.n_threads} threads cannot compute; give 1 or more, or 0 for all processors"
             )
-        self.n_threads = self.options.n_threads or min(default_threads(), torch.get_num_threads())
+        self.n_threads = threads_of(self.options)
         per_block = _BLOCK_BYTES // (4 * first.family.widest * self.n_ctx)
         self.block_chunks = max(1, min(self.n_chunks, per_block))
         self._together = self.options.experts_together or (EXPERTS_TOGETHER if self.device.type == "cuda" else 1)
@@ -142,6 +147,12 @@ class Pass:
 
     def run(self) -> None:
         """Compute. Raises SourceError, WeightError, OutputError, ResumeError."""
+        for _ in self.steps():
+            pass
+
+    def steps(self) -> Generator[int, None, None]:
+        """Compute layer by layer as it is asked for: the number of layers that are done, first those that an earlier
+        run kept, then one more each time, when the layer is kept. Raises as `run`."""
         before = torch.get_num_threads()
         torch.set_num_threads(self.n_threads)
         try:
@@ -155,6 +166,7 @@ class Pass:
                 self._ahead = stack.enter_context(Ahead(self.device, DTYPES[self.options.dtype], self.n_threads))
                 self._total = self._count_units()
                 layer, groups = self._begin(kept)
+                yield layer
                 self._tell(min(layer, self.n_layers - 1))
                 for number in range(layer, self.n_layers):
                     groups = [part for group in groups for part in self._split(group, number)]
@@ -168,6 +180,7 @@ class Pass:
                                 self.on_hidden(number + 1, i, group.hidden)
                     if kept is not None:
                         kept.save(number + 1, groups, self.observers, last=number + 1 == self.n_layers)
+                    yield number + 1
                 self._head(groups)
         except torch.OutOfMemoryError as e:
             raise KernelError(f"{self.device}: {str(e).splitlines()[0]:.200}; give fewer tokens or models") from None

@@ -5,12 +5,16 @@ from __future__ import annotations
 import hashlib
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from ..base.errors import SourceError
 from ..model.catalogue import Catalogue, Source
+
+if TYPE_CHECKING:
+    from ..forward.stream import Options
 
 I32 = npt.NDArray[np.int32]
 #: bytes of each end of a file that say which weights it has
@@ -63,6 +67,15 @@ def of_run(source: Source, tokens: I32, settings: object) -> str:
             raise _unreadable(file, e) from None
         h.update(repr((os.path.realpath(file), s.st_size, s.st_mtime_ns)).encode())
     return h.hexdigest()
+
+
+def of_pass(
+    catalogue: Catalogue, tokens: I32, forward: Options, n_threads: int, own_experts: bool, weighting: str = ""
+) -> str:
+    """Of the second moments that a pass gives, wherever its files lie: 64 hex digits. Raises SourceError."""
+    how = (forward.dtype, forward.device.partition(":")[0], n_threads, own_experts, *([weighting] if weighting else []))
+    settings = ("second moments 1", of_model(catalogue), of_tokens(tokens), how)
+    return hashlib.sha256(repr(settings).encode()).hexdigest()
 
 
 def _unreadable(file: Path, e: OSError) -> SourceError:

@@ -16,14 +16,19 @@ from ..building.cache import Cache
 from ..building.cached_tensors import CachedTensors
 from ..forward.model import Model
 from ..forward.stream import Options, Progress
+from ..imatrix.matrix import Imatrix
 from ..model.catalogue import Catalogue
 from ..model.open import open_model
-from ..planning.plan import Plan
+from ..planning.plan import Plan, with_values
+from ..rounding.covariance import Covariances
 from . import require_torch
+from .calibration.streamed import Streamed
 from .evaluation.evaluate import Candidate, EvalOptions, of_file, of_plan
 from .evaluation.evaluate import evaluate as run
+from .evaluation.parts import part
 from .evaluation.scores import Evaluation, Point
 from .frames import frame
+from .rounding_policy.tuning import Tuned, TuneOptions, tune
 from .studies.ablate import AblateOptions, ablate
 from .studies.files import StudyFiles
 from .studies.findings import Effect, comparable, effects, front
@@ -57,6 +62,46 @@ def evaluate(
         if names.count(one.name) > 1:
             made[i] = replace(one, model=replace(one.model, name=f"{one.name} ({i + 1})"))
     return run(model, made, chunks, options, progress)
+
+
+def second_moments(
+    model: Catalogue | Name, texts: Name | Sequence[Name], n_ctx: int = 512, n_chunks: int | None = None, *,
+    chat: bool = False, options: Options | None = None,
+) -> Streamed:  # fmt: skip
+    """What `quantkit.plan` takes as `covariance` where there is none on the disk: `quantkit.build` computes the model
+    over these texts as it goes, and holds the second moments of one layer at a time. Nothing is computed yet. Raises
+    TextError, SourceError, KernelError (there is no torch)."""
+    require_torch()
+    from .. import text
+
+    catalogue = _catalogue(model)
+    chunks = text.chunks(catalogue, texts, n_ctx, n_chunks, chat=chat)
+    several = [texts] if isinstance(texts, str | os.PathLike) else texts
+    files = [path for name in several if (path := Path(name)).is_file()]
+    return Streamed(catalogue, chunks.tokens, files, options)
+
+
+def tune_rounding(
+    plans: Plan | Sequence[Plan], covariance: Name, choose: Name | Sequence[Name],
+    report: Name | Sequence[Name] | None = None, *, n_ctx: int = 512, n_chunks: int | None = None,
+    options: TuneOptions | None = None, progress: Progress = lambda what, n_done, n_total: None,
+) -> Tuned:  # fmt: skip
+    """What `quantkit rounding tune` does: probe the kinds of tensors of one model's plans by every rounding, and choose
+    for each; `policy` of what is returned is the file for `quantkit.plan(…, rounding=)`. Of texts that are no
+    calibration's: one to choose on, one to report on, or halves of the first; `n_chunks` of each at most. Raises
+    TextError, SourceError, RecipeError, WeightError, KernelError."""
+    require_torch()
+    from .. import text
+
+    several = [plans] if isinstance(plans, Plan) else list(plans)
+    catalogue = several[0].catalogue
+    first = text.chunks(catalogue, choose, n_ctx)
+    if report is None:
+        parts = part(first, 1, 2, n_chunks), part(first, 2, 2, n_chunks)
+    else:
+        parts = part(first, 1, 1, n_chunks), part(text.chunks(catalogue, report, n_ctx), 1, 1, n_chunks)
+    ready = [with_values(p, p.imatrix) if isinstance(p.imatrix, Imatrix) else p for p in several]
+    return tune(ready, Covariances(Path(covariance)), parts, options, progress)
 
 
 @dataclass(frozen=True)

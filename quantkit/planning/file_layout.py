@@ -24,7 +24,6 @@ GGML_QUANT_VERSION = 2
 POLICY_KEY = "quantkit.imatrix.policy"
 #: before the names of the keys that say what is not rounded as ggml does it
 ROUNDING_PREFIX = "quantkit.rounding."
-_NO_DIGEST = "0" * 64
 _MAX_VALUE = 127
 #: as llama-quantize writes the values of --override-kv
 _OVERRIDE_TYPES = {"str": STRING, "int": U32, "float": F32, "bool": BOOL}
@@ -101,7 +100,8 @@ def rounding_kvs(plan: Plan) -> list[KV]:
     if rounding.policy_text:
         said["policy"] = rounding.policy_text
     covariance = rounding.covariance
-    said["covariance"] = _NO_DIGEST if covariance is None else covariance.digest
+    name, digest = rounding.digest()
+    said[name] = digest
     if covariance is not None and covariance.held_out is not None:
         said["held_out"] = covariance.held_out.digest
     if covariance is not None and covariance.weighting:

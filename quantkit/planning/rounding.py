@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from ..base.errors import RecipeError, SourceError
+from ..base.text import size
 from ..gguf.types import QTYPES
-from ..model.catalogue import family_of, ranges
+from ..model.catalogue import Tensor, family_of, ranges
 from ..recipe.load import Recipe
 from ..recipe.load import Rounding as Wanted
-from ..rounding.covariance import HOW_TO_MAKE, CovarianceSource, Standing, standing
+from ..rounding.covariance import HOW_TO_MAKE, CovarianceSource, Standing, is_by_layer, standing
 from ..rounding.options import VERSION as ROUNDING_VERSION
 from ..rounding.policy import Choice, Policy, feasible, load, parse
 
@@ -34,6 +35,9 @@ class Rounding:
     """how the covariance bears on each of these tensors, once there is one"""
     recorded_policy: str = ""
     """what a file says of the policy, where the rest is taken from that file, too"""
+    in_pass: bool = False
+    """the second moments are of a pass in the build itself, so that the file does not tell which matrices they are too
+    thin for"""
 
     @property
     def policy_text(self) -> str:
@@ -49,6 +53,18 @@ class Rounding:
         """Whether a matrix of a tensor stays ggml's, since the covariance is too thin for it."""
         found = self.standings.get(name)
         return found is not None and mat in found.thin
+
+    def seen(self, names: Iterable[str], tensors: Mapping[str, Tensor]) -> Rounding:
+        """The same once the covariance has these tensors' layer."""
+        assert self.covariance is not None
+        found = {name: standing(tensors[name], self.covariance) for name in names}
+        return replace(self, standings={**self.standings, **found})
+
+    def digest(self) -> tuple[str, str]:
+        """By which key the file's metadata names the covariance, and its digest; zeros where there is none yet."""
+        if self.covariance is None:
+            return "covariance", "0" * 64
+        return ("pass", self.covariance.pass_digest) if self.in_pass else ("covariance", self.covariance.digest)
 
     @property
     def options(self) -> str:
@@ -70,8 +86,8 @@ class Rounding:
         blk.{3-60}.ffn_down_exps.weight', and after 'but' the matrices that stay ggml's."""
         groups: dict[tuple[str, str, str], list[str]] = {}
         for name, choice in self.choices.items():
-            if self.of(name) is not None:
-                thin = self.standings[name].thin if name in self.standings else frozenset()
+            if self._is_listed(name):
+                thin = self.standings[name].thin if name in self.standings and not self.in_pass else frozenset()
                 but = f" but {ranges(thin)}" if thin else ""
                 groups.setdefault((choice.rounding, family_of(name), but), []).append(name)
         out = []
@@ -80,6 +96,13 @@ class Rounding:
             shown = family.replace("blk.*.", f"blk.{{{ranges(layers)}}}.") if layers else family
             out.append(f"{rounding} {shown}{but}")
         return out
+
+    def _is_listed(self, name: str) -> bool:
+        covariance = self.covariance
+        if not self.in_pass or covariance is None:
+            return self.of(name) is not None
+        # what was known before the pass
+        return name in covariance and covariance.n_tokens >= covariance.n_cols(name)
 
     def shown(self, name: str) -> str:
         """What rounds a tensor, in a table's cell."""
@@ -157,7 +180,8 @@ def with_covariance(plan: Plan, covariance: CovarianceSource | None) -> Plan:
             f"{covariance.name}: has nothing for '{some}', nor for any other tensor that is to be rounded by it; it is "
             "of another model"
         )
-    return replace(plan, rounding=replace(rounding, covariance=covariance, standings=found))
+    in_pass = is_by_layer(covariance)
+    return replace(plan, rounding=replace(rounding, covariance=covariance, standings=found, in_pass=in_pass))
 
 
 def check_covariance(plan: Plan) -> None:
@@ -188,7 +212,13 @@ def rounding_notes(plan: Plan) -> Iterator[str]:
     if rounding.covariance is None:
         yield (
             "no covariance was given, so what falls back to ggml's rounding is not known, and the header may have some "
-            "bytes more: give --covariance DIR"
+            "bytes more: give --covariance DIR, or --text FILE"
+        )
+    elif is_by_layer(rounding.covariance):
+        yield (
+            f"their second moments are computed in the build, over {rounding.covariance.n_tokens:,} tokens, a layer at "
+            f"a time: at most {size(rounding.covariance.scratch_bytes)} beside the output; which experts see too few "
+            "of them, and stay as ggml rounds them, is known when their layer is"
         )
 
 

@@ -17,9 +17,10 @@ import json
 import math
 import threading
 from collections import OrderedDict
+from collections.abc import Callable, Collection, Generator
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeGuard
 
 import numpy as np
 import numpy.typing as npt
@@ -35,6 +36,8 @@ PLAIN, FISHER = "", "fisher"
 #: what an expert's own second moment is drawn towards its layer's by
 SHRINK = 512
 HELD_OUT = "held-out"
+#: a file of a covariance's folder: the digest of the pass that made it
+PASS = "pass"
 #: bytes of a folder's JSON that are read, and of an array that its digest is made of
 _MAX_JSON, _DIGEST_BYTES, _PIECE = 1 << 26, 1 << 20, 1 << 12
 #: pooled matrices that are kept; a layer has one
@@ -53,6 +56,10 @@ class CovarianceSource(Protocol):
     @property
     def digest(self) -> str:
         """64 hex digits that are others for other sums."""
+
+    @property
+    def pass_digest(self) -> str:
+        """64 hex digits of the model, the tokens and the settings that it was computed of; '' where it is not said."""
 
     @property
     def n_tokens(self) -> int:
@@ -84,6 +91,26 @@ class CovarianceSource(Protocol):
         """Sums of x x^T, float32 [n_cols, n_cols], of a matrix of a tensor (of all, where they share one), and how many
         inputs were summed. The array is the caller's to change. Raises SourceError for what is not here or of another
         size."""
+
+
+class LayerSource(CovarianceSource, Protocol):
+    """Second moments that are computed as a build asks for them, a layer at a time. `counts` of an expert's are the
+    most that they can be, until its layer is there; its digest is that of the pass."""
+
+    @property
+    def scratch_bytes(self) -> int:
+        """The most that it takes on the disk while it runs."""
+
+    def layers(self, folder: Path, names: Collection[str], tell: Callable[[str], None]) -> Generator[int, None, None]:
+        """Numbers of the layers that these tensors are in, ascending: `matrix` has the layer that was given last, until
+        the next is asked for. What is asked for again in the same `folder` goes on with the layer that was given last,
+        so all that is made of a layer must be on the disk before the next is asked for. `tell` is called with what it
+        is at. Raises SourceError, WeightError, OutputError, ResumeError, KernelError."""
+
+
+def is_by_layer(source: CovarianceSource | None) -> TypeGuard[LayerSource]:
+    """Whether it is computed as it is asked for."""
+    return hasattr(source, "layers")
 
 
 def pack(full: F32, out: F32) -> None:
@@ -180,6 +207,14 @@ class Covariances:
         except OSError as e:
             raise SourceError(f"{self.folder}: cannot be read: {e.strerror or e}; {_AGAIN}") from None
         return h.hexdigest()
+
+    @cached_property
+    def pass_digest(self) -> str:
+        """See CovarianceSource."""
+        try:
+            return (self.folder / PASS).read_text("ascii")[:64]
+        except (OSError, ValueError):
+            return ""
 
     @cached_property
     def held_out(self) -> Covariances | None:

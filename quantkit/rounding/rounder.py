@@ -52,7 +52,7 @@ class Rounder:
         SourceError for a covariance that is none of that matrix, KernelError for a type that has no such rounding."""
         made, judge = self._made(matrix, rows.shape[1], choice.damp)
         try:
-            found = quantize(rows, type_, made, options_of(choice), self._kernel)
+            return improved(rows, blocks, type_, made, judge, options_of(choice), self._kernel)
         except WeightError:
             if len(rows) == 1:
                 return 0
@@ -60,12 +60,6 @@ class Rounder:
             return sum(
                 self.improve(rows[i : i + 1], blocks[i : i + 1], type_, matrix, choice) for i in range(len(rows))
             )
-        ours, theirs = (rows - kernels.dequantize(b, type_, rows.shape[1]) for b in (found, blocks))
-        # (a - b) H (a + b)^T is a H a^T - b H b^T
-        difference = kernels.feedback_products(ours - theirs, ours + theirs, judge, self._kernel)[:, 1]
-        better = difference < 0
-        blocks[better] = found[better]
-        return int(better.sum())
 
     def _made(self, matrix: tuple[str, int], n_cols: int, damp: float) -> tuple[Factor, F32]:
         """A matrix's factor, and the second moment that judges."""
@@ -84,6 +78,20 @@ class Rounder:
         if self._held_out is None or matrix[0] not in self._held_out.source:
             return made, h
         return made, self._held_out.mean(*matrix, n_cols)
+
+
+def improved(
+    rows: F32, blocks: U8, type_: str, made: Factor, judge: F32, options: Options, kernel: str | None = None
+) -> int:
+    """Put better blocks, under `judge` [n_cols, n_cols], in the place of ggml's; how many rows those are. Raises as
+    quantkit.rounding.quantize."""
+    found = quantize(rows, type_, made, options, kernel)
+    ours, theirs = (rows - kernels.dequantize(b, type_, rows.shape[1]) for b in (found, blocks))
+    # (a - b) H (a + b)^T is a H a^T - b H b^T
+    difference = kernels.feedback_products(ours - theirs, ours + theirs, judge, kernel)[:, 1]
+    better = difference < 0
+    blocks[better] = found[better]
+    return int(better.sum())
 
 
 class _Kept:

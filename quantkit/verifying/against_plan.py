@@ -168,7 +168,8 @@ def _expected_keys(plan: Plan, imatrix: Imatrix | None) -> dict[str, tuple[int, 
         if said:
             put(PREFIX + "policy", _STR, _text(said.encode()))
         if rounding.covariance is not None:
-            put(PREFIX + "covariance", _STR, _text(rounding.covariance.digest.encode()))
+            name, digest = rounding.digest()
+            put(PREFIX + name, _STR, _text(digest.encode()))
             if rounding.covariance.held_out is not None:
                 put(PREFIX + "held_out", _STR, _text(rounding.covariance.held_out.digest.encode()))
             if rounding.covariance.weighting:

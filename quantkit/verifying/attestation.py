@@ -28,7 +28,7 @@ from ..imatrix.matrix import Imatrix
 from ..model.catalogue import Source
 from ..planning.plan import Plan
 from ..recipe.changes import Changes
-from ..rounding.covariance import CovarianceSource
+from ..rounding.covariance import CovarianceSource, is_by_layer
 from .against_plan import Expected, expected_of
 from .gguf import read as read_gguf
 from .gguf import regular
@@ -249,6 +249,11 @@ def gather(
 def _of_covariance(covariance: CovarianceSource | None) -> tuple[Dependency, ...]:
     """A folder of arrays as one dependency."""
     out = []
+    if is_by_layer(covariance):  # computed in the build: the text is what it was made from
+        for file in covariance.files:
+            state = _state(file)
+            out.append(Dependency(file, "text", state[0], None, {"sha256": file_digest(file)}, state))
+        return tuple(out)
     for one in () if covariance is None else (covariance, covariance.held_out):
         if one is not None and one.files:
             folder = one.files[0].parent
@@ -423,6 +428,8 @@ def compare_sources(attested: Attested, inputs: Inputs, whole: bool, findings: F
     ]
     for role in roles:
         wanted = of(role)
+        if role == "covariance" and not wanted and of("text"):
+            continue  # computed in the build: the file itself says of which pass
         there = {d["name"]: d for d in found if d["annotations"]["role"] == role}
         if role != "source" and len(wanted) == len(there) == 1:  # of any name
             there = dict(zip(wanted, there.values(), strict=True))

@@ -49,7 +49,7 @@ class Recorded(NamedTuple):
 
     rounding: Rounding
     covariance: str
-    """its digest"""
+    """its digest, or that of the pass that computed it while the file was built"""
     held_out: str
     """'' where there was none"""
 
@@ -94,8 +94,9 @@ def _read(g: Gguf) -> Recorded:
     if not choices:
         raise ValueError("no tensors")
     held_out, policy = (g.keys[key].text() if key in g.keys else "" for key in (PREFIX + "held_out", PREFIX + "policy"))
-    rounding = Rounding(choices, standings=standings, recorded_policy=policy)
-    return Recorded(rounding, g.keys[PREFIX + "covariance"].text(), held_out)
+    in_pass = PREFIX + "pass" in g.keys
+    rounding = Rounding(choices, standings=standings, recorded_policy=policy, in_pass=in_pass)
+    return Recorded(rounding, g.keys[PREFIX + ("pass" if in_pass else "covariance")].text(), held_out)
 
 
 def _n_mats(info: Info | None) -> int:
@@ -147,7 +148,8 @@ def require_covariance(said: Recorded | None, covariance: CovarianceSource | Non
     if said is None or covariance is None:
         return
     held_out = "" if covariance.held_out is None else covariance.held_out.digest
-    for what, was, there in (("", said.covariance, covariance.digest), ("held-out ", said.held_out, held_out)):
+    digest = covariance.pass_digest if said.rounding.in_pass else covariance.digest
+    for what, was, there in (("", said.covariance, digest), ("held-out ", said.held_out, held_out)):
         if was != there:
             raise SourceError(
                 f"{covariance.name}: is not the {what}covariance that the file was rounded by, but another: the file "
@@ -163,6 +165,8 @@ def settled(
     file's own words count. Raises SourceError for another covariance than the file's."""
     require_covariance(said, covariance)
     if plan is not None and _says(plan):
+        if plan.rounding is not None and said is not None:
+            plan = replace(plan, rounding=replace(plan.rounding, in_pass=said.rounding.in_pass))
         return plan, plan.rounding, []
     if said is None:
         return plan, None, []
@@ -190,7 +194,7 @@ def remark(said: Recorded | None) -> list[str]:
     n = len(said.rounding.choices)
     return [
         f"{n} tensor{'s are' if n != 1 else ' is'} not ggml's bytes, made by quantkit's feedback rounding ({counts}; "
-        f"covariance {said.covariance[:12]})"
+        f"{'second moments of a pass in the build' if said.rounding.in_pass else 'covariance'} {said.covariance[:12]})"
     ]
 
 

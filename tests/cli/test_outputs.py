@@ -68,6 +68,13 @@ CASES = [
     ),
     Case(
         "build",
+        "$v3 -r $mine --imatrix $imatrix --pre deepseek-v3 --rounding feedback --text $text -c 2 -q",
+        "$v3/* $mine $base $imatrix $text",
+        {"output": "-o", "attest": "--attest", "cache_dir": "--cache"},
+        ("cache_dir",),
+    ),
+    Case(
+        "build",
         "$first -r $mine --allow-requantize --imatrix $imatrix -q",
         "$shards/* $mine $base $imatrix",
         {"output": "-o", "attest": "--attest", "cache_dir": "--cache"},

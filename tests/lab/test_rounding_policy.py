@@ -259,7 +259,12 @@ def test_the_commands(quantkit: Run, tiny_v3: Path, covariance: Path, tmp_path: 
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout)
     assert out.read_text() == said["policy"]
-    assert parse_policy(out.read_text(), "policy.yaml").name == "policy"
+    policy = parse_policy(out.read_text(), "policy.yaml")
+    assert policy.name == "policy"
+    plan = qk.plan(qk.open_model(tiny_v3, pre="deepseek-v3"), tmp_path / "small.yaml")
+    only_feedback = TuneOptions(("feedback",), forward=ONE)
+    made = qk.tune_rounding(plan, covariance, text, n_ctx=32, n_chunks=3, options=only_feedback)
+    assert made.policy("policy", policy.file.measured["date"]) == said["policy"]
     again = quantkit("rounding", "tune", tiny_v3, *given, *common, "-o", out)
     assert again.returncode == 7, again.stderr
     assert "policy.yaml: exists; choose another name, or replace it with --force" in again.stderr

@@ -14,6 +14,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from ...base.errors import InternalCheckError
 from ...base.folders import Folder
 from ...planning.file_layout import FileLayout
 from ...planning.plan import Plan
@@ -43,6 +44,9 @@ class Sink(Protocol):
         """Write rows row… of a tensor, uint8 [n_rows, row_bytes]; `data` may be changed afterwards. Raises
         OutputError."""
 
+    def commit(self) -> None:
+        """What was put is on the disk for good when it returns. Raises OutputError, SourceError."""
+
     @property
     def is_empty(self) -> bool:
         """Whether nothing is there from an earlier run."""
@@ -53,6 +57,10 @@ class Sink(Protocol):
     def accept_whole_file(self, name: str) -> None:
         """Take that file of the scratch folder, with all tensors and the planned header. Raises OutputError for one
         that is not ours."""
+
+
+def _no_folder() -> Path:
+    raise InternalCheckError("this work has no folder that lasts")
 
 
 @dataclass(frozen=True)
@@ -72,6 +80,8 @@ class Work:
     """returns when all that was put is on the disk for good. Raises what a build's end raises"""
     limits: Limits = field(default_factory=Limits)
     """how much of a source on the Hub may be on the disk at a time"""
+    lasting: Callable[[], Path] = _no_folder
+    """makes another, that is there when the build goes on after it was stopped"""
 
 
 class Engine(Protocol):

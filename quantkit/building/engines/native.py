@@ -10,7 +10,8 @@ whatever the tensor's size. Rows are independent, so results do not depend on sl
 
 Where the plan rounds otherwise than ggml, the slab's rows are made again under their covariance
 (quantkit.rounding.rounder), and take the place of ggml's where their output error is lower. Workers
-share the factors of the covariance, which are dropped when others need the room.
+share the factors of the covariance, which are dropped when others need the room. Where the covariance is
+computed meanwhile, a layer at a time, the tensors that need it are made layer by layer, after all others.
 
 Where the source is on the Hub, the slabs come in the order of its shards, which are there for as long
 as they are needed (quantkit.building.window).
@@ -20,6 +21,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
 from typing import NamedTuple
 
 import numpy as np
@@ -32,6 +34,8 @@ from ...gguf.types import QTYPES
 from ...model.catalogue import Part
 from ...model.sources.shard_store import ShardStore, store_of
 from ...planning.plan import ImatrixStatus, Plan, Planned
+from ...planning.rounding import Rounding
+from ...rounding.covariance import LayerSource, is_by_layer
 from ...rounding.rounder import Rounder
 from ...weights.rows import RowReader
 from ..shard_order import Piece, pieces_of
@@ -72,8 +76,8 @@ def slabs(piece: Piece, slab_values: int = SLAB_VALUES) -> Iterator[Slab]:
 class _Worker:
     """A thread's buffers and the steps of a slab."""
 
-    def __init__(self, work: Work, rounder: Rounder | None) -> None:
-        self.work, self.rounder = work, rounder
+    def __init__(self, work: Work, rounder: Rounder | None, rounding: Rounding | None) -> None:
+        self.work, self.rounder, self.rounding = work, rounder, rounding
         assert work.plan.catalogue.source is not None
         self.reader = RowReader(work.plan.catalogue.source)
         self.blocks = np.empty(0, np.uint8)
@@ -103,7 +107,7 @@ class _Worker:
 
     def _round(self, slab: Slab, blocks: npt.NDArray[np.uint8]) -> None:
         """Put better blocks in the place of ggml's, where the plan wants them."""
-        tensor, rounding = slab.planned.tensor, self.work.plan.rounding
+        tensor, rounding = slab.planned.tensor, self.rounding
         choice = None if rounding is None else rounding.of(tensor.name)
         mat = _matrix(slab)
         if rounding is None or choice is None or rounding.is_thin(tensor.name, mat):
@@ -168,22 +172,48 @@ class NativeEngine:
         self.slab_values = slab_values
 
     def scratch_bytes(self, plan: Plan) -> int:
-        return 0
+        covariance = None if plan.rounding is None else plan.rounding.covariance
+        return covariance.scratch_bytes if is_by_layer(covariance) else 0
 
     def run(self, work: Work) -> None:
-        covariance = None if work.plan.rounding is None else work.plan.rounding.covariance
+        rounding = work.plan.rounding
+        if rounding is None or not is_by_layer(rounding.covariance):
+            self._make(work, work.plan.tensors, rounding)
+            return
+        later = {
+            t.tensor.name: t for t in work.plan.tensors if rounding.of(t.tensor.name) and self._is_missing([t], work)
+        }
+        self._make(work, [t for t in work.plan.tensors if t.tensor.name not in later], rounding)
+        if later:
+            self._by_layer(work, rounding, rounding.covariance, later)
+
+    def _by_layer(self, work: Work, rounding: Rounding, source: LayerSource, later: dict[str, Planned]) -> None:
+        """Tensors whose second moments are computed meanwhile, a layer at a time."""
+        tensors = {name: t.tensor for name, t in later.items()}
+        with closing(source.layers(work.lasting(), tuple(later), lambda what: work.progress(what, 0))) as layers:
+            for number in layers:
+                some = {name: t for name, t in later.items() if t.tensor.layer == number}
+                self._make(work, some.values(), rounding.seen(some, tensors))
+                work.sink.commit()
+
+    def _make(self, work: Work, some: Iterable[Planned], rounding: Rounding | None) -> None:
+        """Quantize what is missing of these tensors."""
+        covariance = None if rounding is None else rounding.covariance
         rounder = None if covariance is None else Rounder(covariance)
 
         def worker() -> Callable[[Slab], None]:
-            return _Worker(work, rounder).do
+            return _Worker(work, rounder, rounding).do
 
-        pieces = list(pieces_of(work.plan.tensors))
+        pieces = list(pieces_of(some))
         assert work.plan.catalogue.source is not None
         store = store_of(work.plan.catalogue.source)
         if store is None:
             share_out(_announced(self._missing(pieces, work), work), work.n_threads, worker)
         else:
             self._by_shard(store, pieces, work, worker)
+
+    def _is_missing(self, some: Iterable[Planned], work: Work) -> bool:
+        return next(self._missing(pieces_of(some), work), None) is not None
 
     def _missing(self, pieces: Iterable[Piece], work: Work) -> Iterator[Slab]:
         every = (slab for piece in pieces for slab in slabs(piece, self.slab_values))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +32,13 @@ class Covariance:
     """An observer of the pass that writes these files. One full matrix is in memory for each dense input of the layer
     that is computed, and of experts one at a time."""
 
-    def __init__(self, catalogue: Catalogue, folder: Path, own_experts: bool = True) -> None:
-        self.folder = folder
-        self._plan = {name: p for p in planned(catalogue, own_experts) for name in p.names}
+    def __init__(
+        self, catalogue: Catalogue, folder: Path, own_experts: bool = True, names: Collection[str] | None = None
+    ) -> None:
+        """`names`: only inputs of these tensors, and of layers that have some; all where it is None."""
+        self.folder, self._only_some = folder, names is not None
+        inputs = [p for p in planned(catalogue, own_experts) if names is None or any(n in names for n in p.names)]
+        self._plan = {name: p for p in inputs for name in p.names}
         self._counts: dict[Planned, npt.NDArray[np.float64]] = {}
         self._full: dict[Planned, torch.Tensor] = {}
         self._packed: dict[Planned, F32] = {}
@@ -92,6 +97,8 @@ class Covariance:
                 pack(one.numpy(), self._packed[plan][first + mat])
 
     def end_of_layer(self, number: int) -> None:
+        if self._only_some and not self._counts:
+            return
         for plan in list(self._counts):
             self._pack(plan)
         about = [

@@ -15,6 +15,7 @@ from ...base.outputs import Output
 from ...base.text import size
 from ...building.folder import folder_of
 from ...model.catalogue import Catalogue
+from ...rounding.covariance import PASS
 from ..identity import said
 from .inputs import covariance_bytes, planned
 from .unfinished import make_folder, unfinished
@@ -63,10 +64,12 @@ class CovarianceFolder:
             )
         outputs.write_text(note, "", replace=True)
 
-    def give(self) -> None:
-        """Let the finished folder have its name. Raises OutputError."""
+    def give(self, pass_digest: str) -> None:
+        """Let the finished folder have its name. `pass_digest`: of the pass (lab.identity.of_pass). Raises
+        OutputError."""
         if self.is_given:
             return
+        outputs.write_text(self.inside / PASS, pass_digest, replace=True)
         outputs.write_text(self.inside / _IDENTITY, self._identity, replace=True)
         try:
             if self.folder.is_dir():

@@ -23,10 +23,11 @@ from ...base.errors import ImatrixError
 from ...base.outputs import Output
 from ...base.version import __version__
 from ...forward.model import Model
-from ...forward.stream import Options, Pass, Progress
+from ...forward.stream import Options, Pass, Progress, threads_of
 from ...imatrix.write import Facts, check_name, write_gguf
 from ...model.catalogue import Catalogue
-from ..identity import of_run, said
+from ...rounding.covariance import FISHER, PLAIN
+from ..identity import of_pass, of_run, said
 from .covariance import Covariance
 from .covariance_folder import CovarianceFolder
 from .estimate import KEEP_SECONDS, LARGE_STATE
@@ -135,7 +136,7 @@ def make_imatrix(
         if covariance is not None:
             if opts.fisher and not covariance.is_given:
                 _backwards(model, chunks.tokens, rounds[0], opts, progress, covariance)
-            covariance.give()
+            covariance.give(_of_covariance(catalogue, chunks.tokens, opts))
         give(folder / MADE, out, opts.replace)
     return Made(
         out, len(saved.shapes), n_done, coverage, len(counts), int((counts == 0).sum()), model.weights.bytes_read
@@ -209,6 +210,12 @@ def _identity(model: Model, tokens: npt.NDArray[np.int32], opts: MakeOptions) ->
     where = None if opts.covariance is None else os.path.realpath(opts.covariance)
     settings = (__version__, opts.forward.dtype, opts.process_output, where, opts.own_experts, opts.fisher)
     return of_run(model.weights.source, tokens, settings)
+
+
+def _of_covariance(catalogue: Catalogue, tokens: npt.NDArray[np.int32], opts: MakeOptions) -> str:
+    return of_pass(
+        catalogue, tokens, opts.forward, threads_of(opts.forward), opts.own_experts, FISHER if opts.fisher else PLAIN
+    )
 
 
 def saved_counts(saved: Saved) -> Iterator[tuple[str, npt.NDArray[np.float64]]]:

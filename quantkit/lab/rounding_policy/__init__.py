@@ -1,2 +1,2 @@
 """What rounds which tensors, decided by measurement. May import allocation, for its groups, and evaluation; offers
-tuning.tune."""
+tuning.tune, and in `cost` what rounding by a plan takes."""

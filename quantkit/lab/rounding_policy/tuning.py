@@ -6,6 +6,7 @@ text; then the recipes as a whole are measured on another, which nothing was cho
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -105,6 +106,12 @@ class Tuned:
     probed: tuple[Probed, ...]
     whole: tuple[Whole, ...]
     options: TuneOptions
+
+    def policy(self, name: str, date: str = "") -> str:
+        """A policy's file; `date` is the day that it says, today unless given."""
+        from .policy_text import policy_text
+
+        return policy_text(self, name, date or datetime.date.today().isoformat())
 
     def choice(self, name: str, qtype: str) -> str:
         """The method of a tensor at a type."""
