@@ -10,7 +10,7 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from ..base import outputs
@@ -61,8 +61,6 @@ class Build:
     restart: bool
     begun: ToldBuild | None
     """the journal of an unfinished build that this one goes on with"""
-    limits: Limits = field(default_factory=Limits)
-    """how much of a source on the Hub may be on the disk at a time"""
     supply: Supply | None = None
     """what comes from there"""
 
@@ -85,7 +83,6 @@ def prepare(
     allow_requantize: bool = False,
     engine: Engine | None = None,
     resume: bool | None = None,
-    limits: Limits | None = None,
 ) -> Build:
     """Check everything that can be checked before the first byte. `engine` is the one that will run, for
     the scratch space it needs. An unfinished build of the same output is continued; `resume` True asks for one,
@@ -104,9 +101,9 @@ def prepare(
             f"the engine {engine.name} only rounds as ggml does, and the plan rounds {len(plan.rounding.choices)} "
             "tensors otherwise; take --engine native, or --rounding ggml"
         )
-    limits = limits or Limits()
-    store = store_of(catalogue.source)
-    if store is not None and engine is not None and not engine.by_shard:
+    store, limits = store_of(catalogue.source), Limits() if engine is None else engine.limits
+    if store is not None and limits is None:
+        assert engine is not None
         raise UnsupportedError(
             f"{catalogue.model}: the engine {engine.name} reads a whole checkpoint, not one on the Hub; take --engine "
             "native, or download it first and give its folder"
@@ -123,7 +120,7 @@ def prepare(
     identity = identity_of(plan, kvs, split_max_size, imatrix.path if imatrix else None)
     _check_names(out, names)
     begun = _begun(out, identity, resume)
-    supply = supply_of(plan, limits, begun)
+    supply = supply_of(plan, limits or Limits(), begun)
     finished = _finished(names, _told(out) if resume is False else begun, folder_of(out))
     replace = frozenset(names if force else finished)
     outputs.check(
@@ -136,7 +133,7 @@ def prepare(
     scratch = engine.scratch_bytes(plan) if engine is not None else 0
     to_write = [file for file in files if file[0] not in finished]
     _check_space(out, to_write, scratch, 0 if supply is None else supply.most)
-    return Build(plan, imatrix, files, out, identity, sources, replace, resume is False, begun, limits, supply)
+    return Build(plan, imatrix, files, out, identity, sources, replace, resume is False, begun, supply)
 
 
 def _covariance_files(plan: Plan) -> tuple[Path, ...]:
@@ -247,7 +244,7 @@ def run(build: Build, engine: Engine, n_threads: int, progress: Progress, cache:
                 _use(cache, build, begun, n_threads, progress)
             work = Work(
                 build.plan, file_layouts, begun.sink, build.weights, n_threads, progress, begun.scratch,
-                begun.durability.commit, build.limits, begun.lasting,
+                begun.durability.commit, begun.lasting,
             )  # fmt: skip
             engine.run(work)
         begun.finish()

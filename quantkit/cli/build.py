@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from quantkit.building.cache import Cache
     from quantkit.building.engines import Engine
     from quantkit.building.run import Build
+    from quantkit.building.shard_order import Limits
     from quantkit.imatrix.policies import Policy
     from quantkit.planning.plan import Plan
     from quantkit.verifying.attestation import Asked, AskedRounding, Evidence
@@ -168,9 +169,8 @@ def build(
     model = with_weights(open_model(source, conversion(layout, pre, pad_token)))
     made = make_plan(model, rules, weights, mixture_version, policy)
     made = with_covariance(made, covariance) if asked_pass is None else with_pass(made, asked_pass, threads)
-    chosen = make_engine(engine, binary)
-    limits = Limits(keep, disk)
-    ready = prepare(made, output, weights, split_max_size, force, allow_requantize, chosen, resume, limits)
+    chosen = make_engine(engine, binary, Limits(keep, disk))
+    ready = prepare(made, output, weights, split_max_size, force, allow_requantize, chosen, resume)
     _check_hub_options(ready, attest, cache_dir, asked_pass is not None)
     will_write(*(Output(name, "--output", is_later=True) for name, _ in ready.files))
     show_plan(ready, verbose, quiet)
@@ -282,14 +282,14 @@ def write_attestation(
         click.echo(f"{path}  attestation of {len(files)} file{'s' * (len(files) != 1)}")
 
 
-def make_engine(name: str, binary: str | None) -> Engine:
+def make_engine(name: str, binary: str | None, limits: Limits | None = None) -> Engine:
     """The engine by name, with the tools it needs found."""
     from quantkit.building.engines.llama_quantize import LlamaQuantizeEngine
     from quantkit.building.engines.native import NativeEngine
     from quantkit.llama_cpp import toolchain
 
     if name == "native":
-        return NativeEngine()
+        return NativeEngine(limits=limits)
     return LlamaQuantizeEngine(toolchain.find_quantize(binary))
 
 

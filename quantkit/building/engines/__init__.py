@@ -7,7 +7,7 @@ output and knows what is there already. It reports progress in source elements d
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -78,8 +78,6 @@ class Work:
     """a folder of the build's own, on the output's filesystem"""
     commit: Callable[[], None] = lambda: None
     """returns when all that was put is on the disk for good. Raises what a build's end raises"""
-    limits: Limits = field(default_factory=Limits)
-    """how much of a source on the Hub may be on the disk at a time"""
     lasting: Callable[[], Path] = _no_folder
     """makes another, that is there when the build goes on after it was stopped"""
 
@@ -88,8 +86,10 @@ class Engine(Protocol):
     name: str
     rounds: bool
     """whether it can round otherwise than ggml"""
-    by_shard: bool
-    """whether it can build while the shards of the source come and go"""
+
+    @property
+    def limits(self) -> Limits | None:
+        """How much of a source on the Hub may be on the disk at a time; None where all of it must be."""
 
     def scratch_bytes(self, plan: Plan) -> int:
         """The most disk space that it needs beside the output."""

@@ -46,6 +46,7 @@ from ...planning.file_layout import POLICY_KEY, ROUNDING_PREFIX, FileLayout
 from ...planning.gaps import n_matrices
 from ...planning.plan import ImatrixStatus, Plan, Planned, types_asked
 from ...weights.rows import RowReader
+from ..shard_order import Limits
 from . import ImportanceValues, Work
 
 _LINE = re.compile(r"^\[\s*(\d+)/\s*(\d+)\]\s+(\S+)\s+- \[")
@@ -64,7 +65,7 @@ class LlamaQuantizeEngine:
 
     name = "llama-quantize"
     rounds = False
-    by_shard = False
+    limits: Limits | None = None
 
     def __init__(self, binary: Path, batch_bytes: int = BATCH_BYTES) -> None:
         self.binary = binary

@@ -38,7 +38,7 @@ from ...planning.rounding import Rounding
 from ...rounding.covariance import LayerSource, is_by_layer
 from ...rounding.rounder import Rounder
 from ...weights.rows import RowReader
-from ..shard_order import Piece, pieces_of
+from ..shard_order import Limits, Piece, pieces_of
 from ..supply import visits_of
 from ..window import Window
 from . import Work
@@ -166,10 +166,9 @@ class NativeEngine:
 
     name = "native"
     rounds = True
-    by_shard = True
 
-    def __init__(self, slab_values: int = SLAB_VALUES) -> None:
-        self.slab_values = slab_values
+    def __init__(self, slab_values: int = SLAB_VALUES, limits: Limits | None = None) -> None:
+        self.slab_values, self.limits = slab_values, limits or Limits()
 
     def scratch_bytes(self, plan: Plan) -> int:
         covariance = None if plan.rounding is None else plan.rounding.covariance
@@ -225,9 +224,9 @@ class NativeEngine:
         """The same where shards come and go."""
         missing = [p for p in pieces if next(self._missing([p], work), None) is not None]
         order = visits_of(work.plan, missing, store)
-        store.clear(visit.shard for visit in order[: work.limits.keep])
+        store.clear(visit.shard for visit in order[: self.limits.keep])
         window: Window[Slab] = Window(
-            store, order, work.limits, work.commit, lambda what: work.progress(f"fetching {what}", 0)
+            store, order, self.limits, work.commit, lambda what: work.progress(f"fetching {what}", 0)
         )
 
         def told() -> Callable[[tuple[int, Slab]], None]:
