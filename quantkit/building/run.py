@@ -106,7 +106,7 @@ def prepare(
         assert engine is not None
         raise UnsupportedError(
             f"{catalogue.model}: the engine {engine.name} reads a whole checkpoint, not one on the Hub; take --engine "
-            "native, or download it first and give its folder"
+            "native, or fetch it first with `quantkit download` and give its folder"
         )
     here = () if store is not None else catalogue.source.files  # what comes from the Hub is known by its commit
     read = [*here, *([imatrix.path] if imatrix else []), *_covariance_files(plan)]

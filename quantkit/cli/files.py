@@ -205,7 +205,7 @@ def _refuse_address(value: Any) -> None:
 
     if re.match("(hf|https?)://", str(value), re.IGNORECASE) and not os.path.lexists(value):
         m = re.match("hf://([^/@]+/[^/@]+)", str(value), re.IGNORECASE)
-        how = f" (`hf download {m[1]}`)" if m else ""
+        how = f" (`quantkit download {m[1]}`)" if m else ""
         raise SourceError(
             f"{value}: this is read from a file or folder here; download it first{how}, and give its path"
         )

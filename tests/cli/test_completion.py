@@ -35,7 +35,7 @@ def plain(*words: str, cwd: Path | str = "/") -> list[str]:
 
 
 def test_commands_and_options() -> None:
-    assert plain("to") == ["tokenize", "toolchain"]
+    assert plain("to") == ["tokenize", "tokenizer", "toolchain"]
     assert plain("recipe", "ex") == ["explain", "export"]
     assert plain("build", "x", "--over") == ["--override-kv"]
     assert plain("build", "x", "--engine", "l") == ["llama-quantize"]

@@ -151,6 +151,7 @@ CASES = [
         ("output",),
         force=False,
     ),
+    Case("download", "hf://org/repo -q", "", {"folder": "--to"}, ("folder",), force=False),
     Case("eval generate", "$first --rubric $mine -q", "$shards/* $mine", {"output": "-o"}, ("output",), force=False),
     Case("sizes check", "$lock", "$lock $mine $base $v3/config.json", {"output": "-o"}),
     Case(

@@ -414,7 +414,7 @@ NO_COMMANDS = {
     "version": "you want `quantkit --version`",
     "llama-imatrix": "you want `quantkit imatrix make`",
     "perplexity": "you want `quantkit eval compare`",
-    "check": "you want `quantkit sizes check` or `quantkit imatrix check`",
+    "check": "you want `quantkit sizes check` or `quantkit imatrix check` or `quantkit tokenizer check`",
     "imatrx": "did you mean imatrix?",
     "buidl": "did you mean build?",
     "completion": "you want the shell's completion: docs/completion.md says how",

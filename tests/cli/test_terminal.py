@@ -55,6 +55,7 @@ PRINTS = {
     "sizes table": "sizes table deepseek-r1",
     "fit": "fit deepseek-r1 -r UD-IQ1_S --vram 24",
     "which": "which deepseek-r1 --vram 24",
+    "download": "download --help",
     "ollama": "ollama chat.gguf m",
     "run-card": "run-card q.gguf --vram 24",
     "tokenize": "tokenize v3 --pre deepseek-v3 --text words.txt --ctx 16",
@@ -300,7 +301,7 @@ OTHERS = {
     "out": "m.gguf", "folder": "c", "max_size": "1G", "file": "rules.txt", "form": "tensor-types", "path": "n.yaml",
     "study_file": "study.yaml", "texts": "rules.txt", "results_file": "rules.txt", "files": "m.gguf",
     "known": "rules.txt", "sources": "m.gguf", "reference": "m.gguf", "models": "m.gguf", "recipes": "r.yaml",
-    "covariance": "c",
+    "covariance": "c", "repo": "org/repo",
 }  # fmt: skip
 SPECIAL = [
     (name, command, param)

@@ -1,0 +1,136 @@
+"""quantkit download."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from .bars import by_name, open_bar
+from .files import MADE_FOLDER, Command, will_write
+from .options import json_option
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from quantkit.hub.repo import Repo
+    from quantkit.model.download import Found
+
+
+@click.command(cls=Command)
+@click.argument("repo")
+@click.option(
+    "-r", "--recipe", metavar="NAME", help="Fetch the GGUF of this name, such as UD-IQ1_S, whatever its folder."
+)
+@click.option(
+    "--include", multiple=True, metavar="GLOB", help='Fetch files whose paths match: "*UD-IQ1_S*". Repeatable.'
+)
+@click.option("--exclude", multiple=True, metavar="GLOB", help="But not these. Repeatable.")
+@click.option("--revision", metavar="REV", help="Branch, tag or commit.  [default: the repository's main branch]")
+@click.option(
+    "--to", "folder", type=MADE_FOLDER, metavar="DIR", help="The folder.  [default: the repository's name, here]"
+)
+@click.option("--force", is_flag=True, help="Replace files that exist and are not the repository's.")
+@click.option("-n", "--dry-run", is_flag=True, help="Show the files and their sizes; fetch nothing.")
+@click.option("-q", "--quiet", is_flag=True, help="No list, no progress; errors only.")
+@json_option
+def download(
+    repo: str,
+    recipe: str | None,
+    include: tuple[str, ...],
+    exclude: tuple[str, ...],
+    revision: str | None,
+    folder: Path | None,
+    **how: bool,
+) -> None:
+    """Fetch a model from the Hub: a GGUF by its quantization, or a checkpoint to build from.
+
+    REPO is org/repo, hf://org/repo[@revision], or the address of its page. Every file is checked by the repository's
+    hash. After an interruption, run the same command again to continue.
+
+    \b
+    quantkit download unsloth/DeepSeek-R1-GGUF --recipe UD-IQ1_S
+    quantkit download unsloth/DeepSeek-R1-GGUF --include "*UD-IQ1_S*" --to models/ --dry-run
+    quantkit download deepseek-ai/DeepSeek-R1 --to DeepSeek-R1/
+    """
+    from quantkit.base.outputs import Output
+    from quantkit.hub.address import is_hub, parse
+    from quantkit.hub.repo import open_repo
+    from quantkit.model import download as lab
+
+    if recipe is not None and include:
+        raise click.UsageError("--recipe and --include both choose files; give one")
+    address = parse(repo if is_hub(repo) else f"hf://{repo}")
+    if revision is not None:
+        if address.revision is not None and address.revision != revision:
+            raise click.UsageError(f"{repo} and --revision {revision} name different revisions; give one")
+        address = address._replace(revision=revision)
+    place = folder or Path(address.repo.rpartition("/")[2])
+    if folder is None:
+        will_write(Output(place, "--to", is_folder=True, replace=True))
+    found_repo = open_repo(address)
+    try:
+        paths = lab.chosen(found_repo, address.path, recipe, include, exclude)
+    except lab.ChoiceError as e:
+        raise click.UsageError(str(e)) from None
+    found = lab.look(found_repo, paths, place, how["force"])
+    if not how["quiet"] and not how["as_json"]:
+        _show(found_repo, found, place)
+    if not how["dry_run"]:
+        _fetch(found_repo, found, place, how["quiet"] or how["as_json"])
+    if how["as_json"]:
+        click.echo(json.dumps(_json(found_repo, found, place, how["dry_run"]), indent=1, ensure_ascii=False))
+    elif not how["quiet"] and not how["dry_run"]:
+        _show_next(found, place)
+
+
+def _show(repo: Repo, found: Sequence[Found], place: Path) -> None:
+    from quantkit.base.text import columns, size
+
+    rows = [(f.path, size(f.nbytes), "is there" if f.there else "") for f in found]
+    click.echo(f"{repo.where()} at commit {repo.commit[:12]}, to {place}:")
+    click.echo(columns(rows))
+    missing = [f.nbytes for f in found if not f.there]
+    click.echo(f"{len(missing):,} of {len(found):,} files are to be fetched, {size(sum(missing))}")
+
+
+def _fetch(repo: Repo, found: Sequence[Found], place: Path, quiet: bool) -> None:
+    from quantkit.model import download as lab
+
+    total = sum(f.nbytes for f in found if not f.there)
+    with open_bar(total, "B", quiet) as bar:
+        try:
+            lab.fetch(repo, found, place, by_name(bar))
+        except BaseException as e:
+            e.kept = f"{place} keeps what came; run the same command again to continue"  # type: ignore[attr-defined]
+            raise
+
+
+def _show_next(found: Sequence[Found], place: Path) -> None:
+    ggufs = [f.path for f in found if f.path.lower().endswith(".gguf")]
+    if ggufs:
+        name = shlex.quote(str(place / ggufs[0]))
+        click.echo(f"{name}: whole, with the repository's hash; look at it, and run it:")
+        click.echo(f"  quantkit verify {name}\n  quantkit run-card {name}")
+    elif any(f.path.endswith(".safetensors") for f in found):
+        click.echo(f"{place}: whole, with the repository's hashes; plan a file of it:")
+        click.echo(f"  quantkit plan {shlex.quote(str(place))} --recipe UD-IQ1_S")
+    else:
+        click.echo(f"{place}: {len(found):,} files, with the repository's hashes")
+
+
+def _json(repo: Repo, found: Sequence[Found], place: Path, dry_run: bool) -> dict[str, Any]:
+    return {
+        "quantkit_download": 1,
+        "repository": repo.name,
+        "commit": repo.commit,
+        "folder": str(place),
+        "files": [
+            {"path": f.path, "bytes": f.nbytes, "sha256": repo.files[f.path].sha256, "was_there": f.there}
+            for f in found
+        ],
+        "fetched": not dry_run,
+    }
