@@ -78,7 +78,13 @@ def publish(
         return
     show = not quiet and sys.stderr.isatty()
     with open_bar(sum(item.nbytes for item in items), "B", quiet, "hashing") as bar:
-        sent = send(items, Wish(to, public, force, show, parcel.digests), _Told(bar, quiet or as_json))
+        told = _Told(bar, quiet or as_json)
+        try:
+            sent = send(items, Wish(to, public, force, show, parcel.digests), told)
+        except BaseException as e:
+            if told.has_begun:
+                e.kept = "what has arrived stays in the Hub's storage; the same command goes on"  # type: ignore[attr-defined]
+            raise
     if as_json:
         _print_json(to, public, items, card, sent)
     elif not quiet:
@@ -90,6 +96,7 @@ class _Told:
 
     def __init__(self, bar: Any, quiet: bool) -> None:
         self._bar, self._quiet = bar, quiet
+        self.has_begun = False
 
     def hashed(self, item: Item, n: int) -> None:
         self._bar.update(n)
@@ -98,6 +105,7 @@ class _Told:
         from quantkit.base.text import short_size
 
         self._bar.close()
+        self.has_begun = True
         if not self._quiet:
             click.echo(f"sending {item.name} ({short_size(item.nbytes)})", err=True)
 

@@ -86,22 +86,21 @@ def send(items: Sequence[Item], wish: Wish, told: Told) -> Sent:
     if not get_token():
         raise OutputError(f"{wish.where}: sending needs a token; log in with `hf auth login`, or set HF_TOKEN")
     repo = _look(wish, told)
-    kept = {i.name for i in items if repo and i.name == KEPT and i.name in repo.files and not wish.force}
-    wanted = [item for item in items if item.name not in kept]
-    if repo is not None:
-        _refuse_others(wish, repo, [i for i in wanted if _differs_in_size(repo.files.get(i.name), i)])
-    digests = {item.name: _hashed(item, repo.files.get(item.name) if repo else None, told) for item in wanted}
+    there_now = {} if repo is None else repo.files
+    sized = [i for i in items if i.name in there_now and there_now[i.name].size != i.nbytes]
+    _refuse_others(wish, [item for item in sized if item.name != KEPT])  # before hours of hashing
+    digests = {item.name: _hashed(item, there_now.get(item.name), told) for item in items}
     _check_papers(wish, digests)
-    there = {i.name for i in wanted if repo and _is_there(repo.files.get(i.name), digests[i.name])}
-    new = [item for item in wanted if item.name not in there]
-    if repo is not None:
-        _refuse_others(wish, repo, [item for item in new if item.name in repo.files])
+    there = {i.name for i in items if _is_there(there_now.get(i.name), digests[i.name])}
+    kept = {KEPT} & there_now.keys() - there if not wish.force else set()
+    new = [item for item in items if item.name not in there | kept]
+    _refuse_others(wish, [item for item in new if item.name in there_now])
     if repo is None or new:
         repo = _made(wish, repo)
         commit = _commit(wish, repo, new, digests, told)
     else:
         commit = repo.commit
-    skipped = tuple(item.name for item in wanted if item.name in there)
+    skipped = tuple(item.name for item in items if item.name in there)
     url = f"{client().endpoint}/{wish.to.repo}"
     return Sent(commit, url, tuple(item.name for item in new), skipped, tuple(kept))
 
@@ -147,11 +146,7 @@ def _made(wish: Wish, repo: Repo | None) -> Repo:
     return _do(wish.where, lambda: open_repo(wish.to))
 
 
-def _differs_in_size(remote: RemoteFile | None, item: Item) -> bool:
-    return remote is not None and remote.size != item.nbytes
-
-
-def _refuse_others(wish: Wish, repo: Repo, others: Sequence[Item]) -> None:
+def _refuse_others(wish: Wish, others: Sequence[Item]) -> None:
     if others and not wish.force:
         names = ", ".join(item.name for item in others[:5]) + (
             f" and {len(others) - 5} more" if len(others) > 5 else ""

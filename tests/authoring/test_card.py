@@ -57,6 +57,7 @@ def test_a_set_with_its_papers(sound_set: Path, quantkit: Run, tmp_path: Path) -
         assert parcel.models[0].nbytes == sum(p.stat().st_size for p in shards)
     text = card_of(gather([folder]))
     total = sum(p.stat().st_size for p in shards)
+    assert "weights), published with quantkit." in text
     assert f"`{shards[0].name}` and {len(shards) - 1} more | {len(shards)} | {total:,} bytes" in text
     assert f"quantkit verify {shards[0].name} --manifest sha.json" in text
     assert "| routed expert | " in text
@@ -78,6 +79,8 @@ def test_the_recipe_of_an_attestation_with_its_reasons(
     assert [f["name"] for f in said["files"]] == ["README.md", "a.gguf", "a.json"]
     assert (said["repo"], said["public"], said["dry_run"]) == ("me/T", False, True)
     assert "The recipe `UD-IQ1_S`" in said["card"]
+    assert "weights), made with quantkit." in said["card"]
+    assert gather([out]).titles == ["a", "a", "UD-IQ1_S"]
     assert "why: embeddings are looked up, not multiplied" in said["card"]
     found = front(said["card"])
     assert (found["license"], found["base_model"], found["tags"]) == ("mit", "a/B", ["gguf", "quantkit"])

@@ -6,24 +6,28 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import factory
 import pytest
 from conftest import Run
 from hub_server import TOKEN, Fault, Hub
 from hub_uploads import Uploads
 
 from quantkit.base.errors import OutputError
+from quantkit.gguf.header import STRING, U32, kv
 from quantkit.hub import patience
 from quantkit.hub.address import Address
 from quantkit.hub.repo import open_repo
 from quantkit.hub.sending import Item, Sent, Wish, send
 
 ME = Address("me/Tiny", None, "")
+KVS = [kv("general.architecture", STRING, "deepseek2"), kv("deepseek2.block_count", U32, 1)]
 BIG = [bytes(range(256)) * 3000, bytes(reversed(range(256))) * 9000, b"q" * 1000]
 
 
@@ -105,7 +109,7 @@ def test_published_and_read_back(site: Scene, tmp_path: Path) -> None:
     assert len(site.uploads.put) > len(BIG)  # one in parts
     assert_published(site, site.items, tmp_path / "back")
     again = site.send()
-    assert again == Sent(done.commit, done.url, (), tuple(i.name for i in site.items[1:]), ("README.md",))
+    assert again == Sent(done.commit, done.url, (), tuple(i.name for i in site.items), ())
     assert sum(n for _, n in site.uploads.put) == sum(map(len, BIG))
 
 
@@ -234,6 +238,29 @@ def test_nobody_is_there(site: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     assert site.refusal().startswith("hf://me/Tiny: cannot be sent: ")
 
 
+def test_the_command_interrupted(site: Scene, tmp_path: Path) -> None:
+    args = ["publish", "m-00002-of-00003.gguf", "me/Tiny", "--license", "mit", "--base-model", "a/B"]
+    factory.gguf_file(tmp_path / "m.gguf", {f"t{i}.weight": ((256, 64), "F32", bytes(65536)) for i in range(3)}, KVS)
+    split = [sys.executable, "-m", "quantkit", "split", "m.gguf", "m", "--max-tensors", "1", "-q"]
+    assert subprocess.run(split, cwd=tmp_path, check=False).returncode == 0
+    env = os.environ | site.hub.environment(tmp_path / "home")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "quantkit", *args], cwd=tmp_path, env=env, stderr=subprocess.PIPE, text=True
+    )
+
+    def interrupt() -> None:
+        process.send_signal(signal.SIGINT)
+        process.wait(60)
+
+    site.hub.fail(Fault("/lfs/*", method="PUT", do=interrupt))
+    said = process.communicate(timeout=120)[1]
+    assert process.returncode == 130
+    assert said.splitlines()[-1] == (
+        "interrupted; what has arrived stays in the Hub's storage; the same command goes on"
+    )
+    assert set(open_repo(ME).files) == {".gitattributes"}
+
+
 def test_the_command_killed_and_given_again(site: Scene, quantkit: Run, sound_set: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(sound_set, tmp_path / "set"))
     shards = sorted(folder.glob("*.gguf"))
@@ -262,7 +289,7 @@ def test_the_command_killed_and_given_again(site: Scene, quantkit: Run, sound_se
 
     again = quantkit(*args, "--json", env=env)
     said = json.loads(again.stdout)
-    assert (said["sent"], said["kept"], said["commit"]) == ([], ["README.md"], repo.commit)
+    assert (said["sent"], said["kept"], said["commit"]) == ([], [], repo.commit)
     shards[0].write_bytes(shards[0].read_bytes()[:-1] + b"!")
     wrong = quantkit(*args[:2], "me/Other", env=env)
     assert wrong.returncode == 7

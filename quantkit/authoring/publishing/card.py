@@ -17,11 +17,10 @@ from ...planning.file_layout import POLICY_KEY, ROUNDING_PREFIX
 from .evaluation import Measured
 from .front_matter import Front, metadata
 from .markdown import code, fenced, plain, table
-from .parcel import Model, Parcel, attestation
+from .parcel import Model, Parcel, attestation, recipe_of
 
 #: characters of a recipe that are shown
 _LONGEST_RECIPE = 1 << 16
-PROJECT = "quantkit"
 
 
 def card_text(parcel: Parcel, front: Front, measured: Measured | None, to: Address) -> str:
@@ -29,10 +28,10 @@ def card_text(parcel: Parcel, front: Front, measured: Measured | None, to: Addre
     models = sorted(parcel.models, key=lambda m: m.nbytes)
     about = models[0].catalogue
     elements = sum(t.n_elements for t in about.tensors)
+    made = "made with quantkit" if all(attestation(m) for m in models) else "published with quantkit"
     parts = [
         f"# {plain(to.repo.split('/')[1])}",
-        f"GGUFs of {plain(about.model)} ({code(about.arch)}, {about.n_layers} layers, {elements:,} weights), made "
-        f"with {PROJECT}.",
+        f"GGUFs of {plain(about.model)} ({code(about.arch)}, {about.n_layers} layers, {elements:,} weights), {made}.",
         "## Files",
         _ladder(models),
     ]
@@ -40,7 +39,7 @@ def card_text(parcel: Parcel, front: Front, measured: Measured | None, to: Addre
         listed = ", ".join(f"{code(p.name)} ({short_size(p.stat().st_size)})" for p in parcel.imatrices)
         parts.append(f"Importance matrix: {listed}.")
     if measured is not None:
-        parts += ["## Quality", *_quality(measured, models)]
+        parts += ["## Quality", *_quality(measured, parcel.titles)]
     for model in models:
         parts += [f"## {plain(model.title)}", *_details(model)]
     parts += ["## Check and run", *_checks(models, to)]
@@ -115,12 +114,8 @@ def _rounding(kvs: Mapping[str, Any]) -> str:
 
 
 def _recipe(model: Model) -> list[str]:
-    predicate = attestation(model)
-    if predicate is None:
-        return []
-    outside = predicate["buildDefinition"].get("externalParameters")
-    recipe = outside.get("recipe") if isinstance(outside, dict) else None
-    if not isinstance(recipe, dict) or not isinstance(recipe.get("text"), str):
+    predicate, recipe = attestation(model), recipe_of(model)
+    if predicate is None or recipe is None:
         return []
     parts = [f"The recipe {code(str(recipe.get('name')))}, which says why each tensor has its type:"]
     text = recipe["text"]
@@ -137,13 +132,13 @@ def _recipe(model: Model) -> list[str]:
     builder = versions.get("builder", {})
     found = builder.get("version") if isinstance(builder, dict) else None
     if isinstance(found, dict):
+        engine = predicate["buildDefinition"]["externalParameters"].get("engine")
         listed = ", ".join(f"{plain(str(k))} {plain(str(v))}" for k, v in found.items())
-        parts.append(f"Built with {listed}, engine {plain(str(outside.get('engine')))}.")
+        parts.append(f"Built with {listed}, engine {plain(str(engine))}.")
     return parts
 
 
-def _quality(measured: Measured, models: Sequence[Model]) -> list[str]:
-    here = {name for m in models for name in (m.title, m.files[0].stem)}
+def _quality(measured: Measured, here: Sequence[str]) -> list[str]:
     rows = []
     for c in measured.candidates:
         rows.append(

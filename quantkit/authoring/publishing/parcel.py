@@ -62,7 +62,8 @@ class Parcel:
     @property
     def titles(self) -> list[str]:
         """The names that an evaluation may have for them."""
-        return [name for m in self.models for name in (m.title, m.files[0].stem)]
+        found = [name for m in self.models for name in (m.title, m.files[0].stem)]
+        return found + [str(recipe.get("name")) for m in self.models if (recipe := recipe_of(m))]
 
     @property
     def digests(self) -> dict[str, list[tuple[Path, str]]]:
@@ -195,3 +196,11 @@ def attestation(model: Model) -> Mapping[str, Any] | None:
             if isinstance(predicate, dict) and isinstance(predicate.get("buildDefinition"), dict):
                 return predicate
     return None
+
+
+def recipe_of(model: Model) -> Mapping[str, Any] | None:
+    """What the attestation says of the recipe: its name, text, base and changes."""
+    predicate = attestation(model) or {"buildDefinition": {}}
+    outside = predicate["buildDefinition"].get("externalParameters")
+    recipe = outside.get("recipe") if isinstance(outside, dict) else None
+    return recipe if isinstance(recipe, dict) and isinstance(recipe.get("text"), str) else None
