@@ -77,14 +77,15 @@ def publish(
             click.echo(_plan_text(to, public, items) + "\n\n" + card, nl=False)
         return
     show = not quiet and sys.stderr.isatty()
-    with open_bar(sum(item.nbytes for item in items), "B", quiet, "hashing") as bar:
-        told = _Told(bar, quiet or as_json)
-        try:
-            sent = send(items, Wish(to, public, force, show, parcel.digests), told)
-        except BaseException as e:
-            if told.has_begun:
-                e.kept = "what has arrived stays in the Hub's storage; the same command goes on"  # type: ignore[attr-defined]
-            raise
+    told = _Told(sum(item.nbytes for item in items), quiet, as_json)
+    try:
+        sent = send(items, Wish(to, public, force, show, parcel.digests), told)
+    except BaseException as e:
+        if told.has_begun:
+            e.kept = "what has arrived stays in the Hub's storage; the same command goes on"  # type: ignore[attr-defined]
+        raise
+    finally:
+        told.close()
     if as_json:
         _print_json(to, public, items, card, sent)
     elif not quiet:
@@ -94,20 +95,27 @@ def publish(
 class _Told:
     """Progress: a bar while hashing, then a line for each file, under which huggingface_hub's own bar is."""
 
-    def __init__(self, bar: Any, quiet: bool) -> None:
-        self._bar, self._quiet = bar, quiet
+    def __init__(self, nbytes: int, quiet: bool, as_json: bool) -> None:
+        self._nbytes, self._quiet, self._as_json = nbytes, quiet, as_json
+        self._bar: Any = None
         self.has_begun = False
 
     def hashed(self, item: Item, n: int) -> None:
+        if self._bar is None:
+            self._bar = open_bar(self._nbytes, "B", self._quiet, "hashing")
         self._bar.update(n)
 
     def sending(self, item: Item) -> None:
         from quantkit.base.text import short_size
 
-        self._bar.close()
+        self.close()
         self.has_begun = True
-        if not self._quiet:
+        if not self._quiet and not self._as_json:
             click.echo(f"sending {item.name} ({short_size(item.nbytes)})", err=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
 
     def note(self, sentence: str) -> None:
         click.echo(f"note: {sentence}", err=True)
@@ -117,6 +125,8 @@ def _address(repo: str, revision: str | None) -> Address:
     """The repository, and the branch unless it is main."""
     from quantkit.hub.address import is_hub, parse
 
+    if "/" not in repo:
+        raise click.UsageError(f"{repo!r} is no name of a repository; give ORG/NAME")
     to = parse(repo if is_hub(repo) or "://" in repo else f"hf://{repo}")
     if to.path:
         raise click.UsageError(f"{repo}: files go to the top of a repository; give ORG/NAME")

@@ -158,7 +158,9 @@ def broken() -> None:
 
 
 @pytest.mark.parametrize("method", ["POST", "PUT", "GET"])
-def test_what_passes(site: Scene, tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_passes(
+    site: Scene, tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     """503 and connections that break, at each kind of request; in huggingface_hub's own waits no second is lost."""
     monkeypatch.setattr("time.sleep", lambda _seconds: None)
     asked = {
@@ -176,6 +178,7 @@ def test_what_passes(site: Scene, tmp_path: Path, method: str, monkeypatch: pyte
     assert len(site.hub.repos["me/Tiny"].commits) == 2
     missed = [fault.path for fault in faults if not fault.hits]
     assert missed == [], missed
+    assert capfd.readouterr() == ("", "")  # no signed address, no token
 
 
 def test_the_answer_to_the_commit_is_lost(site: Scene, tmp_path: Path) -> None:
@@ -227,6 +230,7 @@ def test_refusals(site: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
         "HF_TOKEN"
     )
     monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", "/nonexistent/token")
     says = "hf://me/Tiny: sending needs a token; log in with `hf auth login`, or set HF_TOKEN"
     assert site.refusal() == says
 
