@@ -94,7 +94,7 @@ class Repo:
     def small(self, paths: Sequence[str]) -> Path:
         """Get small files into Hugging Face's cache, those that are not there yet; returns the folder they are in, the
         snapshot of this commit. Raises SourceError."""
-        with _quiet():
+        with quiet():
             places = list(each(self._small, paths))
         folder = places[0]
         for _ in range(paths[0].count("/") + 1):
@@ -144,7 +144,7 @@ class Repo:
         return False
 
     def _small(self, path: str) -> Path:
-        api, where = _api(), self.where(path)
+        api, where = client(), self.where(path)
         for again in (False, True):
             found = persist(
                 where,
@@ -170,12 +170,12 @@ class Repo:
 def open_repo(address: Address) -> Repo:
     """The repository of an address, its revision resolved to a commit. One request. Raises SourceError."""
     where = str(address._replace(path=""))
-    api = _api()
+    api = client()
 
     def asked() -> Any:
         from huggingface_hub import constants
 
-        with _quiet():
+        with quiet():
             return api.model_info(
                 address.repo,
                 revision=address.revision,
@@ -206,26 +206,28 @@ def _file(said: Any) -> RemoteFile:
     return RemoteFile(size, sha256, said.blob_id)
 
 
-def _api() -> Any:
+def client() -> Any:
+    """huggingface_hub's, of the endpoint as it is set now."""
     from huggingface_hub import HfApi, constants
 
     return HfApi(endpoint=constants.ENDPOINT, library_name="quantkit", library_version=__version__)
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Without huggingface_hub's own bars and warnings, which show signed addresses."""
+def quiet(group: str | None = "huggingface_hub.http_get", bars: bool = False) -> Iterator[None]:
+    """Without huggingface_hub's own warnings, which show signed addresses, and unless `bars` without its bars: those of
+    a group, or None for all."""
     from huggingface_hub import utils
 
     hub: Any = utils
-    group, was = "huggingface_hub.http_get", hub.logging.get_verbosity()
-    bars = not hub.are_progress_bars_disabled(group)
-    if bars:
+    was = hub.logging.get_verbosity()
+    hidden = not bars and not hub.are_progress_bars_disabled(group)
+    if hidden:
         hub.disable_progress_bars(group)
     hub.logging.set_verbosity_error()
     try:
         yield
     finally:
         hub.logging.set_verbosity(was)
-        if bars:
+        if hidden:
             hub.enable_progress_bars(group)

@@ -57,6 +57,7 @@ PRINTS = {
     "which": "which deepseek-r1 --vram 24",
     "download": "download --help",
     "ollama": "ollama chat.gguf m",
+    "publish": "publish q.gguf me/q --dry-run",
     "run-card": "run-card q.gguf --vram 24",
     "tokenize": "tokenize v3 --pre deepseek-v3 --text words.txt --ctx 16",
     "tokenizer check": "tokenizer check v3",
@@ -301,7 +302,7 @@ OTHERS = {
     "out": "m.gguf", "folder": "c", "max_size": "1G", "file": "rules.txt", "form": "tensor-types", "path": "n.yaml",
     "study_file": "study.yaml", "texts": "rules.txt", "results_file": "rules.txt", "files": "m.gguf",
     "known": "rules.txt", "sources": "m.gguf", "reference": "m.gguf", "models": "m.gguf", "recipes": "r.yaml",
-    "covariance": "c", "repo": "org/repo",
+    "covariance": "c", "repo": "me/q",
 }  # fmt: skip
 SPECIAL = [
     (name, command, param)

@@ -206,6 +206,6 @@ def test_where_a_checkpoint_on_the_hub_is_not_what_is_wanted(hub: Hub, tiny_v3: 
         done = quantkit(*words)
         assert (done.returncode, done.stderr) == (
             4,
-            "error: hf://me/Tiny-V3: this is read from a file or folder here; download it first (`quantkit "
+            "error: hf://me/Tiny-V3: this is read from a file or folder here; download it first (`quantkit download "
             "me/Tiny-V3`), and give its path\n",
         )
