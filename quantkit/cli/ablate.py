@@ -24,6 +24,7 @@ from .options import (
     rounding_options,
     threads_option,
     together,
+    tokenizer_options,
 )
 from .text_options import check_countable, chunk_options, optional_text_options, print_notes, read_chunks
 
@@ -85,7 +86,7 @@ _made_options = together(
 @dtype_option
 @click.option("--memory", type=Size(), metavar="SIZE", help="Memory for the hidden states of a pass.  [default: 2 GiB]")
 @layout_option
-@click.option("--pre", metavar="NAME", help="tokenizer.ggml.pre, for a tokenizer that is not recognized.")
+@tokenizer_options
 @threads_option
 @estimate_options
 @click.option(
@@ -113,7 +114,7 @@ def run(**given: Any) -> None:
     from quantkit.model.open import open_model
 
     study = load_study(given["study_file"])
-    catalogue = open_model(given["source"], conversion(given["layout"], given["pre"], None))
+    catalogue = open_model(given["source"], conversion(given["layout"], given["pre"], given["pad_token"]))
     estimate, method, rounding_policy = given["estimate"], given["rounding"], given["rounding_policy"]
     every = list(
         variants(

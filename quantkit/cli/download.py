@@ -23,7 +23,11 @@ if TYPE_CHECKING:
 @click.command(cls=Command)
 @click.argument("repo")
 @click.option(
-    "-r", "--recipe", metavar="NAME", help="Fetch the GGUF of this name, such as UD-IQ1_S, whatever its folder."
+    "-r",
+    "--recipe",
+    "quant",
+    metavar="NAME",
+    help="Fetch the GGUF of this name, such as UD-IQ1_S, whatever its folder.",
 )
 @click.option(
     "--include", multiple=True, metavar="GLOB", help='Fetch files whose paths match: "*UD-IQ1_S*". Repeatable.'
@@ -39,7 +43,7 @@ if TYPE_CHECKING:
 @json_option
 def download(
     repo: str,
-    recipe: str | None,
+    quant: str | None,
     include: tuple[str, ...],
     exclude: tuple[str, ...],
     revision: str | None,
@@ -61,7 +65,7 @@ def download(
     from quantkit.hub.repo import open_repo
     from quantkit.model import download as lab
 
-    if recipe is not None and include:
+    if quant is not None and include:
         raise click.UsageError("--recipe and --include both choose files; give one")
     address = parse(repo if is_hub(repo) else f"hf://{repo}")
     if revision is not None:
@@ -73,7 +77,7 @@ def download(
         will_write(Output(place, "--to", is_folder=True, replace=True))
     found_repo = open_repo(address)
     try:
-        paths = lab.chosen(found_repo, address.path, recipe, include, exclude)
+        paths = lab.chosen(found_repo, address.path, quant, include, exclude)
     except lab.ChoiceError as e:
         raise click.UsageError(str(e)) from None
     found = lab.look(found_repo, paths, place, how["force"])

@@ -17,6 +17,7 @@ from .options import (
     json_option,
     layout_option,
     threads_option,
+    tokenizer_options,
 )
 from .sensitivity import stages
 from .text_options import choosing_options, read_chunks
@@ -100,7 +101,7 @@ def _pairs(_ctx: click.Context, param: click.Parameter, values: tuple[str, ...])
 )
 @device_option
 @layout_option
-@click.option("--pre", metavar="NAME", help="tokenizer.ggml.pre, for a tokenizer that is not recognized.")
+@tokenizer_options
 @threads_option
 @click.option("--report", type=REPORT, metavar="FILE", help="Also write what is printed to FILE, as Markdown.")
 @click.option("--force", is_flag=True, help="Replace files that exist.")
@@ -140,7 +141,7 @@ def optimize(**given: Any) -> None:
     opts = lab.OptimizeOptions(
         constraints, given["refine"], given["exponent"], given["name"] or "", given["compare"], forward=forward
     )
-    catalogue = open_model(given["source"], conversion(given["layout"], given["pre"], None))
+    catalogue = open_model(given["source"], conversion(given["layout"], given["pre"], given["pad_token"]))
     known = read_sensitivity(given["known"])
     texts = _texts(catalogue, given)
     if texts is None and given["refine"]:

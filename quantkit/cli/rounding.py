@@ -9,7 +9,17 @@ import click
 
 from .bars import open_bar
 from .files import COVARIANCE_IN, IMATRIX, MODEL, POLICY_OUT, RECIPE, Command, Group
-from .options import Size, conversion, device_option, imatrix_of, json_option, layout_option, recipe_of, threads_option
+from .options import (
+    Size,
+    conversion,
+    device_option,
+    imatrix_of,
+    json_option,
+    layout_option,
+    recipe_of,
+    threads_option,
+    tokenizer_options,
+)
 from .sensitivity import stages
 from .text_options import choosing_options, read_chunks
 
@@ -59,7 +69,7 @@ def rounding() -> None:
 )
 @device_option
 @layout_option
-@click.option("--pre", metavar="NAME", help="tokenizer.ggml.pre, for a tokenizer that is not recognized.")
+@tokenizer_options
 @threads_option
 @click.option("--force", is_flag=True, help="Replace FILE.")
 @json_option
@@ -90,7 +100,7 @@ def tune(**given: Any) -> None:
     from quantkit.planning.plan import make_plan, with_values
     from quantkit.rounding.covariance import Covariances
 
-    catalogue = open_model(given["source"], conversion(given["layout"], given["pre"], None))
+    catalogue = open_model(given["source"], conversion(given["layout"], given["pre"], given["pad_token"]))
     weights = imatrix_of(given["imatrix"])
     plans = [with_values(make_plan(catalogue, recipe_of(r, ()), weights), weights) for r in given["recipes"]]
     covariance = Covariances(given["covariance"])

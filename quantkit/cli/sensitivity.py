@@ -18,6 +18,7 @@ from .options import (
     json_option,
     layout_option,
     threads_option,
+    tokenizer_options,
 )
 from .text_options import read_chunks, text_options
 
@@ -84,7 +85,7 @@ def _names(_ctx: click.Context, _param: click.Parameter, value: str | None) -> t
 )
 @device_option
 @layout_option
-@click.option("--pre", metavar="NAME", help="tokenizer.ggml.pre, for a tokenizer that is not recognized.")
+@tokenizer_options
 @threads_option
 @click.option("--force", is_flag=True, help="Start again, or replace FILE even if it is no sensitivity.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress.")
@@ -108,7 +109,7 @@ def measure(**given: Any) -> None:
 
     number, of = parse_part(given["part"])
     noise = _errors(given["noise"])
-    catalogue = open_model(given["source"], conversion(given["layout"], given["pre"], None))
+    catalogue = open_model(given["source"], conversion(given["layout"], given["pre"], given["pad_token"]))
     chunks = read_chunks(catalogue, given["texts"], given["n_ctx"], None, given["chat"], given["parse_special"])
     opts = lab.ProbeOptions(
         given["by"], given["bands"], _types(given["probes"]) or lab.PROBES, noise,
