@@ -8,6 +8,7 @@ import click
 
 from .changes import change_options, changes, say_partial, say_warnings
 from .files import MODEL, RECIPE, Command
+from .memory_options import memory_options
 from .options import Size, layout_option, mixture_version_option, only_types, recipe_of, set_option, tokenizer_options
 
 if TYPE_CHECKING:
@@ -45,24 +46,7 @@ class GpuList(_GpusParam):
     help="GiB of each GPU, or its name, such as 24,80,2x80,4x3090; an answer for each. 24+80 are two together.",
 )
 @click.option("--ram", type=Size(bare=2**30, least=0), metavar="GIB", help="RAM for the rest: 256, 256GB or 256GiB.")
-@click.option(
-    "--ctx", "context", type=click.IntRange(1, 1 << 24), default=8192, show_default=True, help="Context, in tokens."
-)
-@click.option(
-    "--cache-type",
-    type=click.Choice(["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl"]),
-    default="f16",
-    show_default=True,
-    help="Type of the KV cache.",
-)
-@click.option(
-    "--reserve",
-    type=Size(bare=2**30, least=0),
-    default="1",
-    show_default=True,
-    metavar="GIB",
-    help="Kept free on each GPU, for compute buffers.",
-)
+@memory_options
 @set_option
 @change_options
 @mixture_version_option

@@ -13,13 +13,12 @@ import click
 from .files import MODEL, Command
 from .fit import GpuList
 from .ggufs import as_built
+from .memory_options import CACHE_TYPES, context_option, reserve_option
 from .options import Size, json_option
 
 if TYPE_CHECKING:
     from quantkit.planning.gpus import Gpus
     from quantkit.running.card import Card
-
-CACHE_TYPES = click.Choice(["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl"])
 
 
 @click.command("run-card", cls=Command)
@@ -37,9 +36,7 @@ CACHE_TYPES = click.Choice(["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1"
     help="Memory that processor and GPU share, as of Apple's: 128, 128GB or 128GiB; in place of --vram.",
 )
 @click.option("--ram", type=Size(bare=2**30, least=0), metavar="GIB", help="RAM for the rest: 64, 64GB or 64GiB.")
-@click.option(
-    "--ctx", "context", type=click.IntRange(1, 1 << 24), default=8192, show_default=True, help="Context, in tokens."
-)
+@context_option
 @click.option(
     "--cache-type", type=CACHE_TYPES, help="Type of the K cache, and of V under MLA.  [default: q4_0 for R1, else f16]"
 )
@@ -48,14 +45,7 @@ CACHE_TYPES = click.Choice(["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1"
 @click.option(
     "--seed", type=click.IntRange(0, 2**32 - 2), default=3407, show_default=True, help="Seed, as published for R1."
 )
-@click.option(
-    "--reserve",
-    type=Size(bare=2**30, least=0),
-    default="1",
-    show_default=True,
-    metavar="GIB",
-    help="Kept free on each GPU, for compute buffers.",
-)
+@reserve_option
 @click.option("--exec", "execute", is_flag=True, help="Start the first of the programs that is on PATH.")
 @json_option
 def run_card(

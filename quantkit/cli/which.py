@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .files import MODEL, PATH, RECIPES, Command
+from .memory_options import memory_options
 from .options import Size, json_option, layout_option, mixture_version_option, only_types
 
 if TYPE_CHECKING:
@@ -59,20 +60,7 @@ class GpusOfOneMachine(_GpusParam):
 @click.option(
     "--eval", "results", type=PATH, metavar="FILE", help="What `quantkit eval --json` measured, to be shown and used."
 )
-@click.option(
-    "--ctx", "context", type=click.IntRange(1, 1 << 24), default=8192, show_default=True, help="Context, in tokens."
-)
-@click.option(
-    "--cache-type",
-    type=click.Choice(["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl"]),
-    default="f16",
-    show_default=True,
-    help="Type of the KV cache.",
-)
-@click.option(
-    "--reserve", type=Size(bare=2**30, least=0), default="1", show_default=True, metavar="GIB",
-    help="Kept free on each GPU, or of --unified.",
-)  # fmt: skip
+@memory_options
 @mixture_version_option
 @layout_option
 @json_option
