@@ -50,7 +50,7 @@ from quantkit.text.chunking import Chunks
 
 CTX = 256
 FORWARD = Options(n_threads=1)
-CONFIRMED = ("optimized", "it", "stock")
+CONFIRMED, TRIES = ("optimized", "it", "stock"), 5
 
 
 @dataclass
@@ -201,7 +201,7 @@ def table(model: Model, rows: list[Row], n_report: int) -> None:
 # ---------------------------------------------------------------- confirmed by llama-perplexity
 
 
-def confirm(model: Model, plans: list[tuple[str, Plan]], n_chunks: int, folder: Path) -> None:
+def confirm(model: Model, plans: list[tuple[str, str, Plan]], n_chunks: int, folder: Path) -> None:
     """KLD of built files by llama-perplexity, on the last third of the text by its bytes."""
     tool = toolchain.find("llama-perplexity")
     raw = model.text.read_bytes()
@@ -214,14 +214,18 @@ def confirm(model: Model, plans: list[tuple[str, Plan]], n_chunks: int, folder: 
     logits = folder / "logits"
     subprocess.run([tool, "-m", base, *common, "--kl-divergence-base", logits], check=True, capture_output=True)
     print(f"\nbuilt files by llama-perplexity, {n_chunks} chunks of the last third\n")
-    print("| file | bytes | mean KLD |\n|---|---|---|")
-    for name, plan in plans:
+    print("| at the bytes of | file | bytes | mean KLD |\n|---|---|---|---|")
+    for target, name, plan in plans:
         out = folder / "out.gguf"
         made = qk.build(plan, out, threads=1, force=True)
         command: list[str | Path] = [tool, "-m", out, *common, "--kl-divergence-base", logits, "--kl-divergence"]
-        done = subprocess.run(command, check=True, capture_output=True, text=True, errors="replace")
-        found = re.search(r"Mean +KLD: +(\S+ ± +\S+)", done.stdout)
-        print(f"| {name} | {made.nbytes:,} | {found[1] if found else 'not printed'} |", flush=True)
+        found = None
+        for _ in range(TRIES):  # it can end with code 0 and its summary cut off
+            done = subprocess.run(command, check=True, capture_output=True, text=True, errors="replace")
+            found = found or re.search(r"Mean +KLD: +(\S+ ± +\S+)", done.stdout)
+            if found:
+                break
+        print(f"| {target} | {name} | {made.nbytes:,} | {found[1] if found else 'not printed'} |", flush=True)
 
 
 # ---------------------------------------------------------------- how long R1 takes
@@ -308,7 +312,7 @@ def main() -> None:
                         (folder / f"{r.plan.recipe.name}.yaml").write_text(r.plan.recipe.text)
                 table(model, rows, args.chunks)
                 if args.confirm:
-                    some = [(r.what, r.plan) for r in rows if r.target == next(iter(at)) and r.what in CONFIRMED]
+                    some = [(r.target, r.what, r.plan) for r in rows if r.what in CONFIRMED]
                     confirm(model, some, args.chunks, Path(temporary))
             except QuantkitError as e:
                 print(f"{given[0]}: {e}")
