@@ -80,11 +80,14 @@ def download(
         paths = lab.chosen(found_repo, address.path, quant, include, exclude)
     except lab.ChoiceError as e:
         raise click.UsageError(str(e)) from None
-    found = lab.look(found_repo, paths, place, how["force"])
+    silent = how["quiet"] or how["as_json"]
+    there = sum(found_repo.files[p].size for p in paths if (place / p).is_file())
+    with open_bar(there, "B", silent or not there, "checking what is there") as bar:
+        found = lab.look(found_repo, paths, place, how["force"], by_name(bar))
     if not how["quiet"] and not how["as_json"]:
         _show(found_repo, found, place)
     if not how["dry_run"]:
-        _fetch(found_repo, found, place, how["quiet"] or how["as_json"])
+        _fetch(found_repo, found, place, silent)
     if how["as_json"]:
         click.echo(json.dumps(_json(found_repo, found, place, how["dry_run"]), indent=1, ensure_ascii=False))
     elif not how["quiet"] and not how["dry_run"]:
@@ -114,12 +117,16 @@ def _fetch(repo: Repo, found: Sequence[Found], place: Path, quiet: bool) -> None
 
 
 def _show_next(found: Sequence[Found], place: Path) -> None:
-    ggufs = [f.path for f in found if f.path.lower().endswith(".gguf")]
-    if ggufs:
-        name = shlex.quote(str(place / ggufs[0]))
-        click.echo(f"{name}: whole, with the repository's hash; look at it, and run it:")
-        click.echo(f"  quantkit verify {name}\n  quantkit run-card {name}")
-    elif any(f.path.endswith(".safetensors") for f in found):
+    from quantkit.model.download import models_of
+
+    models = models_of(found)
+    whole = [model for model in models if not model.missing]
+    if whole:
+        click.echo("whole, with the repository's hashes; to check and to run:")
+        for model in whole:
+            name = shlex.quote(str(place / model.files[0]))
+            click.echo(f"  quantkit verify {name}\n  quantkit run-card {name}")
+    elif not models and any(f.path.endswith(".safetensors") for f in found):
         click.echo(f"{place}: whole, with the repository's hashes; plan a file of it:")
         click.echo(f"  quantkit plan {shlex.quote(str(place))} --recipe UD-IQ1_S")
     else:

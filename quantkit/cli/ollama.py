@@ -65,7 +65,7 @@ def ollama(
 
     modelfile.check_model_name(name)
     if is_remote(model):
-        raise click.UsageError("Ollama needs the file itself; download it first")
+        raise click.UsageError("Ollama needs the file itself; fetch it with `quantkit download` first")
     path = first_shard(model)
     catalogue = open_model(str(path))
     if not all(t.parts and t.parts[0].source == t.name for t in catalogue.tensors):

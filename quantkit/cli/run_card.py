@@ -84,7 +84,7 @@ def run_card(
         raise click.UsageError("--exec starts one program: give one choice of --vram, and no --json")
     remote = is_remote(model)
     if execute and remote:
-        raise click.UsageError("--exec needs a file that is here; download it first")
+        raise click.UsageError("--exec needs a file that is here; fetch it with `quantkit download` first")
     path = model if remote else str(first_shard(model))
     catalogue = open_model(path)
     if not all(t.parts and t.parts[0].source == t.name for t in catalogue.tensors):

@@ -63,24 +63,29 @@ def chosen(
 def _of_recipe(repo: Repo, models: Sequence[Published], recipe: str) -> list[str]:
     for model in models:
         if model.name.lower() == recipe.lower():
-            if model.missing:
-                raise SourceError(
-                    f"{repo.where()}: {model.name} lacks {model.missing:,} of its {model.missing + len(model.files):,} "
-                    "shards; choose another, or try again later"
-                )
-            return list(model.files)
+            return _whole(repo, model)
     hint = did_you_mean(recipe, [m.name for m in models])
     raise SourceError(f"{repo.where()}: has no GGUF called {recipe!r:.80}{hint}{_there(models)}")
 
 
+def _whole(repo: Repo, model: Published) -> list[str]:
+    if model.missing:
+        raise SourceError(
+            f"{repo.where()}: {model.name} lacks {model.missing:,} of its {model.missing + len(model.files):,} shards; "
+            "choose another, or try again later"
+        )
+    return list(model.files)
+
+
 def _unasked(repo: Repo, folder: str, here: Sequence[str], models: Sequence[Published]) -> list[str]:
-    top = {p.removeprefix(f"{folder}/") if folder else p for p in here}
+    start = len(folder) + 1 if folder else 0
+    top = [p for p in here if "/" not in p[start:]]
     if folder in repo.files or (folder and not models):
         return list(here)
-    if any(p.endswith(".safetensors") for p in top if "/" not in p):
-        return [p for p in here if "/" not in p and p.lower().endswith(_CHECKPOINT)]
+    if any(p.endswith(".safetensors") for p in top):
+        return [p for p in top if p.lower().endswith(_CHECKPOINT)]
     if len(models) == 1:
-        return list(models[0].files)
+        return _whole(repo, models[0])
     if not models:
         raise SourceError(f"{repo.where()}: holds neither a checkpoint nor a GGUF; choose files with --include")
     lines = [
@@ -94,15 +99,23 @@ def _there(models: Sequence[Published]) -> str:
     return f"; there are {', '.join(m.name for m in models)}" if models else ""
 
 
-def look(repo: Repo, paths: Sequence[str], folder: Path, force: bool) -> list[Found]:
-    """What is there already. Raises OutputError for what is in the way, and where there is too little room."""
+def models_of(found: Sequence[Found]) -> list[Published]:
+    """The GGUFs of models among these files."""
+    return published({f.path: f.nbytes for f in found})
+
+
+def look(
+    repo: Repo, paths: Sequence[str], folder: Path, force: bool, progress: Callable[[str, int], None]
+) -> list[Found]:
+    """What is there already, by its hash; `progress` is told the file, and bytes more. Raises OutputError for what is
+    in the way, and where there is too little room."""
     found = []
     for path in paths:
         _check_links(folder, path)
         to = folder / path
         size, there = repo.files[path].size, False
         if to.exists():
-            there = to.is_file() and to.stat().st_size == size and _has_hash(repo, path, to)
+            there = to.is_file() and to.stat().st_size == size and _has_hash(repo, path, to, progress)
             if not there and (not force or not to.is_file()):
                 raise OutputError(f"{to}: exists and is not the repository's; move it away, or replace it with --force")
         found.append(Found(path, size, there))
@@ -135,7 +148,7 @@ def fetch(repo: Repo, found: Sequence[Found], folder: Path, progress: Callable[[
             repo.fetch(one.path, to, told)
         except OSError as e:
             raise OutputError(
-                f"{to}: cannot be written: {e.strerror or e}; make room, and run the same command again: what came "
+                f"{to}: cannot be written: {e.strerror or e}; mend that, and run the same command again: what came "
                 f"is kept"
             ) from None
         told(one.nbytes)
@@ -158,10 +171,11 @@ def _part_bytes(to: Path, most: int) -> int:
         return 0
 
 
-def _has_hash(repo: Repo, path: str, to: Path) -> bool:
+def _has_hash(repo: Repo, path: str, to: Path, progress: Callable[[str, int], None]) -> bool:
     file = repo.files[path]
     digest = file.digest()
     with open(to, "rb") as f:
         while data := f.read(_CHUNK):
             digest.update(data)
+            progress(path, len(data))
     return file.expected in (None, digest.hexdigest())

@@ -85,6 +85,24 @@ def test_patterns_a_file_and_what_is_left_out(ggufs: Path) -> None:
         assert str(refused.value) == f"hf://org/R1-GGUF: {sentence}"
 
 
+def test_a_set_that_lacks_shards_a_folder_and_files_that_are_no_models(run: Run, hub: Hub, tmp_path: Path) -> None:
+    folder = tmp_path / "served"
+    files = ("m-Q4_K_M-00001-of-00003.gguf", "m-Q4_K_M-00003-of-00003.gguf", "imatrix.gguf", "sub/model.safetensors",
+             "sub/config.json", "sub/x.gguf")  # fmt: skip
+    for path in files:
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_bytes(BYTES["a"])
+    hub.add("org/odd", folder)
+    repo = open_repo(Address("org/odd", None, ""))
+    with pytest.raises(SourceError, match=r"Q4_K_M lacks 1 of its 3 shards; choose another, or try again later"):
+        chosen(repo, recipe="Q4_K_M")
+    assert chosen(repo, "sub") == ["sub/config.json", "sub/model.safetensors"]
+    done = run("org/odd", "--include", "*.gguf", "--exclude", "sub/*", "--to", tmp_path / "x")
+    assert done.returncode == 0, done.stderr
+    assert "run-card" not in done.stdout  # neither of a part of a model nor of what is none
+    assert done.stdout.endswith(f"{tmp_path / 'x'}: 3 files, with the repository's hashes\n")
+
+
 def test_a_choice_is_asked_for_and_nothing_fetched(run: Run, hub: Hub, ggufs: Path, tmp_path: Path) -> None:
     done = run("hf://org/R1-GGUF", "--to", tmp_path / "x")
     assert done.returncode == 2, done.stderr
