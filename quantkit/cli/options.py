@@ -150,6 +150,14 @@ forward_options = together(
     threads_option,
 )
 #: --pre, --pad-token of what opens a source
+#: as `memory`, of probes that advance together
+probe_memory_option = click.option(
+    "--memory",
+    type=Size(),
+    default="8GiB",
+    show_default=True,
+    help="Memory for hidden states, which limits the probes per pass.",
+)
 tokenizer_options = together(
     click.option("--pre", metavar="NAME", help="tokenizer.ggml.pre, for a tokenizer that is not recognized."),
     click.option("--pad-token", metavar="TOKEN", help="Padding token (text or id) in place of the tokenizer's."),

@@ -10,12 +10,12 @@ import click
 from .bars import open_bar
 from .files import COVARIANCE_IN, IMATRIX, MODEL, POLICY_OUT, RECIPE, Command, Group
 from .options import (
-    Size,
     conversion,
     device_option,
     imatrix_of,
     json_option,
     layout_option,
+    probe_memory_option,
     recipe_of,
     threads_option,
     tokenizer_options,
@@ -60,13 +60,7 @@ def rounding() -> None:
     "--damp", type=click.FloatRange(0, 1, min_open=True), default=0.01, show_default=True,
     help="Of the mean diagonal of the second moments, added to it.",
 )  # fmt: skip
-@click.option(
-    "--memory",
-    type=Size(),
-    default="8GiB",
-    show_default=True,
-    help="Memory for hidden states, which limits the probes per pass.",
-)
+@probe_memory_option
 @device_option
 @layout_option
 @tokenizer_options

@@ -11,12 +11,12 @@ import click
 from .bars import open_bar
 from .files import IMATRIX, MODEL, SENSITIVITY, SENSITIVITY_OUT, Command, Group
 from .options import (
-    Size,
     conversion,
     device_option,
     imatrix_of,
     json_option,
     layout_option,
+    probe_memory_option,
     threads_option,
     tokenizer_options,
 )
@@ -76,13 +76,7 @@ def _names(_ctx: click.Context, _param: click.Parameter, value: str | None) -> t
     help="Sample the error of these types.  [default: 14 from IQ1_S to Q8_0]",
 )
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed for sampled rows and noise.")
-@click.option(
-    "--memory",
-    type=Size(),
-    default="8GiB",
-    show_default=True,
-    help="Memory for hidden states, which limits the probes per pass.",
-)
+@probe_memory_option
 @device_option
 @layout_option
 @tokenizer_options

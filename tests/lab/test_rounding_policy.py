@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import making
 import numpy as np
-import numpy.typing as npt
 import pytest
 from conftest import Run
+from random_tokens import Tokens
 from small_builds import OPTIONS
 
 import quantkit as qk
@@ -42,22 +42,6 @@ rules:
   - {match: "blk.*.attn_*.weight", type: Q4_K, optional: true, why: so}
   - {match: "*", type: Q4_K, why: so}
 """
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """Random tokens in chunks."""
-
-    tokens: npt.NDArray[np.int32]
-    names: tuple[str, ...] = ("random",)
-
-    @property
-    def first(self) -> int:
-        return int(self.tokens.shape[1]) // 2
-
-    @property
-    def targets(self) -> npt.NDArray[np.int32]:
-        return self.tokens[:, self.first + 1 :]
 
 
 def tokens(seed: int, n: int = 4) -> Tokens:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 from conftest import Run
+from random_tokens import Tokens
 
 import quantkit as qk
 from quantkit import kernels
@@ -28,22 +28,6 @@ from quantkit.model.families.options import Options
 from quantkit.model.open import open_model
 
 OPTS = ProbeOptions("role", 1, ("IQ2_XXS", "Q4_K"), types=("IQ2_XXS", "Q4_K", "Q8_0"), forward=Forward(n_threads=1))
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """Random tokens in chunks."""
-
-    tokens: npt.NDArray[np.int32]
-    names: tuple[str, ...] = ("random",)
-
-    @property
-    def first(self) -> int:
-        return int(self.tokens.shape[1]) // 2
-
-    @property
-    def targets(self) -> npt.NDArray[np.int32]:
-        return self.tokens[:, self.first + 1 :]
 
 
 def tokens(seed: int, n: int = 3) -> Tokens:
