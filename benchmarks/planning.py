@@ -13,7 +13,8 @@ from quantkit.model.families.known import MODELS
 from quantkit.model.families.options import LAYOUTS, Options
 from quantkit.model.open import open_model
 from quantkit.planning.plan import make_plan
-from quantkit.recipe.load import load, shipped
+from quantkit.recipe.load import load
+from quantkit.recipe.named import shipped
 
 
 def main() -> None:

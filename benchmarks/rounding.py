@@ -41,7 +41,8 @@ from quantkit.lab.evaluation.scores import F64, ratio_interval
 from quantkit.lab.rounding_policy.groups import RoundedGroup, rounded_groups
 from quantkit.model.catalogue import Catalogue, Tensor
 from quantkit.planning.plan import ImatrixStatus, Plan, make_plan, with_values
-from quantkit.recipe.load import SCHEMA_LINE, parse
+from quantkit.recipe.load import parse
+from quantkit.recipe.named import SCHEMA_LINE
 from quantkit.rounding.covariance import Covariances, Moments
 from quantkit.rounding.policy import GGML, Choice, load
 from quantkit.text.chunking import Chunks

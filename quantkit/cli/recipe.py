@@ -60,7 +60,8 @@ def list_(as_json: bool) -> None:
     quantkit recipe list --json | jq -r '.[].name'
     """
     from quantkit.authoring import report
-    from quantkit.recipe.load import load, shipped
+    from quantkit.recipe.load import load
+    from quantkit.recipe.named import shipped
 
     every = [load(name) for name in shipped()]
     if as_json:
@@ -87,7 +88,7 @@ def show(name: str, resolved: bool, sets: tuple[str, ...]) -> None:
     quantkit recipe show UD-IQ1_S --type output.weight=Q8_0 --name mine > mine.yaml
     """
     from quantkit.recipe import docs
-    from quantkit.recipe.load import text_of
+    from quantkit.recipe.named import text_of
 
     made = recipe_of(name, sets)
     click.echo(docs.resolved(made) if resolved or sets or changes() else text_of(name), nl=False)
@@ -131,7 +132,8 @@ def lint(
     from quantkit.authoring.review import LintMessage
     from quantkit.authoring.review import lint as check
     from quantkit.base.errors import RecipeError
-    from quantkit.recipe.load import is_recipe, parse_sets
+    from quantkit.recipe.load import parse_sets
+    from quantkit.recipe.named import is_recipe
 
     if only_recipes:
         given, names = names, tuple(name for name in names if not _is_yaml(name) or is_recipe(Path(name)))

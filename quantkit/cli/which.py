@@ -135,7 +135,8 @@ def _machine(vram: Gpus | None, ram: int | None, unified: int | None, reserve: i
 def _recipes(given: Sequence[str], catalogue: Catalogue) -> list[Any]:
     from quantkit.authoring.sizes.compare import expand_recipes
     from quantkit.authoring.which.candidates import usable
-    from quantkit.recipe.load import load, shipped_files
+    from quantkit.recipe.load import load
+    from quantkit.recipe.named import shipped_files
 
     names = expand_recipes(given, Path()) if given else usable(list(shipped_files()))
     return [load(name) for name in names]

@@ -9,7 +9,8 @@ from typing import Any
 
 from ..base.errors import RecipeError
 from ..base.text import markdown_table
-from .load import SCHEMA_LINE, Recipe, as_base, load, text_of
+from .load import Recipe, load
+from .named import SCHEMA_LINE, as_base, text_of
 from .schema import MARKS, SCHEMA_FILE, RecipeFile, Rule
 from .yaml_lines import scalar
 

@@ -191,7 +191,8 @@ def of_sizes(catalogue: Catalogue) -> Document:
     arch, of all mixtures."""
     from ..authoring.sizes.compare import expand_recipes, size_table
     from ..authoring.sizes.report import size_table as text
-    from ..recipe.load import load, shipped_files
+    from ..recipe.load import load
+    from ..recipe.named import shipped_files
 
     ours = [name for name in shipped_files() if load(name).is_for(catalogue.arch)]
     names = ours or expand_recipes(("all",), Path())

@@ -19,7 +19,8 @@ from quantkit.model.catalogue import Catalogue, ranges
 from quantkit.model.open import open_model
 from quantkit.planning.plan import Plan, make_plan
 from quantkit.recipe import docs
-from quantkit.recipe.load import Recipe, load, parse, shipped, text_of
+from quantkit.recipe.load import Recipe, load, parse
+from quantkit.recipe.named import shipped, text_of
 from quantkit.recipe.schema import looks_like_recipe
 
 BROKEN = Path(__file__).parent.parent / "data" / "broken"

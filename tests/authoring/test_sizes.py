@@ -31,7 +31,7 @@ from quantkit.gguf.types import QTYPES
 from quantkit.model.families.known import MODELS
 from quantkit.model.families.options import Options
 from quantkit.model.open import open_model
-from quantkit.recipe.load import shipped
+from quantkit.recipe.named import shipped
 
 ROOT = Path(__file__).parents[2]
 #: tensor data of the files published in January 2025, in bytes

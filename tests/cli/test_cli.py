@@ -16,7 +16,7 @@ from conftest import Run
 from quantkit import __version__
 from quantkit.base import errors
 from quantkit.cli import cli
-from quantkit.recipe.load import shipped
+from quantkit.recipe.named import shipped
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text("utf-8")

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from quantkit.gguf.quant_names import published, quant_name
 from quantkit.gguf.shards import shard_name
-from quantkit.recipe.load import shipped
+from quantkit.recipe.named import shipped
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,8 @@ from quantkit.lab.rounding_policy.report import tuned_json, tuned_text
 from quantkit.lab.rounding_policy.tuning import Probed, Tuned, TuneOptions, chosen, tune
 from quantkit.model.open import open_model
 from quantkit.planning.plan import Plan, make_plan, with_values
-from quantkit.recipe.load import SCHEMA_LINE, parse
+from quantkit.recipe.load import parse
+from quantkit.recipe.named import SCHEMA_LINE
 from quantkit.rounding.covariance import Covariances
 from quantkit.rounding.policy import Choice
 from quantkit.rounding.policy import parse as parse_policy

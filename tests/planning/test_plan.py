@@ -22,7 +22,8 @@ from quantkit.model.open import open_model
 from quantkit.planning.file_layout import lay_out, output_kvs
 from quantkit.planning.plan import Plan, Planned, check_imatrix, imatrix_status, make_plan
 from quantkit.planning.report import plan_text
-from quantkit.recipe.load import load, shipped
+from quantkit.recipe.load import load
+from quantkit.recipe.named import shipped
 
 PUBLISHED = json.loads((Path(__file__).parent.parent / "data" / "published_quants.json").read_text("utf-8"))["files"]
 RECIPES = [f["recipe"] for f in PUBLISHED]

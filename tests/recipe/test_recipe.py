@@ -16,7 +16,8 @@ from quantkit.model.families.known import MODELS
 from quantkit.model.families.options import LAYOUTS, Options
 from quantkit.model.open import open_model
 from quantkit.planning.plan import make_plan, must_have_weights
-from quantkit.recipe.load import Recipe, load, mixture_recipe, parse, parse_sets, shipped
+from quantkit.recipe.load import Recipe, load, parse, parse_sets
+from quantkit.recipe.named import mixture_recipe, shipped
 from quantkit.recipe.schema import Rule
 from quantkit.recipe.selectors import LAYER_GROUPS, expand_braces, glob_regex, matcher, parse_layers, pick_layers
 

@@ -325,7 +325,7 @@ def serve() -> None:
 
     import quantkit
     from quantkit import kernels
-    from quantkit.recipe.load import shipped
+    from quantkit.recipe.named import shipped
 
     for module in pkgutil.walk_packages(quantkit.__path__, "quantkit."):
         if not module.name.endswith("__main__"):

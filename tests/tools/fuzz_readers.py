@@ -45,7 +45,8 @@ from quantkit.model.open import describe_stored, open_model
 from quantkit.model.sources.safetensors_dir import read_shard
 from quantkit.planning.file_layout import lay_out, output_kvs
 from quantkit.planning.plan import make_plan
-from quantkit.recipe.load import load, mixture_recipe, parse, shipped
+from quantkit.recipe.load import load, parse
+from quantkit.recipe.named import mixture_recipe, shipped
 
 CONFIG: dict[str, Any] = {
     **demo.CONFIG, "first_k_dense_replace": 1, "hidden_size": 256, "intermediate_size": 512, "kv_lora_rank": 256,

@@ -28,7 +28,8 @@ from ...model.families.options import Options
 from ...model.open import open_model
 from ...planning.file_layout import lay_out, output_kvs
 from ...planning.plan import Plan, Planned, make_plan
-from ...recipe.load import Recipe, load, shipped, shipped_name
+from ...recipe.load import Recipe, load
+from ...recipe.named import shipped, shipped_name
 from .lock import DEFAULT_NAMES, Cell, Key, Lock, Matrix, group_name, groups, layer_and_rest, ungroup
 
 # ---------------------------------------------------------------- the matrix

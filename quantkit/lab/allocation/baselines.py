@@ -12,7 +12,8 @@ from ...model.catalogue import Catalogue
 from ...planning.file_layout import lay_out, output_kvs
 from ...planning.mixtures import BASE_TYPES
 from ...planning.plan import Plan, make_plan, with_values
-from ...recipe.load import SCHEMA_LINE, Recipe, load, parse, shipped
+from ...recipe.load import Recipe, load, parse
+from ...recipe.named import SCHEMA_LINE, shipped
 
 #: of bytes: what counts as the same size
 NEAR = 0.005

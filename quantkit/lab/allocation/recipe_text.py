@@ -10,7 +10,7 @@ from ...base.errors import InternalCheckError
 from ...gguf.types import FILE_TYPES, QTYPES
 from ...model.catalogue import Catalogue, Tensor, family_of
 from ...planning.mixtures import BASE_TYPES
-from ...recipe.load import SCHEMA_LINE
+from ...recipe.named import SCHEMA_LINE
 
 
 class Cost(NamedTuple):
