@@ -34,7 +34,8 @@ if TYPE_CHECKING:
     from quantkit.building.shard_order import Limits
     from quantkit.imatrix.policies import Policy
     from quantkit.planning.plan import Plan
-    from quantkit.verifying.attestation import Asked, AskedRounding, Evidence
+    from quantkit.verifying.attestation import Asked, AskedRounding
+    from quantkit.verifying.evidence import Evidence
 
 
 @click.command(cls=Command)
@@ -250,7 +251,7 @@ def _asked_rounding(plan: Plan, method: str | None, policy: str | None) -> Asked
 
 def gather_evidence(ready: Build, quiet: bool) -> Evidence:
     """What the build is made from, as it is now: its small files and headers hashed."""
-    from quantkit.verifying.attestation import gather
+    from quantkit.verifying.evidence import gather
 
     assert ready.plan.catalogue.source is not None
     bars = Bars(quiet)

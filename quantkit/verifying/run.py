@@ -12,7 +12,7 @@ from ..gguf.types import QTYPES
 from ..imatrix.matrix import Imatrix
 from ..planning.gaps import gap_warnings
 from ..planning.plan import Plan
-from . import against_plan, attestation, manifest, rounding, structure
+from . import against_plan, attestation, evidence, manifest, rounding, structure
 from .against_plan import Expected
 from .attestation import Attested
 from .gguf import Info, kind_of
@@ -179,7 +179,7 @@ def _attested(
     source = given.source if given is not None else None
     if source is not None or request.imatrix is not None:
         covariance = None if request.rows is None or request.rows.rounding is None else request.rows.rounding.covariance
-        inputs = attestation.Inputs(source, request.imatrix, covariance)
+        inputs = evidence.Inputs(source, request.imatrix, covariance)
         attestation.compare_sources(attested, inputs, request.hash_source, findings, progress)
         verdict.checked.append("attested sources")
     else:

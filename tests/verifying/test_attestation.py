@@ -25,6 +25,7 @@ from quantkit.imatrix.matrix import open_imatrix
 from quantkit.llama_cpp import toolchain
 from quantkit.planning.plan import Plan
 from quantkit.verifying import attestation, manifest
+from quantkit.verifying.evidence import gather
 
 MINE = """name: mine
 arch: [deepseek2]
@@ -73,7 +74,7 @@ def attest(plan: Plan, imatrix: Path | None, out: Path, whole: bool = False) -> 
     asked = attestation.Asked("dir/r.yaml", text, pre="deepseek-v3")
     versions = {"ggml": toolchain.GGML_VERSION}
     assert plan.catalogue.source is not None
-    evidence = attestation.gather(plan.catalogue.source, weights, Silent())
+    evidence = gather(plan.catalogue.source, weights, Silent())
     return attestation.statement(plan, evidence, asked, [out], versions, Silent(), whole)
 
 
@@ -311,7 +312,7 @@ def test_what_is_written_to_while_it_is_built_from_is_not_attested(
     imatrix = Path(shutil.copy(tiny_imatrix, tmp_path / "imatrix.gguf"))
     plan = plan_of(v3, MIX, imatrix)
     assert plan.catalogue.source is not None
-    evidence = attestation.gather(plan.catalogue.source, open_imatrix(str(imatrix)), Silent())
+    evidence = gather(plan.catalogue.source, open_imatrix(str(imatrix)), Silent())
     path = imatrix if name == "imatrix.gguf" else v3 / name
     path.write_bytes(path.read_bytes().replace(b"0", b"1", 1))
     with pytest.raises(SourceError) as e:
