@@ -11,16 +11,15 @@ from __future__ import annotations
 import errno
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 from click.shell_completion import CompletionItem
 
+from . import behind
 from .completing import Items, models, or_files, recipes
-from .ggufs import as_built
 
 if TYPE_CHECKING:
     from quantkit.base.outputs import Output
@@ -30,8 +29,6 @@ else:
     _Type = click.ParamType  # generic in newer releases only
 
 _KEY = "quantkit.files"
-#: stands for the lock in the current directory
-_DEFAULT = Path()
 T = TypeVar("T")
 
 
@@ -242,217 +239,32 @@ def _refuse_special(paths: Iterable[Path], error: str) -> None:
 # ---------------------------------------------------------------- what is read
 
 
-def _of_gguf(value: str) -> Iterator[Path]:
-    """A GGUF and the other shards of its set."""
-    from quantkit.gguf.shards import split_name
-
-    path = as_built(Path(value))
-    yield path
-    parts = split_name(path.name)
-    if parts is not None:
-        with suppress(OSError):
-            for beside in sorted(path.absolute().parent.iterdir()):
-                other = split_name(beside.name)
-                if other is not None and (other.prefix, other.n_shards) == (parts.prefix, parts.n_shards):
-                    yield beside
-
-
-def _of_model(value: str) -> Iterator[Path]:
-    """Everything behind a SOURCE: the files of a checkpoint's folder, or of a GGUF."""
-    from quantkit.base.outputs import files_of_folder
-
-    path = Path(value)
-    with suppress(RuntimeError):  # ~name of nobody
-        path = path.expanduser()
-    try:
-        is_folder, is_there = path.is_dir(), path.exists()
-    except OSError:
-        return
-    if is_folder:
-        yield from files_of_folder(path)
-    elif is_there:
-        yield from _of_gguf(str(path))
-    elif value.count("/") == 1 and not value.startswith((".", "~", "/")) and "://" not in value:
-        from quantkit.model.hub import downloaded
-
-        found = downloaded(value)
-        if found is not None:
-            yield from files_of_folder(found)
-
-
-def _of_recipe(value: str) -> Iterable[Path]:
-    from quantkit.recipe.load import files_of
-
-    return files_of(value)
-
-
-def _of_recipes(value: str) -> Iterator[Path]:
-    """The files of recipes as `quantkit sizes` names them, by globs too."""
-    import glob
-
-    yield from _of_recipe(value)
-    if any(ch in value for ch in "*?["):
-        for found in glob.glob(value, recursive=True):
-            yield from _of_recipe(found)
-
-
-def _of_lock(value: str) -> Iterator[Path]:
-    """A sizes lock, and the recipes and models that it names."""
-    path = _lock_path(Path(value))
-    yield path
-    yield from _behind_lock(path)
-
-
-def _lock_path(path: Path) -> Path:
-    from quantkit.authoring.sizes.compare import default_lock
-
-    return default_lock() if path == _DEFAULT else path
-
-
-def _behind_lock(given: Path) -> Iterator[Path]:
-    from quantkit.authoring.sizes.compare import is_path
-    from quantkit.authoring.sizes.lock import read_lock
-    from quantkit.base.errors import QuantkitError
-
-    path = _lock_path(given)
-
-    with suppress(QuantkitError):
-        matrix = read_lock(path).matrix
-        for name in matrix.recipes:
-            yield from _of_recipes(str(path.parent / name) if is_path(name) else name)
-        for name in matrix.models:
-            here = path.parent / name
-            yield from _of_model(str(here) if here.exists() else name)
-
-
-def _of_dequant(value: str) -> Iterator[Path]:
-    """The files of a checkpoint, those in folders too: they are carried over."""
-    yield from _of_model(value)
-    for folder, folders, names in os.walk(value):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        yield from (Path(folder, name) for name in names if not name.startswith("."))
-
-
-def _of_text(value: str) -> Iterable[Path]:
-    """The files of a text: itself, or those of a folder."""
-    from quantkit.text.sources import files_of
-
-    return map(Path, files_of(value))
-
-
-def _of_covariance_in(value: str) -> Iterable[Path]:
-    """All files of a covariance's folder; or what is no folder."""
-    from quantkit.base.outputs import files_of_folder
-
-    folder = Path(value)
-    if not os.path.isdir(folder):
-        return [folder]
-    inside = folder / "held-out"
-    return [*files_of_folder(folder), *(files_of_folder(inside) if inside.is_dir() else [])]
-
-
-def _nothing(_: str) -> Iterable[Path]:
-    return ()
-
-
 FILE = Read()
 PATH = Read(as_path=True)
-GGUF = Read(_of_gguf, as_path=True)
-MODEL = Read(_of_model, name="source")
-CHECKPOINT = Read(_of_dequant, as_path=True)
-RECIPE = Read(_of_recipe, error="RecipeError", name="recipe")
-RECIPES = Read(_of_recipes, error="RecipeError", name="recipe")
+GGUF = Read(behind.of_gguf, as_path=True)
+MODEL = Read(behind.of_model, name="source")
+CHECKPOINT = Read(behind.of_dequant, as_path=True)
+RECIPE = Read(behind.of_recipe, error="RecipeError", name="recipe")
+RECIPES = Read(behind.of_recipes, error="RecipeError", name="recipe")
 IMATRIX = Read(error="ImatrixError")
 SENSITIVITY = Read(as_path=True)
 RULES = Read(as_path=True, error="RecipeError")
 TOOL = Read(error="ToolError")
 #: the folder that `imatrix make --covariance` made
-COVARIANCE_IN = Read(_of_covariance_in, as_path=True, name="folder")
+COVARIANCE_IN = Read(behind.of_covariance_in, as_path=True, name="folder")
 #: these may be the names of shipped ones
 ROUNDING_POLICY = Read(error="RecipeError", name="policy")
 RUBRIC = Read(error="RecipeError", name="rubric")
-TEXT = Read(_of_text, error="TextError", name="text")
-LOCK = Read(_of_lock, unless_given=_DEFAULT)
+TEXT = Read(behind.of_text, error="TextError", name="text")
+LOCK = Read(behind.of_lock, unless_given=behind.DEFAULT_LOCK)
 #: a folder of which a command only tells
-FOLDER = Read(_nothing, as_path=True)
+FOLDER = Read(behind.nothing, as_path=True)
 
 
 # ---------------------------------------------------------------- what is written
 
 
-def _of_build(out: Path, one: Output) -> Iterator[Output]:
-    """OUT, or shards whose names `prepare` knows and checks, and the folder where they are made."""
-    from quantkit.building.folder import folder_of
-
-    yield one._replace(is_later=True, suffix=".partial")
-    yield one._replace(path=folder_of(out), option="the unfinished build", is_folder=True, only_compared=True)
-
-
-def _of_unfinished(out: Path, one: Output) -> Iterator[Output]:
-    """OUT, and the folder where it is made."""
-    from quantkit.building.folder import folder_of
-
-    yield one._replace(suffix=".partial")
-    yield one._replace(path=folder_of(out), option="what is unfinished", is_folder=True, only_compared=True)
-
-
-def _of_covariance(folder: Path, one: Output) -> Iterator[Output]:
-    """A folder, and the one beside it where it is made."""
-    yield from (each._replace(is_folder=True) for each in _of_unfinished(folder, one))
-
-
-def _of_cache(folder: Path, one: Output) -> Iterator[Output]:
-    """The folders of a cache. One that cannot be used is no error: the build goes on without it and says why."""
-    for name in ("objects", "sources", "tmp"):
-        yield one._replace(path=folder / name, is_folder=True, only_compared=True)
-    yield one._replace(path=folder / "lock", only_compared=True)
-
-
-def _of_study(folder: Path, one: Output) -> Iterator[Output]:
-    """The record of a study's files, which every run writes again; the files' names the command knows and checks."""
-    from quantkit.lab.studies.record import RECORD
-
-    yield one._replace(path=folder / RECORD, only_compared=True)
-
-
-def _of_demo(folder: Path, one: Output) -> Iterator[Output]:
-    """What a demo made before and makes again; that the folder is a demo's its marker says."""
-    from quantkit.model import demo
-
-    for inside in (folder, folder / demo.NAME):
-        with suppress(OSError):
-            for path in sorted(inside.iterdir()):
-                if path.suffix != ".yaml" and not (path.is_dir() and not path.is_symlink()):
-                    yield one._replace(path=path, replace=True)
-
-
-def _of_update(given: Path, one: Output) -> Iterator[Output]:
-    """A sizes lock is read and written by design. What is there and is none is replaced with --force only."""
-    from quantkit.authoring.sizes.lock import is_lock
-
-    path = _lock_path(given)
-    yield one._replace(path=path, replace=one.replace or is_lock(path))
-
-
-def _of_sensitivity(path: Path, one: Output) -> Iterator[Output]:
-    """A sensitivity is continued. What is there and is none is replaced with --force only."""
-    from quantkit.base.files import open_regular
-
-    first = b""
-    with suppress(OSError), open(open_regular(path), "rb") as f:  # not a pipe, whose reading would never end
-        first = f.read(64)
-    yield one._replace(replace=one.replace or b'"quantkit_sensitivity"' in first)
-
-
-def _as_folder(_: Path, one: Output) -> Iterable[Output]:
-    return (one._replace(is_folder=True),)
-
-
-def _as_prefix(_: Path, one: Output) -> Iterable[Output]:
-    return (one._replace(is_later=True),)
-
-
-BUILT = Written(outputs=_of_build)
+BUILT = Written(outputs=behind.of_build)
 MERGED = Written(outputs=lambda _, one: [one._replace(suffix=".part")])
 MENDED = Written()
 REPORT = Written("report.txt")
@@ -464,16 +276,18 @@ ATTESTATION = Written("build.json")
 RECIPE_OUT = Written("recipe.yaml")
 POLICY_OUT = Written("policy.yaml")
 IMATRIX_OUT = Written("imatrix.gguf")
-IMATRIX_MADE = Written("imatrix.gguf", outputs=_of_unfinished)
-COVARIANCE = Written(outputs=_of_covariance, is_file=False)
+IMATRIX_MADE = Written("imatrix.gguf", outputs=behind.of_unfinished)
+COVARIANCE = Written(outputs=behind.of_covariance, is_file=False)
 FIGURE = Written("coverage.svg")
 PAGE = Written("report.html")
 #: files are added to it, whose names are checked when they are known
 FIGURES = Written(outputs=lambda _path, _one: (), is_file=False)
-LOCK_OUT = Written("quantkit-sizes.yaml", outputs=_of_update, files=_behind_lock, unless_given=_DEFAULT)
-SENSITIVITY_OUT = Written("sensitivity.json", outputs=_of_sensitivity)
-PREFIX = Written("model", "a prefix for the names", outputs=_as_prefix)
-STUDY_FILES = Written(outputs=_of_study, is_file=False)
-CACHE = Written(outputs=_of_cache, is_file=False)
-DEMO = Written(outputs=_of_demo, is_file=False)
-MADE_FOLDER = Written(outputs=_as_folder, is_file=False)
+LOCK_OUT = Written(
+    "quantkit-sizes.yaml", outputs=behind.of_update, files=behind.named_by_lock, unless_given=behind.DEFAULT_LOCK
+)
+SENSITIVITY_OUT = Written("sensitivity.json", outputs=behind.of_sensitivity)
+PREFIX = Written("model", "a prefix for the names", outputs=behind.as_prefix)
+STUDY_FILES = Written(outputs=behind.of_study, is_file=False)
+CACHE = Written(outputs=behind.of_cache, is_file=False)
+DEMO = Written(outputs=behind.of_demo, is_file=False)
+MADE_FOLDER = Written(outputs=behind.as_folder, is_file=False)
