@@ -68,7 +68,7 @@ _covariance_options = together(
         "--fisher",
         is_flag=True,
         help="With --covariance: a token counts for a matrix as the squared gradient at its output, of the model's own "
-        "predictions. Computed backwards, with a layer in memory: for small models.",
+        "predictions. Computed backwards, layer by layer; --estimate says what memory and disk it takes.",
     ),
     click.option(
         "--disk",
@@ -280,6 +280,8 @@ def _make(model: Catalogue, given: _Given, quiet: bool) -> dict[str, Any]:
     }  # fmt: skip
     if model.moe_layers:
         facts |= {"experts": made.n_experts, "never_seen": made.n_unseen}
+    if given.fisher:
+        facts["experts_share"] = made.experts_share
     if target is not None:
         facts |= {"coverage": made.coverage, "target": list(target)}
     return {**facts, **covariance}
@@ -368,6 +370,8 @@ def _tell(facts: dict[str, Any]) -> None:
     if "covariance" in facts:
         fisher = ", weighted by gradients" if "weights" in facts else ""
         click.echo(f"{facts['covariance']}  {facts['covariance_bytes']:,} bytes of second moments{fisher}")
+        if facts.get("experts_share"):
+            click.echo("the experts of a layer share one for gate and one for up: one for each did not fit")
     read = f", {facts['bytes_read']:,} bytes of weights read" if "bytes_read" in facts else ""
     click.echo(
         f"{facts['tokens']:,} tokens in {facts['seconds']:.1f} s, {facts['tokens'] / facts['seconds']:,.0f} tokens/s"

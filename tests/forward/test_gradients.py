@@ -28,7 +28,7 @@ MODELS: dict[str, dict[str, Any]] = {
 N_CHUNKS, N_CTX = 3, 24
 
 
-def backwards(model: Model, tokens: Any, batch: int) -> tuple[torch.Tensor, dict[Key, torch.Tensor]]:
+def backwards(model: Model, tokens: Any, batch: int, keep: bool = True) -> tuple[torch.Tensor, dict[Key, torch.Tensor]]:
     """The gradient at the embeddings, and sums of g x^T by matrix, by way of `Backward`."""
     hidden: list[torch.Tensor] = []
     Pass([model], tokens, ONE_THREAD, on_hidden=lambda _n, _m, h: hidden.append(h.clone())).run()
@@ -38,7 +38,7 @@ def backwards(model: Model, tokens: Any, batch: int) -> tuple[torch.Tensor, dict
         each = torch.einsum("nhr,nhc->hrc", g, x) if x.ndim == 3 else g.T @ x
         found[key] = found[key] + each if key in found else each
 
-    back = Backward(model, see)
+    back = Backward(model, see, keep)
     gradient = torch.stack([back.head(h, seed) for seed, h in enumerate(hidden[-1])])
     embedding = torch.from_numpy(model.weights.matrix(Key("token_embd.weight", ALL)))
     before = [embedding[torch.from_numpy(tokens)], *hidden]
@@ -101,6 +101,20 @@ def test_gradients_are_torchs(name: str, batch: int, tmp_path: Path) -> None:
     assert len(matrices) > 10
     for key in matrices:
         assert off(products[key].reshape(weights[key].shape), weights[key]) < 1e-3, key
+
+
+@pytest.mark.parametrize("name", ["v2", "v3"])
+def test_experts_that_are_not_kept(name: str, tmp_path: Path) -> None:
+    """They are read for each batch, in each direction, and give the same bits."""
+    model = model_of(factory.checkpoint(tmp_path / name, MODELS[name]))
+    tokens = random_tokens(model.family.n_vocab, N_CHUNKS, N_CTX).astype(np.int64)
+    gradient, products = backwards(model, tokens, 2)
+    read = model.weights.bytes_read
+    again, others = backwards(model, tokens, 2, keep=False)
+    assert torch.equal(gradient, again)
+    assert products.keys() == others.keys()
+    assert all(torch.equal(products[key], others[key]) for key in products)
+    assert model.weights.bytes_read - read > 1.5 * read
 
 
 def test_the_seed_decides_what_is_drawn(tiny_v3: Path) -> None:

@@ -22,7 +22,7 @@ from ...gguf.types import QTYPES
 from ...model.catalogue import Catalogue, Source, Tensor
 from ...model.families.known import MODELS
 from ...model.families.known import config as known_config
-from .fisher_work import fisher_bytes, fisher_flop, hidden_bytes, memory_bytes
+from .fisher_work import fisher_bytes, fisher_flop, hidden_bytes, memory_bytes, n_batches
 from .inputs import covariance_bytes, is_matrix, planned
 
 #: seconds between two states that are kept, where hidden states are large
@@ -66,9 +66,9 @@ class Work:
     flop_fisher: int = 0
     """each layer once more and backwards, and second moments of all matrices"""
     fisher_memory: int = 0
-    """bytes of memory that the way back takes"""
+    """bytes of memory that the way back takes at least: routed experts share second moments and are read one by one"""
     fisher_disk: int = 0
-    """bytes of hidden states of all layers, gradients and those second moments"""
+    """bytes of hidden states of all layers, gradients and those second moments, at least"""
 
     @property
     def flop(self) -> int:
@@ -143,10 +143,12 @@ def work_of(
         both = 2 * (flop_weights + 2 * output.n_elements * n_tokens) + 3 * flop_attention
         more = {
             "flop_fisher": both + fisher_flop(catalogue, n_tokens, share),
-            "fisher_memory": memory_bytes(catalogue, n_tokens, n_ctx),
-            "fisher_disk": hidden_bytes(catalogue, n_tokens) + fisher_bytes(catalogue),
+            "fisher_memory": memory_bytes(catalogue, n_tokens, n_ctx, False, False),
+            "fisher_disk": hidden_bytes(catalogue, n_tokens) + fisher_bytes(catalogue, False),
         }
-        read *= 2
+        # experts that are not kept are read for each batch, forth and back; the rest once for all batches
+        read_routed = sum(stored_bytes(catalogue.source, t, fp8) * seen for t in layers if is_routed(t))
+        read += read - read_routed + 2 * n_batches(n_tokens, n_ctx) * read_routed
     return Work(
         model=catalogue.model,
         n_tokens=n_tokens,

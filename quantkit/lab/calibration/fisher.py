@@ -6,7 +6,8 @@ token_embd, whose rows are given out and not multiplied, has mean g g^T, g the g
 the output too, both, each as it counts for a row.
 
 The pass leaves the hidden states after each layer in a file. From these the layers are computed backwards, one by one;
-the gradient is kept after each, so that a stopped run goes on there.
+the gradient is kept after each, so that a stopped run goes on there. Where not all second moments of a layer's experts
+fit, its experts share those of gate and of up (fisher_work.py).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import suppress
 from math import prod
 from pathlib import Path
@@ -34,33 +35,57 @@ from ...forward.model import Model
 from ...forward.stream import Progress
 from ...model.catalogue import Catalogue
 from ...rounding.covariance import FISHER, pack, unpack
-from .fisher_work import fisher_bytes, hidden_bytes, memory_bytes
+from .fisher_work import chunks_at_once, fisher_bytes, hidden_bytes, memory_bytes, n_moments, weighted
 
 F32 = npt.NDArray[np.float32]
 I32 = npt.NDArray[np.int32]
 
-#: tokens that go through a layer at a time, about
-_TOKENS_AT_ONCE = 2048
 _HIDDEN, _HEAD, _EMBEDDED = "hidden.npy", "head", "embedding"
 _EMBEDDING = "token_embd.weight"
+#: a file that says what experts have, for a run that goes on
+_CHOICE, _OWN, _SHARED = "fisher-experts", "own", "shared"
 
 
-def require_room(catalogue: Catalogue, n_tokens: int, n_ctx: int, folder: Path) -> None:
-    """Raise KernelError where a layer does not fit the memory, OutputError where hidden states do not fit the disk."""
-    need, there = memory_bytes(catalogue, n_tokens, n_ctx), memory_sizes()["available_nbytes"]
-    if there is not None and need > there:
-        raise KernelError(
-            f"{catalogue.model}: --fisher has the largest layer in memory as float32, with a second moment for each of "
-            f"its matrices, about {size(need)}; {size(there)} are free: leave --fisher out, or give fewer tokens"
-        )
+class Experts(NamedTuple):
+    """How a layer's routed experts are computed."""
+
+    own_inputs: bool
+    """each gate and each up has its own second moment; else the layer has one for gate and one for up"""
+    keep: bool
+    """the weights of all are in memory at once; else they are read again for each batch of tokens"""
+
+
+def choose(catalogue: Catalogue, n_tokens: int, n_ctx: int, folder: Path, identity: str) -> Experts:
+    """What fits: second moments of their own and all weights, shared ones and all weights, shared ones. An unfinished
+    run of that identity in `folder` keeps its second moments as they are; what another one left is removed. Raises
+    KernelError where no way fits the memory, OutputError where hidden states and second moments do not fit the disk."""
+    there, choice = memory_sizes()["available_nbytes"], folder / _CHOICE
+    said, _, begun = choice.read_text().partition("\n") if choice.exists() else ("", "", "")
+    ways = [Experts(True, True), Experts(False, True), Experts(False, False)]
+    if said == identity:
+        ways = [Experts(begun == _OWN, True), Experts(begun == _OWN, False)]
+    elif not any(folder.glob("round-*/state")):  # a pass that is not done says itself whose it is
+        for pattern in (f"round-*/{_HIDDEN}", "round-*/gradient-*.npy", "round-*/fisher-*.json"):
+            for stale in folder.glob(pattern):
+                stale.unlink()
     here = sum(file.stat().st_blocks * 512 for file in folder.glob("round-*/*.npy"))
-    on_disk = max(0, hidden_bytes(catalogue, n_tokens) + fisher_bytes(catalogue) - here)
     free = shutil.disk_usage(folder).free
+    for way in ways:
+        on_disk = max(0, hidden_bytes(catalogue, n_tokens) + fisher_bytes(catalogue, way.own_inputs) - here)
+        need = memory_bytes(catalogue, n_tokens, n_ctx, *way)
+        if on_disk <= free and (there is None or need <= there):
+            write_text(choice, f"{identity}\n{_OWN if way.own_inputs else _SHARED}", replace=True)
+            return way
     if on_disk > free:
         raise OutputError(
             f"{folder}: --fisher needs {on_disk:,} bytes for hidden states and second moments, but {free:,} are free; "
             f"free {on_disk - free:,} more, or give fewer --chunks"
         )
+    raise KernelError(
+        f"{catalogue.model}: --fisher needs about {size(need)} of memory for the weights and second moments of the "
+        f"largest layer and the gradient of all tokens; {size(there or 0)} are free: leave --fisher out, or give fewer "
+        "tokens"
+    )
 
 
 class HiddenFile:
@@ -83,9 +108,10 @@ class HiddenFile:
 
 
 class _Sums:
-    """Weighted sums of x x^T by matrix."""
+    """Weighted sums of x x^T by matrix, or by tensor where its experts share one."""
 
-    def __init__(self) -> None:
+    def __init__(self, shared: Collection[str] = ()) -> None:
+        self._shared = shared
         self.sums: dict[Key, torch.Tensor] = {}
         """float64 [n_cols, n_cols], or [n_mats, n_cols, n_cols] for a whole tensor of several"""
         self.counts: dict[Key, int] = {}
@@ -96,7 +122,12 @@ class _Sums:
         self.add(key, torch.einsum("nhc,nhd->hcd", weighted, x) if x.ndim == 3 else weighted.T @ x, len(x))
 
     def add(self, key: Key, each: torch.Tensor, n: int) -> None:
-        self.sums[key] = self.sums[key] + each.double() if key in self.sums else each.double()
+        if key.name in self._shared:
+            key = Key(key.name, ALL)
+        if key in self.sums:
+            self.sums[key] += each
+        else:
+            self.sums[key] = each.double()
         self.counts[key] = self.counts.get(key, 0) + n
 
 
@@ -107,6 +138,7 @@ class _Files(NamedTuple):
     """of what is unfinished"""
     out: Path
     """of the covariance"""
+    own_inputs: bool = True
 
     def write(self, model: Model, part: str, sums: _Sums, prefix: str = "fisher") -> None:
         """The second moments of a layer, of the output, or of the embedding."""
@@ -115,7 +147,7 @@ class _Files(NamedTuple):
             tensor = model.weights.tensors[name]
             if not tensor.quantizable:
                 continue
-            n, n_mats = tensor.n_cols, prod(tensor.shape[2:])
+            n, n_mats = tensor.n_cols, n_moments(tensor, self.own_inputs)
             packed, counts = np.zeros((n_mats, n * (n + 1) // 2), np.float32), [0.0] * n_mats
             for key in (k for k in sums.sums if k.name == name):
                 full = sums.sums[key].float().numpy()
@@ -154,11 +186,12 @@ class _Files(NamedTuple):
             ) from None
 
 
-def make_fisher(model: Model, tokens: I32, state: Path, out: Path, progress: Progress) -> None:
+def make_fisher(model: Model, tokens: I32, state: Path, out: Path, experts: Experts, progress: Progress) -> None:
     """Write second moments of all matrices that are multiplied, of the embedding and of the output to `out`, in place
     of the plain ones that are there. `state` has the hidden states of the pass. Goes on where it was stopped. Raises
     SourceError, WeightError, OutputError."""
-    files, n_layers = _Files(state, out), model.family.n_layers
+    files, n_layers = _Files(state, out, experts.own_inputs), model.family.n_layers
+    shared = {t.name for t in weighted(model.catalogue) if n_moments(t, experts.own_inputs) < prod(t.shape[2:])}
     hidden = np.load(state / _HIDDEN, mmap_mode="r")
     kept = files.kept()
     if kept is None:
@@ -168,8 +201,8 @@ def make_fisher(model: Model, tokens: I32, state: Path, out: Path, progress: Pro
     for number in range(first - 1, -1, -1):
         n_done = (n_layers - 1 - number) * tokens.size
         progress(f"backwards, layer {number + 1} of {n_layers}", n_done, n_layers * tokens.size)
-        sums = _Sums()
-        back = Backward(model, sums.see)
+        sums = _Sums(shared)
+        back = Backward(model, sums.see, experts.keep)
         for some in _batches(tokens):
             given = hidden[number - 1, some].copy() if number else _embedded(model, tokens[some])
             after = torch.from_numpy(gradient[some])
@@ -182,7 +215,7 @@ def make_fisher(model: Model, tokens: I32, state: Path, out: Path, progress: Pro
 
 
 def _batches(tokens: I32) -> Iterator[slice]:
-    n = max(1, _TOKENS_AT_ONCE // tokens.shape[1])
+    n = chunks_at_once(tokens.shape[1])
     for at in range(0, len(tokens), n):
         yield slice(at, at + n)
 

@@ -31,7 +31,7 @@ from ..identity import of_pass, of_run, said
 from .covariance import Covariance
 from .covariance_folder import CovarianceFolder
 from .estimate import KEEP_SECONDS, LARGE_STATE
-from .fisher import HiddenFile, make_fisher, require_room
+from .fisher import Experts, HiddenFile, choose, make_fisher
 from .sums import InputSums, Observers, Saved
 from .unfinished import give, make_folder, unfinished
 
@@ -89,6 +89,8 @@ class Made(NamedTuple):
     """of them, those that no token chose"""
     bytes_read: int
     """stored bytes of weights, in this run"""
+    experts_share: bool = False
+    """of second moments weighted by gradients: the experts of a layer share those of gate and those of up"""
 
 
 def make_imatrix(
@@ -110,14 +112,14 @@ def make_imatrix(
     outputs.check(read, [Output(out, replace=opts.replace, suffix=".partial")])
     with ExitStack() as stack:
         folder = stack.enter_context(unfinished(out, _is_kept))
-        covariance = None
+        covariance, experts = None, Experts(True, True)
         if opts.covariance is not None:
             identity = _identity(model, chunks.tokens, opts)
             is_made = said(folder / "round-0" / _DONE) == identity
             covariance = stack.enter_context(CovarianceFolder(opts.covariance, read, identity, is_made))
             covariance.require_space(catalogue, opts.own_experts)
             if opts.fisher:
-                require_room(catalogue, chunks.tokens.size, chunks.tokens.shape[1], folder)
+                experts = choose(catalogue, chunks.tokens.size, chunks.tokens.shape[1], folder, identity)
         rounds: list[Path] = []
         coverage: float | None = None
         n_done = 0
@@ -135,12 +137,13 @@ def make_imatrix(
         write_gguf(folder / MADE, facts, saved.entries(), saved.shapes, replace=True)
         if covariance is not None:
             if opts.fisher and not covariance.is_given:
-                _backwards(model, chunks.tokens, rounds[0], opts, progress, covariance)
+                _backwards(model, chunks.tokens, rounds[0], opts, progress, covariance, experts)
             covariance.give(_of_covariance(catalogue, chunks.tokens, opts))
         give(folder / MADE, out, opts.replace)
     return Made(
-        out, len(saved.shapes), n_done, coverage, len(counts), int((counts == 0).sum()), model.weights.bytes_read
-    )
+        out, len(saved.shapes), n_done, coverage, len(counts), int((counts == 0).sum()), model.weights.bytes_read,
+        bool(catalogue.moe_layers) and not experts.own_inputs,
+    )  # fmt: skip
 
 
 def check_target(catalogue: Catalogue, options: MakeOptions) -> None:
@@ -195,12 +198,12 @@ def _round(
 
 def _backwards(
     model: Model, tokens: npt.NDArray[np.int32], state: Path, opts: MakeOptions, progress: Progress,
-    covariance: CovarianceFolder,
+    covariance: CovarianceFolder, experts: Experts,
 ) -> None:  # fmt: skip
     before = torch.get_num_threads()
     torch.set_num_threads(opts.forward.n_threads or before)
     try:
-        make_fisher(model, tokens, state, covariance.inside, progress)
+        make_fisher(model, tokens, state, covariance.inside, experts, progress)
     finally:
         torch.set_num_threads(before)
 

@@ -31,7 +31,7 @@ class ImatrixOptions:
     pooled_experts: bool = False
     """with covariance: one matrix a layer for the experts' ffn_down, also where one an expert would fit the disk"""
     fisher: bool = False
-    """with covariance: tokens count by the gradients of the model's predictions; for small models"""
+    """with covariance: tokens count by the gradients of the model's predictions"""
     device: str = "cpu"
     dtype: str = "f32"
     """of matrix products: f32, bf16"""
