@@ -218,6 +218,7 @@ def _commit(
                 wish.to.repo, one, revision=wish.to.revision, free_memory=False
             ),
             wish.bars,
+            stores=True,
         )
 
     def is_all_there(now: Repo) -> bool:
@@ -267,8 +268,9 @@ def _title(new: Sequence[Item]) -> str:
     return f"Publish {first}" + (f" and {len(new) - 1} more" if len(new) > 1 else "")
 
 
-def _do(where: str, call: Callable[[], T], bars: bool = False) -> T:
-    """What a request returns, with patience. Raises OutputError in one sentence."""
+def _do(where: str, call: Callable[[], T], bars: bool = False, stores: bool = False) -> T:
+    """What a request returns, with patience. `stores` says that it puts a large file into the Hub's storage, of which a
+    part may have been damaged on its way. Raises OutputError in one sentence."""
 
     def asked() -> T:
         try:
@@ -277,7 +279,8 @@ def _do(where: str, call: Callable[[], T], bars: bool = False) -> T:
             raise
         except Exception as e:
             # huggingface_hub puts its own around what happens to a large file
-            raise _meaning(where, e.__cause__ if type(e) is RuntimeError and e.__cause__ else e) from None
+            cause = e.__cause__ if type(e) is RuntimeError and e.__cause__ else e
+            raise (_damage(cause) if stores else None) or _meaning(where, cause) from None
 
     try:
         with quiet(None, bars), warnings.catch_warnings():
@@ -285,6 +288,14 @@ def _do(where: str, call: Callable[[], T], bars: bool = False) -> T:
             return persist(where, asked)
     except SourceError as e:
         raise OutputError(str(e)) from None
+
+
+def _damage(e: BaseException) -> PassingError | None:
+    """A part whose ETag is missing or not that of the part: sent again, it may be whole."""
+    if type(e) is ValueError and "etag" in str(e).lower():
+        return PassingError("the Hub's storage does not say what it got")
+    status = getattr(getattr(e, "response", None), "status_code", None)
+    return PassingError("the Hub's storage got something else than was sent") if status == 400 else None
 
 
 def _meaning(where: str, e: BaseException) -> BaseException:

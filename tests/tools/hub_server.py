@@ -89,6 +89,9 @@ class Fault:
     status: int = 0
     """answered instead, with `headers`, such as {"Retry-After": "1"}; 404 says that there is no such file"""
     headers: dict[str, str] = field(default_factory=dict)
+    """without a status, in place of the answer's own"""
+    take: int | None = None
+    """the connection is closed after so many bytes of the request's body, and nothing is done"""
     cut: int | None = None
     """the connection is closed after so many bytes of the body"""
     wrong: int | None = None
@@ -249,6 +252,11 @@ class _Handler(BaseHTTPRequestHandler):
             if fault.do is not None:
                 fault.do()
         unread = [int(self.headers.get("Content-Length") or 0)]
+        take = next((fault.take for fault in faults if fault.take is not None), None)
+        if take is not None:
+            self.rfile.read(min(take, unread[0]))
+            self.close_connection = True
+            return
 
         def body() -> bytes:
             if "chunked" in self.headers.get("Transfer-Encoding", ""):
@@ -263,6 +271,8 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             with hub.lock:
                 reply = hub.reply(request)
+            for fault in faults:
+                reply.headers |= fault.headers
         if unread and unread[0]:
             self.close_connection = True  # a body that nobody read
         self._send(reply, logged, faults)

@@ -161,7 +161,10 @@ class Uploads:
         oid, said = m["oid"], json.loads(request.body())
         if request.query.get("signature") != [_signature(oid)]:
             return refused(403, "", "the address is not signed")
-        data = b"".join((self.store / f"{oid}.{p['partNumber'] - 1}").read_bytes() for p in said["parts"])
+        parts = [(self.store / f"{oid}.{p['partNumber'] - 1}").read_bytes() for p in said["parts"]]
+        if [p["etag"] for p in said["parts"]] != [f'"{hashlib.md5(part).hexdigest()}"' for part in parts]:
+            return refused(400, "", "a part is not the one that was sent")
+        data = b"".join(parts)
         if hashlib.sha256(data).hexdigest() != oid:
             return refused(400, "", "not what was said")
         self.blob(oid).write_bytes(data)
