@@ -218,9 +218,21 @@ class Covariances:
 
     @cached_property
     def held_out(self) -> Covariances | None:
-        """Of other text, where there is such a folder in this one. Raises SourceError."""
+        """Of other text, where there is such a folder in this one. Raises SourceError, also where it is of another
+        kind: what was chosen by weighted moments is not judged by plain ones, nor the other way round."""
         inside = self.folder / HELD_OUT
-        return Covariances(inside) if inside.is_dir() else None
+        if not inside.is_dir():
+            return None
+        found = Covariances(inside)
+        for name, theirs in found._where.items():
+            ours = self._where.get(name)
+            if ours is not None and ours.weighting != theirs.weighting:
+                with_, without = (found, self) if theirs.weighting == FISHER else (self, found)
+                raise SourceError(
+                    f"{inside}: judges what is rounded by {self.folder}, but of '{name}' {with_.folder} was made with "
+                    f"--fisher and {without.folder} without it; make both alike"
+                )
+        return found
 
     def matrix(self, name: str, mat: int, n_cols: int) -> tuple[F32, float]:
         """See CovarianceSource."""

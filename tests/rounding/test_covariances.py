@@ -97,6 +97,19 @@ def test_held_out(folder: Path, tiny_covariance: Path) -> None:
     assert len(found.files) == 2 * len(Covariances(tiny_covariance).files)
 
 
+@pytest.mark.parametrize("where", ["held-out", "."])
+def test_a_held_out_covariance_of_another_kind(folder: Path, tiny_covariance: Path, where: str) -> None:
+    shutil.copytree(tiny_covariance, folder / "held-out")
+    factory.edit_json(folder / where / "layer-00001.json", lambda about: about[0].__setitem__("weights", "fisher"))
+    made, plain = (folder / "held-out", folder) if where == "held-out" else (folder, folder / "held-out")
+    with pytest.raises(SourceError) as e:
+        Rounder(Covariances(folder))
+    assert str(e.value) == (
+        f"{folder / 'held-out'}: judges what is rounded by {folder}, but of 'blk.1.attn_k_b.weight' {made} was made "
+        f"with --fisher and {plain} without it; make both alike"
+    )
+
+
 def truncate(folder: Path) -> None:
     file = folder / "layer-00001-attn_output.npy"
     file.write_bytes(file.read_bytes()[:1000])
