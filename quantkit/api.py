@@ -304,8 +304,9 @@ def optimize(
     """The recipe of least damage for a file of `target`: "131GiB", "14517920B", "1.67bpw", or "fit 2x80".
 
     `known` is a sensitivity or its file; `texts` are one to choose on and one to report, without which nothing is
-    measured. `options` (`quantkit.lab.allocation.optimize.OptimizeOptions`) hold the constraints. The result has the
-    recipe's `text`, its `plan`, and what was predicted and measured. Raises SourceError, UnsupportedError, RecipeError.
+    measured. `options` (`quantkit.lab.allocation.optimize.OptimizeOptions`) hold the constraints, and how the recipe
+    rounds. The result has the recipe's `text`, its `plan`, and what was predicted and measured. Raises SourceError,
+    UnsupportedError, RecipeError.
     """
     from .imatrix.matrix import Imatrix
     from .lab import require_torch

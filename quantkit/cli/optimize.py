@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -12,12 +14,15 @@ from .files import IMATRIX, MODEL, RECIPE_OUT, REPORT, SENSITIVITY, Command
 from .options import (
     Size,
     conversion,
+    covariance_of,
     device_option,
     imatrix_of,
     json_option,
     layout_option,
+    rounding_options,
     threads_option,
     tokenizer_options,
+    wanted_rounding,
 )
 from .sensitivity import stages
 from .text_options import choosing_options, read_chunks
@@ -25,6 +30,7 @@ from .text_options import choosing_options, read_chunks
 if TYPE_CHECKING:
     from quantkit.lab.allocation.targets import Target
     from quantkit.model.catalogue import Catalogue
+    from quantkit.recipe.load import Rounding
     from quantkit.text.chunking import Chunks
 
 
@@ -99,6 +105,7 @@ def _pairs(_ctx: click.Context, param: click.Parameter, values: tuple[str, ...])
 @click.option(
     "--compare/--no-compare", default=True, help="Compare with UD, stock and uniform recipes of the same bytes."
 )
+@rounding_options
 @device_option
 @layout_option
 @tokenizer_options
@@ -111,11 +118,13 @@ def optimize(**given: Any) -> None:
     """Find the recipe that does the least damage within a number of bytes, and measure it against others.
 
     The recipe is an ordinary one, for `quantkit plan`, `build` and `verify`. Bytes are the whole file's, header and
-    padding included.
+    padding included. With --rounding the recipe says how to round, is measured so, and its bytes include what the
+    file says of that.
 
     \b
     quantkit optimize DeepSeek-R1/ --target 131GiB -s r1.json --imatrix imatrix.gguf -o best.yaml
     quantkit optimize R1-BF16.gguf --fit 2x80 -s r1.json --text wiki.txt --refine 8 -o best.yaml
+    quantkit optimize DeepSeek-R1/ --target 131GiB -s r1.json --rounding feedback --covariance moments/ -o best.yaml
     quantkit optimize DeepSeek-R1/ --target 1.67bpw -s r1.json --lock "output.weight=Q6_K" --minimum attention=none
     """
     from quantkit.lab import require_torch
@@ -139,8 +148,9 @@ def optimize(**given: Any) -> None:
     )  # fmt: skip
     forward = Options(given["device"], n_threads=given["threads"] or 0)
     opts = lab.OptimizeOptions(
-        constraints, given["refine"], given["exponent"], given["name"] or "", given["compare"], forward=forward
-    )
+        constraints, given["refine"], given["exponent"], given["name"] or "", given["compare"], forward=forward,
+        rounding=_rounding(given), covariance=covariance_of(given["covariance"]),
+    )  # fmt: skip
     catalogue = open_model(given["source"], conversion(given["layout"], given["pre"], given["pad_token"]))
     known = read_sensitivity(given["known"])
     texts = _texts(catalogue, given)
@@ -158,6 +168,26 @@ def optimize(**given: Any) -> None:
     if given["output"] is None:
         click.echo(made.text)
     click.echo(optimized_text(made), err=given["output"] is None)
+
+
+def _rounding(given: dict[str, Any]) -> Rounding | None:
+    """A policy's path is from the recipe's folder."""
+    wanted = wanted_rounding(given["rounding"], given["rounding_policy"])
+    if given["covariance"] is not None and (wanted is None or wanted.method == "ggml"):
+        raise click.UsageError(
+            "--covariance needs a rounding to use it: give --rounding feedback, or --rounding-policy"
+        )
+    if wanted is None or wanted.method == "ggml":
+        return wanted
+    if given["covariance"] is None:
+        raise click.UsageError(
+            f"{wanted.said_by} needs --covariance DIR, by which the bytes of the file are known; make one with: "
+            "quantkit imatrix make MODEL --text F -o imatrix.gguf --covariance DIR"
+        )
+    if wanted.policy and given["output"] is not None and Path(wanted.policy).suffix in (".yaml", ".yml"):
+        folder = Path(given["output"]).parent
+        return wanted._replace(policy=os.path.relpath(wanted.policy, folder), folder=folder)
+    return wanted
 
 
 def _target(given: dict[str, Any]) -> Target:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from quantkit.imatrix.policies import Policy
     from quantkit.model.families.options import Options
     from quantkit.planning.plan import Plan
-    from quantkit.recipe.load import Recipe
+    from quantkit.recipe.load import Recipe, Rounding
     from quantkit.rounding.covariance import Covariances
 
 if TYPE_CHECKING:
@@ -241,17 +241,21 @@ def recipe_of(name: str, sets: Sequence[str], changed: bool = True) -> Recipe:
     return changes().apply(recipe) if changed else recipe
 
 
-def rounded(recipe: Recipe, method: str | None, policy: str | None) -> Recipe:
-    """The recipe with --rounding's or --rounding-policy's say. Raises UsageError for both."""
+def wanted_rounding(method: str | None, policy: str | None) -> Rounding | None:
+    """What --rounding or --rounding-policy say. Raises UsageError for both."""
     from quantkit.recipe.load import Rounding
 
     if method is not None and policy is not None:
         raise click.UsageError("--rounding and --rounding-policy both say how to round; give one")
     if method is not None:
-        return recipe.with_rounding(Rounding(method, said_by="--rounding"))
-    if policy is not None:
-        return recipe.with_rounding(Rounding("", policy, Path(), said_by="--rounding-policy"))
-    return recipe
+        return Rounding(method, said_by="--rounding")
+    return None if policy is None else Rounding("", policy, Path(), said_by="--rounding-policy")
+
+
+def rounded(recipe: Recipe, method: str | None, policy: str | None) -> Recipe:
+    """The recipe with --rounding's or --rounding-policy's say. Raises UsageError for both."""
+    wanted = wanted_rounding(method, policy)
+    return recipe if wanted is None else recipe.with_rounding(wanted)
 
 
 def covariance_of(folder: Path | None) -> Covariances | None:

@@ -33,7 +33,9 @@ from quantkit.model.catalogue import Catalogue
 from quantkit.model.families.options import Options
 from quantkit.model.open import open_model
 from quantkit.planning.plan import make_plan
-from quantkit.recipe.load import load, parse
+from quantkit.planning.rounding import with_covariance
+from quantkit.recipe.load import Rounding, load, parse
+from quantkit.rounding.covariance import Covariances
 from quantkit.text.chunking import Chunks
 
 # ---------------------------------------------------------------- the knapsack
@@ -157,6 +159,46 @@ def test_the_budget_is_exact(model: Catalogue, imatrix: Imatrix) -> None:
     assert {t.type for t in made.plan.tensors if t.tensor.quantizable} == {"Q8_0"}
     less = optimize(model, known, parse_target(f"{whole - 1}B"), imatrix, None, OptimizeOptions(constraints, gamma=1.0))
     assert less.file_bytes < whole
+
+
+def test_the_header_of_a_rounded_file_is_in_the_budget(
+    model: Catalogue, imatrix: Imatrix, tiny_covariance: Path
+) -> None:
+    known = synthetic(model, imatrix, {**{t: 1.0 for t in MINIMUM}, "routed expert": 1.0})
+    constraints, covariance = Constraints(types=("Q4_K", "Q8_0"), minimum={}), Covariances(tiny_covariance)
+    rounding = Rounding("feedback", said_by="a test")
+    opts = OptimizeOptions(constraints, gamma=1.0, rounding=rounding, covariance=covariance)
+    plan = with_covariance(make_plan(model, load("Q8_0").with_rounding(rounding), imatrix), covariance)
+    whole = file_bytes(plan, imatrix)
+    assert whole > file_bytes(make_plan(model, load("Q8_0"), imatrix), imatrix)
+    made = optimize(model, known, parse_target(f"{whole}B"), imatrix, None, opts)
+    assert made.file_bytes == whole == made.budget
+    assert {t.type for t in made.plan.tensors if t.tensor.quantizable} == {"Q8_0"}
+    assert parse(made.text, "best.yaml").rounding == Rounding("feedback", said_by="best.yaml:9 rounding")
+    less = optimize(model, known, parse_target(f"{whole - 1}B"), imatrix, None, opts)
+    assert less.file_bytes < whole
+
+
+POLICY = """
+policy: by-type
+rules:
+  - {role: attention, types: [Q4_K, Q6_K], rounding: feedback+gain}
+  - {role: attention, types: [Q5_K, IQ4_XS], rounding: coarse}
+  - {match: "blk.*.ffn_{gate,up}_exps.weight", types: [IQ1_S, IQ2_XXS, Q3_K], rounding: feedback}
+  - {match: "blk.*.ffn_down_exps.weight", types: [IQ2_XXS, Q2_K, Q8_0], rounding: feedback}
+"""
+
+
+@pytest.mark.parametrize("share", [0.36, 0.43, 0.5])
+def test_what_a_policy_writes_depends_on_types_and_is_in_the_budget(
+    model: Catalogue, imatrix: Imatrix, tiny_covariance: Path, share: float
+) -> None:
+    known, target = synthetic(model, imatrix, {"attention": 5.0}), int(share * largest(model, imatrix))
+    rounding = Rounding("", "by-type.yaml", text=POLICY, said_by="a test")
+    opts = OptimizeOptions(gamma=1.0, rounding=rounding, covariance=Covariances(tiny_covariance))
+    made = optimize(model, known, parse_target(f"{target}B"), imatrix, None, opts)
+    assert made.file_bytes == file_bytes(made.plan, imatrix) <= target
+    assert made.text.splitlines()[8] == 'rounding: {policy: "by-type.yaml"}'
 
 
 def test_bits_a_weight_are_bits_a_weight(model: Catalogue, imatrix: Imatrix) -> None:
@@ -469,6 +511,39 @@ def test_the_command_end_to_end(quantkit: Run, tiny_v3: Path, tiny_imatrix: Path
     again = quantkit(*args, "-o", recipe)
     assert again.returncode == 7
     assert again.stderr == f"error: {recipe}: exists; choose another name, or replace it with --force\n"
+
+
+def test_a_rounded_recipe_end_to_end(
+    quantkit: Run, model: Catalogue, imatrix: Imatrix, tiny_v3: Path, tiny_imatrix: Path, tiny_covariance: Path,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    """Solved, measured and built within the bytes of a file that says nothing of rounding."""
+    text, known, recipe = tmp_path / "text.txt", tmp_path / "s.json", tmp_path / "made" / "best.yaml"
+    recipe.parent.mkdir()
+    text.write_text(TEXT)
+    known.write_text(json.dumps(synthetic(model, imatrix, {"attention": 5.0}).to_json()))
+    (tmp_path / "policy.yaml").write_text(POLICY)
+    target = file_bytes(make_plan(model, load("UD-IQ1_S"), imatrix), imatrix)
+    source = [tiny_v3, "--imatrix", tiny_imatrix, "--pre", "deepseek-v3"]
+    args = ["optimize", *source, "-s", known, "--target", f"{target}B", "--no-compare", "-q", "-o", recipe]
+    measured = ["--text", text, "-c", "64", "--chunks", "1", "--refine", "1", "-t", "1"]
+    for how in (["--rounding", "feedback", *measured], ["--rounding-policy", tmp_path / "policy.yaml", "--force"]):
+        done = quantkit(*args, *how, "--covariance", tiny_covariance, "--json")
+        assert done.returncode == 0, done.stderr
+        said = json.loads(done.stdout)
+        out = tmp_path / "best.gguf"
+        built = quantkit("build", *source, "-r", recipe, "--covariance", tiny_covariance, "-o", out, "-q", "--force")
+        assert built.returncode == 0, built.stderr
+        assert out.stat().st_size == said["file_bytes"] <= target
+    for given_, wrong in (
+        (["--rounding", "feedback"],
+         "--rounding needs --covariance DIR, by which the bytes of the file are known; make one with: quantkit imatrix "
+         "make MODEL --text F -o imatrix.gguf --covariance DIR"),
+        (["--covariance", tiny_covariance],
+         "--covariance needs a rounding to use it: give --rounding feedback, or --rounding-policy"),
+    ):  # fmt: skip
+        done = quantkit(*args, *given_, "--force")
+        assert (done.returncode, done.stderr.splitlines()[-1]) == (2, f"Error: {wrong}")
 
 
 def test_wrong_usage(quantkit: Run, tiny_v3: Path, tmp_path: Path) -> None:

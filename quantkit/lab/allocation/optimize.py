@@ -17,7 +17,10 @@ from ...forward.stream import Options
 from ...imatrix.matrix import Imatrix
 from ...model.catalogue import Catalogue, Tensor
 from ...planning.plan import Plan, make_plan, with_values
-from ...recipe.load import parse
+from ...planning.rounding import check_covariance, with_covariance
+from ...recipe.load import Rounding, parse
+from ...rounding.covariance import CovarianceSource
+from ...rounding.policy import GGML
 from ..evaluation.evaluate import Scorable, of_plan, score_tokens
 from ..evaluation.scores import F64, Scored, Tokens, compare, score
 from ..identity import of_model
@@ -26,7 +29,7 @@ from .damage import Sensitivity
 from .knapsack import Item, Solution, solve
 from .optimized import Measured, Optimized, Versus
 from .problem import Constraints, Problem, make_problem, padded
-from .recipe_text import Cost, needs_imatrix, recipe_text
+from .recipe_text import Cost, needs_imatrix, quoted, recipe_text
 from .sensitivity import Progress
 from .supported import Corner, least
 from .targets import Target
@@ -56,6 +59,10 @@ class OptimizeOptions:
     time_limit: float = 50.0
     """seconds of the solver, about; what it has not proven by then is in the gap"""
     forward: Options = field(default_factory=Options)
+    rounding: Rounding | None = None
+    """what the recipe says of rounding; solutions are measured so, and what the header says of it is in the bytes"""
+    covariance: CovarianceSource | None = None
+    """what any rounding but ggml's needs"""
 
 
 def optimize(
@@ -66,8 +73,8 @@ def optimize(
     """The recipe of least predicted damage within a target. `texts` are one to choose on and one to report; without
     them nothing is measured.
 
-    Raises SourceError for a sensitivity of another model, UnsupportedError for a target that no types reach,
-    RecipeError for constraints that cannot be."""
+    Raises SourceError for a sensitivity or a covariance of another model, UnsupportedError for a target that no types
+    reach, RecipeError for constraints that cannot be."""
     opts = options or OptimizeOptions()
     _check_same(catalogue, known, imatrix)
     run = Optimizer(catalogue, known, target, imatrix, opts, progress)
@@ -117,10 +124,11 @@ class Optimizer:
         self.notes = list(self.problem.notes)
         if not catalogue.kvs_complete:
             self.notes.append("the tokenizer is not known, so the bytes of the file lack it")
-        # bytes of a file beside its tensors' are the same for all types
+        # bytes of a file beside its tensors' are the same for all types, unless it says how they were rounded
         some = self.problem.types_of(0 for _ in self.problem.choices)
         asked = self.problem.asked_of(0 for _ in self.problem.choices)
         plan = self.plan_of("any", asked, GAMMA)
+        check_covariance(plan)
         self.overhead = file_bytes(plan, imatrix) - sum(padded(self.tensors[n], t) for n, t in some.items())
         self.errors_of(plan.tensors)
 
@@ -129,7 +137,14 @@ class Optimizer:
     def best(self, gamma: float, scale: float = 1.0) -> tuple[tuple[int, ...], float]:
         """The options of least damage within the target, times `scale`, and the solver's gap. Raises
         UnsupportedError."""
+        while True:
+            chosen, gap = self._best(gamma, scale)
+            header = self.nbytes(chosen) - self._tensor_bytes(chosen)
+            if header <= self.overhead:
+                return chosen, gap
+            self.overhead = header  # what it says of rounding depends on the types: solved again with room for that
 
+    def _best(self, gamma: float, scale: float) -> tuple[tuple[int, ...], float]:
         def at(smooth: float, flips: float) -> Corner | None:
             weights = (smooth, flips)
             found = self.target.search(self._solve_for(gamma, weights), self, scale)
@@ -159,8 +174,12 @@ class Optimizer:
 
     def nbytes(self, chosen: Sequence[int]) -> int:
         """Of the file."""
-        types = self.problem.types_of(chosen)
-        return self.overhead + sum(padded(self.tensors[n], t) for n, t in types.items())
+        if self.opts.rounding is None:
+            return self.overhead + self._tensor_bytes(chosen)
+        return file_bytes(self.plan_of("any", self.problem.asked_of(chosen), GAMMA), self.imatrix)
+
+    def _tensor_bytes(self, chosen: Sequence[int]) -> int:
+        return sum(padded(self.tensors[n], t) for n, t in self.problem.types_of(chosen).items())
 
     def predicted(self, chosen: Sequence[int], gamma: float) -> float:
         return self.problem.predict(self.problem.types_of(chosen), gamma)
@@ -187,7 +206,11 @@ class Optimizer:
                 other = tuple(j if k == i else c for k, c in enumerate(found.chosen))
                 if other != chosen and other not in doubts:
                     doubts[other] = self._doubt(chosen, other, gamma, weights)
-        return sorted(doubts, key=lambda other: doubts[other])[:n]
+        limit, out = self.target.file_limit(self), list[tuple[int, ...]]()
+        for other in sorted(doubts, key=lambda other: doubts[other]):
+            if len(out) < n and self.nbytes(other) <= limit:
+                out.append(other)
+        return out
 
     def _doubt(
         self, chosen: tuple[int, ...], other: tuple[int, ...], gamma: float, weights: tuple[float, float]
@@ -206,12 +229,16 @@ class Optimizer:
 
     # ------------------------------------------------------------ plans
 
-    def plan_of(self, name: str, asked: Mapping[str, str], gamma: float, chosen: Sequence[int] | None = None) -> Plan:
-        """The plan of a recipe with these types, which gives exactly them."""
-        return with_values(
-            make_plan(self.catalogue, parse(self.recipe(name, asked, gamma, chosen), f"{name}.yaml"), self.imatrix),
-            self.imatrix,
-        )
+    def plan_of(
+        self, name: str, asked: Mapping[str, str], gamma: float, chosen: Sequence[int] | None = None,
+        by_ggml: bool = False,
+    ) -> Plan:  # fmt: skip
+        """The plan of a recipe with these types, which gives exactly them. `by_ggml`: not rounded as it will be."""
+        recipe = parse(self.recipe(name, asked, gamma, chosen), f"{name}.yaml")
+        if self.opts.rounding is not None:
+            recipe = recipe.with_rounding(Rounding(GGML) if by_ggml else self.opts.rounding)
+        made = with_values(make_plan(self.catalogue, recipe, self.imatrix), self.imatrix)
+        return with_covariance(made, self.opts.covariance)
 
     def recipe(self, name: str, asked: Mapping[str, str], gamma: float, chosen: Sequence[int] | None = None) -> str:
         """A recipe's text."""
@@ -232,6 +259,8 @@ class Optimizer:
                 f"{self.predicted(chosen, gamma):.4f} (exponent {gamma:.2f})."
             )
         head = {"name": name, "title": f"{self.catalogue.model}, optimized", "description": description}
+        if (said := self.opts.rounding) is not None:
+            head["rounding"] = said.method or f"{{policy: {quoted(said.policy)}}}"
         needs = needs_imatrix(asked.values()) and self.imatrix is not None
         return recipe_text(self.catalogue, asked, costs, head, needs)
 
@@ -282,7 +311,8 @@ class Optimizer:
             except UnsupportedError:
                 continue
             name = f"{self.nbytes(chosen):,} bytes"
-            plans.setdefault(chosen, self.plan_of(name, self.problem.asked_of(chosen), GAMMA))
+            # as the sensitivity was measured
+            plans.setdefault(chosen, self.plan_of(name, self.problem.asked_of(chosen), GAMMA, by_ggml=True))
         if not plans:
             return GAMMA, ()
         scored, _ = self.measure([("fit", p) for p in plans.values()], text, "exponent")

@@ -34,31 +34,32 @@ def recipe_text(
 ) -> str:  # fmt: skip
     """A recipe in YAML that gives each quantizable tensor the type asked for it.
 
-    `head`: name, title, description; `costs` are for what its rules say in `why`."""
+    `head`: name, title, description, and rounding as YAML, if any; `costs` are for what its rules say in `why`."""
     tensors = [t for t in catalogue.tensors if t.quantizable]
     total = max(1, sum(costs[t.name].nbytes for t in tensors))
     lines = [
         SCHEMA_LINE,
         "# Made by quantkit optimize: the types of least predicted damage within the bytes.",
-        f"name: {_quoted(head['name'])}",
-        f"title: {_quoted(head['title'])}",
-        f"description: {_quoted(head['description'])}",
+        f"name: {quoted(head['name'])}",
+        f"title: {quoted(head['title'])}",
+        f"description: {quoted(head['description'])}",
         f"arch: [{catalogue.arch}]",
         f"file_type: {_file_type(tensors, asked)}",
         f"imatrix: {'required' if needs_imatrix else 'optional'}",
+        *([f"rounding: {head['rounding']}"] if "rounding" in head else []),
         "rules:",
     ]
     for rule in _rules(catalogue, tensors, asked):
         damage = sum(costs[t.name].damage for t in rule.tensors)
         nbytes = sum(costs[t.name].nbytes for t in rule.tensors)
         ratio = damage / (nbytes / total) if nbytes else 0.0
-        lines.append(f"  - match: {_quoted(rule.match)}")
+        lines.append(f"  - match: {quoted(rule.match)}")
         if rule.layers:
-            lines.append(f"    layers: {_quoted(rule.layers)}")
+            lines.append(f"    layers: {quoted(rule.layers)}")
         lines.append(f"    type: {rule.type}")
         parts = f"predicted {_percent(damage)} of the damage for {_percent(nbytes / total)} of the bytes"
         why = f"{parts}: {ratio:.2g} x its share"
-        lines.append(f"    why: {_quoted(why)}")
+        lines.append(f"    why: {quoted(why)}")
     return "\n".join(lines) + "\n"
 
 
@@ -128,7 +129,7 @@ def needs_imatrix(types: Iterable[str]) -> bool:
     return any(QTYPES[t].needs_imatrix for t in types)
 
 
-def _quoted(text: str) -> str:
+def quoted(text: str) -> str:
     """A YAML string on one line."""
     escaped = text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", " ")
     return f'"{escaped}"'
