@@ -1,8 +1,8 @@
-"""Importance matrices: files of llama-imatrix in both formats, read as llama-quantize reads them, written, added up,
-converted and looked into. Imports gguf, pictures and base.
+"""Importance matrices: files of llama-imatrix in both formats, read as llama-quantize reads them, written, merged,
+converted and examined. Imports gguf, pictures and base.
 
-The functions are the commands of `quantkit imatrix` without the command line, and public as `quantkit.imatrix`. Modules
-of this room are named otherwise than the functions, whose names an import of a module would take.
+The functions are the commands of `quantkit imatrix` without the command line, public as `quantkit.imatrix`. No module
+of this room may have a function's name, since importing the module would replace the function.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["ImatrixOptions", "convert", "info", "make", "merge", "read"]
 
 Name = str | os.PathLike[str]
-#: what stands above this room, and is public with it: the forward pass is needed for it
+#: names from the room above, which are public here too: they need the forward pass
 _OF_LAB = ("ImatrixOptions", "make")
 
 
@@ -31,16 +31,16 @@ def __getattr__(name: str) -> Any:
 
 
 def read(path: Name) -> Imatrix:
-    """An importance matrix, GGUF or .dat. Its values stay in the file until they are asked for: `weights` are what the
-    quantizer gets, `sums` what the file has. Raises ImatrixError."""
+    """Open an importance matrix, GGUF or .dat. Its values are read only when asked for: `weights` returns what the
+    quantizer gets, `sums` what the file holds. Raises ImatrixError."""
     from .matrix import open_imatrix
 
     return open_imatrix(os.fspath(path))
 
 
 def info(path: Imatrix | Name, *, min_tokens: int = 100) -> Coverage:
-    """What each tensor and each expert saw: counts, their spread, how concentrated the sums are. All values are read,
-    one entry at a time. Raises ImatrixError."""
+    """Return what each tensor and each expert saw: counts, their spread, how concentrated the sums are. Reads all
+    values, one entry at a time. Raises ImatrixError."""
     from .coverage import cover
 
     return cover(_opened(path), min_tokens)
@@ -50,11 +50,11 @@ def merge(
     paths: Sequence[Imatrix | Name], out: Name, *, chunk_size: int | None = None, output_format: str | None = None,
     force: bool = False,
 ) -> tuple[str, ...]:  # fmt: skip
-    """Write the sum of importance matrices of one model to `out`. Returns what is lost or assumed, a sentence each.
+    """Write the sum of importance matrices of one model to `out`. Returns what is lost or assumed, one sentence each.
 
-    `chunk_size`: tokens of a chunk of the result, and of a .dat, which does not say it; the first file's that does
-    unless given. `output_format` is "gguf" or "dat", as `out` ends unless given. `force` replaces a file that is there.
-    Raises ImatrixError where the files are not of one model, or one comes twice; OutputError."""
+    `chunk_size`: tokens in a chunk of the result, and of a .dat, which does not record it; by default that of the first
+    file that does. `output_format`: "gguf" or "dat"; by default from the ending of `out`. `force` replaces an existing
+    file. Raises ImatrixError if the files are of different models or one comes twice; OutputError."""
     from .converting import is_dat
     from .merging import merge as add
 
@@ -66,9 +66,9 @@ def convert(
     path: Imatrix | Name, out: Name, *, chunk_size: int | None = None, output_format: str | None = None,
     force: bool = False,
 ) -> tuple[str, ...]:  # fmt: skip
-    """Write an importance matrix to `out`, as a .dat or a GGUF: what the quantizer gets stays the same to the bit.
-    Returns what is lost or assumed, a sentence each. The rest is as for `merge`; `chunk_size` is for a .dat. Raises
-    ImatrixError, OutputError."""
+    """Write an importance matrix to `out`, as a .dat or a GGUF. What the quantizer gets stays the same to the bit.
+    Returns what is lost or assumed, one sentence each. Parameters are as for `merge`, but `chunk_size` is only for a
+    .dat as input. Raises ImatrixError, OutputError."""
     from .converting import convert as write
     from .converting import is_dat
 

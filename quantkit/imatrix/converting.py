@@ -1,5 +1,5 @@
-"""An importance matrix in the other format, or in the same one written again: what the quantizer gets stays the same to
-the bit, and what a format cannot hold is said."""
+"""Write an importance matrix in the other format, or again in the same one. What the quantizer gets stays the same to
+the bit, and what a format cannot hold is reported."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from .entries import Contents, Sums
 from .matrix import Imatrix
 from .write import Facts, Progress, Shape, write_dat, write_gguf
 
-#: tokens of a chunk where no file says it: what llama-imatrix takes without --ctx-size
+#: tokens in a chunk if no file records it: llama-imatrix's default without --ctx-size
 DEFAULT_CHUNK_SIZE = 512
 MAX_CHUNK_SIZE = 1 << 24
-#: keys of a GGUF that `Facts` has
+#: keys of a GGUF that `Facts` holds
 _FACTS = ("general.type", "imatrix.datasets", "imatrix.chunk_count", "imatrix.chunk_size")
 _SHOWN = 3
 
 
 def is_dat(out: Path, output_format: str | None = None) -> bool:
-    """Whether a file is to be a .dat, not a GGUF. Raises OutputError where neither its name nor anything says it."""
+    """Whether the output is a .dat and not a GGUF. Raises OutputError if neither its name nor the option tells."""
     said = output_format or out.suffix.lower().removeprefix(".")
     if said not in ("gguf", "dat"):
         raise OutputError(f"{out}: is to end in .gguf or .dat, or its format to be given: --output-format gguf")
@@ -30,7 +30,7 @@ def is_dat(out: Path, output_format: str | None = None) -> bool:
 
 
 def check_chunk_size(chunk_size: int | None) -> None:
-    """Raises ImatrixError for a size that no chunk has."""
+    """Raise ImatrixError for a size that no chunk can have."""
     if chunk_size is not None and not 1 <= chunk_size <= MAX_CHUNK_SIZE:
         raise ImatrixError(f"chunk_size {chunk_size:,}: is not a chunk size in tokens (1 to {MAX_CHUNK_SIZE:,})")
 
@@ -39,20 +39,20 @@ def convert(
     matrix: Imatrix, out: Path, *, as_dat: bool, chunk_size: int | None = None, replace: bool = False,
     progress: Progress = lambda _n: None,
 ) -> tuple[str, ...]:  # fmt: skip
-    """Write it to `out`, as a .dat or a GGUF. Returns what is lost or assumed, a sentence each.
+    """Write the matrix to `out`, as a .dat or a GGUF. Returns what is lost or assumed, one sentence each.
 
-    `chunk_size` is for a GGUF made of a .dat, which does not say how many tokens its chunks have: 512 unless given; the
-    quantizer gets the same whatever it is. Raises ImatrixError, OutputError; `out` is then as it was."""
+    `chunk_size` is for a GGUF made from a .dat, which does not record the tokens in a chunk: 512 by default. It
+    does not change what the quantizer gets. Raises ImatrixError, OutputError; `out` is then left as it was."""
     check_chunk_size(chunk_size)
     if chunk_size is not None and (as_dat or not matrix.is_dat):
         raise ImatrixError(
             f"{matrix.path}: --chunk-size {chunk_size} is for a GGUF made of a .dat, which does not say it; leave it "
             "out"
         )
-    names, n_chunks = sorted(matrix.entries, key=str.encode), max(0, matrix.n_chunks)  # of a .dat it has a sign
+    names, n_chunks = sorted(matrix.entries, key=str.encode), max(0, matrix.n_chunks)  # a .dat's count is signed
     size = matrix.chunk_size or chunk_size or DEFAULT_CHUNK_SIZE
     notes: list[str] = []
-    if matrix.is_dat and as_dat:  # a call is a chunk
+    if matrix.is_dat and as_dat:  # with a chunk size of 1 the calls stay the same
         facts = Facts(matrix.datasets, n_chunks, 1)
         write_dat(out, facts, map(matrix.sums, names), shapes(matrix), replace=replace, progress=progress)
     elif matrix.is_dat:
@@ -76,7 +76,7 @@ def convert(
 
 
 def shapes(matrix: Imatrix) -> list[Shape]:
-    """Of all its entries."""
+    """Return the shapes of all entries."""
     return [
         Shape(name, e.n_mats, e.n_cols, e.sum_offset is not None, 0 if e.stats is None else e.stats[1])
         for name, e in matrix.entries.items()
@@ -84,12 +84,12 @@ def shapes(matrix: Imatrix) -> list[Shape]:
 
 
 def further_keys(kvs: Sequence[KV]) -> tuple[KV, ...]:
-    """The keys of a GGUF but those that every importance matrix has."""
+    """Return a GGUF's keys except those that every importance matrix has."""
     return tuple(item for item in kvs if item.key not in _FACTS)
 
 
 def lost_in_dat(contents: Contents, n_other_calls: int) -> list[str]:
-    """What a .dat cannot hold of a GGUF, a sentence each. `n_other_calls` entries have calls of their own."""
+    """Return what a .dat cannot hold of a GGUF, one sentence each. `n_other_calls` entries have other calls."""
     entries = contents.entries.values()
     notes = []
     if n := sum(len(set(e.counts)) > 1 for e in entries):
@@ -110,14 +110,14 @@ def lost_in_dat(contents: Contents, n_other_calls: int) -> list[str]:
 
 
 def left_out(contents: Contents) -> list[str]:
-    """What is no part of an importance matrix."""
+    """Return a sentence on tensors of the file that are no part of an importance matrix, or []."""
     if not contents.others:
         return []
     return [f"left out, since no importance matrix has it: {_listed(contents.others)}"]
 
 
 class _Kept:
-    """The entries of a .dat as sums and counts; those with fewer tokens than the chunks have are counted."""
+    """Converts entries of a .dat to sums and counts, and counts those that get fewer tokens than their chunks have."""
 
     def __init__(self, chunk_size: int) -> None:
         self.chunk_size, self.n_fewer = chunk_size, 0

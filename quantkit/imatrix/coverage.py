@@ -1,8 +1,8 @@
-"""How well an importance matrix knows a model: tokens that each tensor and each expert saw, how evenly, and how few
-columns carry the sums.
+"""How well an importance matrix covers a model: how many tokens each tensor and each expert saw, how evenly, and how
+few columns make up the sums.
 
-The concentration of a matrix is the share of its sum of squares that the largest 1 % of its columns have, rounded up:
-0.01 where all are alike, 1 where one column is all. Of a tensor it is the median over the matrices that were seen.
+The concentration of a matrix is the share of its sum of squares in the largest 1 % of its columns (rounded up): 0.01 if
+all columns are alike, 1 if one column is everything. A tensor's is the median over the matrices that were seen.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy.typing as npt
 from .matrix import Imatrix
 from .write import Progress
 
-#: so many tokens make a good enough diagonal
+#: this many tokens give a good enough diagonal
 ENOUGH_TOKENS = 100
 PERCENTILES = (10, 50, 90)
 _LAYER = re.compile(r"blk\.(\d{1,6})\.(.+)")
@@ -27,20 +27,20 @@ _LAYER = re.compile(r"blk\.(\d{1,6})\.(.+)")
 
 @dataclass(frozen=True)
 class Covered:
-    """An entry. Matrices are experts where there are several."""
+    """Coverage of one entry. In a stacked tensor the matrices are experts."""
 
     name: str
     layer: int | None
     kind: str
     """the name without its layer"""
     n_cols: int
-    """values of a count"""
+    """values for each count"""
     counts: tuple[int, ...]
-    """what each matrix saw: tokens, or of a .dat chunks"""
+    """what each matrix saw: tokens, or for a .dat chunks"""
     concentrations: tuple[float | None, ...]
-    """of each matrix; None where it was not seen, or has only zeros"""
+    """of each matrix; None if it was not seen or has only zeros"""
     n_zero_columns: int
-    """columns of matrices that were seen, whose sum is 0"""
+    """columns whose sum is 0, in matrices that were seen"""
 
     @property
     def n_mats(self) -> int:
@@ -53,40 +53,40 @@ class Covered:
 
     @property
     def spread(self) -> float | None:
-        """The largest count over the smallest; None where that is 0."""
+        """The largest count divided by the smallest; None if the smallest is 0."""
         return max(self.counts) / min(self.counts) if min(self.counts) else None
 
     def percentiles(self) -> tuple[float, ...]:
-        """Of the counts, at PERCENTILES."""
+        """Return the percentiles of the counts, at PERCENTILES."""
         return tuple(float(x) for x in np.percentile(self.counts, PERCENTILES))
 
     def never(self) -> tuple[int, ...]:
-        """Numbers of matrices that were never seen."""
+        """Return the numbers of matrices that were never seen."""
         return tuple(i for i, n in enumerate(self.counts) if n == 0)
 
     def rarely(self, fewest: int) -> tuple[int, ...]:
-        """Numbers of matrices that were seen, but fewer times."""
+        """Return the numbers of matrices that were seen, but fewer than `fewest` times."""
         return tuple(i for i, n in enumerate(self.counts) if 0 < n < fewest)
 
 
 @dataclass(frozen=True)
 class Coverage:
-    """What `quantkit imatrix info` tells of a file."""
+    """What `quantkit imatrix info` reports about a file."""
 
     path: Path
     is_dat: bool
     datasets: tuple[str, ...]
     n_chunks: int
     chunk_size: int | None
-    """tokens; None: not known, as of every .dat"""
+    """tokens; None if not known, as for every .dat"""
     has_in_sum: bool
-    """whether all entries have it"""
+    """whether all entries have in_sum"""
     min_tokens: int
     tensors: tuple[Covered, ...]
-    """by layer, those of none first, then by name"""
+    """sorted by layer, those outside layers first, then by name"""
 
     def to_json(self) -> dict[str, Any]:
-        """All of it for a script; a .dat says nothing of experts, so never_seen and rarely_seen are null there."""
+        """Return all of it for scripts. A .dat has no counts of experts, so never_seen and rarely_seen are null."""
         return {
             "file": str(self.path),
             "format": "dat" if self.is_dat else "gguf",
@@ -123,7 +123,7 @@ class Coverage:
 
 
 def cover(matrix: Imatrix, min_tokens: int = ENOUGH_TOKENS, progress: Progress = lambda _n: None) -> Coverage:
-    """Read all of it, an entry at a time. Raises ImatrixError for a value that is not finite, or negative."""
+    """Read the whole matrix, one entry at a time. Raises ImatrixError for a value that is not finite, or negative."""
     tensors = []
     for name, entry in matrix.entries.items():
         sums = matrix.sums(name, only_squares=True)
@@ -155,7 +155,7 @@ def cover(matrix: Imatrix, min_tokens: int = ENOUGH_TOKENS, progress: Progress =
 
 
 def concentrations(in_sum2: npt.NDArray[np.floating[Any]]) -> tuple[float | None, ...]:
-    """Of each matrix of [n_mats, n_cols] sums of squares; None where all are 0."""
+    """Return the concentration of each matrix of sums of squares [n_mats, n_cols]; None if all its sums are 0."""
     n_cols = in_sum2.shape[1]
     n_top = math.ceil(n_cols / 100)
     top = np.partition(in_sum2, n_cols - n_top, axis=1)[:, n_cols - n_top :].sum(axis=1, dtype=np.float64)

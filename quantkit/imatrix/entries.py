@@ -1,4 +1,4 @@
-"""What an importance matrix file holds but for its values: entries, where those are, and what they leave out."""
+"""What an importance matrix file holds apart from its values: its entries, where their values are, and their gaps."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ import numpy.typing as npt
 
 from ..gguf.header import KV
 
-#: zeros in a row that are looked at: the shortest block that a type gives a scale of its own, of those that lose it
+#: shortest run of zeros that is recorded: the shortest block with its own scale, among types that lose such blocks
 _SHORTEST_RUN = 32
 
 
 class Entry(NamedTuple):
-    """Where the values of a tensor are: `n_values` float32 at `offset`; one divisor a matrix."""
+    """Where the values of a tensor are: `n_values` float32 at `offset`; one divisor for each matrix."""
 
     offset: int
     n_values: int
     counts: tuple[float, ...]
-    """inputs that were seen, as llama-quantize rounds them: of each matrix (expert), or one for all of the tensor"""
+    """inputs seen, rounded as llama-quantize does: one for each matrix (expert), or one for the whole tensor"""
     sum_offset: int | None = None
-    """where the sums of the inputs themselves are, as many, in files that have them"""
+    """where the sums of the inputs themselves are (`n_values` too), in files that have them"""
     stats: tuple[int, int] | None = None
-    """where llama-imatrix's statistics of the entry are, and how many, in files that have them"""
+    """(offset, number) of llama-imatrix's statistics of the entry, in files that have them"""
 
     @property
     def n_mats(self) -> int:
@@ -32,63 +32,63 @@ class Entry(NamedTuple):
 
     @property
     def n_cols(self) -> int:
-        """Values of a count: columns, or of a stacked tensor with one count its columns times its matrices."""
+        """Values for each count: columns, or columns times matrices for a stacked tensor with one count."""
         return self.n_values // len(self.counts)
 
 
 class Sums(NamedTuple):
-    """An entry with its values, as they are added up in a file."""
+    """An entry with its values, as summed up in a file."""
 
     name: str
     in_sum2: npt.NDArray[np.floating[Any]]
-    """[n_mats, n_cols]: sums of squared inputs; float32 of a file, perhaps float64 for one"""
+    """[n_mats, n_cols]: sums of squared inputs; float32 when read from a file, possibly float64 when to be written"""
     counts: npt.NDArray[np.float64]
-    """[n_mats]: inputs that were seen, whole numbers"""
+    """[n_mats]: inputs seen, whole numbers"""
     in_sum: npt.NDArray[np.floating[Any]] | None = None
     """[n_mats, n_cols]: sums of inputs"""
     stats: npt.NDArray[np.float32] | None = None
-    """llama-imatrix's statistics, whose names its key imatrix.stats_schema has"""
+    """llama-imatrix's statistics; the file's key imatrix.stats_schema names them"""
 
 
 class Contents(NamedTuple):
-    """A file but for its values."""
+    """A file without its values."""
 
     entries: Mapping[str, Entry]
     datasets: tuple[str, ...] = ()
     n_chunks: int = 0
     chunk_size: int = 0
-    """tokens of a chunk; 0: not known, as of every .dat"""
+    """tokens in a chunk; 0 if not known, as for every .dat"""
     kvs: tuple[KV, ...] = ()
-    """of a GGUF, all its keys"""
+    """all keys of a GGUF"""
     others: tuple[str, ...] = ()
-    """of a GGUF, tensors that are no part of an entry"""
+    """tensors of a GGUF that are no part of an entry"""
 
 
 class Missing(NamedTuple):
-    """What an importance matrix does not say of a tensor: numbers of its matrices (experts, of a stacked tensor)."""
+    """Gaps in what an importance matrix has for a tensor; its matrices (experts of a stacked tensor) are numbered."""
 
     unseen: tuple[int, ...]
-    """no input was ever counted: llama-quantize takes ones for all their columns"""
+    """no input was counted: llama-quantize takes ones for all their columns"""
     zeros: tuple[int, ...]
-    """inputs were counted, and every column's weight is 0"""
+    """inputs were counted, but every column's weight is 0"""
     n_zero_blocks: int
-    """blocks of columns, in other matrices, whose weights are all 0"""
+    """blocks of columns whose weights are all 0, in other matrices"""
 
 
 class Gaps(NamedTuple):
-    """Counts that are 0, and long runs of zeros among the values, of an entry."""
+    """Counts of 0 in an entry, and long runs of zeros among its values."""
 
     n_values: int
     counts: tuple[float, ...]
     zero_runs: npt.NDArray[np.int64]
-    """[n, 2]: the first value of each run and the one after its last; counts of 0 are no part of them"""
+    """[n, 2]: the first value of each run and the one after its last; values whose count is 0 are left out"""
 
     @property
     def n_unseen(self) -> int:
         return self.counts.count(0)
 
     def of(self, n_cols: int, n_mats: int, block: int) -> Missing:
-        """For a tensor of `n_mats` matrices of `n_cols` columns, in blocks of `block`."""
+        """Return the gaps of a tensor with `n_mats` matrices of `n_cols` columns, in blocks of `block` columns."""
         per_count = self.n_values // len(self.counts)
         seen = [i for i, count in enumerate(self.counts) if count != 0]
         met = {m for i in seen for m in range(i * per_count // n_cols, ((i + 1) * per_count - 1) // n_cols + 1)}
@@ -105,7 +105,7 @@ class Gaps(NamedTuple):
 
 
 def long_runs(pieces: Sequence[npt.NDArray[np.int64]]) -> npt.NDArray[np.int64]:
-    """Runs [first, after the last] of consecutive pieces, those that meet made one, without short ones."""
+    """Return the runs [first, after the last] of consecutive pieces: adjacent runs are joined, short ones left out."""
     if not pieces:
         return np.empty((0, 2), np.int64)
     edges = np.concatenate(pieces)

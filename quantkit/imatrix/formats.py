@@ -1,11 +1,11 @@
-"""The two file formats of importance matrices, read but for the values.
+"""Reading the two file formats of importance matrices, without the values.
 
-GGUF, of llama-imatrix since July 2025: the keys general.type = "imatrix", imatrix.datasets, imatrix.chunk_count and
-imatrix.chunk_size; for each entry the F32 tensors NAME.in_sum2 [n_cols, n_mats], NAME.counts [1, n_mats] and perhaps
-NAME.in_sum [n_cols, n_mats] and NAME.stats. A file without in_sum2, counts or one of the keys is none.
+GGUF, written by llama-imatrix since July 2025: keys general.type = "imatrix", imatrix.datasets, imatrix.chunk_count and
+imatrix.chunk_size; for each entry the F32 tensors NAME.in_sum2 [n_cols, n_mats], NAME.counts [1, n_mats] and optionally
+NAME.in_sum [n_cols, n_mats] and NAME.stats. A file that lacks in_sum2, counts or one of the last three keys is refused.
 
-.dat, without a magic, numbers int32: how many entries; for each the bytes of its name, the name, calls, values, float32
-values; then perhaps the chunks, the bytes of the last dataset's name, and that.
+.dat has no magic, and its numbers are int32: number of entries; for each entry the bytes of its name, the name, calls,
+number of values, float32 values; then optionally the chunks, the bytes of the last dataset's name, and that name.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from ..base.errors import ImatrixError
 from ..gguf.header import ARRAY, KV, U32, array_head, decode, read_header
 from .entries import Contents, Entry
 
-#: matrices of a tensor (experts) that an entry may count; bytes of an entry's name, and of a dataset's that is read
+#: most counts (experts) of an entry; most bytes of an entry's name; most bytes read of a dataset's name
 _MAX_COUNTS, _MAX_NAME, _MAX_DATASET = 1 << 16, 512, 4096
 
 
 def read_gguf(path: Path) -> Contents:
-    """The structure of llama-imatrix's GGUF. Raises ImatrixError, SourceError, OSError."""
+    """Read the structure of llama-imatrix's GGUF. Raises ImatrixError, SourceError, OSError."""
     header = read_header(path)
     kvs = {item.key: item for item in header.kvs}
     for key, type_ in (("imatrix.datasets", ARRAY), ("imatrix.chunk_count", U32), ("imatrix.chunk_size", U32)):
@@ -93,7 +93,7 @@ def _is_strings(item: KV) -> bool:
 
 
 def read_dat(path: Path, f: BinaryIO, size: int) -> Contents:
-    """The structure of a .dat of `size` bytes, open as `f`. Raises ImatrixError, OSError."""
+    """Read the structure of a .dat of `size` bytes, open as `f`. Raises ImatrixError, OSError."""
 
     def take(n: int, what: str) -> bytes:
         if n < 0 or n > size - f.tell():
@@ -129,7 +129,7 @@ def read_dat(path: Path, f: BinaryIO, size: int) -> Contents:
         if 4 * n_values > size - offset:
             take(4 * n_values, f"the values of '{name}'")
         f.seek(4 * n_values, os.SEEK_CUR)
-        # without calls llama-quantize takes the values as they are
+        # without calls, llama-quantize uses the values unchanged
         entries[name] = Entry(offset, n_values, (float(n_calls) if n_calls > 0 else 1.0,))
     n_chunks = 0
     datasets: tuple[str, ...] = ()

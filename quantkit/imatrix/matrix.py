@@ -1,9 +1,9 @@
 """Importance matrices: llama-imatrix's GGUF files and the older .dat, read as llama-quantize reads them.
 
 An entry is a tensor's mean squared activation for each column, and for each matrix of a stacked
-tensor. GGUF: in_sum2 / count per expert, all ones for an expert whose count is 0; legacy: value /
-ncall. Source: tools/quantize/quantize.cpp (load_imatrix), common/imatrix-loader.cpp. Values stay in
-the file until they are asked for: the imatrix of R1 holds about a gigabyte.
+tensor. GGUF: in_sum2 / count per expert, all ones for an expert whose count is 0; .dat: value /
+calls. Source: tools/quantize/quantize.cpp (load_imatrix), common/imatrix-loader.cpp. Values are
+read only when asked for: the imatrix of R1 holds about a gigabyte.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .entries import Contents, Entry, Gaps, Sums, long_runs
 from .formats import read_dat, read_gguf
 
 _CHUNK = 1 << 20
-#: above this a quotient is above 0 in float32
+#: a quotient above this does not underflow to 0 in float32
 _TINY = 1.2e-38
 
 
@@ -33,22 +33,22 @@ class NoWeight(NamedTuple):
 
     value: np.float32
     at: int
-    """its number among the entry's values"""
+    """its index among the entry's values"""
 
 
 class Imatrix:
-    """An importance matrix file. Raises ImatrixError for whatever is wrong with it."""
+    """An importance matrix file. Raises ImatrixError for anything wrong with it."""
 
     def __init__(self, path_as_given: str, path: Path, contents: Contents, is_dat: bool) -> None:
         self.path_as_given = path_as_given
-        """the path as the user gave it, which goes into the metadata"""
+        """the path as the user gave it, recorded in the metadata"""
         self.path = path
         self.contents, self.is_dat = contents, is_dat
         self.entries = dict(contents.entries)
         self.datasets = contents.datasets
         self.n_chunks = contents.n_chunks
         self.chunk_size = contents.chunk_size
-        """tokens of a chunk; 0: not known, as of every .dat"""
+        """tokens in a chunk; 0 if not known, as for every .dat"""
         self._gaps: Mapping[str, Gaps] | None = None
         self._fd = os.open(path, os.O_RDONLY)
 
@@ -64,15 +64,15 @@ class Imatrix:
         return self.entries[name].n_values == n_cols * n_mats
 
     def weights(self, name: str, mat: int, n_cols: int) -> npt.NDArray[np.float32]:
-        """The weights float32 [n_cols] of matrix number `mat` of a tensor."""
+        """Return the weights float32 [n_cols] of matrix number `mat` of a tensor."""
         return self._divide(self.entries[name], mat * n_cols, n_cols)
 
     def sums(self, name: str, only_squares: bool = False) -> Sums:
-        """What the file has added up for a tensor, or in_sum2 and counts only. Of a .dat: means times calls, and the
-        calls for its one count.
+        """Return the sums in the file for a tensor; with `only_squares`, only in_sum2 and counts. For a .dat these are
+        means times calls, and the calls as the one count.
 
-        Raises ImatrixError for a value that is not finite, and for a sum of squares below 0; those of a matrix that was
-        never seen are never used, and come as 0."""
+        Raises ImatrixError for a value that is not finite, and for a sum of squares below 0. The values of a matrix
+        that was never seen are not used and are returned as 0."""
         entry = self.entries[name]
         shape, counts = (entry.n_mats, entry.n_cols), np.array(entry.counts, np.float64)
         in_sum2 = self._read(entry.offset, entry.n_values).reshape(shape)
@@ -125,8 +125,8 @@ class Imatrix:
         return out
 
     def check(self) -> Mapping[str, Gaps]:
-        """Read every value once: all must be finite and not negative. Returns what is missing in which entries; a
-        second call does not read again."""
+        """Read every value once, and check that all are finite and not negative. Returns the gaps of the entries that
+        have any; a second call does not read again. Raises ImatrixError."""
         if self._gaps is None:
             found = {}
             for name, entry in self.entries.items():
@@ -141,8 +141,8 @@ class Imatrix:
         return self._gaps
 
     def look_at(self, name: str) -> Gaps | NoWeight:
-        """Read every value of an entry once: what is missing, or the first that is no weight. Raises ImatrixError
-        where the file cannot be read."""
+        """Read every value of an entry once, and return its gaps, or the first value that is not a weight. Raises
+        ImatrixError if the file cannot be read."""
         entry = self.entries[name]
         runs = []
         for at in range(0, entry.n_values, _CHUNK):
@@ -166,7 +166,7 @@ class Imatrix:
 
 
 def open_imatrix(path_as_given: str) -> Imatrix:
-    """Open an importance matrix in either format; only its structure is read."""
+    """Open an importance matrix in either format, reading only its structure. Raises ImatrixError."""
     path = Path(path_as_given)
     if not is_utf8(path_as_given):
         raise ImatrixError(f"{path_as_given!a}: the path goes into the metadata, but is not UTF-8; rename the file")

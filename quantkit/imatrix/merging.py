@@ -1,8 +1,8 @@
-"""Importance matrices of one model added up: sums and counts, entry by entry, as llama-imatrix does it.
+"""Merging importance matrices of one model: sums and counts are added entry by entry, as llama-imatrix does.
 
-Sums are added in float64 and rounded once, so the order of the files changes only that of the datasets. llama-imatrix
-adds in float32: two files give the same bytes, more may differ in the last bit. An entry with one count (of a .dat, or
-of an old GGUF) counts for each expert of the others'.
+Sums are added in float64 and rounded once, so the order of the files affects only the order of the datasets.
+llama-imatrix adds in float32: two files give the same bytes, more may differ in the last bit. If one file's entry has
+a single count (a .dat, or an old GGUF), that count is added for each expert of the others.
 Source: tools/imatrix/imatrix.cpp (load_imatrix, load_imatrix_legacy).
 """
 
@@ -22,7 +22,7 @@ from .matrix import Imatrix
 from .write import Facts, Progress, Shape, write_dat, write_gguf
 
 _MAX_CHUNKS = (1 << 32) - 1
-#: keys of the values that are not added up
+#: keys about values that are not added up
 _NOT_ADDED = ("imatrix.stats_schema",)
 
 
@@ -30,12 +30,12 @@ def merge(
     matrices: Sequence[Imatrix], out: Path, *, as_dat: bool, chunk_size: int | None = None, replace: bool = False,
     progress: Progress = lambda _n: None,
 ) -> tuple[str, ...]:  # fmt: skip
-    """Write their sum to `out`. Returns what is lost or assumed, a sentence each.
+    """Write their sum to `out`. Returns what is lost or assumed, one sentence each.
 
-    `chunk_size` is that of the result, and of a .dat among them: unless given, the first that a file says, else 512.
-    The datasets are those of all, in order; the chunks are as many as the most used entry saw. in_sum is kept for
-    entries of which every file has it, statistics are not. Raises ImatrixError where an entry's sizes differ, or a file
-    comes twice, or alone; OutputError. `out` is then as it was."""
+    `chunk_size` applies to the result, and to any .dat among the files; by default the first that a file records, else
+    512. The result has the datasets of all files, in order, and as many chunks as its most used entry saw. in_sum is
+    kept for entries for which every file has it; statistics are dropped. Raises ImatrixError if entry sizes differ,
+    a file is given twice, or there is only one; OutputError. `out` is then left as it was."""
     if len(matrices) < 2:
         raise ImatrixError("two importance matrices or more can be merged; to rewrite one, convert it")
     check_chunk_size(chunk_size)
@@ -68,7 +68,7 @@ def _check_different(matrices: Sequence[Imatrix]) -> None:
 
 
 def _shape(name: str, matrices: Sequence[Imatrix]) -> Shape:
-    """The entry's shape in the result. Raises ImatrixError where two files do not agree."""
+    """Return the entry's shape in the result. Raises ImatrixError if two files disagree."""
     having = [m for m in matrices if name in m]
     first = having[0]
     n_values, n_mats = first.entries[name].n_values, 1
@@ -109,7 +109,7 @@ def _add(of_files: Sequence[tuple[Imatrix, Sums]], shape: Shape, chunk_size: int
 
 
 def _further(matrices: Sequence[Imatrix]) -> tuple[KV, ...]:
-    """Keys that every GGUF that has them has alike."""
+    """Return the keys that have the same value in every GGUF that has them."""
     found: dict[str, set[KV]] = {}
     for m in matrices:
         for item in further_keys(m.contents.kvs):

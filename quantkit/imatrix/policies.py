@@ -1,10 +1,10 @@
-"""What stands in for data that an importance matrix lacks: the user chooses, builder and verifier work it out here.
+"""What stands in for data that an importance matrix lacks. The user chooses; builder and verifier compute it here.
 
-Missing is: an entry that is not in the file; an expert that no token chose (its count is 0, or it has a row of exact
-ones in an entry with one count for all experts, which is what llama-imatrix's older format makes of it); an expert with
-a row of zeros, which says nothing of its columns. A policy is a chain such as `sibling,prior`: each step in turn gives
-data to what still lacks it. `fail` and `ones` end a chain; they leave rows of zeros and absent entries as
-llama-quantize has them, so that `ones` gives its bytes.
+Data is missing if the file has no entry; if no token chose an expert (its count is 0, or its row is exactly ones in an
+entry with one count for all experts, as llama-imatrix's older format writes it); or if an expert's row is all zeros,
+which says nothing about its columns. A policy is a chain such as `sibling,prior`: each step gives data to what still
+lacks it. `fail` and `ones` end a chain. They leave rows of zeros and absent entries as llama-quantize treats them, so
+`ones` gives its bytes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .matrix import Imatrix
 
 F32 = npt.NDArray[np.float32]
 _MOST_TOKENS = 10**9
-#: tensors of a layer that multiply the same input; `ffn_gate_inp` is the router, which only gives
+#: tensors of a layer that multiply the same input; `ffn_gate_inp` is the router, which can only give values
 _SAME_INPUT = (
     ("ffn_gate_exps", "ffn_up_exps"),
     ("ffn_gate_shexp", "ffn_up_shexp", "ffn_gate_inp"),
@@ -33,10 +33,10 @@ _SAME_INPUT = (
     ("attn_q_a", "attn_kv_a_mqa", "attn_q", "attn_k", "attn_v"),
 )
 _IN_LAYER = re.compile(r"(blk\.\d+\.)(\w+)(\.weight)")
-#: never in a matrix of llama-imatrix without --process-output; llama-quantize expects no entry of them
+#: no entries in a matrix of llama-imatrix without --process-output; llama-quantize does not expect any
 OUTSIDE_LAYERS = ("token_embd.weight", "output.weight", "per_layer_token_embd.weight")
 
-# where the values of a matrix come from
+# sources of the values of a matrix
 OWN, SIBLING, KV_B, PRIOR, SHRINK, ONES, UNSEEN = "own", "sibling", "kv_b", "prior", "shrink", "ones", "unseen"
 
 WORDS = {
@@ -54,7 +54,7 @@ class Policy(NamedTuple):
     """A chain of steps, in order."""
 
     steps: tuple[tuple[str, str], ...]
-    """words, each with what follows its colon"""
+    """words, each with the text after its colon"""
 
     @property
     def text(self) -> str:
@@ -62,7 +62,7 @@ class Policy(NamedTuple):
 
     @property
     def fills(self) -> bool:
-        """Whether it may give anything that is not in the file."""
+        """Whether it can give values that are not in the file."""
         return any(word not in ("fail", "ones") for word, _ in self.steps)
 
     @property
@@ -73,12 +73,12 @@ class Policy(NamedTuple):
         return word in (w for w, _ in self.steps)
 
     def value(self, word: str) -> str:
-        """What follows the colon of a step, '' where the chain lacks it."""
+        """Return the text after a step's colon, '' if the chain lacks the step."""
         return next((value for w, value in self.steps if w == word), "")
 
 
 def parse_policy(text: str) -> Policy:
-    """A chain as it is written, such as sibling,shrink:50,ones. Raises ValueError."""
+    """Parse a chain as written, such as sibling,shrink:50,ones. Raises ValueError."""
     steps: list[tuple[str, str]] = []
     pieces = [piece.strip() for piece in text.split(",")]
     for i, piece in enumerate(pieces):
@@ -119,18 +119,18 @@ FAIL, AS_LLAMA_QUANTIZE = parse_policy("fail"), parse_policy("ones")
 
 
 class Origin(NamedTuple):
-    """Where the weights of a tensor's matrices come from, once a policy has been followed."""
+    """Where the weights of a tensor's matrices come from under a policy."""
 
     sources: tuple[str, ...]
-    """for each matrix: OWN, SIBLING, KV_B, PRIOR, SHRINK or ONES; UNSEEN where there is nothing"""
+    """for each matrix: OWN, SIBLING, KV_B, PRIOR, SHRINK or ONES; UNSEEN if there is no data"""
     donor: str = ""
-    """the tensor whose entry serves those that are SIBLING or KV_B"""
+    """the tensor whose entry supplies the matrices that are SIBLING or KV_B"""
     mean_of: tuple[int, ...] = ()
-    """the matrices whose mean PRIOR and SHRINK are made of"""
+    """the matrices whose mean is used for PRIOR and SHRINK"""
     tokens: int = 0
-    """K of shrink:K; 0 leaves data as it is"""
+    """K of shrink:K; 0 leaves data unchanged"""
     lacks: bool = False
-    """whether the `raise` of the chain met matrices without data"""
+    """whether the chain's `raise` step found matrices without data"""
 
     @property
     def unseen(self) -> tuple[int, ...]:
@@ -138,19 +138,19 @@ class Origin(NamedTuple):
 
     @property
     def is_filled(self) -> bool:
-        """Whether a policy, and not the file or llama-quantize, says what some of the values are."""
+        """Whether some of the values come from a policy, not from the file or llama-quantize."""
         return bool(self.tokens) or self.lacks or any(s not in (OWN, ONES, UNSEEN) for s in self.sources)
 
     def counts(self) -> dict[str, int]:
-        """How many matrices have their values from where."""
+        """Return how many matrices have their values from each source."""
         found = Counter(SHRINK if self.tokens and source == OWN else source for source in self.sources)
         return dict(sorted(found.items()))
 
 
 class Completed:
-    """An importance matrix with what a policy puts in the place of missing data: read as `Imatrix` is, but for tensors
-    of a known model. `shapes`: columns and matrices of each tensor. `gaps`: what `Imatrix.check` found, which is read
-    from the file when a policy needs it unless it is given. Safe for threads."""
+    """An importance matrix whose missing data a policy fills in. Reads like `Imatrix`, but for the tensors of a known
+    model. `shapes`: (columns, matrices) of each tensor. `gaps`: what `Imatrix.check` found; if not given, it is read
+    from the file when a policy needs it. Safe for threads."""
 
     def __init__(
         self,
@@ -177,11 +177,11 @@ class Completed:
         return name in self.given or bool(self.origin(name).donor)
 
     def fits(self, name: str, n_cols: int, n_mats: int) -> bool:
-        """Whether there is a value for each column of each matrix."""
+        """Whether the entry, if there is one, has a value for each column of each matrix."""
         return name not in self.given or self.given.fits(name, n_cols, n_mats)
 
     def weights(self, name: str, mat: int, n_cols: int) -> F32:
-        """The weights float32 [n_cols] of matrix number `mat` of a tensor. Raises ImatrixError."""
+        """Return the weights float32 [n_cols] of matrix number `mat` of a tensor. Raises ImatrixError."""
         origin = self.origin(name)
         source = origin.sources[mat] if mat < len(origin.sources) else OWN
         if source == ONES:
@@ -202,7 +202,7 @@ class Completed:
         return self.given.weights(origin.donor if source == SIBLING else name, mat, n_cols)
 
     def _mean(self, name: str, origin: Origin) -> npt.NDArray[np.float64]:
-        """Of the experts that have data, each counting alike: float64 [n_cols]."""
+        """Return the unweighted mean over the experts that have data: float64 [n_cols]."""
         if name not in self._means:
             n_cols = self.shapes[name][0]
             total = np.zeros(n_cols, np.float64)
@@ -214,7 +214,7 @@ class Completed:
     # ------------------------------------------------------------ where values come from
 
     def origin(self, name: str) -> Origin:
-        """Where a tensor's values come from. Raises ImatrixError for a policy that this matrix cannot follow."""
+        """Return where a tensor's values come from. Raises ImatrixError if this matrix cannot support the policy."""
         if name not in self._origins:
             self._origins[name] = self._follow(name)
         return self._origins[name]
@@ -251,7 +251,7 @@ class Completed:
             elif word == "raise" and missing and name not in OUTSIDE_LAYERS:
                 origin = origin._replace(lacks=True)
         if name in self.given or origin.donor:
-            # no step gave these anything
+            # no step gave data to these
             for m, source in enumerate(sources):
                 if source == UNSEEN and origin.lacks:
                     sources[m] = ONES
@@ -262,11 +262,11 @@ class Completed:
         return origin._replace(sources=tuple(sources))
 
     def without_data(self, name: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """The matrices of a tensor's own entry that no token reached, and those with nothing but zeros."""
+        """Return the matrices of a tensor's own entry that no token reached, and those with only zeros."""
         return tuple(sorted(self._nothing(name))), tuple(sorted(self._empty(name)))
 
     def _nothing(self, name: str) -> frozenset[int]:
-        """The matrices of which the file has nothing: no entry, or no token."""
+        """Return the matrices for which the file has no entry, or no token."""
         if name not in self._lacking:
             self._lacking[name] = self._without_tokens(name)
         return self._lacking[name]
@@ -281,12 +281,12 @@ class Completed:
         found = Gaps(entry.n_values, entry.counts, np.empty((0, 2), np.int64)).of(n_cols, n_mats, 32).unseen
         if len(entry.counts) == 1 and n_mats > 1 and is_expert(name):
             ones = [m for m in range(n_mats) if (self.given.weights(name, m, n_cols) == 1).all()]
-            if len(ones) < n_mats:  # else somebody made a matrix of ones
+            if len(ones) < n_mats:  # otherwise the whole entry was made of ones on purpose
                 found = tuple(ones)
         return frozenset(found)
 
     def _empty(self, name: str) -> frozenset[int]:
-        """The matrices that have a count, and only zeros."""
+        """Return the matrices that have a count but only zeros."""
         if self._gaps is None:
             self._gaps = self.given.check()
         n_cols, n_mats = self.shapes.get(name, (0, 0))
@@ -295,7 +295,7 @@ class Completed:
         return frozenset(self._gaps[name].of(n_cols, n_mats, 32).zeros)
 
     def _sibling(self, name: str, missing: list[int]) -> str:
-        """A tensor with the same input whose entry has data for at least one of the matrices, or ''."""
+        """Return a tensor with the same input whose entry has data for at least one of the matrices, or ''."""
         m = _IN_LAYER.fullmatch(name)
         group = next((g for g in _SAME_INPUT if m and m[2] in g), ())
         for other in (f"{m[1]}{stem}{m[3]}" for stem in group if m and stem != m[2]):
@@ -306,7 +306,7 @@ class Completed:
         return ""
 
     def _kv_b(self, name: str) -> str:
-        """attn_kv_b's entry, for an attn_v_b: both multiply the latent's columns."""
+        """Return the attn_kv_b tensor whose entry serves an attn_v_b (both multiply the latent's columns), or ''."""
         other = name.replace("attn_v_b", "attn_kv_b")
         n_cols = self.shapes[name][0]
         if other == name or other not in self.given or not self.given.fits(other, n_cols, 1):
@@ -324,10 +324,10 @@ class Completed:
 
 
 def is_expert(name: str) -> bool:
-    """Whether a tensor stacks routed experts, each of which sees tokens of its own."""
+    """Whether a tensor stacks routed experts, each of which sees its own tokens."""
     return "_exps." in name
 
 
 def serves_kv_b(imatrix: Imatrix, name: str) -> bool:
-    """Whether a tensor has no entry while attn_kv_b of its layer has one, which a policy could take for it."""
+    """Whether a tensor has no entry, but attn_kv_b of its layer has one that a policy could use for it."""
     return name not in imatrix and "attn_v_b" in name and name.replace("attn_v_b", "attn_kv_b") in imatrix

@@ -1,4 +1,4 @@
-"""What `quantkit imatrix info` prints, and the picture it draws."""
+"""The text that `quantkit imatrix info` prints, and the picture it draws."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from .coverage import Coverage, Covered
 from .matrix import Imatrix
 from .terminal_map import coverage_map
 
-#: lines that name experts, unless all are wanted; experts of a line
+#: most lines that name experts, unless all are wanted; most experts in a line
 _LINES, _EXPERTS = 20, 12
 _UNITS = {False: "tokens", True: "chunks"}
 
 
 def info_text(found: Coverage, every_tensor: bool = False) -> str:
-    """The file's facts, a table with a row for alike tensors of all layers (or for every tensor), and the experts that
-    were seen never or rarely."""
+    """Return the file's facts, a table with one row for alike tensors of all layers (or for every tensor), and the
+    experts that were never or rarely seen."""
     unit = _UNITS[found.is_dat]
     size = f"{found.chunk_size:,} tokens" if found.chunk_size else "a size that a .dat does not say"
     datasets = ", ".join(found.datasets) or "none named"
@@ -61,7 +61,7 @@ def info_text(found: Coverage, every_tensor: bool = False) -> str:
 
 
 def _alike(tensors: Sequence[Covered]) -> list[list[Covered]]:
-    """Tensors of one kind and shape, of all layers; in the order of the first of each."""
+    """Group tensors of one kind and shape across layers, in the order of each group's first tensor."""
     out: dict[tuple[str, int, int], list[Covered]] = {}
     for t in tensors:
         out.setdefault((t.kind, t.n_mats, t.n_cols), []).append(t)
@@ -89,8 +89,8 @@ def _weak(group: Sequence[Covered], fewest: int) -> tuple[list[tuple[int, ...]],
 
 
 def _experts(found: Coverage, every: bool) -> Iterator[str]:
-    """Lines for what was seen never or rarely, one for tensors of a layer that are alike in that, as those are which
-    the same tokens reach."""
+    """Yield lines on what was never or rarely seen. Tensors of a layer with the same counts, which the same tokens
+    reach, share a line."""
     fewest = found.min_tokens
     weak = [t for t in found.tensors if t.never() or t.rarely(fewest)]
     if not weak:
@@ -130,8 +130,8 @@ def _some(words: Iterable[str]) -> str:
 
 
 def check_drawable(matrix: Imatrix, path: Path) -> None:
-    """Raises, before anything is read, what `draw_coverage` would: ImatrixError where nothing counts experts,
-    OutputError for a path that is neither .svg nor .png, ToolError where what draws is not installed."""
+    """Raise, before anything is read, what `draw_coverage` would raise: ImatrixError if no entry counts experts,
+    OutputError for a path that is neither .svg nor .png, ToolError if the drawing library is not installed."""
     check_suffix(path)
     if all(e.n_mats == 1 for e in matrix.entries.values()):
         why = "a .dat has no counts of experts" if matrix.is_dat else "none of its entries counts experts"
@@ -140,8 +140,8 @@ def check_drawable(matrix: Imatrix, path: Path) -> None:
 
 
 def draw_coverage(found: Coverage, path: Path, replace: bool = False) -> None:
-    """Draw tokens by layer and expert: a panel for tensors with the same counts, as gate, up and down mostly are.
-    Raises OutputError, ToolError."""
+    """Draw tokens by layer and expert, with one panel for tensors that have the same counts, as gate, up and down
+    mostly have. Raises OutputError, ToolError."""
     stacked = [t for t in found.tensors if t.n_mats > 1]
     kinds: dict[str, list[Covered]] = {}
     for t in stacked:

@@ -1,8 +1,8 @@
-"""The arithmetic between the two formats, such that llama-quantize divides the same float32 out of both.
+"""Converting values between the two formats so that llama-quantize divides the same float32 out of both.
 
-A GGUF has sums and counts of tokens, and the quantizer gets in_sum2 / count. A .dat has one count for a tensor, its
-calls, and it gets value / calls. llama-imatrix scales by the chunk size, which rounds now and then: calls are then
-another number, for which it does not. Source: tools/imatrix/imatrix.cpp (save_imatrix_legacy, load_imatrix_legacy).
+A GGUF has sums and token counts; the quantizer gets in_sum2 / count. A .dat has one count for a tensor, its calls; the
+quantizer gets value / calls. llama-imatrix scales by the chunk size, which sometimes rounds: then this module picks
+other calls, which do not. Source: tools/imatrix/imatrix.cpp (save_imatrix_legacy, load_imatrix_legacy).
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ import numpy.typing as npt
 
 from .entries import Sums
 
-#: whole numbers up to this are exact in float32
+#: integers up to this are exact in float32
 _EXACT = 1 << 24
 _MAX_CALLS = (1 << 31) - 1
 
 
 def divided(in_sum2: npt.NDArray[np.floating[Any]], counts: npt.NDArray[np.float64]) -> npt.NDArray[np.float32]:
-    """What the quantizer gets: float32 sums [n_mats, n_cols] over counts [n_mats], ones where a count is 0."""
+    """Return what the quantizer gets: float32 sums [n_mats, n_cols] over counts [n_mats], ones where a count is 0."""
     with np.errstate(all="ignore"):
         out = in_sum2.astype(np.float32, copy=False) / counts.astype(np.float32)[:, None]
     out[counts == 0] = 1
@@ -29,8 +29,8 @@ def divided(in_sum2: npt.NDArray[np.floating[Any]], counts: npt.NDArray[np.float
 
 
 def for_dat(entry: Sums, chunk_size: int) -> tuple[int, npt.NDArray[np.float32], bool]:
-    """An entry's calls, and values [n_mats, n_cols], for a .dat; and whether the calls are llama-imatrix's, the chunks
-    that its most used matrix saw, and not the power of two that is next to them, or 1."""
+    """Return an entry's calls and values [n_mats, n_cols] for a .dat, and whether the calls are llama-imatrix's: the
+    chunks that its most used matrix saw. If not, they are a nearby power of two, or 1."""
     in_sum2 = entry.in_sum2.astype(np.float32, copy=False)
     wanted = divided(in_sum2, entry.counts)
     most = float(entry.counts.max())
@@ -48,8 +48,8 @@ def for_dat(entry: Sums, chunk_size: int) -> tuple[int, npt.NDArray[np.float32],
 
 
 def from_dat(entry: Sums, chunk_size: int) -> Sums:
-    """A .dat's entry as sums and a count of tokens, chunks having `chunk_size` of them: fewer where that would round,
-    a power of two, or 1."""
+    """Convert a .dat's entry to sums and a token count, with `chunk_size` tokens in a chunk. Where that would round, a
+    chunk counts as fewer tokens: a power of two, or 1."""
     wanted = divided(entry.in_sum2, entry.counts)
     calls = float(entry.counts[0])
     for factor in (chunk_size, 1 << (chunk_size.bit_length() - 1)):

@@ -1,4 +1,4 @@
-"""Experts by layers of an importance matrix, as characters: coarse, for a terminal."""
+"""A map of an importance matrix as characters, experts by layers: a rough picture for a terminal."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from collections.abc import Iterator, Sequence
 
 from .coverage import Coverage, Covered
 
-#: characters of a line, and lines, at most
+#: most characters in a line, and most lines
 _WIDE, _HIGH = 64, 20
 _SHADES = "░▒▓█"
 _NEVER = "!"
 
 
 def coverage_map(found: Coverage) -> str:
-    """Layers down, experts across, darker with more tokens: of several experts or layers in one character the least.
-    '' where the file counts no experts. Tensors that the same tokens reached are drawn once."""
+    """Draw layers downwards and experts across, darker with more tokens. A character that covers several experts or
+    layers shows the least. '' if the file counts no experts. Tensors that saw the same tokens are drawn once."""
     by_kind: dict[str, list[Covered]] = {}
     for t in found.tensors:
         if t.n_mats > 1 and not found.is_dat:
@@ -52,7 +52,7 @@ def _map(rows: Sequence[tuple[int | None, tuple[int, ...]]], names: str) -> Iter
 
 
 def _starts(low: float, high: float) -> list[int]:
-    """Tokens from which on a shade is used."""
+    """Return the number of tokens from which each shade is used."""
     step = (high - low) / len(_SHADES)
     return [round(math.exp(low + i * step)) for i in range(len(_SHADES))]
 

@@ -1,9 +1,9 @@
-"""Importance matrices written, in both formats as llama-imatrix writes them: an entry at a time, in any order, whole
-files or none.
+"""Writing importance matrices in both formats as llama-imatrix does: one entry at a time, in any order; a file is
+written completely or not at all.
 
-What is written is an iterable of `Sums`, which may be made while it is asked for; memory holds one. With their `shapes`
-each goes at once to its place in the file; without, what comes is kept beside the output until the last has come.
-Sums may be float64, and are rounded to float32 here, once.
+The input is an iterable of `Sums`, which may compute them lazily; one at a time is in memory. With `shapes`, each goes
+straight to its place in the file; without, entries are kept in a temporary file beside the output until the last has
+come. Sums may be float64; they are rounded to float32 here, once.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from ..gguf.header import KV, MAX_NAME, STRING, U32, header_bytes, is_utf8, kv, 
 from . import scaling
 from .entries import Sums
 
-#: called for each entry with the bytes of its sums of squares
+#: called for each entry with the number of bytes of its sums of squares
 Progress = Callable[[int], None]
 _LARGEST = (1 << 31) - 1
 
 
 def check_name(out: Path) -> None:
-    """Raise OutputError for a file that is named like the older format, where a GGUF is made."""
+    """Raise OutputError if a GGUF is to be written under a name of the older format."""
     if out.suffix.lower() == ".dat":
         made, quoted = out.with_suffix(".gguf"), shlex.quote
         raise OutputError(
@@ -43,30 +43,30 @@ def check_name(out: Path) -> None:
 
 
 class Shape(NamedTuple):
-    """What of an entry is known before its values."""
+    """What is known about an entry before its values."""
 
     name: str
     n_mats: int
-    """counts: experts of a stacked tensor, else 1"""
+    """number of counts: experts of a stacked tensor, else 1"""
     n_cols: int
-    """values of a count"""
+    """values for each count"""
     has_in_sum: bool = False
     n_stats: int = 0
 
 
 class Facts(NamedTuple):
-    """What a file says of itself."""
+    """The file's facts about itself."""
 
     datasets: tuple[str, ...]
     chunk_count: int
     chunk_size: int
-    """tokens"""
+    """tokens in a chunk"""
     more: tuple[KV, ...] = ()
-    """further keys of a GGUF, after these"""
+    """further keys of a GGUF, which follow these"""
 
 
 def shape_of(entry: Sums) -> Shape:
-    """Raises ValueError where its arrays do not fit each other."""
+    """Return an entry's shape. Raises ValueError if its arrays do not fit each other."""
     n_mats, n_cols = entry.in_sum2.shape
     if entry.counts.shape != (n_mats,) or (entry.in_sum is not None and entry.in_sum.shape != (n_mats, n_cols)):
         raise ValueError(f"{entry.name}: in_sum2 {entry.in_sum2.shape}, but counts {entry.counts.shape}, or in_sum")
@@ -77,10 +77,10 @@ def write_gguf(
     path: Path, facts: Facts, entries: Iterable[Sums], shapes: Iterable[Shape] | None = None, *,
     replace: bool = False, progress: Progress = lambda _n: None,
 ) -> None:  # fmt: skip
-    """Write a GGUF: entries by name, whatever order they come in, each as in_sum2, counts, in_sum, stats.
+    """Write a GGUF with its entries sorted by name, each as in_sum2, counts, in_sum, stats.
 
-    Raises ImatrixError for a name that is too long, and values that are not finite, or negative where they are
-    squares; OutputError for what cannot be written, and where a file is there and not to be replaced."""
+    Raises ImatrixError for a name that is too long, and for values that are not finite, or negative where they are
+    sums of squares; OutputError if the file cannot be written, or exists and may not be replaced."""
     with _known(path, entries, shapes) as (known, coming):
         tensors, offsets, at = [], {}, 0
         for shape in known:
@@ -104,9 +104,9 @@ def write_dat(
     path: Path, facts: Facts, entries: Iterable[Sums], shapes: Iterable[Shape] | None = None, *,
     replace: bool = False, progress: Progress = lambda _n: None,
 ) -> int:  # fmt: skip
-    """Write a .dat: entries by name, one count each, the last dataset. The values that llama-quantize divides out of it
-    are those of a GGUF with these entries, to the bit. Returns the entries for which that took calls that are not
-    llama-imatrix's. Raises as `write_gguf` does."""
+    """Write a .dat: entries sorted by name, one count each, the last dataset. llama-quantize gets the same values from
+    it as from a GGUF with these entries, to the bit. Returns how many entries needed calls other than llama-imatrix's
+    for that. Raises the same errors as `write_gguf`."""
     dataset = facts.datasets[-1].encode("utf-8", "surrogateescape") if facts.datasets else b""
     if not 0 <= facts.chunk_count <= _LARGEST:
         raise ImatrixError(
@@ -148,7 +148,7 @@ def _kvs(facts: Facts) -> list[KV]:
 
 
 def _tensors_of(shape: Shape) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """The tensors of an entry, and their shapes in ne order."""
+    """Yield the kinds of tensors of an entry, with their shapes in ne order."""
     yield "in_sum2", (shape.n_cols, shape.n_mats)
     yield "counts", (1, shape.n_mats)
     if shape.has_in_sum:
@@ -169,7 +169,7 @@ def _check_name(name: str) -> None:
 def _float32(name: str, kind: str, values: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
     with np.errstate(over="ignore"):
         out = np.ascontiguousarray(values, np.float32)
-    if kind == "stats":  # which llama-imatrix has NaN in, where there is nothing to compare with
+    if kind == "stats":  # llama-imatrix writes NaN where there is nothing to compare with
         return out
     lowest = -np.inf if kind == "in_sum" else 0
     if out.size and not (out.min() >= lowest and np.isfinite(out.min()) and np.isfinite(out.max())):
@@ -182,7 +182,7 @@ def _float32(name: str, kind: str, values: npt.NDArray[Any]) -> npt.NDArray[np.f
 
 
 def _checked(entries: Iterable[Sums], known: Sequence[Shape]) -> Iterator[Sums]:
-    """The entries as they come. Raises ValueError unless they are the known ones, each once."""
+    """Yield the entries as they come. Raises ValueError unless they are exactly the known ones, each once."""
     waiting: Mapping[str, Shape] = {shape.name: shape for shape in known}
     left = dict(waiting)
     for entry in entries:
@@ -197,7 +197,7 @@ def _checked(entries: Iterable[Sums], known: Sequence[Shape]) -> Iterator[Sums]:
 def _known(
     path: Path, entries: Iterable[Sums], shapes: Iterable[Shape] | None
 ) -> Iterator[tuple[list[Shape], Iterable[Sums]]]:
-    """The shapes by name, as bytes are ordered, and the entries."""
+    """Yield the shapes, sorted by the bytes of their names, and the entries."""
     if shapes is not None:
         yield sorted(shapes, key=lambda s: s.name.encode()), entries
         return

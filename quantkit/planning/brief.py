@@ -1,5 +1,5 @@
-"""A plan in some ten lines, for someone about to build it: model, recipe, size, bits, what fell back, what the
-importance matrix lacks, and every warning. `report.plan_text` has all of it."""
+"""A plan in about ten lines, for someone about to build it: model, recipe, size, bits, fallbacks, gaps in the
+importance matrix, and every warning. `report.plan_text` shows the whole plan."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from .plan import ImatrixStatus, Plan, Planned
 from .report import fallen, imatrix_notes, plan_warnings
 from .rounding import rounding_notes
 
-#: types that are named; the rest are counted
+#: how many types are named; the rest are only counted
 _MOST_TYPES = 5
-#: notes that are shown, and characters of one
+#: how many notes are shown, and how many characters of each
 _MOST_NOTES, _MOST_NOTE = 3, 240
 _LABEL = 10
 
 
 def brief_text(plan: Plan, files: Sequence[tuple[str, int]], width: int | None = None) -> str:
-    """The plan for people. `files`: (name, bytes) of the output. `width`: how many characters a line may have, if there
-    is a limit."""
+    """Return the plan as short text for people. `files`: (name, bytes) of the output. `width`: the most characters a
+    line may have; None for no limit."""
     lines = [f"{name:{_LABEL}}{value}" for name, value in _facts(plan, files)]
     notes = [*imatrix_notes(plan), *rounding_notes(plan), *plan.catalogue.notes]
     some = [n if len(n) <= _MOST_NOTE else f"{n[:_MOST_NOTE]}…" for n in notes[:_MOST_NOTES]]
@@ -67,7 +67,7 @@ def _bpw(tensors: Sequence[Planned]) -> float:
 
 
 def _types(plan: Plan) -> Iterator[str]:
-    """The types by their share of the bytes."""
+    """Yield the types with the largest shares of the bytes, largest first."""
     of: Counter[str] = Counter()
     for t in plan.tensors:
         of[t.type] += t.nbytes

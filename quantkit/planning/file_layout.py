@@ -1,9 +1,9 @@
 """Plan -> files, offsets, header bytes, exact sizes. Pure: no I/O, so headers are written before any weight is read.
 
-The keys are what llama-quantize writes: those of the source in order, then general.quantization_version
-and general.file_type, the metadata of the recipe, then what it records of the importance matrix; where a policy has put
-other values in the place of missing ones, a key of quantkit's own says so. Split files are what
-llama-gguf-split makes of the whole file (quantkit.gguf.shards). Source: src/llama-quant.cpp.
+The keys are those that llama-quantize writes: the source's keys in order, then general.quantization_version
+and general.file_type, the recipe's metadata, and what llama-quantize records about the importance matrix. Where a
+policy filled in missing values, one of quantkit's own keys says so. Split files are what llama-gguf-split makes
+from the whole file (quantkit.gguf.shards). Source: src/llama-quant.cpp.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from .plan import Plan, Planned
 
 GGML_QUANT_VERSION = 2
 POLICY_KEY = "quantkit.imatrix.policy"
-#: before the names of the keys that say what is not rounded as ggml does it
+#: prefix of the keys about tensors that are not rounded as ggml does it
 ROUNDING_PREFIX = "quantkit.rounding."
 _MAX_VALUE = 127
-#: as llama-quantize writes the values of --override-kv
+#: the GGUF types in which llama-quantize writes the values of --override-kv
 _OVERRIDE_TYPES = {"str": STRING, "int": U32, "float": F32, "bool": BOOL}
 
 
 class ImatrixFacts(Protocol):
-    """What the metadata says of an importance matrix."""
+    """What the metadata says about an importance matrix."""
 
     @property
     def path_as_given(self) -> str: ...
@@ -43,7 +43,7 @@ class ImatrixFacts(Protocol):
 
 
 class Placed(NamedTuple):
-    """A tensor with its place: `offset` from the start of its file."""
+    """A tensor and its place: `offset` in bytes from the start of its file."""
 
     planned: Planned
     offset: int
@@ -56,13 +56,13 @@ class FileLayout:
     header: bytes
     tensors: tuple[Placed, ...]
     nbytes: int
-    """exact, padding included"""
+    """exact size, padding included"""
 
 
 def output_kvs(plan: Plan, imatrix: ImatrixFacts | None) -> tuple[KV, ...]:
-    """The keys of the output. Of another alignment nothing is kept: llama-quantize copies the key, aligns to 32 all the
-    same, and so breaks the file wherever its header does not happen to end at a multiple. Nor is what the source says
-    of the policy that it was made with."""
+    """Return the keys of the output. An alignment key other than 32 is dropped: llama-quantize copies it but aligns to
+    32 all the same, which breaks the file unless its header happens to end at a multiple. The policy that the source
+    records is dropped too."""
     moved = ("general.quantization_version", "general.file_type", POLICY_KEY)
     out = [
         item
@@ -84,14 +84,14 @@ def output_kvs(plan: Plan, imatrix: ImatrixFacts | None) -> tuple[KV, ...]:
         if plan.applied:
             added.append(kv(POLICY_KEY, STRING, plan.applied))
     added += rounding_kvs(plan)
-    # setting a key that is there removes it first and appends it
+    # llama-quantize sets an existing key by removing it and appending the new one
     replaced = {item.key for item in added}
     return tuple([item for item in out if item.key not in replaced] + added)
 
 
 def rounding_kvs(plan: Plan) -> list[KV]:
-    """What the file says of the tensors that are not rounded as ggml does it: enough to make their rows again, with
-    the source and the covariance. Of a plan that has no covariance yet, its digest is zeros."""
+    """Return the keys about tensors that are not rounded as ggml does it. With the source and the covariance they are
+    enough to make the same rows again. While the plan has no covariance, its digest is all zeros."""
     rounding = plan.rounding
     listed = [] if rounding is None else rounding.listed()
     if rounding is None or not listed:
@@ -115,13 +115,13 @@ def rounding_kvs(plan: Plan) -> list[KV]:
 
 
 def _cut(text: str) -> bytes:
-    """llama-quantize keeps 127 bytes of a string it records."""
+    """Cut a string to the 127 bytes that llama-quantize keeps when it records one."""
     return text.encode()[:_MAX_VALUE]
 
 
 def lay_out(plan: Plan, kvs: Sequence[KV], split_max_size: int | None = None) -> tuple[FileLayout, ...]:
-    """The output files, in order. `split_max_size` in bytes of tensor data a shard, None for one file;
-    a tensor above it has a shard of its own. Raises OutputError for more shards than can be numbered."""
+    """Return the output files, in order. `split_max_size`: bytes of tensor data in a shard, None for a single file;
+    a larger tensor gets its own shard. Raises OutputError if there are more shards than can be numbered."""
     if split_max_size is None:
         return (_file(kvs, plan.tensors),)
     cut = groups([t.nbytes for t in plan.tensors], Limits(max_bytes=split_max_size))
@@ -146,8 +146,8 @@ def _file(kvs: Sequence[KV], tensors: Iterable[Planned]) -> FileLayout:
 
 
 def file_names(out: Path, n_files: int, split: bool) -> tuple[Path, ...]:
-    """OUT itself, or PREFIX-00001-of-0000N.gguf with llama.cpp's numbering. Raises OutputError for an OUT that
-    is numbered already."""
+    """Return OUT itself, or PREFIX-00001-of-0000N.gguf and so on in llama.cpp's numbering. Raises OutputError if OUT
+    is already numbered."""
     if not split:
         return (out,)
     check_prefix(out)

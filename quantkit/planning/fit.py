@@ -1,14 +1,13 @@
-"""How much of a model goes to the GPUs: by the published rule, by real bytes a layer, and with experts in RAM.
+"""How much of a model fits on the GPUs: by the published rule, by real bytes of layers, and with experts in RAM.
 
-What llama.cpp does, and this follows (src/llama-model.cpp, load_tensors; src/llama-kv-cache.cpp):
-- `-ngl n` offloads the last n of N + 1 layers, where the output head counts as the last one; so it is the
-  first to go, and n = N + 1 is everything. token_embd stays in RAM.
-- `-ts a,b` gives the first a of the n to the first GPU, the next b to the second: with whole numbers that add
-  up to n, exactly. No layer spans two GPUs.
-- The KV cache of a layer is where the layer is; the context is padded to 256 tokens. Under MLA (k_b+v_b) it
-  is one K of kv_lora_rank + rope values a token, V being a view of it; else heads x (key + value) values.
+What llama.cpp does, and this module follows (src/llama-model.cpp, load_tensors; src/llama-kv-cache.cpp):
+- `-ngl n` offloads the last n of N + 1 layers. The output head counts as the last layer, so it goes
+  first, and n = N + 1 offloads everything. token_embd stays in RAM.
+- `-ts a,b` puts the first a of these n layers on the first GPU and the next b on the second. With whole numbers
+  that add up to n the split is exact. No layer spans two GPUs.
+- The KV cache of a layer is where the layer is; the context is padded to 256 tokens. With MLA (k_b+v_b) a token
+  has one K of kv_lora_rank + rope values, and V is a view of it; otherwise heads x (key + value) values.
 - `-ot REGEX=CPU` keeps tensors in RAM whatever `-ngl` says.
-
 The published rule is the one of the R1 dynamic quants' guide of January 2025, in whole GB:
 layers = VRAM / size x layers - 4, between 0 and all.
 """
@@ -103,14 +102,14 @@ class Answer(NamedTuple):
 
 
 def has_mla_cache(catalogue: Catalogue) -> bool:
-    """Whether the cache has K only, of which V is a view (k_b+v_b): then both have one type."""
+    """Whether the cache holds only K, and V is a view of it (k_b+v_b): then both have the same type."""
     return any(item.key == f"{catalogue.arch}.attention.key_length_mla" for item in catalogue.kvs)
 
 
 def cache_bytes(catalogue: Catalogue, context: int, cache_type: str, value_type: str | None = None) -> list[int]:
-    """Bytes of KV cache of each layer for one sequence of `context` tokens; `value_type` is the type of V where it is
-    another than that of K. Raises UnsupportedError when the metadata does not say, or the type's blocks do not divide
-    a head."""
+    """Return the bytes of KV cache of each layer, for one sequence of `context` tokens. `value_type`: the type of V, if
+    it differs from that of K. Raises UnsupportedError if the metadata lacks what is needed, or if the type's blocks do
+    not divide a head."""
     arch = catalogue.arch
     kvs = {item.key.removeprefix(f"{arch}."): item for item in catalogue.kvs}
     n = catalogue.n_layers
@@ -150,7 +149,7 @@ def cache_bytes(catalogue: Catalogue, context: int, cache_type: str, value_type:
 def weigh(
     catalogue: Catalogue, plan: Plan | None, context: int, cache_type: str, value_type: str | None = None
 ) -> PlacedBytes:
-    """The bytes of a plan by layer; without a plan, of a GGUF as it is. Raises UnsupportedError."""
+    """Return the bytes by layer: of a plan, or without one, of a GGUF as it is. Raises UnsupportedError."""
     if plan is not None:
         sizes = [(t.tensor, t.nbytes) for t in plan.tensors]
     else:
@@ -164,7 +163,7 @@ def weigh(
             head += nbytes
         else:
             input_ += nbytes
-    if not any(t.name == "output.weight" for t, _ in sizes):  # tied: llama.cpp loads token_embd a second time
+    if not any(t.name == "output.weight" for t, _ in sizes):  # tied: llama.cpp loads token_embd twice
         head += sum(nbytes for t, nbytes in sizes if t.name == "token_embd.weight")
     cache = cache_bytes(catalogue, context, cache_type, value_type)
     layers = [Layer(*each) for each in zip(rest, experts, cache, strict=True)]
@@ -181,18 +180,18 @@ def weigh(
 
 
 def published_rule(vram_gb: int, size_gb: int, n_layers: int) -> int:
-    """Layers to offload: VRAM / size x layers - 4, rounded down, between 0 and all; in whole numbers, since
-    24 / 183 x 61 is 8 exactly."""
+    """Return how many layers to offload: VRAM / size x layers - 4, rounded down, between 0 and all. Computed with whole
+    numbers, so that 24 / 183 x 61 is exactly 8."""
     return max(0, min(n_layers, vram_gb * n_layers // size_gb - 4))
 
 
 def published_size(tensor_bytes: int) -> int:
-    """The whole number a published quantization is called by: GiB, rounded up (131 for R1's 1.58-bit)."""
+    """The whole number of GB that names a published quantization: GiB, rounded up (131 for R1's 1.58-bit)."""
     return -(-tensor_bytes // GIB)
 
 
 def _odd_cell(w: PlacedBytes, gpus: Gpus) -> str:
-    """A note on the one cell of the published table that its rule does not give."""
+    """Return a note for the one cell of the published table that does not follow its own rule, else ''."""
     is_r1 = w.n_layers == 61 and w.recipe == "UD-Q2_K_XL" and published_size(w.tensor_bytes) == 212
     if not is_r1 or gpus.gib != (80, 80):
         return ""
@@ -203,8 +202,8 @@ def _odd_cell(w: PlacedBytes, gpus: Gpus) -> str:
 
 
 def _evenly(fit: Callable[[Sequence[int]], Fit | None], room: Sequence[int]) -> Fit | None:
-    """The fit into `room`, with GPUs filled as evenly as the same number of layers allows: in the smallest
-    percentage of the room that holds as many."""
+    """Return the fit into `room` that fills the GPUs as evenly as possible with the same number of layers: it
+    finds the smallest percentage of the room that still holds as many."""
     best = fit(room)
     low, high = 0, 100  # more layers fit at `high` than at `low`
     while best is not None and best.output and high - low > 1 and len(room) > 1:
@@ -218,7 +217,7 @@ def _evenly(fit: Callable[[Sequence[int]], Fit | None], room: Sequence[int]) -> 
 
 
 def whole_layers(w: PlacedBytes, room: Sequence[int]) -> Fit:
-    """The most layers, from the end, that fit into `room` bytes on each GPU, in the GPUs' order."""
+    """Fit as many layers as possible, from the end, into `room` bytes on each GPU, in the GPUs' order."""
     counts, used = [0] * len(room), [0] * len(room)
     at = len(w.layers)
     for gpu in reversed(range(len(room))):
@@ -239,11 +238,11 @@ def _tensor_split(counts: Sequence[int]) -> tuple[str, ...]:
 
 
 def experts_in_ram(w: PlacedBytes, room: Sequence[int]) -> Fit | None:
-    """All layers on the GPUs but for routed experts, then the experts of as many whole layers as fit. The
-    layers are dealt out to the GPUs, in order, so that those are the most. None: even so it does not fit."""
+    """Put all layers on the GPUs without their routed experts, then add the experts of as many whole layers as fit.
+    Layers are assigned to the GPUs in order, so that the most experts fit. None if not even the rest fits."""
     if not any(x.experts for x in w.layers):
         return None
-    # best[i]: most layers with experts when the GPUs so far hold the layers before i, and where each GPU began
+    # best[i]: the most layers with experts when the GPUs so far hold the layers before i, and where each GPU starts
     best: dict[int, tuple[int, tuple[int, ...]]] = {0: (0, ())}
     end = len(w.layers)
     for gpu, space in enumerate(room):
@@ -280,7 +279,7 @@ def experts_in_ram(w: PlacedBytes, room: Sequence[int]) -> Fit | None:
 
 
 def _dealt(layers: Sequence[Layer], begin: int, space: int) -> Iterable[tuple[int, int]]:
-    """For each end at which the layers from `begin` on fit without experts: (end, layers whose experts fit too)."""
+    """Yield (end, layers whose experts fit too) for each end where the layers from `begin` fit without experts."""
     base = 0
     sizes: list[int] = []
     yield begin, 0
@@ -300,8 +299,8 @@ def _dealt(layers: Sequence[Layer], begin: int, space: int) -> Iterable[tuple[in
 
 
 def numbers_regex(numbers: Iterable[int]) -> str:
-    """A regular expression for these numbers and no others: (?:[3-9]|[1-4][0-9]|5[0-2]), without commas,
-    which llama.cpp's -ot splits at."""
+    """Return a regular expression that matches exactly these numbers: (?:[3-9]|[1-4][0-9]|5[0-2]). It has no commas,
+    since llama.cpp's -ot splits at them."""
     endings: dict[str, list[int]] = {}
     for n in sorted(set(numbers)):
         endings.setdefault(str(n)[:-1], []).append(n % 10)
@@ -332,8 +331,8 @@ def _digits(digits: Sequence[int]) -> str:
 
 
 def answer(w: PlacedBytes, gpus: Gpus, reserve: int, common: Sequence[str]) -> Answer:
-    """What fits on the GPUs, `reserve` bytes of each left for compute buffers. `common`: flags that go
-    before all others, such as the context's."""
+    """Work out what fits on the GPUs when `reserve` bytes of each are kept for compute buffers. `common`: flags that
+    come before all others, such as the context's."""
     room = [g * GIB - reserve for g in gpus.gib]
     rule = published_rule(sum(gpus.gib), published_size(w.tensor_bytes), w.n_layers)
     whole = _evenly(lambda r: whole_layers(w, r), room)
@@ -346,7 +345,7 @@ def answer(w: PlacedBytes, gpus: Gpus, reserve: int, common: Sequence[str]) -> A
 
 
 def to_json(w: PlacedBytes, answers: Sequence[Answer], ram: int | None) -> dict[str, Any]:
-    """The answers as plain values, sizes in bytes. `ram`: bytes there are, if that was said."""
+    """Return the answers as plain values, sizes in bytes. `ram`: bytes of RAM, or None if not given."""
 
     def fit(f: Fit | None) -> dict[str, Any] | None:
         if f is None:

@@ -9,8 +9,8 @@ from .fit import Answer, Fit, PlacedBytes
 
 
 def fit_text(w: PlacedBytes, answers: Sequence[Answer], about: str, ram: int | None, width: int | None = None) -> str:
-    """`about`: the context and its cache in words. `ram`: bytes there are, or None. `width`: how many characters a line
-    may have, None for any."""
+    """Return the answers as text. `about`: the context and its cache in words. `ram`: bytes of RAM, or None. `width`:
+    the most characters a line may have, None for no limit."""
     n_moe = sum(1 for x in w.layers if x.experts)
     of = f" as {w.recipe}" if w.recipe else ""
     cache = short_size(sum(x.cache for x in w.layers))
@@ -41,7 +41,7 @@ def fit_text(w: PlacedBytes, answers: Sequence[Answer], about: str, ram: int | N
 
 
 def _answers(w: PlacedBytes, answers: Sequence[Answer], unit: str, width: int | None) -> str:
-    """The answers as a table; where that is too wide, with shorter heads; else as two."""
+    """Return the answers as one table; with shorter headings, or as two tables, where that would be too wide."""
     n_moe = sum(1 for x in w.layers if x.experts)
     first = [[a.gpus.text, f"{a.rule} of {w.n_layers}"] for a in answers]
     whole = [[f"{a.whole.n_layers} of {w.n_layers}", *fit_cells(a.whole, unit)] for a in answers]
@@ -70,7 +70,7 @@ def _answers(w: PlacedBytes, answers: Sequence[Answer], unit: str, width: int | 
 
 
 def _placed(w: PlacedBytes, unit: str) -> str:
-    """What the bytes are of, a bar each."""
+    """Return a table of the bytes by kind of tensor, with a bar for each."""
     of = {
         "routed experts": sum(x.experts for x in w.layers),
         "rest of layers": sum(x.rest for x in w.layers[:-1]),
@@ -84,7 +84,7 @@ def _placed(w: PlacedBytes, unit: str) -> str:
 
 
 def fit_cells(f: Fit, unit: str) -> list[str]:
-    """What is on each GPU, and what is left for RAM."""
+    """Return two cells: the bytes on each GPU, and the bytes left for RAM."""
     used = [in_unit(n, unit, 1) for n in f.used]
     if len(used) < 3:
         return [" + ".join(used), in_unit(f.ram, unit, 1)]
@@ -102,6 +102,6 @@ def _ram_text(f: Fit, ram: int | None) -> str:
 
 
 def amount(nbytes: int) -> str:
-    """Bytes in the unit that suits them, with one decimal."""
+    """Return bytes in a suitable unit, with one decimal."""
     unit = unit_of(nbytes)
     return f"{in_unit(nbytes, unit, 1)} {unit}"

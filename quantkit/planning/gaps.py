@@ -1,8 +1,8 @@
-"""What an importance matrix leaves out of the tensors that a plan gives it to, what a policy makes of that, and how
-both are said.
+"""What an importance matrix leaves out for the tensors of a plan, what a policy does about it, and how messages say
+both.
 
-With the policy `ones` the bytes are llama-quantize's: ones for what was never seen, and for what has only zeros
-whatever ggml's quantizer makes of them. What other policies put there quantkit.imatrix.policies works out.
+With the policy `ones` the bytes are llama-quantize's: ones for what was never seen, and for all zeros
+whatever ggml's quantizer makes of them. quantkit.imatrix.policies works out the values of the other policies.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ _NAMED_TENSORS, _NAMED_MATRICES = 3, 8
 
 
 class Gap(NamedTuple):
-    """A tensor of which the importance matrix says less than its entry seems to. Numbers of matrices: experts."""
+    """A tensor whose importance matrix entry is less complete than it looks. Its matrices (experts) are numbered."""
 
     tensor: str
     type: str
     is_expert: bool
     n_mats: int
     unseen: tuple[int, ...]
-    """never counted, and given nothing by a policy: quantized with ones, as llama-quantize does"""
+    """never counted, and not filled in by a policy: quantized with ones, as llama-quantize does"""
     zeros: tuple[int, ...]
-    """counted, but all their weights are 0"""
+    """counted, but with weights that are all 0"""
     n_zero_blocks: int
-    """in other matrices: blocks of columns whose weights are all 0"""
+    """blocks of columns whose weights are all 0, in other matrices"""
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -47,17 +47,18 @@ class Gap(NamedTuple):
 
 
 def n_matrices(t: Tensor) -> int:
-    """How many matrices a tensor stacks: experts, heads."""
+    """Return how many matrices (experts or heads) a tensor stacks."""
     return t.shape[2] if len(t.shape) > 2 else 1
 
 
 def completed(catalogue: Catalogue, imatrix: Imatrix, policy: Policy) -> Completed:
-    """An importance matrix as a policy completes it for a model."""
+    """Return the importance matrix as a policy completes it for this model."""
     return Completed(imatrix, policy, {t.name: (t.n_cols, n_matrices(t)) for t in catalogue.tensors})
 
 
 def raised_type(t: Tensor, given: QType, entries: Completed, version: str) -> QType | None:
-    """The type of more bits that a policy `raise:TYPE` gives a tensor which lacks data, None where it does not."""
+    """Return the larger type that the policy `raise:TYPE` gives a tensor with missing data, or None if it does not.
+    Raises ImatrixError if rows of the tensor fit no such type."""
     name = entries.policy.value("raise")
     if not name or given.name == t.source_type or not given.uses_imatrix or not entries.origin(t.name).lacks:
         return None
@@ -69,7 +70,7 @@ def raised_type(t: Tensor, given: QType, entries: Completed, version: str) -> QT
 
 
 def gap_of(t: Tensor, type_: str, origin: Origin, found: Gaps | None) -> Gap | None:
-    """What a tensor of that type still lacks; `found`: of its own entry."""
+    """Return what is still missing for a tensor of this type, or None. `found`: the gaps in its own entry."""
     alike = tuple(m for m, source in enumerate(origin.sources) if source in (ONES, UNSEEN))
     zeros: tuple[int, ...] = ()
     n_blocks = 0
@@ -83,7 +84,7 @@ def gap_of(t: Tensor, type_: str, origin: Origin, found: Gaps | None) -> Gap | N
 
 
 def never_seen(gaps: Sequence[Gap], policy: Policy) -> str:
-    """The sentence that ends a build: who was never seen, and what may stand in for it."""
+    """Return the message that ends a build: what was never seen, and which policies can stand in for it."""
     which = _matrices([(g, g.unseen) for g in gaps])
     after = "" if policy.text == "fail" else f", and {policy.text} gives {'it' if _n(gaps) == 1 else 'them'} nothing"
     choices = ", ".join(f"{word} ({WORDS[word]})" for word in ("sibling", "prior", "shrink:K", "raise:TYPE", "ones"))
@@ -98,8 +99,8 @@ def _n(gaps: Sequence[Gap]) -> int:
 
 
 def applied(policy: Policy, origins: Mapping[str, Origin], raised: frozenset[str]) -> str:
-    """A policy and what it changed, in a line: how many matrices of how many tensors have their values from where. ''
-    where it changed nothing."""
+    """Describe in one line what a policy changed: for how many matrices, in how many tensors, each source gave the
+    values. '' if it changed nothing."""
     if not origins and not raised:
         return ""
     n_mats: Counter[str] = Counter()
@@ -126,7 +127,7 @@ def _counted(n: int, word: str) -> str:
 
 
 def about_kv_b(imatrix: object, policy: Policy, lacking: Sequence[str]) -> str:
-    """What to know where attn_k_b or attn_v_b lacks an entry that attn_kv_b, of the older layout, has."""
+    """Explain what helps where attn_k_b or attn_v_b has no entry but attn_kv_b, of the older layout, has one."""
     if not isinstance(imatrix, Imatrix):
         return ""
     said = ""
@@ -141,7 +142,7 @@ def about_kv_b(imatrix: object, policy: Policy, lacking: Sequence[str]) -> str:
 
 
 def gap_warnings(gaps: Sequence[Gap]) -> list[str]:
-    """What the importance matrix leaves out, in a sentence for each kind."""
+    """Return a sentence for each kind of gap in the importance matrix that loses precision."""
     out = []
     unseen = [(g, g.unseen) for g in gaps if g.unseen]
     if unseen:
@@ -165,7 +166,7 @@ def gap_warnings(gaps: Sequence[Gap]) -> list[str]:
 
 
 def gap_notes(gaps: Sequence[Gap]) -> list[str]:
-    """Of blocks of columns without weight: right where the model never uses those columns, else worth a look."""
+    """Return a note on column blocks without weights: fine if the model never uses those columns, else worth a look."""
     some = [g for g in gaps if g.n_zero_blocks]
     if not some:
         return []
@@ -180,7 +181,7 @@ def gap_notes(gaps: Sequence[Gap]) -> list[str]:
 
 
 def _matrices(some: Sequence[tuple[Gap, tuple[int, ...]]]) -> str:
-    """'12 experts in 3 tensors: blk.3.ffn_up_exps.weight 4, 7; …', 'blk.0.attn_q.weight' where that is one matrix."""
+    """'12 experts in 3 tensors: blk.3.ffn_up_exps.weight 4, 7; …', or with one matrix each, just the tensors' names."""
     n = sum(len(numbers) for _, numbers in some)
     word = "expert" if all(g.is_expert for g, _ in some) else "matrix"
     words = {"expert": "experts", "matrix": "matrices"}[word]

@@ -1,6 +1,6 @@
-"""GPUs as people name them: 24, 2x80, 80GB, 16x3090, 4xA100-80GB, and several kinds as 24+2x80.
+"""GPUs as people write them: 24, 2x80, 80GB, 16x3090, 4xA100-80GB, and several kinds as 24+2x80.
 
-A number is the GiB of one GPU. So is the GB that a GPU is sold by: an RTX 4090 of 24 GB has 24 x 2^30 bytes.
+A number is the GiB of one GPU, and so are the GB it is sold with: an RTX 4090 with "24 GB" has 24 x 2^30 bytes.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from typing import NamedTuple
 from ..base.errors import did_you_mean
 
 MOST_GPUS = 16
-#: more than any GPU has: 288 is today's largest
+#: more than any GPU has: 288 is the most today
 _MOST_GIB = 512
-#: GiB by name; several where one name was sold with several
+#: GiB by name; several numbers where a name was sold with several sizes
 _GIB: dict[str, tuple[int, ...]] = {
     "1080ti": (11,), "2080ti": (11,), "3060": (8, 12), "3070": (8,), "3080": (10, 12), "3080ti": (12,),
     "3090": (24,), "3090ti": (24,), "4060": (8,), "4060ti": (8, 16), "4070": (12,), "4070ti": (12,), "4080": (16,),
@@ -34,16 +34,17 @@ _SIZED = re.compile(r"(.+?)[\s-]*0*(\d{1,3})\s*(?:gi?b?)?")
 
 
 class Gpus(NamedTuple):
-    """GPUs as asked for."""
+    """The GPUs asked for."""
 
     text: str
     """24, 2x80, 24+80 or 16x3090 (16x24)"""
     gib: tuple[int, ...]
-    """of each"""
+    """of each GPU"""
 
 
 def parse_gpus(text: str) -> Gpus:
-    """One GPU, so many alike, or several kinds joined by +, in llama.cpp's order. Raises ValueError with a sentence."""
+    """Parse one GPU, several of a kind, or several kinds joined by +, in llama.cpp's order. Raises ValueError with a
+    sentence for people."""
     parts = text.split("+")
     kinds = [_alike(part if len(parts) == 1 or part.strip() else text) for part in parts]
     if len(kinds) == 1:

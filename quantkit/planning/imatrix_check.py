@@ -1,8 +1,8 @@
-"""An importance matrix held against a recipe and a model: what it lacks, and what of that matters there.
+"""Check an importance matrix against a recipe and a model: what it lacks, and what of that matters.
 
-What is wrong with an entry, a matrix or an expert is a `Lack`, with the bytes of the planned file that hang on it. It
-matters where the type that the recipe gives needs weights or uses them, and no policy gives others. Nothing here
-raises for a fault of the matrix that can be told as a lack.
+Each fault of an entry, a matrix or an expert is a `Lack`, with the bytes of the planned file it affects. A fault
+matters if the recipe's type needs or uses weights and no policy supplies others. Faults of the matrix that can be
+listed as a `Lack` raise no error.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from .gaps import n_matrices
 from .plan import ImatrixStatus, Plan, Planned, make_plan, must_have_weights, policy_of
 
 CHECK_VERSION = 1
-#: tokens below which an expert's values are mostly noise
+#: with fewer tokens than this, an expert's values are mostly noise
 ENOUGH_TOKENS = 100
 _SHOWN_ROWS, _SHOWN_MATRICES = 40, 6
 
 
 class Fault(TextEnum):
-    """What is wrong."""
+    """Kinds of faults."""
 
     NO_WEIGHTS = "no weights"
     """a value is NaN, infinite or negative: a build refuses the whole file"""
@@ -40,17 +40,17 @@ class Fault(TextEnum):
 
 
 class Lack(NamedTuple):
-    """Something wrong with what the matrix has of a tensor."""
+    """A fault in what the matrix has for a tensor."""
 
     tensor: str
     type: str
-    """the type that the recipe gives it; '' for an entry of no tensor of the model"""
+    """the type that the recipe gives it; '' for an entry that belongs to no tensor of the model"""
     fault: Fault
     matrices: tuple[int, ...]
-    """the experts (or heads) concerned; () where it is the tensor"""
+    """the experts (or heads) concerned; () for the whole tensor"""
     n_mats: int
     nbytes: int
-    """of the planned file, of these matrices"""
+    """size of these matrices in the planned file"""
     matters: bool
     why: str
     """what it means for the build"""
@@ -61,7 +61,7 @@ class Lack(NamedTuple):
 
 @dataclass(frozen=True)
 class Check:
-    """All that was found, what matters first, and of that what has most bytes."""
+    """All that was found: first what matters, and within that by bytes, largest first."""
 
     plan: Plan
     path: str
@@ -72,7 +72,7 @@ class Check:
 
     @property
     def ok(self) -> bool:
-        """Whether nothing that was found matters for the recipe."""
+        """Whether nothing that was found matters for this recipe."""
         return not any(lack.matters for lack in self.lacks)
 
     def to_json(self) -> dict[str, Any]:
@@ -89,7 +89,7 @@ class Check:
         }
 
     def text(self, every: bool = False) -> str:
-        """For people. `every`: all rows."""
+        """Return the check as text for people. `every`: show all rows."""
         head = f"{self.path} for {self.plan.catalogue.model} as {self.plan.recipe.name}, policy {self.policy.text}"
         parts = [head]
         shown = self.lacks if every else self.lacks[:_SHOWN_ROWS]
@@ -105,14 +105,14 @@ class Check:
         return "\n\n".join([*parts, *([notes] if notes else []), self.verdict()])
 
     def verdict(self) -> str:
-        """The last line."""
+        """Return the last line: whether anything matters, and how many bytes it affects."""
         bad = [x for x in self.lacks if x.matters]
         if not bad:
             found = len(self.lacks)
             return (
                 "fine: nothing is wrong" if not found else f"fine: of what was found ({found:,}) nothing matters here"
             )
-        # an expert may lack two things, and a tensor as a whole another: its bytes count once
+        # an expert may have two faults, and its whole tensor another: count its bytes once
         most: dict[str, dict[int, int]] = {}
         for x in bad:
             parts = most.setdefault(x.tensor, {})
@@ -138,12 +138,12 @@ def check(
     min_tokens: int = ENOUGH_TOKENS,
     mixture_version: str = VERSIONS[0],
 ) -> Check:
-    """Hold an importance matrix against a recipe on a model. Every value is read. Raises RecipeError and
-    UnsupportedError for what has no plan, and ImatrixError for a policy that the matrix cannot follow, and for a file
-    that has changed."""
+    """Check an importance matrix against a recipe and a model. Reads every value. Raises RecipeError and
+    UnsupportedError if no plan can be made, and ImatrixError if the policy cannot be followed with this matrix or the
+    file has changed."""
     found, broken = _scan(imatrix)
     chosen = policy_of(recipe, policy)
-    # with values that are none nothing can be worked out from the others
+    # values that are no weights leave the policy nothing to work with
     followed = FAIL if broken else chosen
     plan = make_plan(catalogue, recipe, imatrix, mixture_version, followed)
     shapes = {t.name: (t.n_cols, n_matrices(t)) for t in catalogue.tensors}
@@ -163,7 +163,7 @@ def check(
 
 
 def _scan(imatrix: Imatrix) -> tuple[dict[str, Gaps], dict[str, NoWeight]]:
-    """What each entry leaves out, and the first value that is no weight of those that have one."""
+    """Return the gaps of each sound entry, and for each other entry its first value that is not a weight."""
     found: dict[str, Gaps] = {}
     broken: dict[str, NoWeight] = {}
     for name in imatrix.entries:
@@ -176,7 +176,7 @@ def _scan(imatrix: Imatrix) -> tuple[dict[str, Gaps], dict[str, NoWeight]]:
 
 
 def _of_tensor(t: Planned, plan: Plan, imatrix: Imatrix, weights: Completed, min_tokens: int) -> list[Lack]:
-    """What the matrix lacks of a tensor."""
+    """Return the faults in what the matrix has for a tensor."""
     name, n_mats, status = t.tensor.name, n_matrices(t.tensor), t.imatrix_status
     if not t.tensor.quantizable:
         return []
@@ -198,7 +198,7 @@ def _of_tensor(t: Planned, plan: Plan, imatrix: Imatrix, weights: Completed, min
                 return [lack(Fault.MISSING, (), False, f"{origin.donor} gives it values, by the policy")]
             return [lack(Fault.MISSING, left, use.matters, use.why)]
         if name in OUTSIDE_LAYERS and not use.matters:
-            return []  # nobody expects one
+            return []  # no matrix is expected to have one
         if status == ImatrixStatus.MISSING and name in OUTSIDE_LAYERS:
             why = "llama-imatrix has none without --process-output, and the type does without"
             return [lack(Fault.MISSING, (), False, why)]
@@ -236,7 +236,7 @@ class _Use(NamedTuple):
 
 
 def _use(t: Planned, plan: Plan) -> _Use:
-    """What weights are to a tensor of its type."""
+    """Return whether weights matter for a tensor of this type, and why."""
     if t.type == t.tensor.source_type:
         return _Use(False, "copied as it is")
     if not QTYPES[t.type].uses_imatrix:

@@ -1,11 +1,11 @@
-"""llama.cpp's own mixtures (Q4_K_M, IQ2_XS, …): the type llama-quantize itself chooses for every tensor.
+"""llama.cpp's own mixtures (Q4_K_M, IQ2_XS, …): the type that llama-quantize itself chooses for every tensor.
 
 Source: src/llama-quant.cpp, llama_tensor_get_type_impl and tensor_get_category, of llama-cpp-python
-0.3.36. The choice depends on the tensor's name, its place among its kind (counters that advance in
-the order of the output), and a few numbers of the model. `version="2025"` gives what llama-quantize
-gave from January 2025 to March 2026, when `attn_kv_b` did not count as a value projection yet.
+0.3.36. The choice depends on the tensor's name, its position among tensors of its kind (counted in
+output order), and a few numbers of the model. `version="2025"` gives what llama-quantize
+gave from January 2025 to March 2026, when it did not yet count `attn_kv_b` as a value projection.
 
-What is returned is the type asked for; whether a tensor's rows allow it is the plan's business.
+The result is the type asked for; the plan decides whether a tensor's rows allow it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ..gguf.header import decode
 from ..gguf.types import QTYPES, file_type
 from ..model.catalogue import Catalogue, Tensor
 
-#: file type -> the type of whatever no special rule covers (llama_ftype_get_default_type)
+#: file type -> the type of tensors that no special rule covers (llama_ftype_get_default_type)
 BASE_TYPES: dict[str, str] = {
     "F32": "F32", "F16": "F16", "BF16": "BF16",
     "Q4_0": "Q4_0", "Q4_1": "Q4_1", "Q5_0": "Q5_0", "Q5_1": "Q5_1", "Q8_0": "Q8_0",
@@ -37,15 +37,15 @@ _EIGHT_EXPERTS_Q5_OUTPUT = frozenset(
 )
 
 
-#: layers of what llama.cpp takes for a model of 70 B weights (LLM_TYPE_70B in src/models); llama: with grouped heads
+#: number of layers by which llama.cpp recognizes a 70 B model (LLM_TYPE_70B in src/models); llama: with grouped heads
 _LAYERS_OF_70B = {"llama": 80, "qwen2": 80, "deci": 80, "olmo": 80, "jais2": 68}
-#: parts of names that in glm5-next are Q8_0 at least
+#: parts of names of the tensors that are Q8_0 in glm5-next
 _GLM5_NEXT_Q8 = ("attn_q_a", "attn_q_b", "nextn.eh_proj")
 
 
 @dataclass(frozen=True)
 class Facts:
-    """The numbers of a model that the choice depends on."""
+    """The numbers of a model that llama-quantize's choice depends on."""
 
     arch: str
     n_layers: int
@@ -54,13 +54,13 @@ class Facts:
     """query heads for each key/value head; MLA runs with one key/value head"""
     is_70b: bool
     tied: bool
-    """no output.weight: token_embd is the output too"""
+    """there is no output.weight: token_embd also serves as the output"""
     has_imatrix: bool
     version: str = "current"
 
 
 def facts(catalogue: Catalogue, has_imatrix: bool, version: str = "current") -> Facts:
-    """Take them from a catalogue's metadata."""
+    """Read the facts from a catalogue's metadata."""
     numbers = {item.key: decode(item) for item in catalogue.kvs if item.key.startswith(f"{catalogue.arch}.")}
 
     def number(key: str) -> int:
@@ -85,7 +85,7 @@ def facts(catalogue: Catalogue, has_imatrix: bool, version: str = "current") -> 
 
 @lru_cache(maxsize=1 << 16)
 def category(name: str, version: str = "current") -> str:
-    """The broad kind that llama-quantize sorts a tensor into by its name; `v` is anything value-like."""
+    """Return the kind that llama-quantize sorts a tensor into by its name; `v` covers everything value-like."""
     if name == "output.weight":
         return "output"
     if name in ("token_embd.weight", "per_layer_token_embd.weight"):
@@ -112,7 +112,7 @@ def use_more_bits(i: int, n: int) -> bool:
 
 
 def mixture_types(name: str, tensors: Sequence[Tensor], f: Facts) -> Iterator[str]:
-    """For each quantizable tensor, in the order of the output, the type asked for under file type `name`.
+    """Yield the type asked for under file type `name`, for each quantizable tensor in output order.
     Raises RecipeError for an unknown mixture."""
     known = file_type(name)
     if known is None:
@@ -145,7 +145,7 @@ class _Chooser:
         if kind == "output" or (self.f.tied and kind == "embedding"):
             return self._output(t)
         if self.ft == "MXFP4_MOE":
-            # of bailingmoe3 also the projections of MLA have three dimensions
+            # in bailingmoe3 the projections of MLA have three dimensions too
             expert = self.f.arch != "bailingmoe3" or kind in ("ffn_up", "ffn_gate", "ffn_down")
             return "MXFP4" if expert and len(t.shape) > 2 and t.shape[2] > 1 else "Q8_0"
         if kind == "embedding":
@@ -166,7 +166,7 @@ class _Chooser:
         return self.base
 
     def _layer(self, t: Tensor, kind: str) -> int:
-        """The layer as llama-quantize sees it: by the name for experts, else by counting."""
+        """Return the layer as llama-quantize sees it: taken from the name in models with experts, otherwise counted."""
         i = self.seen[kind]
         self.seen[kind] += 1
         return t.layer if self.f.n_experts > 1 and t.layer is not None else i
@@ -194,7 +194,7 @@ class _Chooser:
         if kind == "k" and self.f.n_experts == 8:
             return "Q4_K"
         if kind == "ffn_down":
-            # a plain count here, shared experts' tensors included, even for experts
+            # always a plain count, which includes the tensors of shared experts
             early = self.seen[kind] < self.f.n_layers // 8
             self.seen[kind] += 1
             return better if early else self.base

@@ -1,6 +1,6 @@
 """Catalogue x Recipe -> Plan: the type of every tensor, the rule that chose it, its bytes.
 
-A plan is pure data. Which rule takes which tensor, and what is wrong with rules, is in rules.py.
+A plan is pure data. rules.py decides which rule takes which tensor, and checks the rules.
 """
 
 from __future__ import annotations
@@ -34,44 +34,44 @@ from .mixtures import facts, mixture_types
 from .rounding import Rounding, rounding_of, rounding_warnings, with_covariance
 from .rules import assign_rules, taken_by_patterns
 
-#: of the JSON that `Plan.to_json` gives; another where a reader of the old would be misled
+#: version of the JSON of `Plan.to_json`; raised when a reader of the old one would be misled
 PLAN_VERSION = 1
 
 
 class ImatrixEntries(Protocol):
-    """What a plan needs to know of an importance matrix."""
+    """What a plan needs to know about an importance matrix."""
 
     def __contains__(self, name: str) -> bool: ...
     def fits(self, name: str, n_cols: int, n_mats: int) -> bool: ...
 
 
 class ImatrixStatus(TextEnum):
-    """How an importance matrix bears on a tensor of its type."""
+    """How an importance matrix affects a tensor of its planned type."""
 
     USED = "used"
-    """it has an entry of the right size"""
+    """the matrix has an entry of the right size"""
     MISSING = "missing"
-    """it has none, and the tensor is quantized without"""
+    """the matrix has no entry, and the tensor is quantized without"""
     NEEDED = "needed"
-    """it has none, and the type must have one"""
+    """the matrix has no entry, but the type must have one"""
     WRONG_SIZE = "wrong size"
-    """the entry does not fit, which no type excuses"""
+    """the entry does not fit; an error for every type"""
     NOT_USED = "not used"
-    """the type has no use for it"""
+    """the type does not use weights"""
     REQUIRED = "required"
-    """there is no matrix, and the type or the recipe must have one"""
+    """there is no matrix, but the type or the recipe must have one"""
     OPTIONAL = "optional"
-    """there is no matrix, and the type can do without"""
+    """there is no matrix, and the type works without"""
 
 
 class Planned(NamedTuple):
-    """A tensor with its decision."""
+    """A tensor and what the plan decided for it."""
 
     tensor: Tensor
     type: str
     """the type it gets"""
     requested: str
-    """the type asked for; another than `type` where the shape does not allow it"""
+    """the type asked for; differs from `type` if the shape does not allow it"""
     nbytes: int
     rule: str
     """file:line rules[i], or '' for a tensor that is never quantized"""
@@ -85,14 +85,14 @@ class Planned(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """Every tensor of the output with its decision, in the order of the file."""
+    """Every tensor of the output with its type, in the order of the file."""
 
     catalogue: Catalogue
     recipe: Recipe
     tensors: tuple[Planned, ...]
     warnings: tuple[str, ...]
     mixture_version: str = VERSIONS[0]
-    """whose choices `otherwise: mixture` means, and whose fallbacks: current, or 2025 for files made till March 2026"""
+    """which llama-quantize sets the mixtures and fallbacks: current, or 2025 for files made until March 2026"""
     gaps: tuple[Gap, ...] = ()
     """what the importance matrix leaves out, once its values have been read (`with_values`)"""
     imatrix: ImatrixEntries | None = field(default=None, repr=False, compare=False)
@@ -100,16 +100,16 @@ class Plan:
     policy: Policy = FAIL
     """what stands in for data that the importance matrix lacks"""
     origins: Mapping[str, Origin] = field(default_factory=dict)
-    """where the weights come from, of each tensor to which the policy gives some"""
+    """where the weights of a tensor come from, for each tensor to which the policy gives some"""
     raised: frozenset[str] = frozenset()
-    """the tensors that have more bits than their rule gives them, by the policy"""
+    """the tensors to which the policy gives more bits than their rule does"""
     weights: Completed | None = field(default=None, repr=False, compare=False)
-    """the importance matrix as the policy completes it, once its values have been read (`with_values`)"""
+    """the importance matrix as completed by the policy, once its values have been read (`with_values`)"""
     rounding: Rounding | None = None
-    """what rounds the tensors that ggml does not; None where it does all"""
+    """what rounds the tensors that ggml does not round; None if ggml rounds all"""
 
     def __getitem__(self, name: str) -> Planned:
-        """A tensor by its name. Raises KeyError, with what was perhaps meant."""
+        """Return a tensor by its name. Raises KeyError that suggests a similar name."""
         found = self._by_name.get(name)
         if found is None:
             raise KeyError(f"no tensor '{name}'{did_you_mean(name, self._by_name)}")
@@ -120,9 +120,9 @@ class Plan:
         return {t.tensor.name: t for t in self.tensors}
 
     def with_types(self, types: Mapping[str, str]) -> Plan:
-        """The plan with other types for the tensors that each glob matches, before the recipe's rules: priced again,
-        with what ggml falls back to where a row does not divide into blocks. Raises RecipeError for a glob that matches
-        nothing or only what is never quantized, and ImatrixError."""
+        """Return the plan with other types for the tensors that each glob matches, ahead of the recipe's rules.
+        Sizes are computed again, with ggml's fallback where a row does not divide into blocks. Raises RecipeError if a
+        glob matches nothing or only tensors that are never quantized, and ImatrixError."""
         recipe = self.recipe.with_types(types)
         made = make_plan(self.catalogue, recipe, self.imatrix, self.mixture_version, self.policy)
         if self.rounding is not None:
@@ -131,7 +131,7 @@ class Plan:
 
     @property
     def applied(self) -> str:
-        """What the policy changed, as the file's metadata has it; '' where it changed nothing."""
+        """What the policy changed, as recorded in the file's metadata; '' if nothing."""
         return applied(self.policy, self.origins, self.raised)
 
     @property
@@ -144,16 +144,16 @@ class Plan:
 
     @property
     def bpw(self) -> float:
-        """Bits a weight as llama.cpp prints it: all tensor bytes over all elements."""
+        """Bits per weight as llama.cpp prints them: all tensor bytes over all elements."""
         return 8 * self.tensor_bytes / self.n_elements
 
     def types(self) -> dict[str, int]:
-        """Tensors of each type, in the order of ggml's ids."""
+        """Return how many tensors have each type, in the order of ggml's ids."""
         counts = Counter(t.type for t in self.tensors)
         return {name: counts[name] for name in sorted(counts, key=lambda n: STORED_TYPES[n].id)}
 
     def to_json(self, file_bytes: int | None) -> dict[str, Any]:
-        """The plan as plain values; shapes in GGUF (ne) order. `file_bytes` comes from the layout."""
+        """Return the plan as plain values; shapes in GGUF (ne) order. `file_bytes` comes from the layout."""
         c = self.catalogue
         return {
             "quantkit_plan": PLAN_VERSION,
@@ -194,7 +194,7 @@ class Plan:
         }
 
     def _origin_json(self, name: str) -> dict[str, Any]:
-        """How many matrices of a tensor have their weights from where, if the policy has a part in it."""
+        """Return how many matrices of a tensor take their weights from which source, if the policy changed any."""
         origin, is_raised = self.origins.get(name), {"raised": True} if name in self.raised else {}
         return is_raised if origin is None else {"imatrix_values": origin.counts(), **is_raised}
 
@@ -206,9 +206,9 @@ def make_plan(
     mixture_version: str = VERSIONS[0],
     policy: Policy | None = None,
 ) -> Plan:
-    """Decide every tensor. Without a `policy` for what the importance matrix lacks the recipe's counts, else `fail`.
-    Raises RecipeError for rules that cannot work on this model, all of them at once, UnsupportedError when the recipe
-    is not for this arch, and ImatrixError where a policy needs values that cannot be read."""
+    """Decide the type of every tensor. Without `policy`, the recipe's policy for missing data applies, else `fail`.
+    Raises RecipeError listing all rules that cannot work on this model, UnsupportedError if the recipe is not for
+    this arch, and ImatrixError if a policy needs values that cannot be read or raises to a type that does not fit."""
     if not recipe.is_for(catalogue.arch):
         raise UnsupportedError(
             f"{recipe.place('arch')}: the recipe is for {', '.join(recipe.arch)}, but {catalogue.model} is a "
@@ -265,16 +265,16 @@ def make_plan(
 
 
 def policy_of(recipe: Recipe, given: Policy | None, default: Policy = FAIL) -> Policy:
-    """What stands in for missing data: what was given, else what the recipe says, else the default."""
+    """Return the policy for missing data: the given one, else the recipe's, else the default."""
     if given is not None:
         return given
     return default if recipe.imatrix_policy is None else parse_policy(recipe.imatrix_policy)
 
 
 def mixture_choice(catalogue: Catalogue, recipe: Recipe, has_imatrix: bool, version: str) -> dict[str, str]:
-    """What `otherwise: mixture NAME` gives each quantizable tensor; nothing without it. The mixture sees
-    the whole model, also the tensors that rules take, so a rule changes no type but its own tensors'; only what
-    --tensor-type names it passes over, as in llama-quantize."""
+    """Return the type that `otherwise: mixture NAME` gives each quantizable tensor; {} without a mixture. The
+    mixture sees the whole model, including tensors that rules take, so a rule changes only its own tensors' types.
+    As in llama-quantize, only tensors named by --tensor-type are skipped."""
     if recipe.mixture is None:
         return {}
     numbers = facts(catalogue, has_imatrix or recipe.imatrix == "required", version)
@@ -285,12 +285,12 @@ def mixture_choice(catalogue: Catalogue, recipe: Recipe, has_imatrix: bool, vers
 
 
 def imatrix_status(t: Tensor, given: str, recipe: Recipe, imatrix: ImatrixEntries | None) -> ImatrixStatus:
-    """How an importance matrix bears on a tensor of that type."""
-    if given == t.source_type:  # of the same type already: its blocks are copied
+    """Return how an importance matrix affects a tensor of the given type."""
+    if given == t.source_type:  # its blocks are copied
         return ImatrixStatus.NOT_USED
     n_mats = n_matrices(t)
     fits = imatrix is None or t.name not in imatrix or imatrix.fits(t.name, t.n_cols, n_mats)
-    # llama-quantize: an entry of the wrong size is an error, but for token_embd, which does without
+    # llama-quantize treats a wrong size as an error except for token_embd, which does without
     if not fits and t.role != Role.EMBEDDING:
         return ImatrixStatus.WRONG_SIZE
     if not QTYPES[given].uses_imatrix:
@@ -304,15 +304,15 @@ def imatrix_status(t: Tensor, given: str, recipe: Recipe, imatrix: ImatrixEntrie
 
 
 def must_have_weights(name: str, given: str, file_type: str) -> bool:
-    """Whether llama-quantize refuses that type without weights. token_embd and output are excused,
-    but for types that abort it (src/llama-quant.cpp, tensor_requires_imatrix)."""
+    """Whether llama-quantize refuses this type without weights. token_embd and output are exempt,
+    except for types that make it abort (src/llama-quant.cpp, tensor_requires_imatrix)."""
     if name in OUTSIDE_LAYERS:
         return given in ABORT_WITHOUT_IMATRIX
     return QTYPES[given].needs_imatrix or (given == "Q2_K" and file_type == "Q2_K_S")
 
 
 def check_imatrix(plan: Plan, given: bool) -> None:
-    """Raise ImatrixError when a build of the plan would lack weights it must have."""
+    """Raise ImatrixError if a build of the plan would lack weights that it must have."""
     if not given:
         if plan.recipe.imatrix == "required":
             raise ImatrixError(
@@ -343,7 +343,7 @@ def check_imatrix(plan: Plan, given: bool) -> None:
 
 
 def missing_note(plan: Plan) -> list[str]:
-    """A note on tensors that have no entry and do without."""
+    """Return a note on tensors that have no entry and do without, or []."""
     missing = [t for t in plan.tensors if t.imatrix_status == ImatrixStatus.MISSING]
     if not missing:
         return []
@@ -353,15 +353,14 @@ def missing_note(plan: Plan) -> list[str]:
 
 
 def types_asked(tensors: Iterable[Planned]) -> Iterator[tuple[str, str]]:
-    """Name and type of each tensor that a quantizer is to be told of: all but those that are never quantized."""
+    """Yield name and type of every tensor passed to the quantizer: all but those that are never quantized."""
     return ((t.tensor.name, t.type) for t in tensors if t.tensor.quantizable)
 
 
 def with_values(plan: Plan, imatrix: Imatrix | None) -> Plan:
-    """The plan after all that a build checks of an importance matrix: what the plan needs is there, and every value,
-    which is read, is a weight. `weights` are the matrix as the plan's policy completes it, `origins` what that
-    changed, and `gaps` what is still missing. Raises ImatrixError, also for experts never seen that the policy leaves
-    without data."""
+    """Make all checks that a build makes of an importance matrix, reading every value, and return the completed plan.
+    `weights` is the matrix as completed by the plan's policy, `origins` what the policy changed, and `gaps` what is
+    still missing. Raises ImatrixError, including for experts never seen to which the policy gives no data."""
     check_imatrix(plan, imatrix is not None)
     if imatrix is None:
         return plan

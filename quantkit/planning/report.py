@@ -18,16 +18,16 @@ from .gaps import gap_notes, gap_warnings
 from .plan import Plan, Planned, missing_note
 from .rounding import rounding_notes, rounding_warnings
 
-#: characters of a value that are shown, and at least where there is little room
+#: how many characters of a value are shown; the second number is the least in a narrow table
 _MAX_VALUE, _SHORTEST_VALUE = 60, 12
 
 
 def plan_text(
     plan: Plan, files: Sequence[tuple[str, int]], every_tensor: bool = False, width: int | None = None
 ) -> str:
-    """A plan for people: tensors (alike ones of several layers in one row), totals by type and by role,
-    exact sizes. `files`: (name, bytes) of the output. `width`: how many characters a line may have, None for any;
-    narrow tables leave out what is told elsewhere too."""
+    """Return a plan as text for people: tensors (one row for the same tensor of several layers), totals by type and by
+    role, exact sizes. `files`: (name, bytes) of the output. `width`: the most characters a line may have, None for no
+    limit; narrow tables leave out what other parts of the text show."""
     c = plan.catalogue
     parts = [wrapped(headline(plan), width)]
     parts.append(_tensor_table(plan, every_tensor, width))
@@ -54,7 +54,7 @@ def plan_text(
 
 
 def headline(plan: Plan) -> str:
-    """Which model, as which recipe."""
+    """Return which model is built with which recipe."""
     c = plan.catalogue
     layers = f"{c.n_layers} layers: {len(c.dense_layers)} dense, {len(c.moe_layers)} MoE"
     title = f": {plan.recipe.title}" if plan.recipe.title else ""
@@ -62,7 +62,7 @@ def headline(plan: Plan) -> str:
 
 
 def plan_notes(plan: Plan) -> list[str]:
-    """What is worth knowing of a plan, and nothing to worry about."""
+    """Return what is worth knowing about a plan but no reason to worry."""
     n, which = fallen(plan)
     notes = list(plan.catalogue.notes)
     if n:
@@ -73,13 +73,13 @@ def plan_notes(plan: Plan) -> list[str]:
 
 
 def fallen(plan: Plan) -> tuple[int, list[str]]:
-    """How many tensors have another type than asked, and which, by family: 'blk.*.attn_k_b.weight Q6_K -> Q8_0'."""
+    """Return how many tensors have another type than asked, and which: 'blk.*.attn_k_b.weight Q6_K -> Q8_0'."""
     fell = [t for t in plan.tensors if t.fell_back]
     return len(fell), sorted({f"{family_of(t.tensor.name)} {t.requested} -> {t.type}" for t in fell})
 
 
 def imatrix_notes(plan: Plan) -> list[str]:
-    """What the importance matrix lacks, as far as it does no harm."""
+    """Return the gaps in the importance matrix that do no harm."""
     notes = [*missing_note(plan), *gap_notes(plan.gaps)]
     if plan.applied:
         notes.append(f"where the importance matrix lacks data, by the policy {plan.applied}")
@@ -87,8 +87,8 @@ def imatrix_notes(plan: Plan) -> list[str]:
 
 
 def plan_warnings(plan: Plan) -> list[str]:
-    """What should not pass unread: of the recipe's rules, and of what the importance matrix and the covariance leave
-    out."""
+    """Return what should not go unread: about the recipe's rules, and about gaps in the importance matrix and the
+    covariance."""
     return [*plan.warnings, *gap_warnings(plan.gaps), *rounding_warnings(plan)]
 
 
@@ -130,21 +130,21 @@ def _tensor_table(plan: Plan, every: bool, width: int | None) -> str:
 
 
 def _short_rule(rule: str) -> str:
-    """'7' of 'rules[7] :36', '--type' of '--type GLOB=TYPE', 'mix' of the place of a mixture."""
+    """Shorten a rule's place: 'rules[7] :36' to '7', '--type GLOB=TYPE' to '--type', a mixture's place to 'mix'."""
     number = re.fullmatch(r"rules\[(\d+)\] :\d+", rule)
     if number is not None:
         return number[1]
     return "mix" if rule.endswith(" otherwise") else re.split(r"[ \[]", rule)[0]
 
 
-#: columns of the tables, the widest choice first; the narrowest may still be wrapped
+#: the tables' columns, the widest choice first; the narrowest may still have to wrap
 _TENSOR_COLUMNS = (
     ("tensor", "n", "shape (ne)", "type", "asked", "bytes", "imatrix", "rule :line"),
     ("tensor", "n", "shape (ne)", "type", "asked", "size", "imatrix", "rule"),
     ("tensor", "n", "shape (ne)", "type", "size", "rule"),
     ("tensor", "n", "type", "size"),
 )
-#: from so many characters on the shapes of tensors are shown, and names wrapped where they must be
+#: from this width (characters) on, tables show the tensors' shapes and wrap names where they must
 _USUAL_WIDTH = 72
 _SHARE_COLUMNS = (
     ("tensors", "elements", "%", "bytes", "size", "% of file", "bits"),
@@ -159,7 +159,7 @@ def _rounded(plan: Plan, t: Planned) -> str:
 
 
 def _weights_from(plan: Plan, t: Planned) -> str:
-    """How the importance matrix bears on a tensor, and what a policy gives: 'used, 1 sibling, 2 prior of 16'."""
+    """Describe how the importance matrix affects a tensor and what a policy gives: 'used, 1 sibling, 2 prior of 16'."""
     said = [str(t.imatrix_status)]
     origin = plan.origins.get(t.tensor.name)
     if origin is not None:
@@ -221,7 +221,7 @@ def _share_row(kind: str, name: str, of: Sequence[Planned], plan: Plan) -> dict[
 
 
 def value_text(item: KV) -> str:
-    """A key's value, cut to a line."""
+    """Return a key's value as text, cut to one line."""
     if item.type == ARRAY:
         element, count = array_head(item)
         if count <= 8 and element != "arr":
@@ -233,7 +233,7 @@ def value_text(item: KV) -> str:
 
 
 def inspection(catalogue: Catalogue, stored: Mapping[str, Any], paths: Sequence[str]) -> dict[str, Any]:
-    """What a source holds, as plain values. `stored`: dtype -> (tensors, bytes) as its files have them."""
+    """Return what a source holds, as plain values. `stored`: dtype -> (tensors, bytes) as stored in its files."""
     c = catalogue
     tensors = [
         {
@@ -260,7 +260,7 @@ def inspection(catalogue: Catalogue, stored: Mapping[str, Any], paths: Sequence[
 
 
 def inspection_text(found: Mapping[str, Any], every_tensor: bool, width: int | None = None) -> str:
-    """An inspection for people, in lines of at most `width` characters."""
+    """Return an inspection as text for people, in lines of at most `width` characters."""
     about = (
         f"{found['model']}: {found['arch']}, layout {found['layout']}, {found['layers']} layers, "
         f"{len(found['tensors'])} tensors, {found['elements']:,} elements"
@@ -298,7 +298,7 @@ def inspection_text(found: Mapping[str, Any], every_tensor: bool, width: int | N
     return "\n\n".join(parts)
 
 
-#: columns of an inspection's tensors, the widest choice first
+#: columns of the table of an inspection's tensors, the widest choice first
 _INSPECTED = (
     ("tensor", "n", "shape (ne)", "type", "bytes", "role"),
     ("tensor", "n", "shape (ne)", "type", "size", "role"),
@@ -308,7 +308,7 @@ _INSPECTED = (
 
 
 def _metadata(items: Sequence[Mapping[str, str]], width: int | None) -> str:
-    """Keys, types and values; where there is little room, values are cut."""
+    """Return a table of keys, types and values; values are cut where space is short."""
     rows = [[m["key"], m["type"], m["value"]] for m in items]
     head = ["key", "type", "value"]
     over = 0 if width is None else table_width([head, *rows]) - width

@@ -1,4 +1,4 @@
-"""What each tensor is rounded by, and why: of a recipe's wish, its policy, and what covariance there is."""
+"""What rounds each tensor, and why: decided by the recipe, its policy, and the covariance at hand."""
 
 from __future__ import annotations
 
@@ -25,55 +25,55 @@ _NAMED = 3
 
 @dataclass(frozen=True)
 class Rounding:
-    """What rounds the tensors of a plan that are not, or not all, as ggml makes them."""
+    """What rounds those tensors of a plan that ggml does not round, or not completely."""
 
     choices: Mapping[str, Choice]
-    """of each tensor for which something else than ggml's rounding was asked"""
+    """by tensor, for each that should be rounded other than by ggml"""
     policy: Policy | None = None
     covariance: CovarianceSource | None = None
     standings: Mapping[str, Standing] = field(default_factory=dict)
-    """how the covariance bears on each of these tensors, once there is one"""
+    """for each of these tensors, whether the covariance suffices, once there is one"""
     recorded_policy: str = ""
-    """what a file says of the policy, where the rest is taken from that file, too"""
+    """the policy as a file records it, if all other settings are taken from that file, too"""
     in_pass: bool = False
-    """the second moments are of a pass in the build itself, so that the file does not tell which matrices they are too
-    thin for"""
+    """the second moments come from a pass within the build, so the file does not record for which matrices they are
+    too thin"""
 
     @property
     def policy_text(self) -> str:
-        """The policy as the file's metadata has it; '' for none."""
+        """The policy as recorded in the file's metadata; '' for none."""
         return self.recorded_policy if self.policy is None else f"{self.policy.name} (sha256 {self.policy.digest})"
 
     def of(self, name: str) -> Choice | None:
-        """What rounds a tensor; None for ggml, which is also where the covariance is too thin for all of it."""
+        """Return what rounds a tensor; None for ggml, also if the covariance is too thin for the whole tensor."""
         choice = self.choices.get(name)
         return None if choice is None or (name in self.standings and self.standings[name].why) else choice
 
     def is_thin(self, name: str, mat: int) -> bool:
-        """Whether a matrix of a tensor stays ggml's, since the covariance is too thin for it."""
+        """Whether ggml rounds this matrix of a tensor because the covariance is too thin for it."""
         found = self.standings.get(name)
         return found is not None and mat in found.thin
 
     def seen(self, names: Iterable[str], tensors: Mapping[str, Tensor]) -> Rounding:
-        """The same once the covariance has these tensors' layer."""
+        """Return the same with the standings of these tensors, once the covariance has their layer."""
         assert self.covariance is not None
         found = {name: standing(tensors[name], self.covariance) for name in names}
         return replace(self, standings={**self.standings, **found})
 
     def digest(self) -> tuple[str, str]:
-        """By which key the file's metadata names the covariance, and its digest; zeros where there is none yet."""
+        """Return the key under which the file's metadata names the covariance, and its digest; zeros without one."""
         if self.covariance is None:
             return "covariance", "0" * 64
         return ("pass", self.covariance.pass_digest) if self.in_pass else ("covariance", self.covariance.digest)
 
     @property
     def options(self) -> str:
-        """What holds for all tensors, as the file's metadata has it."""
+        """The settings that hold for all tensors, as recorded in the file's metadata."""
         some = next(iter(self.choices.values()))
         return f"damp {some.damp}{', search' if some.search else ''}"
 
     def identity(self, name: str) -> str:
-        """All that a tensor's bytes depend on here; '' where it is as ggml rounds it."""
+        """Return all that a tensor's bytes depend on here; '' if ggml rounds it."""
         choice, covariance = self.of(name), self.covariance
         if choice is None or covariance is None:
             return ""
@@ -82,8 +82,8 @@ class Rounding:
         return repr((ROUNDING_VERSION, name, choice._replace(why=""), thin, covariance.digest, judge))
 
     def listed(self) -> list[str]:
-        """Which tensors are rounded by what, in few lines, as the file's metadata has it: 'feedback
-        blk.{3-60}.ffn_down_exps.weight', and after 'but' the matrices that stay ggml's."""
+        """Describe in a few lines what rounds which tensors, as recorded in the file's metadata: 'feedback
+        blk.{3-60}.ffn_down_exps.weight'; matrices left to ggml follow after 'but'."""
         groups: dict[tuple[str, str, str], list[str]] = {}
         for name, choice in self.choices.items():
             if self._is_listed(name):
@@ -101,11 +101,11 @@ class Rounding:
         covariance = self.covariance
         if not self.in_pass or covariance is None:
             return self.of(name) is not None
-        # what was known before the pass
+        # only what was known before the pass
         return name in covariance and covariance.n_tokens >= covariance.n_cols(name)
 
     def shown(self, name: str) -> str:
-        """What rounds a tensor, in a table's cell."""
+        """Return what rounds a tensor, for a table cell."""
         choice = self.choices.get(name)
         if choice is None:
             return ""
@@ -117,7 +117,7 @@ class Rounding:
         return f"{choice.rounding}, {len(found.thin)} of {found.n_mats} ggml"
 
     def to_json(self, name: str) -> dict[str, Any]:
-        """What rounds a tensor, and why."""
+        """Return what rounds a tensor, and why."""
         choice = self.choices.get(name)
         if choice is None:
             return {}
@@ -130,8 +130,8 @@ class Rounding:
 
 
 def rounding_of(recipe: Recipe, tensors: list[Planned], by_rule: Mapping[str, tuple[str, str]]) -> Rounding | None:
-    """What a recipe wants for each tensor; None where that is ggml's rounding for all. `by_rule`: the tensors whose
-    rule says how, with the method and the rule's place. Raises RecipeError for a policy that is none."""
+    """Return the rounding a recipe asks for, by tensor; None if ggml rounds all. `by_rule`: the method and the rule's
+    place, for tensors whose rule sets a method. Raises RecipeError for an invalid policy."""
     wanted = recipe.rounding
     policy = None
     if wanted is not None and wanted.policy:
@@ -168,8 +168,8 @@ def _policy(wanted: Wanted) -> Policy:
 
 
 def with_covariance(plan: Plan, covariance: CovarianceSource | None) -> Plan:
-    """The plan with what a covariance has for it: which of its matrices fall back to ggml's rounding, and why. A plan
-    that rounds nothing, and one without a covariance, is as it was. Raises SourceError for one of another model."""
+    """Return the plan with a covariance and the matrices that fall back to ggml's rounding, with the reasons. The plan
+    is unchanged if it rounds nothing or there is no covariance. Raises SourceError for another model's covariance."""
     rounding = plan.rounding
     if rounding is None or covariance is None:
         return plan
@@ -185,7 +185,7 @@ def with_covariance(plan: Plan, covariance: CovarianceSource | None) -> Plan:
 
 
 def check_covariance(plan: Plan) -> None:
-    """Raise SourceError where a build of the plan would lack a covariance that it must have."""
+    """Raise SourceError if a build of the plan would lack a covariance that it must have."""
     if plan.rounding is None or plan.rounding.covariance is not None:
         return
     names = list(plan.rounding.choices)
@@ -201,7 +201,7 @@ def check_covariance(plan: Plan) -> None:
 
 
 def rounding_notes(plan: Plan) -> Iterator[str]:
-    """What is rounded by what, for people."""
+    """Yield notes for people on how many tensors each method rounds."""
     rounding = plan.rounding
     if rounding is None:
         return
@@ -223,7 +223,7 @@ def rounding_notes(plan: Plan) -> Iterator[str]:
 
 
 def rounding_warnings(plan: Plan) -> Iterator[str]:
-    """What falls back to ggml's rounding, and why, with counts."""
+    """Yield what falls back to ggml's rounding, with reasons and counts."""
     rounding = plan.rounding
     if rounding is None or rounding.covariance is None:
         return

@@ -1,8 +1,8 @@
-"""Which rule takes which tensor, and what is wrong with rules that cannot do what their author meant.
+"""Which rule takes which tensor, and which rules cannot do what their author meant.
 
-An error: a rule matches nothing, earlier rules take all it matches, or it names tensors that are
-never quantized. A warning: only the model's size is to blame (a small sibling has fewer layers than
-the rule's slice), or the rule changes nothing, since its tensors would get the same type without it.
+Errors: a rule matches nothing, earlier rules take all it matches, or it names tensors that are
+never quantized. Warnings: the rule fails only because of the model's size (a small sibling has fewer layers
+than the rule's slice), or it changes nothing, since its tensors would get the same type without it.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ from ..recipe.load import Recipe
 from ..recipe.schema import Rule
 from ..recipe.selectors import expand_braces, glob_regex, matcher, pick_layers
 
-#: what names of tensors in checkpoints have, and those in GGUFs have not
+#: parts of tensor names in checkpoints that names in GGUFs do not have
 _CHECKPOINT_NAME = re.compile(r"layers\.|_proj\b|self_attn|\bmlp\b|lm_head|embed_tokens|layernorm")
-#: that a message shows
+#: how many names a message shows
 _MOST_NAMES = 3
 
 
 class Match(NamedTuple):
-    """A rule on a model."""
+    """What a rule matches in a model."""
 
     rule: Rule
     layers: frozenset[int] | None
-    """those its slice takes; None without one"""
+    """the layers its slice takes; None without a slice"""
     names: frozenset[str]
-    """quantizable tensors it matches, before earlier rules take theirs"""
+    """quantizable tensors that it matches, including those that earlier rules take"""
 
 
 def assign_rules(catalogue: Catalogue, recipe: Recipe, others: Mapping[str, str]) -> tuple[list[int | None], list[str]]:
-    """For each tensor the index of the first rule that matches it; and warnings. `others`: the types of
-    the tensors that no rule needs to match. Raises RecipeError."""
+    """Return the index of the first rule that matches each tensor, or None, and warnings. `others`: the types of
+    tensors that need no rule. Raises RecipeError."""
     errors: list[str] = []
     warnings: list[str] = []
     matches = match_rules(catalogue, recipe)
@@ -67,7 +67,7 @@ def assign_rules(catalogue: Catalogue, recipe: Recipe, others: Mapping[str, str]
             else:
                 errors.append(f"{place}: '{m.rule.match}' matches no tensor{_nearest(m, catalogue)}")
         elif i >= recipe.n_judged:
-            continue  # what a base has is there to be overridden, or what with_types stands before
+            continue  # rules of a base, and rules behind those of with_types, are there to be overridden
         elif not won[i]:
             takers = sorted({owner[name] for name in m.names})
             by = ", ".join(recipe.place("rules", k) for k in takers)
@@ -96,7 +96,7 @@ def assign_rules(catalogue: Catalogue, recipe: Recipe, others: Mapping[str, str]
 
 
 def match_rules(catalogue: Catalogue, recipe: Recipe) -> list[Match]:
-    """Each rule with what it matches in a model."""
+    """Return what each rule matches in a model."""
     groups = catalogue.layer_groups()
     return [_match(rule, catalogue.tensors, groups) for rule in recipe.rules]
 
@@ -113,13 +113,13 @@ def _match(rule: Rule, tensors: Sequence[Tensor], groups: Mapping[str, Sequence[
 
 
 def taken_by_patterns(catalogue: Catalogue, recipe: Recipe) -> frozenset[str]:
-    """The tensors that patterns of llama-quantize's command line name: its mixtures pass over them."""
+    """Return the tensors named by patterns of llama-quantize's command line: its mixtures skip them."""
     patterns = [rule for rule in recipe.rules if isinstance(rule, ToolRule) and rule.is_pattern]
     return frozenset(t.name for rule in patterns for t in catalogue.tensors if rule.matcher().match(t.name))
 
 
 def _tool_warnings(place: str, m: Match, tensors: Sequence[Tensor]) -> list[str]:
-    """What llama-quantize would not say of its own options."""
+    """Return warnings about llama-quantize's own options that llama-quantize itself does not give."""
     if m.names or not (isinstance(m.rule, ToolRule) and m.rule.is_pattern):
         return []
     pattern = m.rule.matcher()
@@ -132,7 +132,7 @@ def _tool_warnings(place: str, m: Match, tensors: Sequence[Tensor]) -> list[str]
 def _changes_nothing(
     i: int, m: Match, recipe: Recipe, claimants: Mapping[str, Sequence[int]], others: Mapping[str, str]
 ) -> str | None:
-    """Who would give all the rule's tensors the same type, if they would."""
+    """Return which later rules would give all the rule's tensors the same type, or None if the rule matters."""
     heirs = set()
     for name in m.names:
         if claimants[name][0] == i:
@@ -152,7 +152,7 @@ def _matches_any(rule: Rule, tensors: Sequence[Tensor]) -> bool:
 
 
 def _never_quantized(rule: Rule, tensors: Sequence[Tensor]) -> str | None:
-    """An error when one of the pattern's alternatives names only tensors that are never quantized."""
+    """Return an error if one of the pattern's alternatives names only tensors that are never quantized, else None."""
     for alternative in expand_braces(rule.match):
         pattern = re.compile(glob_regex(alternative))
         hits = [t for t in tensors if pattern.match(t.name)]
@@ -165,7 +165,7 @@ def _never_quantized(rule: Rule, tensors: Sequence[Tensor]) -> str | None:
 
 
 def _nearest(m: Match, catalogue: Catalogue) -> str:
-    """What was perhaps meant by a glob that matches nothing: behind a space, or ''."""
+    """Suggest what a glob that matches nothing may have meant; the text continues a message, or is ''."""
     tensors, glob = catalogue.tensors, m.rule.match
     if m.layers is not None and _matches_any(m.rule, tensors):
         return f" in the layers {m.rule.layers} (it does in others)"
@@ -176,7 +176,7 @@ def _nearest(m: Match, catalogue: Catalogue) -> str:
     families = {family_of(name) for name in names}
     if f"blk.*.{glob}" in families:
         return f" (did you mean blk.*.{glob}?)"
-    # no glob is tried that takes more than the author can have meant
+    # a glob that matches every name cannot be what the author meant
     for meant in (re.sub(r"\*+", "*", f"*{glob}*"), as_glob(glob)):
         hits = [] if meant is None else [n for n in names if matcher(meant).match(n)]
         if hits and len(hits) < len(names):
@@ -190,7 +190,7 @@ def _quoted(names: Sequence[str]) -> str:
 
 
 def _as_in_ggufs(glob: str, catalogue: Catalogue) -> list[str]:
-    """The GGUF names of the tensors that a glob over a checkpoint's names matches, layers alike as blk.*."""
+    """Return the GGUF names that a glob over checkpoint names matches; layers of one kind are given as blk.*."""
     if _CHECKPOINT_NAME.search(glob) is None:
         return []
     if all(t.parts[:1] and t.parts[0].source == t.name for t in catalogue.tensors):  # a GGUF

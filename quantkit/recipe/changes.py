@@ -1,14 +1,14 @@
-"""Changes to a recipe that are made on the command line, without a file: types of tensors, metadata, the name.
+"""Changes to a recipe made on the command line, without a file: types of tensors, metadata, the name.
 
     --type 'blk.*.ffn_down_exps.weight@moe[:6]=IQ2_XXS'   a rule before the recipe's; @LAYERS may be left out
     --override-kv general.author=str:me                    metadata, as in llama-quantize
     --tensor-type, --output-tensor-type, --token-embedding-type    as in llama-quantize
 
-What llama-quantize's options mean is taken from src/llama-quant.cpp, llama_tensor_get_type: a pattern is a regular
-expression in lower case that is searched anywhere in the name; the first that is found decides. The types of output and
-token_embd come before the patterns. A tied token_embd, which is the output too, has the output's type. A mixture counts
-only the tensors that no pattern takes. Where rows do not divide into blocks, ggml's fallback stands in for the types of
-output and token_embd too, which llama-quantize does without.
+llama-quantize's options mean what they mean in src/llama-quant.cpp, llama_tensor_get_type: a pattern is a lower-case
+regular expression, searched anywhere in the name; the first one found decides. The types of output and token_embd come
+before the patterns. A tied token_embd, which is the output too, has the output's type. A mixture counts only the
+tensors that no pattern takes. One difference: where rows do not divide into blocks, ggml's fallback also replaces the
+types of output and token_embd, which llama-quantize does not do.
 """
 
 from __future__ import annotations
@@ -30,27 +30,27 @@ _OUTPUT, _EMBEDDING, _LAYER_EMBEDDING = "output.weight", "token_embd.weight", "p
 
 
 class ToolRule(Rule):
-    """A rule of llama-quantize's command line. It may match nothing, or only what is never quantized: there nobody is
-    told, here it is a warning."""
+    """A rule from llama-quantize's command line. It may match nothing, or only tensors that are never quantized:
+    llama-quantize ignores that silently, quantkit warns."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     match: str
-    """for people: the regular expression, or the tensor's name"""
+    """the regular expression, or the tensor's name, as messages show it"""
     is_pattern: bool = False
-    """searched anywhere in a name; else the whole name"""
+    """whether `match` is searched anywhere in a name; otherwise it is the whole name"""
     if_tied: bool = False
-    """only where no output.weight is there"""
+    """apply only if there is no output.weight"""
 
     def matcher(self) -> re.Pattern[str]:
         body = self.match if self.is_pattern else re.escape(self.match)
-        # `match` is for the whole name
+        # callers use `match`, which anchors at the start
         return re.compile(rf"(?=.*?(?:{body}))" if self.is_pattern else rf"{body}\Z", re.ASCII)
 
 
 @dataclass(frozen=True)
 class Changes:
-    """What was asked for, as it was typed."""
+    """The changes asked for, as typed."""
 
     types: tuple[str, ...] = ()
     """--type GLOB[@LAYERS]=TYPE"""
@@ -66,12 +66,12 @@ class Changes:
         return self != Changes()
 
     def to_json(self) -> dict[str, Any]:
-        """As plain data, without what was not asked for."""
+        """Return plain data, without what was not asked for."""
         return {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(self).items() if v}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Changes:
-        """Raises ValueError, TypeError."""
+        """Read what `to_json` returns. Raises ValueError, TypeError."""
         known: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in value.items()}
         made = cls(**known)
         for key, v in asdict(made).items():
@@ -83,7 +83,7 @@ class Changes:
         return made
 
     def apply(self, recipe: Recipe) -> Recipe:
-        """The recipe with the changes. Raises RecipeError, with the option and what is wrong, all at once."""
+        """Return the recipe with the changes. Raises RecipeError that lists every faulty option and what is wrong."""
         if not self:
             return recipe
         rules: list[tuple[str, Rule]] = []
@@ -97,7 +97,7 @@ class Changes:
         for text in self.metadata:
             try:
                 override = _override(text)
-                overrides.pop(override.key, None)  # what is set again comes last, as in llama-quantize
+                overrides.pop(override.key, None)  # a key that is set again goes last, as in llama-quantize
                 overrides[override.key] = override
             except ValueError as e:
                 wrong.append(f"--override-kv {text:.80}: {e}")
@@ -109,7 +109,7 @@ class Changes:
         return recipe.with_rules(rules).renamed(name, tuple(overrides.values()))
 
     def _rules(self) -> Iterator[tuple[str, Callable[[], Rule]]]:
-        """Places, and what makes the rules, in the order in which they are asked."""
+        """Yield places and functions that make the rules, in the order in which the rules apply."""
         for text in self.types:
             yield f"--type {text:.80}", partial(_type_rule, text)
         embedding, output = self.embedding_type, self.output_type
@@ -126,7 +126,7 @@ class Changes:
 
 
 def _said(error: ValueError) -> str:
-    """The first mistake of a rule, in a recipe's words."""
+    """Return the first mistake in a rule, in a recipe's words."""
     if not isinstance(error, ValidationError):
         return str(error)
     first = error.errors()[0]
@@ -134,7 +134,7 @@ def _said(error: ValueError) -> str:
 
 
 def _type_rule(text: str) -> Rule:
-    """GLOB[@LAYERS]=TYPE as a rule. Raises ValueError."""
+    """Parse GLOB[@LAYERS]=TYPE into a rule. Raises ValueError."""
     selector, equals, type_ = text.rpartition("=")
     if not equals or not selector or not type_:
         raise ValueError("is not GLOB=TYPE or GLOB@LAYERS=TYPE, such as 'blk.*.ffn_down_exps.weight@moe[:6]=IQ2_XXS'")
@@ -143,7 +143,7 @@ def _type_rule(text: str) -> Rule:
 
 
 def _pattern_rule(text: str) -> Rule:
-    """PATTERN=TYPE as llama-quantize reads it. Raises ValueError."""
+    """Parse PATTERN=TYPE as llama-quantize does. Raises ValueError."""
     pattern, equals, type_ = text.partition("=")
     if not equals or not pattern or not type_:
         raise ValueError(r"is not PATTERN=TYPE, such as '\.ffn_down_exps=q4_k'")
@@ -159,7 +159,7 @@ def _named(name: str, type_: str, if_tied: bool = False) -> Rule:
 
 
 def _override(text: str) -> Override:
-    """KEY=TYPE:VALUE. Raises ValueError."""
+    """Parse KEY=TYPE:VALUE. Raises ValueError."""
     key, equals, value = text.partition("=")
     if not equals or not key:
         raise ValueError("is not KEY=TYPE:VALUE, such as general.author=str:me")

@@ -1,4 +1,4 @@
-"""What is made from the recipe's models: JSON Schema, the page that documents the language, a recipe to start from."""
+"""What is generated from the recipe's models: JSON Schema, the language's documentation page, a starter recipe."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from .yaml_lines import scalar
 
 
 def schema() -> dict[str, Any]:
-    """JSON Schema (2020-12) of a recipe file."""
+    """Return the JSON Schema (2020-12) of a recipe file."""
     made = {"$schema": "https://json-schema.org/draft/2020-12/schema", **RecipeFile.model_json_schema()}
-    # name, and either a base or what only a base can give
+    # required: a name, and either a base or what the base would provide
     made["required"] = ["name"]
     made["anyOf"] = [{"required": ["base"]}, {"required": ["arch", "file_type"]}]
     return made
@@ -106,7 +106,7 @@ matrix that the recipe does not require.
 
 
 def page() -> str:
-    """The documentation of the language, in Markdown."""
+    """Return the documentation of the language, in Markdown."""
     *some, last = (f"`{key}`" for key in MARKS)
     return _PAGE.format(
         file=_fields(RecipeFile.model_json_schema()),
@@ -167,8 +167,8 @@ rules:  # first match wins
 
 
 def starter(path: Path, base: str, model: str) -> str:
-    """The text of a small recipe on top of `base`, to be changed and written to `path`. Raises RecipeError when the
-    base is none."""
+    """Return the text of a small recipe on top of `base`, to be edited and written to `path`. Raises RecipeError if
+    the base is not a recipe or has a base itself."""
     below = load(base)
     if below.base is not None:
         raise RecipeError(f"{base} has a base itself, {below.base}; give one that has none, or copy it with --from")
@@ -180,7 +180,7 @@ def starter(path: Path, base: str, model: str) -> str:
         name=scalar(path.stem),
         title=scalar(f"{below.name} with other early down_proj"),
         model=model,
-        type="Q8_0" if below.file_type == "Q6_K" else "Q6_K",  # one that the base does not have there already
+        type="Q8_0" if below.file_type == "Q6_K" else "Q6_K",  # a type that the base does not already use there
     )
 
 
@@ -189,7 +189,7 @@ _BASE = re.compile(r"""(?m)^(["']?)base\1[ \t]*:.*$""")
 
 
 def copy_of(origin: str, path: Path) -> str:
-    """The text of a recipe, by name or path, for a file `path` that is called as the file is. Raises RecipeError."""
+    """Return a recipe's text (by name or path) for the file `path`, named after that file. Raises RecipeError."""
     recipe = load(origin)
     kept = "".join(line for line in text_of(origin).splitlines(keepends=True) if not line.startswith("#"))
     if not _NAME.search(kept):
@@ -202,7 +202,7 @@ def copy_of(origin: str, path: Path) -> str:
 
 
 def resolved(recipe: Recipe) -> str:
-    """A recipe as one YAML file: its base's rules in place, variables replaced."""
+    """Return a recipe as one YAML file: with its base's rules, and variables replaced."""
     import yaml
 
     value: dict[str, Any] = {"name": recipe.name}

@@ -1,26 +1,26 @@
-"""What people write where a glob over tensor names belongs: regular expressions, and lines NAME=TYPE of other tools.
+"""What people write instead of a glob over tensor names: regular expressions, and NAME=TYPE lines of other tools.
 
-Both are recognised by what no tensor's name has, and the message shows the glob to write. `as_glob` translates the
-regular expressions that say what a glob can say; of others it gives None.
+Both are recognized by characters that no tensor name has, and the message shows the glob to write. `as_glob` translates
+regular expressions that a glob can express; for others it returns None.
 """
 
 from __future__ import annotations
 
 import re
 
-#: what a glob over tensor names never has, and a regular expression often: anchors, escapes, groups, +
+#: characters that regular expressions often have but globs over tensor names never: anchors, escapes, groups, +
 _ONLY_IN_REGEX = re.compile(r"[\\^$()|+]")
-#: type names, as at the end of a line of another tool
+#: NAME=TYPE, a line of another tool
 _LINE = re.compile(r"(?P<name>[^=]+)=(?P<type>[A-Za-z][A-Za-z0-9_]*)")
 _SET = re.compile(r"\[(?P<not>\^?)(?P<body>[^][\\]+)\]")
-#: what Python's re knows and ECMAScript does not, or means otherwise
+#: syntax that Python's re knows and ECMAScript does not, or that means something else there
 _FOREIGN = re.compile(r"\\\\|(?P<bad>\(\?(?![:=!])|\\[AZz]|[*+?}]\+|\[[:.=]|\{,)|\\.")
 _MOST_PATTERN = 1000
 _CLASSES = {"d": "[0-9]", "w": "[A-Za-z0-9_]"}
 
 
 def not_a_glob(text: str) -> str:
-    """What is wrong with a text that is no glob over tensor names but was meant as one, with the right form; '' for a
+    """Explain why a text is not a glob over tensor names but some other notation, and show the glob to write; '' for a
     glob."""
     line = _LINE.fullmatch(text)
     if line is not None:
@@ -36,22 +36,22 @@ def not_a_glob(text: str) -> str:
 
 
 def _as_written(name: str) -> str:
-    """The glob that the left side of another tool's line stands for: there it is searched anywhere in a name."""
+    """Return the glob for the left side of another tool's line, which that tool searches for anywhere in a name."""
     if _ONLY_IN_REGEX.search(name) is None and re.search(r"[*?\[{]", name):
         return name
     return as_glob(name, loosely=True) or name
 
 
 def as_glob(regex: str, loosely: bool = False) -> str | None:
-    """The glob that matches the same whole names in which the regular expression is found, None where there is none:
-    'ffn_(up|gate)_exps' as '*ffn_{up,gate}_exps*'. `loosely`: with * for what a glob cannot repeat, as [0-9]+."""
+    """Return the glob that matches the names in which the regular expression is found, or None if there is none:
+    '*ffn_{up,gate}_exps*' for 'ffn_(up|gate)_exps'. `loosely`: use * for what a glob cannot repeat, such as [0-9]+."""
     body, starts, ends = regex, regex.startswith("^"), regex.endswith("$") and not regex.endswith("\\$")
     body = body[starts : len(body) - ends]
     parsed = _alternatives(body, 0, loosely)
     if parsed is None or parsed[1] != len(body):
         return None
     choices = parsed[0]
-    if len(choices) > 1 and (starts or ends):  # ^a|b: the anchor is of one side only
+    if len(choices) > 1 and (starts or ends):  # ^a|b: the anchor applies to one side only
         return None
     inner = choices[0] if len(choices) == 1 else f"{{{','.join(choices)}}}"
     glob = f"{'' if starts else '*'}{inner}{'' if ends else '*'}"
@@ -59,7 +59,7 @@ def as_glob(regex: str, loosely: bool = False) -> str | None:
 
 
 def _alternatives(text: str, at: int, loosely: bool) -> tuple[list[str], int] | None:
-    """Globs for what is between | up to the end or the closing parenthesis, and where that is."""
+    """Return globs for the parts between |, up to the end or the closing parenthesis, and the position of that."""
     done: list[str] = []
     now = ""
     while at < len(text):
@@ -99,7 +99,7 @@ def _alternatives(text: str, at: int, loosely: bool) -> tuple[list[str], int] | 
         quantifier = text[at : at + 1]
         if quantifier in ("*", "+") and quantifier:
             if text[at + 1 : at + 2] in ("+", "?") or (piece != "?" and not loosely):
-                return None  # [0-9]+ and the like say more than *
+                return None  # * would match more than [0-9]+ and the like
             piece = "?*" if quantifier == "+" and piece == "?" else "*"
             at += 1
         elif quantifier in ("?", "{") and quantifier:
@@ -109,7 +109,7 @@ def _alternatives(text: str, at: int, loosely: bool) -> tuple[list[str], int] | 
 
 
 def tool_regex(written: str, in_lower_case: bool) -> re.Pattern[str]:
-    """A pattern as std::regex (ECMAScript) takes it; llama-quantize puts all of it into lower case, so that \\S becomes
+    """Compile a pattern written for std::regex (ECMAScript). llama-quantize lower-cases all of it, so \\S becomes
     \\s. Raises ValueError."""
     if len(written) > _MOST_PATTERN:
         raise ValueError(f"'{written:.60}…' is longer than {_MOST_PATTERN:,} characters")

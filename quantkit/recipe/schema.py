@@ -1,6 +1,6 @@
-"""What a recipe's file may hold: the models that check it, from which schema and documentation are made.
+"""What a recipe file may hold: models that check it, and from which its schema and documentation are generated.
 
-Values are as marked_yaml reads them: text, true, false, null, lists, mappings.
+Values are as yaml_lines reads them: text, true, false, null, lists, mappings.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from .yaml_lines import Marked, Path
 _MAX_OVERRIDE = 127
 _VARIABLE = re.compile(r"[a-z_][a-z0-9_]{0,63}")
 _KEY = re.compile(r"[A-Za-z0-9_.-]{1,64}")
-#: keys that follow from the build itself
+#: keys that the build itself determines
 _FIXED_KEYS = ("general.architecture", "general.alignment", "general.file_type", "general.quantization_version")
 _FIXED_PREFIXES = (
     "split.", "quantize.imatrix.", "quantkit.imatrix.", "quantkit.rounding.", "tokenizer.ggml.tokens",
     "tokenizer.ggml.merges",
 )  # fmt: skip
-#: how a tensor may be rounded: as ggml does it, or with the errors of columns made good in later ones
+#: how a tensor may be rounded: as ggml does it, or with later columns making up for the errors of earlier ones
 GGML = "ggml"
 ROUNDINGS = (GGML, "coarse", "feedback", "feedback+gain")
 
@@ -45,7 +45,7 @@ def known_type(value: str) -> str:
 
 
 def type_or_variable(value: str) -> str:
-    """A type's name as ggml has it, or $NAME of a variable. Raises ValueError."""
+    """Return ggml's name of a type, or $NAME of a variable. Raises ValueError."""
     if value.startswith("$"):
         if not _VARIABLE.fullmatch(value[1:]):
             raise ValueError(f"'{value:.60}' is not a variable's name, such as $down")
@@ -71,7 +71,7 @@ def _good_otherwise(value: str) -> str:
 
 
 def good_pattern(value: str) -> str:
-    """A glob over tensor names, as it is. Raises ValueError, with the right form for what is none."""
+    """Return a glob over tensor names unchanged. Raises ValueError, with the right form, for anything else."""
     if says := not_a_glob(value):
         raise ValueError(says)
     for alternative in expand_braces(value):
@@ -80,13 +80,13 @@ def good_pattern(value: str) -> str:
 
 
 def good_layers(value: str) -> str:
-    """Layers such as moe[:6] or 3-12, as they are. Raises ValueError."""
+    """Return layers such as moe[:6] or 3-12 unchanged. Raises ValueError."""
     parse_layers(value)
     return value
 
 
 def _listed_layers(value: Any) -> Any:
-    """[3, 5] and [3-5, 9] as text. Raises ValueError."""
+    """Return [3, 5] or [3-5, 9] as text. Raises ValueError."""
     if not isinstance(value, list):
         return value
     if not value or not all(isinstance(each, str) and each.strip()[:1].isdecimal() for each in value):
@@ -109,7 +109,7 @@ def _good_key(value: str) -> str:
 
 
 class Override(NamedTuple):
-    """A metadata key set by a recipe, as llama-quantize's --override-kv KEY=TYPE:VALUE has it."""
+    """A metadata key set by a recipe, like llama-quantize's --override-kv KEY=TYPE:VALUE."""
 
     key: str
     type: str
@@ -123,7 +123,7 @@ class Override(NamedTuple):
 
 
 def parse_override(key: str, text: str) -> Override:
-    """TYPE:VALUE as llama-quantize reads it. Raises ValueError."""
+    """Parse TYPE:VALUE as llama-quantize does. Raises ValueError."""
     kind, colon, value = text.partition(":")
     if not colon or kind not in ("str", "int", "float", "bool"):
         raise ValueError(
@@ -157,7 +157,7 @@ def _good_metadata(value: dict[str, str]) -> dict[str, str]:
 
 
 def checked_override(key: str, text: str) -> Override:
-    """A key and its TYPE:VALUE, all of it checked. Raises ValueError."""
+    """Parse a key and its TYPE:VALUE, checking both. Raises ValueError."""
     override = parse_override(_good_key(key), text)
     if key == PRE_KEY:
         says = unknown_pre(str(override.value))
@@ -173,7 +173,7 @@ def _good_policy(value: str) -> str:
 
 
 def known_rounding(value: str) -> str:
-    """The name of a rounding, as it is. Raises ValueError."""
+    """Return the name of a rounding unchanged. Raises ValueError."""
     if value not in ROUNDINGS:
         raise ValueError(
             f"unknown rounding '{value:.40}'{did_you_mean(value, ROUNDINGS)}; there are {', '.join(ROUNDINGS)}"
@@ -340,27 +340,27 @@ class RecipeFile(BaseModel):
 
 
 SCHEMA_FILE = "recipe.schema.json"
-#: keys that tell a recipe from other YAML, when there are two of them
+#: keys that mark a file as a recipe when it has at least two of them
 MARKS = ("arch", "base", "file_type", "imatrix", "otherwise", "rules", "vars")
 _TOP_KEY = re.compile(r"""(?m)^\{?["']?([A-Za-z_][\w.-]*)["']?[ \t]*:(?=\s|$)""")
 _A_MATCH = re.compile(r"""(?m)^[ \t-]+\{?[ \t]*["']?match["']?[ \t]*:[ \t]""")
 
 
 def looks_like_recipe(text: str) -> bool:
-    """Whether a text is a recipe's, if perhaps a faulty one's, by its schema comment or its top-level keys. It need not
-    be YAML that can be read."""
+    """Whether a text is meant as a recipe, even a faulty one, judged by its schema comment or its top-level keys. It
+    need not be valid YAML."""
     if re.search(rf"(?m)^#.*\$schema=(\S*/)?{re.escape(SCHEMA_FILE)}\s*$", text):
         return True
     flow = text.lstrip().startswith("{")
     keys = set(re.findall(r"""["']?([A-Za-z_][\w.-]*)["']?[ \t]*:""", text) if flow else _TOP_KEY.findall(text))
     a_match = "rules" in keys and ("match" in keys if flow else _A_MATCH.search(text) is not None)
-    if flow:  # a rule's keys are among those found
+    if flow:  # the keys found include those of rules
         keys -= Rule.model_fields.keys()
     marks, known = keys.intersection(MARKS), keys.intersection(RecipeFile.model_fields)
     return (len(marks) > 1 or a_match) and 2 * len(known) > len(keys)
 
 
-#: what pydantic calls a mistake, in a recipe's words
+#: pydantic's names of mistakes, in a recipe's words
 _WANTED = {
     "string_type": "should be text",
     "bool_type": "should be true or false",
@@ -372,14 +372,14 @@ _WANTED = {
 
 
 def _fields(path: Path) -> Mapping[str, Any]:
-    """The keys that are known at a place of a recipe."""
+    """Return the keys known at this place of a recipe."""
     return Rule.model_fields if path[:1] == ("rules",) else RecipeFile.model_fields
 
 
 def messages(
     error: ValidationError, marked: Marked, fields_of: Callable[[Path], Mapping[str, Any]] = _fields
 ) -> Iterator[str]:
-    """The mistakes in a recipe's words, each with its place; also in another file's, of which `fields_of` tells the
+    """Yield the mistakes in a recipe's words, each with its place. For another kind of file, `fields_of` gives the
     known keys."""
     for e in error.errors():
         path = tuple(step for step in e["loc"] if step != "[key]")

@@ -1,7 +1,7 @@
-"""What a rule selects: globs with braces over tensor names; layers, as numbers or as Python slices over named lists.
+"""What a rule selects: tensor names, by globs with braces; layers, as numbers or as Python slices of named lists.
 
-A glob: `*` any run of characters, `?` one, `[ab]`, `[a-z]` and `[!a]` one of a set, `{a,b}`
-alternatives, which are written out before all else. It matches whole names.
+In a glob, `*` matches any run of characters, `?` one character, `[ab]`, `[a-z]` and `[!a]` one of a set; `{a,b}` gives
+alternatives, which are expanded first. A glob matches whole names.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ _MAX_LAYERS = 4096
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """A glob with {a,b} alternatives as the list of globs without; braces may nest. Raises ValueError."""
+    """Expand a glob with {a,b} alternatives into globs without; braces may nest. Raises ValueError."""
     if len(pattern) > _MAX_PATTERN:
         raise ValueError(f"'{pattern:.60}…' is longer than {_MAX_PATTERN:,} characters")
-    # for every open brace, the alternatives before the last comma, and those that are being written
+    # for every open brace: the finished alternatives, and those being extended since the last comma
     open_: list[tuple[list[str], list[str]]] = [([], [""])]
     for token in re.split("([{},])", pattern):
         done, now = open_[-1]
@@ -50,10 +50,10 @@ _group = count()
 
 
 def glob_regex(pattern: str) -> str:
-    """A brace-free glob as a regular expression for the whole name. Raises ValueError.
+    """Translate a brace-free glob into a regular expression for the whole name. Raises ValueError.
 
-    What stands between two stars is taken where it first occurs, and no second place is tried (it
-    could not match more), so that no pattern takes long: as in the standard library's fnmatch.
+    The text between two stars is matched where it first occurs and nowhere else (another place could
+    not match more), so no pattern takes long: the standard library's fnmatch does the same.
     """
     pieces = [""]
     i = 0
@@ -81,7 +81,7 @@ def glob_regex(pattern: str) -> str:
 
 
 def _set_regex(body: str, pattern: str) -> str:
-    """What stands in the brackets of a set: characters, and ranges such as a-z."""
+    """Translate the body of a set: characters, and ranges such as a-z."""
     out = ""
     while body:
         if len(body) > 2 and body[1] == "-":
@@ -97,7 +97,7 @@ def _set_regex(body: str, pattern: str) -> str:
 
 @lru_cache(maxsize=1024)
 def matcher(pattern: str) -> re.Pattern[str]:
-    """A glob with braces, compiled; `match` is for the whole name. Raises ValueError."""
+    """Compile a glob with braces; use `match`, which then covers the whole name. Raises ValueError."""
     return re.compile("|".join(glob_regex(p) for p in expand_braces(pattern)))
 
 
@@ -136,7 +136,7 @@ def parse_layers(text: str) -> tuple[str, int | slice | frozenset[int] | None]:
 
 
 def _numbers(text: str) -> Iterator[int]:
-    """The numbers of '3-5, 9'. Raises ValueError."""
+    """Yield the numbers of '3-5, 9'. Raises ValueError."""
     for part in text.split(","):
         first, _, last = (n.strip() for n in part.replace("\u2013", "-").partition("-"))
         if last and int(last) < int(first):
@@ -147,7 +147,7 @@ def _numbers(text: str) -> Iterator[int]:
 
 
 def pick_layers(text: str, groups: Mapping[str, Sequence[int]]) -> frozenset[int]:
-    """The layer numbers a selector takes from a model's layer lists; what is beyond the list takes none."""
+    """Return the layer numbers that a selector takes from a model's layer lists; those beyond a list are ignored."""
     group, index = parse_layers(text)
     layers = groups[group]
     if index is None:

@@ -1,7 +1,7 @@
-"""YAML as plain text values, each with the line it stands on, so that every error can name its place.
+"""YAML as plain text values, each with its line, so that every error can name its place.
 
-Scalars are text as written, but for true, false and null. No aliases (they are how a small file
-becomes a large one), no tags, no duplicate keys, and no deep nesting.
+Scalars stay text as written, except true, false and null. Aliases (with which a small file can become
+a large one), tags, duplicate keys and deep nesting are refused.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from ..base.errors import RecipeError
 Path = Sequence[str | int]
 Lines = dict[tuple[str | int, ...], int]
 _MAX_DEPTH = 6
-#: keys and values of a recipe; a rule has seven or so, and no model more than some thousand tensors
+#: keys and values of a recipe; a rule has about seven, and no model has more than a few thousand tensors
 _MAX_NODES = 20_000
 
 
 class Marked(NamedTuple):
-    """A YAML file's values, and where they stand."""
+    """A YAML file's values and their lines."""
 
     file: str
     value: Any
     lines: Lines
 
     def place(self, *path: str | int) -> str:
-        """'file:line rules[i].key'; of what is not written, the line of what it belongs to."""
+        """Return 'file:line rules[i].key'; for something not in the file, the line of its nearest parent."""
         at = tuple(path)
         while at and at not in self.lines:
             at = at[:-1]
@@ -36,7 +36,7 @@ class Marked(NamedTuple):
 
 
 def dotted(path: Path) -> str:
-    """('rules', 3, 'type') as 'rules[3].type'."""
+    """Return ('rules', 3, 'type') as 'rules[3].type'."""
     text = ""
     for step in path:
         text += f"[{step}]" if isinstance(step, int) else f".{step}" if text else step
@@ -44,7 +44,7 @@ def dotted(path: Path) -> str:
 
 
 def read(text: str, file: str) -> Marked:
-    """A recipe's values from its text; `file` is for messages. Raises RecipeError with file and line."""
+    """Read a recipe's values from its text; messages name `file`. Raises RecipeError with file and line."""
     try:
         node = yaml.compose(text, Loader=_Loader)
         if node is None:
@@ -63,7 +63,7 @@ def read(text: str, file: str) -> Marked:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML without aliases, and with an end."""
+    """Loads YAML without aliases and with a limited number of nodes."""
 
     _n_nodes = 0
 
@@ -113,6 +113,6 @@ def _plain(node: yaml.Node, path: tuple[str | int, ...], lines: Lines, file: str
 
 
 def scalar(text: str) -> str:
-    """Text as YAML on one line, in quotes where it needs them."""
+    """Return text as YAML on one line, quoted if needed."""
     dumped: str = yaml.safe_dump(text, allow_unicode=True, width=10**6)
     return dumped.removesuffix("...\n").rstrip("\n")
