@@ -1,18 +1,17 @@
-"""Recipes as other tools write them: out of a plan, and back into a recipe.
+"""Recipes in the formats of other tools: exported from a plan, and imported as a recipe.
 
     tensor-types   llama-quantize --tensor-type-file: pattern=type, separated by white space, no comments;
                    patterns are lower-cased; any type name, in any case
-    custom-q       ik_llama.cpp's llama-quantize --custom-q: pattern=type, separated by commas; types in the
-                   case that ggml writes them (q4_K)
-    thireus        .recipe of Thireus' GGUF Tool Suite: a line pattern=type, comments with #
+    custom-q       ik_llama.cpp's llama-quantize --custom-q: pattern=type, separated by commas; types in ggml's
+                   case (q4_K)
+    thireus        .recipe of Thireus' GGUF Tool Suite: one pattern=type per line, comments with #
 
-In all three the first `=` ends the pattern, a pattern is a regular expression (ECMAScript) searched
-anywhere in the name, and the first match wins. None can say why, which layers of
-another model are meant, or that an importance matrix is required. All three are read as model cards print
-them, too: with # comments, blank lines, trailing commas, in shell quotes, on lines continued by a backslash.
-Sources: tools/quantize/quantize.cpp and src/llama-quant.cpp of
-llama.cpp b11434; pull request 244 and src/llama-quantize.cpp of ikawrakow/ik_llama.cpp; quant_downloader.sh
-and published recipes of Thireus/GGUF-Tool-Suite.
+In all three, the first `=` ends the pattern, a pattern is a regular expression (ECMAScript) searched anywhere in the
+name, and the first match wins. None of them can state reasons, which layers of another model are meant, or that an
+importance matrix is required. All three are also read as model cards print them: with # comments, blank lines, trailing
+commas, in shell quotes, on lines continued by a backslash.
+Sources: tools/quantize/quantize.cpp and src/llama-quant.cpp of llama.cpp b11434; pull request 244 and
+src/llama-quantize.cpp of ikawrakow/ik_llama.cpp; quant_downloader.sh and published recipes of Thireus/GGUF-Tool-Suite.
 """
 
 from __future__ import annotations
@@ -37,9 +36,9 @@ _TOOLS = {
     "thireus": "a Thireus .recipe",
 }
 
-#: ggml's types that ik_llama.cpp has too
+#: ggml's types that ik_llama.cpp also has
 _IN_IK = frozenset(QTYPES) - INTEGER_TYPES - {"TQ1_0", "TQ2_0", "NVFP4", "Q1_0", "Q2_0"}
-#: types that ik_llama.cpp has and ggml has not, row-interleaved ones (…_R4) besides
+#: types that only ik_llama.cpp has, besides the row-interleaved ones (…_R4)
 _IK_ONLY = re.compile(
     r"IQ1_BN|IQ1_KT|IQ2_BN|IQ2_KT|IQ2_KS|IQ2_K|IQ2_KL|IQ3_KT|IQ3_KS|IQ3_K|IQ4_KSS|IQ4_KT|IQ4_KS|IQ4_K|IQ5_KS|IQ5_K"
     r"|IQ6_K|Q6_0|Q8_KV|Q8_K|Q8_1|\w+_R(4|8|16)|Q4_0_\d_\d"
@@ -47,19 +46,19 @@ _IK_ONLY = re.compile(
 
 
 class Exported(NamedTuple):
-    """A file's text, and what it does not say."""
+    """A file's text, and notes on what it cannot say."""
 
     text: str
     notes: tuple[str, ...]
 
 
 class Imported(NamedTuple):
-    """A recipe's text, and what has to be said of the file it came from."""
+    """A recipe's text, and what to report about the file it came from."""
 
     text: str
     proof: RoundTrip
     warnings: tuple[str, ...]
-    """lines that do nothing"""
+    """lines without effect"""
     notes: tuple[str, ...]
 
 
@@ -74,8 +73,8 @@ class _Line(NamedTuple):
 
 
 def export(plan: Plan, form: str) -> Exported:
-    """A plan's types in another tool's words, total and anchored. Raises RecipeError for names and types
-    that the tool cannot be told."""
+    """Write a plan's types in another tool's format: complete, with anchored patterns. Raises RecipeError for names and
+    types that the format cannot express."""
     said = [t for t in plan.tensors if t.tensor.quantizable or form == "thireus"]
     forbidden = {"tensor-types": r"[A-Z\s=]", "custom-q": r"[\s=,'\"]", "thireus": r"[\s=]"}[form]
     for t in said:
@@ -97,7 +96,7 @@ def export(plan: Plan, form: str) -> Exported:
 
 
 def _compact(tensors: Sequence[Planned]) -> Iterator[tuple[str, Planned]]:
-    """One anchored pattern for the layers of a family that have one type; no two match the same name."""
+    """One anchored pattern per family and type, over its layers; no two patterns match the same name."""
     by_name = {t.tensor.name: t for t in tensors}
     for family, members in families(t.tensor for t in tensors).items():
         by_type: dict[str, list[Tensor]] = {}
@@ -134,7 +133,7 @@ def _one_line(text: str) -> str:
 
 
 def _unsaid(plan: Plan, form: str) -> Iterator[str]:
-    """What the recipe says and the file cannot."""
+    """Notes on what the recipe says and the file cannot."""
     c, recipe = plan.catalogue, plan.recipe
     yield f"the file is for {c.model} (layout {c.layout}) only: its layers are written out"
     yield f"the reasons of the recipe's {len(recipe.rules)} rules are left out"
@@ -171,11 +170,11 @@ def import_rules(
     has_imatrix: bool = False,
     renamed: Mapping[str, str] | None = None,
 ) -> Imported:
-    """A recipe that gives the tensors of a model the types that the file's rules do.
+    """Make a recipe that gives the tensors of a model the types of a file's rules.
 
-    Tensors that no rule matches get what llama-quantize gives them for `file_type`: its mixture, the
-    counters of which pass over tensors that rules take. `renamed`: types of the file -> types of ggml.
-    Raises RecipeError with the line of what cannot be read, and for unmatched tensors without a file type."""
+    Tensors that no rule matches get llama-quantize's choice for `file_type`: its mixture, whose counters skip tensors
+    that rules match. `renamed`: types of the file -> types of ggml. Raises RecipeError with the line that cannot be
+    read, and for unmatched tensors without a file type."""
     lines = [_line(place, token, form, renamed or {}) for place, token in _tokens(text, form, source)]
     if not lines:
         raise RecipeError(f"{source}: has no rule pattern=type")
@@ -237,16 +236,16 @@ def _from_mixture(
     return dict(zip((t.name for t in unmatched), chosen, strict=True))
 
 
-#: rules in quotes, as they stand in a script: --custom-q "…", or custom="…" for a later --custom-q "$custom"
+#: quoted rules in a script: --custom-q "…", or custom="…" for a later --custom-q "$custom"
 _QUOTED = re.compile(
     r"""(?:--custom-q[ =]\s*|^[ \t]*(?:export[ \t]+)?\w+=)(["'])(?P<rules>(?:(?!\1)[\s\S])*)\1""", re.M
 )
-#: what is no part of a rule around it: quotes of a shell, a word processor or Markdown
+#: quotes around a rule that are not part of it: of a shell, a word processor or Markdown
 _QUOTES = "\"'`\u2018\u2019\u201c\u201d"
 
 
 def _script_lines(text: str) -> Iterator[tuple[int, str]]:
-    """Numbers and lines without what a model card puts around rules: comments, shell quotes, lines continued by \\."""
+    """Numbered lines without what model cards put around rules: comments, shell quotes, continuations by \\."""
     quoted = next((m for m in _QUOTED.finditer(text) if "=" in m["rules"]), None)
     if quoted is not None:
         text = "\n" * text.count("\n", 0, quoted.start("rules")) + quoted["rules"]
@@ -265,7 +264,7 @@ def _script_lines(text: str) -> Iterator[tuple[int, str]]:
 
 
 def _tokens(text: str, form: str, source: str) -> Iterator[tuple[str, str]]:
-    """Rules with their places."""
+    """Yield the place and text of each rule."""
     for n, line in _script_lines(text):
         if form == "custom-q":  # which splits at every comma
             words = re.sub(r"^--custom-q[ =]", "", line).split(",")
@@ -300,7 +299,7 @@ def _type(place: str, type_: str, renamed: Mapping[str, str]) -> str:
 
 
 def _regex(place: str, written: str, form: str) -> re.Pattern[str]:
-    """A pattern as the tool takes it."""
+    """Compile a pattern with the tool's own meaning."""
     try:
         return tool_regex(written, in_lower_case=form == "tensor-types")
     except ValueError as e:
@@ -308,7 +307,7 @@ def _regex(place: str, written: str, form: str) -> re.Pattern[str]:
 
 
 def _dead_lines(lines: Sequence[_Line], hits: Sequence[Sequence[Tensor]]) -> Iterator[str]:
-    """Lines that decide nothing."""
+    """Warn about lines without effect."""
     for line, matched in zip(lines, hits, strict=True):
         said = f"{line.place}: '{line.written:.80}'"
         if not matched:
@@ -320,7 +319,7 @@ def _dead_lines(lines: Sequence[_Line], hits: Sequence[Sequence[Tensor]]) -> Ite
 
 
 def _line_notes(lines: Sequence[_Line], hits: Sequence[Sequence[Tensor]], owner: Mapping[str, _Line]) -> Iterator[str]:
-    """Lines that are read otherwise than they are written, or do less than they say."""
+    """Note lines that are not read as written, or match less than they seem to."""
     for line, matched in zip(lines, hits, strict=True):
         said = f"{line.place}: '{line.written:.80}'"
         if line.pattern.pattern != line.written:

@@ -1,4 +1,4 @@
-"""Recipes as text for people: tables of them, why a tensor gets its type, and where two differ."""
+"""Recipes as readable text: tables of recipes, explanations of a tensor's type, and differences of two recipes."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from ..model.catalogue import family_of, ranges
 from ..recipe.load import Recipe
 from .review import Change, Difference, Explanation
 
-#: which columns of a difference's tables are shown, by the room there is
+#: columns shown in the tables of a difference, for decreasing width
 _TENSOR_COLUMNS = (range(7), (0, 1, 2, 3, 5, 6), (0, 1, 2, 3, 4, 5), (0, 1, 2, 3, 5), (0, 2, 3, 5))
 _ROLE_COLUMNS = (range(8), (0, 1, 2, 4, 5), (0, 4, 5, 6, 7))
 
 
 def recipes_text(recipes: Sequence[Recipe]) -> str:
-    """A table of recipes: those with rules of their own, then the mixtures."""
+    """A table of recipes: first those with their own rules, then the mixtures."""
     rows = [[r.name, r.title, r.imatrix if r.imatrix == "required" else "", ", ".join(r.arch)] for r in recipes]
     return table(rows, ["recipe", "title", "imatrix", "for"])
 
 
 def explanation_text(e: Explanation) -> str:
-    """The rules that were asked about a tensor, and what came of it."""
+    """The rules that were tried on a tensor, and the result."""
     t = e.planned.tensor
     where = "" if t.layer is None else f", layer {t.layer}"
     parts = [f"{t.name}  {shape_text(t.shape)}, {t.role}{where}"]
@@ -33,7 +33,7 @@ def explanation_text(e: Explanation) -> str:
 
 
 def difference_text(d: Difference, every_tensor: bool = False, width: int | None = None) -> str:
-    """Two recipes on a model: what changed, by tensor and by role, in lines of at most `width` characters."""
+    """The difference of two recipes on a model, by tensor and by role, in lines of at most `width` characters."""
     a, b = d.before, d.after
     about = f"{a.catalogue.model} (layout {a.catalogue.layout}): {a.recipe.name} -> {b.recipe.name}"
     parts = [wrapped(about, width)]

@@ -1,4 +1,4 @@
-"""What the author of a recipe asks: is it sound, why does this tensor get that type, what do two recipes differ in."""
+"""Answers a recipe author's questions: is it sound, why does a tensor get its type, how do two recipes differ."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from ..recipe.load import Recipe, load
 
 
 class LintMessage(NamedTuple):
-    """One thing lint has to say."""
+    """One message of lint."""
 
     severity: str
-    """error: a plan would be refused; warning: it would be made, but not as its author may think"""
+    """error: a plan would be refused; warning: a plan would be made, but perhaps not the one its author expects"""
     message: str
     """begins with file:line and the place in the recipe"""
     model: str
-    """on which it was found; '' for what holds on any"""
+    """the model it was found on; '' if it holds for any"""
 
 
 def lint(
     name: str, sets: Mapping[str, str], models: Callable[[Recipe], list[Catalogue]], version: str = VERSIONS[0]
 ) -> list[LintMessage]:
-    """All that is wrong with a recipe, by itself and on models: `models` gives those to try it on."""
+    """Find all problems of a recipe, by itself and on models; `models` returns those to try it on."""
     try:
         recipe = load(name, sets)
     except RecipeError as e:
@@ -54,7 +54,7 @@ def lint(
 
 
 class Step(NamedTuple):
-    """A rule, and what it has to say about a tensor."""
+    """A rule, and its outcome for a tensor."""
 
     place: str
     match: str
@@ -65,12 +65,12 @@ class Step(NamedTuple):
 
 @dataclass(frozen=True)
 class Explanation:
-    """How a tensor comes by its type."""
+    """Why a tensor has its type."""
 
     planned: Planned
     steps: tuple[Step, ...]
     verdict: tuple[str, ...]
-    """what the shape made of it, and what it means for the importance matrix"""
+    """the effect of its shape, and of the importance matrix"""
 
     def to_json(self) -> dict[str, Any]:
         t = self.planned
@@ -91,7 +91,7 @@ class Explanation:
 
 
 def explain(plan: Plan, name: str) -> Explanation:
-    """Walk the rules for one tensor. Raises RecipeError when the model has no tensor of that name."""
+    """Walk through the rules for one tensor. Raises RecipeError if the model has no tensor of that name."""
     by_name = {t.tensor.name: t for t in plan.tensors}
     if name not in by_name:
         raise RecipeError(
@@ -160,7 +160,7 @@ def _layers(layers: frozenset[int]) -> str:
 
 
 class Change(NamedTuple):
-    """A tensor that two plans decide differently."""
+    """A tensor whose type differs between two plans."""
 
     name: str
     role: Role
@@ -173,7 +173,7 @@ class Change(NamedTuple):
 
 
 class RoleShare(NamedTuple):
-    """What two plans spend on a role."""
+    """The bytes that two plans spend on a role."""
 
     role: Role
     n_elements: int
@@ -183,7 +183,7 @@ class RoleShare(NamedTuple):
 
 @dataclass(frozen=True)
 class Difference:
-    """Two recipes on one model."""
+    """The difference of two recipes on one model."""
 
     before: Plan
     after: Plan
@@ -191,7 +191,7 @@ class Difference:
     roles: tuple[RoleShare, ...]
 
     def roundings(self) -> tuple[list[str], list[str]] | None:
-        """What rounds otherwise than ggml in either, in a line each; None where that is the same."""
+        """The tensors that ggml does not round, one line each, of both plans; None if they are the same."""
         a, b = ([] if p.rounding is None else p.rounding.listed() for p in (self.before, self.after))
         return None if a == b else (a, b)
 
@@ -225,7 +225,7 @@ class Difference:
 
 
 def diff(before: Plan, after: Plan) -> Difference:
-    """What differs between two plans of one model, tensor by tensor and by role."""
+    """Compare two plans of one model, tensor by tensor and by role."""
     pairs = list(zip(before.tensors, after.tensors, strict=True))
     changes = tuple(Change(a.tensor.name, a.tensor.role, a, b) for a, b in pairs if a.type != b.type)
     roles = []

@@ -1,4 +1,4 @@
-"""A GGUF as a plan: the types that its tensors have, so that it can be compared with a recipe or another GGUF."""
+"""A GGUF as a plan with the types of its tensors, so that it can be compared with a recipe or another GGUF."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _AS_STORED = "name: {name}\narch: [any]\nfile_type: Q8_0\notherwise: mixture Q8_
 
 
 def stored_plan(catalogue: Catalogue, name: str) -> Plan:
-    """The plan that gives a GGUF's tensors the types they have; `name` is what it goes by."""
+    """Return the plan that gives a GGUF's tensors the types they have. `name` is the plan's name."""
     tensors = []
     for t in catalogue.tensors:
         nbytes = STORED_TYPES[t.source_type].row_bytes(t.n_cols) * t.n_rows
@@ -23,7 +23,7 @@ def stored_plan(catalogue: Catalogue, name: str) -> Plan:
 
 
 def require_same_tensors(a: Catalogue, b: Catalogue) -> None:
-    """Raises SourceError unless both have the same tensors, of the same shapes: only then can types be compared."""
+    """Raise SourceError unless both have the same tensors with the same shapes; only then can types be compared."""
     of_a, of_b = ({t.name: t.shape for t in c.tensors} for c in (a, b))
     for have, lack, one, other in ((of_a, of_b, a, b), (of_b, of_a, b, a)):
         only = [name for name in have if name not in lack]

@@ -1,6 +1,7 @@
-"""What stands on the forward pass: importance matrices made, and what a recipe costs in quality. May import
-everything but the command line and the API. Its rooms: calibration, evaluation, generation, and on evaluation studies
-and allocation; scripting has what they do for scripts, identity says what results are of, frames makes DataFrames."""
+"""Experiments that run models: making importance matrices, and measuring what a recipe costs in quality. May import
+everything but the command line and the API. Its rooms: calibration, evaluation, generation, and, built on evaluation,
+studies and allocation. `scripting` is the interface for scripts, `identity` names what a result was measured on, and
+`frames` makes DataFrames."""
 
 from __future__ import annotations
 

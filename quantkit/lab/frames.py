@@ -1,4 +1,4 @@
-"""Plain values as pandas DataFrames, where pandas is installed: nothing here needs it."""
+"""Plain values as pandas DataFrames. pandas is optional."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ..base.errors import ToolError
 
 
 def frame(rows: Iterable[Mapping[str, Any]]) -> Any:
-    """A DataFrame with a row for each. Raises ToolError where pandas is not installed."""
+    """Return a DataFrame with one line per entry of `rows`. Raises ToolError if pandas is not installed."""
     try:
         import pandas
     except ImportError:

@@ -1,4 +1,4 @@
-"""The laboratory for scripts: what its commands do, with models, plans and texts as arguments."""
+"""The lab for scripts: the same functions as its commands, with models, plans and texts as arguments."""
 
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ def evaluate(
     n_ctx: int = 512, n_chunks: int | None = None, options: EvalOptions | None = None,
     progress: Progress = lambda what, n_done, n_total: None,
 ) -> Evaluation:  # fmt: skip
-    """Say what candidates cost beside their reference, over chunks of texts: perplexity, KL divergence, same top token.
+    """Measure candidates against their reference over chunks of texts: perplexity, KL divergence, same top token.
 
-    A candidate is a GGUF (a path, or what `open_model` gives), or a plan of the reference's own model, which is
-    quantized in memory; `candidates` and `texts` are one or several. Raises SourceError for models of another shape or
-    vocabulary, TextError, WeightError, ImatrixError."""
+    A candidate is a GGUF (a path, or the result of `open_model`), or a plan for the reference model itself, which is
+    quantized in memory. `candidates` and `texts` may be one or several. Raises SourceError for a model of another shape
+    or vocabulary, TextError, WeightError, ImatrixError."""
     require_torch()
     from .. import text
 
@@ -58,7 +58,7 @@ def evaluate(
     several = [candidates] if isinstance(candidates, Plan | Catalogue | str | os.PathLike) else candidates
     made = [_candidate(model, one) for one in several]
     names = [c.name for c in made]
-    for i, one in enumerate(made):  # figures are told apart by their names
+    for i, one in enumerate(made):  # reports tell candidates apart by name
         if names.count(one.name) > 1:
             made[i] = replace(one, model=replace(one.model, name=f"{one.name} ({i + 1})"))
     return run(model, made, chunks, options, progress)
@@ -68,9 +68,9 @@ def second_moments(
     model: Catalogue | Name, texts: Name | Sequence[Name], n_ctx: int = 512, n_chunks: int | None = None, *,
     chat: bool = False, options: Options | None = None,
 ) -> Streamed:  # fmt: skip
-    """What `quantkit.plan` takes as `covariance` where there is none on the disk: `quantkit.build` computes the model
-    over these texts as it goes, and holds the second moments of one layer at a time. Nothing is computed yet. Raises
-    TextError, SourceError, KernelError (there is no torch)."""
+    """Return second moments that `quantkit.plan` accepts as `covariance` when there are none on disk. Nothing is
+    computed yet: `quantkit.build` runs the model over these texts as it builds, and holds one layer's second moments
+    at a time. Raises TextError, SourceError, KernelError (torch is not installed)."""
     require_torch()
     from .. import text
 
@@ -86,10 +86,10 @@ def tune_rounding(
     report: Name | Sequence[Name] | None = None, *, n_ctx: int = 512, n_chunks: int | None = None,
     options: TuneOptions | None = None, progress: Progress = lambda what, n_done, n_total: None,
 ) -> Tuned:  # fmt: skip
-    """What `quantkit rounding tune` does: probe the kinds of tensors of one model's plans by every rounding, and choose
-    for each; `policy` of what is returned is the file for `quantkit.plan(…, rounding=)`. Of texts that are no
-    calibration's: one to choose on, one to report on, or halves of the first; `n_chunks` of each at most. Raises
-    TextError, SourceError, RecipeError, WeightError, KernelError."""
+    """Do what `quantkit rounding tune` does: try every rounding on the kinds of tensors in one model's plans, and
+    choose one for each kind. `policy` of the result is the file for `quantkit.plan(…, rounding=)`. Texts must not be
+    calibration texts: choose on one and report on another, or on halves of the first; at most `n_chunks` of each.
+    Raises TextError, SourceError, RecipeError, WeightError, KernelError."""
     require_torch()
     from .. import text
 
@@ -111,28 +111,28 @@ class StudyOptions:
     threads: int = 0
     """0: all processors"""
     memory: int | None = None
-    """bytes of hidden states of a pass; None: 2 GiB"""
+    """bytes for the hidden states of a pass; None: 2 GiB"""
     device: str = "cpu"
     at_a_time: int = 0
-    """variants in a pass; 0: as memory allows"""
+    """variants per pass; 0: as many as memory allows"""
     cache: Name | None = None
-    """a folder for quantized tensors, which other passes, runs and builds take from there"""
+    """folder of quantized tensors, shared with other passes, runs and builds"""
     cache_size: int = 200 * 10**9
-    """bytes of it at most"""
+    """largest size of the cache in bytes"""
     files: Name | None = None
-    """a folder in which a GGUF of every variant is built too"""
+    """folder where a GGUF of every variant is built as well"""
 
 
 @dataclass(frozen=True)
 class StudyResults:
-    """What a study came to, on one model and text."""
+    """The results of a study on one model and text."""
 
     results: tuple[Result, ...]
-    """of all variants, in order; one that failed has a `trouble` and no `scores`"""
+    """all variants, in order; one that failed has a `trouble` and no `scores`"""
 
     @property
     def effects(self) -> list[Effect]:
-        """What each level changes, all else alike."""
+        """The effect of each level, all else being equal."""
         return effects(self.results)
 
     @property
@@ -141,14 +141,14 @@ class StudyResults:
         return front(self.results)
 
     def __getitem__(self, variant: str) -> Result:
-        """The result of a variant. Raises KeyError, with what was perhaps meant."""
+        """The result of a variant. Raises KeyError with a suggestion."""
         names = [r.variant for r in self.results]
         if variant not in names:
             raise KeyError(f"no variant '{variant}'{did_you_mean(variant, names)}")
         return self.results[names.index(variant)]
 
     def to_frame(self) -> Any:
-        """A row for each variant: its levels, then its figures. Raises ToolError where pandas is not installed."""
+        """One row per variant: its levels, then its figures. Raises ToolError if pandas is not installed."""
         return frame(
             {**dict(r.levels), "variant": r.variant, **(asdict(r.scores) if r.scores else {}), "trouble": r.trouble}
             for r in self.results
@@ -158,8 +158,8 @@ class StudyResults:
 class Study:
     """A study: variants of a recipe, to be priced and measured side by side.
 
-    `given` is a YAML file, the text of one (which has more than one line), or a mapping with the same keys. Paths in it
-    start at `folder`: else the file's, or here. Raises RecipeError with file, line and place."""
+    `given` is a YAML file, YAML text (more than one line), or a mapping with the same keys. Its paths are relative to
+    `folder`; by default to the file's folder, or else the current one. Raises RecipeError with file, line and place."""
 
     def __init__(self, given: Name | Mapping[str, Any], *, name: str = "study", folder: Name | None = None) -> None:
         if isinstance(given, Mapping):
@@ -176,8 +176,8 @@ class Study:
         return self._read.name
 
     def resolve(self, model: Catalogue | Name, imatrix: Name | None = None) -> list[Variant]:
-        """Every variant, planned: exact bytes, or `trouble`. A known model's name or a config.json is enough, and no
-        importance matrix is needed for sizes."""
+        """Plan every variant: exact bytes, or `trouble`. A known model's name or a config.json is enough; sizes need
+        no importance matrix."""
         of = None if imatrix is None else os.fspath(imatrix)
         return list(variants(self._read, _catalogue(model), of, values=imatrix is not None))
 
@@ -185,8 +185,8 @@ class Study:
         self, model: Catalogue | Name, texts: Name | Sequence[Name], results: Name, *, imatrix: Name | None = None,
         n_ctx: int = 512, n_chunks: int | None = None, options: StudyOptions = StudyOptions(),
     ) -> StudyResults:  # fmt: skip
-        """Measure every variant that `results`, an SQLite file, does not have yet. Raises SourceError, TextError,
-        OutputError; where none of the variants can be, what the first raises."""
+        """Measure every variant that `results`, an SQLite file, does not hold yet. Raises SourceError, TextError,
+        OutputError; if no variant can be measured, the first variant's error."""
         require_torch()
         from .. import text
 
@@ -204,7 +204,7 @@ class Study:
             return StudyResults(tuple(ablate(self._read, every, Model(catalogue), chunks, kept, how)))
 
     def results(self, file: Name) -> list[StudyResults]:
-        """What a file of results has of this study: one for each model, text and engine. Raises SourceError."""
+        """Return this study's results in a file, one for each model, text and engine. Raises SourceError."""
         with Results(Path(file), read_only=True) as kept:
             return [StudyResults(tuple(of.results)) for of in comparable(list(kept.of(self.name)))]
 
@@ -213,9 +213,9 @@ def run_study(
     study: Name, source: Catalogue | Name, texts: Name | Sequence[Name], results: Name, *, imatrix: Name | None = None,
     n_ctx: int = 512, n_chunks: int | None = None, threads: int = 0,
 ) -> list[Result]:  # fmt: skip
-    """Measure every variant of a study's file that `results`, an SQLite file, does not have yet; returns the results of
-    all its variants, in order. `Study` can do more. Raises RecipeError, SourceError, TextError, OutputError; where none
-    of the variants can be, what the first raises."""
+    """Measure every variant of a study file that `results`, an SQLite file, does not hold yet, and return the results
+    of all its variants, in order. `Study` offers more. Raises RecipeError, SourceError, TextError, OutputError; if no
+    variant can be measured, the first variant's error."""
     options = StudyOptions(threads=threads)
     of = Study(study).run(source, texts, results, imatrix=imatrix, n_ctx=n_ctx, n_chunks=n_chunks, options=options)
     return list(of.results)

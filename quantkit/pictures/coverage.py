@@ -1,4 +1,4 @@
-"""Experts by layers of an importance matrix: how many tokens reached each."""
+"""The experts of an importance matrix by layers: how many tokens reached each."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from .figure import Figure, Grid, Table, some, spec
 from .layers import layer_text
 from .theme import var
 
-#: pixels of the cells of a row, about; of a cell at least and at most; of a row
+#: in pixels: approximate width of a row; least and largest width of a cell; height of a row
 _WIDTH, _LEAST, _MOST, _ROW = 800, 2, 18, 9
-#: cells of a page's picture at most
+#: largest number of cells in a page's picture
 _CELLS = 40_000
 
 
 def coverage(found: Mapping[str, Any]) -> list[Figure]:
-    """What `quantkit imatrix info --json` says of experts: a figure for tensors that the same tokens reached. None
-    where the file counts no experts."""
+    """Draw the expert counts of `quantkit imatrix info --json`: one figure per set of tensors that the same tokens
+    reached. Empty if the file counts no experts."""
     if found["count_unit"] != "tokens":
         return []
     panels: dict[tuple[Any, ...], list[str]] = {}

@@ -1,4 +1,4 @@
-"""What every figure is: a spec of Vega-Lite, words, and a table."""
+"""The parts of every figure: a Vega-Lite spec, words, and a table."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 from ..base.errors import showable
 from .theme import config, steps, var
 
-#: rows of a table in the page at most
+#: largest number of rows of a table on the page
 MOST_ROWS = 5000
 _LAYER = re.compile(r"blk\.(\d{1,5})\.(.+)")
 Row = Mapping[str, Any]
-#: bits a weight, to put types in order; others come last but floats
+#: types that share one colour
 _FLOATS = ("F32", "F16", "BF16", "F64")
 
 
@@ -29,32 +29,32 @@ class Table(NamedTuple):
 
 
 class Grid(NamedTuple):
-    """Counts whose marks are the cells of a map, row by row."""
+    """Counts that are the cells of a map, row by row."""
 
     rows: Sequence[str]
     counts: Sequence[Sequence[int]]
     names: tuple[str, str, str]
-    """of a row, of a column, of what is counted"""
+    """what a row, a column and a count stand for"""
 
 
 class Figure(NamedTuple):
-    """A picture with all that is said of it."""
+    """A picture with its words and data."""
 
     kind: str
     """one word for its files, such as `layers`"""
     title: str
     about: str
-    """what is to be seen, in a sentence or two"""
+    """what the picture shows, in a sentence or two"""
     spec: Mapping[str, Any]
     table: Table
     narrow: Mapping[str, Any] | None = None
-    """the spec for a screen of a phone's width; None: the same, which is moved sideways there"""
+    """the spec for a phone's width; None: the same spec, scrolled sideways"""
     grid: Grid | None = None
-    """what the marks are, where there are so many that the picture itself does not have their words"""
+    """the data of the marks, if they are too many for the picture to carry their words"""
 
 
 class Scale(NamedTuple):
-    """The colours of types, the same all over a page."""
+    """The colours of types, the same on the whole page."""
 
     types: tuple[str, ...]
 
@@ -66,7 +66,7 @@ class Scale(NamedTuple):
 
 
 def type_scale(tensors: Iterable[Row]) -> Scale:
-    """The types of tensors, by the bits a weight that they have."""
+    """The types of tensors, ordered by bits per weight."""
     most: dict[str, float] = {}
     for t in tensors:
         n = math.prod(t["shape"])
@@ -76,7 +76,7 @@ def type_scale(tensors: Iterable[Row]) -> Scale:
 
 
 def spec(width: int, height: int, **more: Any) -> dict[str, Any]:
-    """A spec of Vega-Lite 5 with the page's look."""
+    """A Vega-Lite 5 spec with the page's look."""
     return {
         "$schema": "https://vega.github.io/schema/vega-lite/v5.json",
         "config": config(), "width": width, "height": height, "padding": 4, **more,
@@ -84,15 +84,15 @@ def spec(width: int, height: int, **more: Any) -> dict[str, Any]:
 
 
 def place_of(name: str) -> tuple[int | None, str]:
-    """A tensor's layer and what it is called in every layer: `blk.3.ffn_down_exps.weight` is (3, 'ffn_down_exps'), and
-    numbers within are *."""
+    """Split a tensor's name into its layer and its name within the layer: `blk.3.ffn_down_exps.weight` becomes
+    (3, 'ffn_down_exps'); other numbers in it become *."""
     found = _LAYER.fullmatch(name)
     layer, rest = (int(found[1]), found[2]) if found else (None, name)
     return layer, re.sub(r"(?<=\.)\d+(?=\.)", "*", rest).removesuffix(".weight")
 
 
 def unit_of(largest: float) -> tuple[int, str]:
-    """Bytes of a unit for sizes up to `largest`, and its name."""
+    """The unit for sizes up to `largest`: its bytes, and its name."""
     for power, name in ((30, "GiB"), (20, "MiB"), (10, "KiB")):
         if largest >= 1 << power:
             return 1 << power, name
@@ -100,21 +100,21 @@ def unit_of(largest: float) -> tuple[int, str]:
 
 
 def size(nbytes: float) -> str:
-    """Bytes in the unit that suits them."""
+    """Format bytes in a suitable unit."""
     unit, name = unit_of(abs(nbytes))
     return f"{nbytes:,.0f} bytes" if unit == 1 else f"{nbytes / unit:,.2f} {name}"
 
 
 def some(rows: Sequence[Sequence[str]]) -> tuple[Sequence[Sequence[str]], str]:
-    """Rows for a table, and what is said where they are not all."""
+    """The rows that a table shows, and a note if they are not all."""
     if len(rows) <= MOST_ROWS:
         return rows, ""
     return rows[:MOST_ROWS], f"The first {MOST_ROWS:,} of {len(rows):,} rows; --json of the command has all."
 
 
 def cleaned(value: Any) -> Any:
-    """Plain data with its text fit to be shown: what steers a terminal or turns the direction of writing is written as
-    an escape. Raises ValueError for a number that is not finite."""
+    """Plain data with its text made safe to show: characters that control a terminal or the direction of writing are
+    escaped. Raises ValueError for a number that is not finite."""
     if isinstance(value, str):
         return showable(" ".join(value.split("\n")))
     if isinstance(value, Mapping):

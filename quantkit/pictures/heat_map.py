@@ -1,4 +1,4 @@
-"""Counts as a picture: rows by columns, the colour by the logarithm, what is 0 apart from all else."""
+"""Draws counts as rows by columns, coloured by their logarithm; zeros have their own colour."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from .save import check_suffix, drawing, save
 
 _ZERO = "#d62728"
-#: pixels of a picture without its axes, about; of a cell at most
+#: in pixels: approximate width without axes; largest and least width of a cell
 _WIDTH, _MOST, _LEAST = 1000, 20, 2
 
 
@@ -23,8 +23,8 @@ class Panel(NamedTuple):
 def draw(
     path: Path, title: str, panels: Sequence[Panel], names: tuple[str, str, str], *, replace: bool = False
 ) -> None:
-    """Draw the panels one above the other, as SVG or PNG by the path's suffix; `names` are those of rows, columns and
-    counts. Raises OutputError, and ToolError where Altair or vl-convert is not installed."""
+    """Draw the panels one above the other, as SVG or PNG by the path's suffix. `names` are those of rows, columns and
+    counts. Raises OutputError; ToolError if Altair or vl-convert is not installed."""
     check_suffix(path)
     alt = drawing()
     charts = [_map(alt, panel, names) for panel in panels]

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from .figure import Figure, Table, size, spec, unit_of
 from .theme import var
 
-#: bars at most; of what is larger than so many times what the page is of, or the budget, none is drawn
+#: most bars; recipes larger than this many times the largest of the page's own or the budget are not drawn
 _MOST, _FAR = 60, 2
 
 
@@ -19,26 +19,26 @@ class Rung(NamedTuple):
     nbytes: int
     bpw: float | None
     is_given: bool = False
-    """whether the page is of it"""
+    """whether it is one of the page's own"""
     cache: int = 0
     """bytes of the KV cache"""
     fits: bool | None = None
-    """whether all of it fits; None: nobody asked"""
+    """whether it fits completely; None: not asked"""
     says: str = ""
-    """what fits of it, in words"""
+    """how much of it fits, in words"""
 
 
 class Budget(NamedTuple):
-    """What there is."""
+    """The memory there is."""
 
     text: str
     nbytes: int
     about: str
-    """what the bars are beside weights, and what is kept free"""
+    """what bars include besides weights, and what is kept free"""
 
 
 def ladder(rungs: Sequence[Rung], title: str, budget: Budget | None = None) -> Figure:
-    """Bars from small to large. The table has those too that are too large to be drawn beside the others."""
+    """Draw bars from small to large. The table also has the recipes that are too large to draw beside the others."""
     rungs = sorted(rungs, key=lambda r: (r.nbytes, r.name))
     near = _FAR * max([r.nbytes for r in rungs if r.is_given] + ([budget.nbytes] if budget else []), default=0)
     drawn = [r for r in rungs if r.is_given or r.nbytes <= near or not near][:_MOST]
@@ -116,7 +116,7 @@ def _spec(
             "mark": {"type": "rule", "stroke": var("bad"), "strokeWidth": 2, "strokeDash": [5, 3]},
             "encoding": {"x": {**x, "field": "at"}, "description": {"field": "words", "type": "nominal"}},
         },
-        # twice: a rim in the colour of the page keeps it legible on the line
+        # drawn twice: a rim in the page's colour keeps it legible on the line
         {
             "data": {"values": ends},
             "mark": {**plain, "stroke": var("bg"), "strokeWidth": 4, "fill": var("bg")}, "encoding": label,
@@ -131,12 +131,12 @@ def _what(r: Rung) -> str:
 
 
 def from_size_table(table: Mapping[str, Any], given: Sequence[str]) -> list[Rung]:
-    """What `quantkit sizes table --format json` says, the recipes of a page marked."""
+    """The rungs of `quantkit sizes table --format json`; those named in `given` count as the page's own."""
     return [Rung(r["recipe"], r["tensor_bytes"], r["bpw"], r["recipe"] in given) for r in table["recipes"]]
 
 
 def with_fit(rung: Rung, fit: Mapping[str, Any]) -> Rung:
-    """A rung with what `quantkit fit --json` says of it, of its first GPUs."""
+    """A rung with the result of `quantkit fit --json` for its first GPUs."""
     answer = fit["answers"][0]
     whole = answer["whole_layers"]
     fits = whole["output"] and whole["n_layers"] == fit["layers"]

@@ -1,4 +1,4 @@
-"""Layers by tensors: which type, which error, how sensitive."""
+"""Maps of layers by tensors: their types, errors and sensitivities."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import Any, NamedTuple
 from .figure import Figure, Row, Scale, Table, place_of, some, spec
 from .theme import var
 
-#: pixels of the cells together, about; of a cell at least and at most; of a row
+#: in pixels: approximate width of all cells; least and largest width of a cell; height of a row
 _WIDTH, _LEAST, _MOST, _ROW = 800, 3, 22, 16
-#: rows and columns of a map at most
+#: largest number of rows and columns of a map
 _KINDS, _LAYERS = 80, 400
 _NO_LAYER = "–"
 
 
 class More(NamedTuple):
-    """What other files say of the same tensors."""
+    """What other files know about the same tensors."""
 
     errors: Mapping[str, Mapping[str, float]] = {}
     """relative squared error by tensor and type"""
@@ -28,7 +28,7 @@ NO_MORE = More()
 
 
 class Cell(NamedTuple):
-    """A place of the map. `value` is its type, or a number."""
+    """A cell of the map. `value` is its type, or a number."""
 
     layer: str
     kind: str
@@ -61,7 +61,7 @@ def type_map(tensors: Sequence[Row], scale: Scale, title: str, more: More = NO_M
 
 
 def value_map(kind: str, words: tuple[str, str, str], cells: Sequence[Cell], table: Table) -> Figure:
-    """A number of every tensor, by its logarithm; `words`: title, what is to be seen, the number's name."""
+    """A map of one number per tensor, coloured by its logarithm. `words`: title, description, the number's name."""
     title, about, what = words
     colour = {
         "field": "value", "type": "quantitative", "title": what, "scale": {"type": "log", "scheme": "viridis"},
@@ -71,7 +71,7 @@ def value_map(kind: str, words: tuple[str, str, str], cells: Sequence[Cell], tab
 
 
 def error_map(tensors: Sequence[Row], errors: Mapping[str, Mapping[str, float]], title: str) -> Figure | None:
-    """The error of every tensor at the type it has; None where none is known."""
+    """The error of every tensor at its type; None if no error is known."""
     cells, rows = [], []
     for t in tensors:
         error = errors.get(t["name"], {}).get(t["type"])
@@ -89,7 +89,7 @@ def error_map(tensors: Sequence[Row], errors: Mapping[str, Mapping[str, float]],
 
 
 def words_of(t: Row, more: More = NO_MORE) -> str:
-    """What is shown of a tensor, a line each."""
+    """The text shown for a tensor, one fact per line."""
     asked = f", asked for {t['requested']}" if t.get("requested") not in (None, t["type"]) else ""
     lines = [t["name"], f"{t['type']}{asked}, {t['bytes']:,} bytes, {t['role']}"]
     if t.get("rule"):
@@ -139,7 +139,8 @@ def _of_bytes(tensors: Sequence[Row]) -> dict[str, int]:
 
 
 def layer_map(cells: Sequence[Cell], colour: Mapping[str, Any], weight: Mapping[str, int]) -> dict[str, Any]:
-    """The spec. Of very many kinds those of most bytes are drawn, of very many layers the first."""
+    """The spec of a map. If there are too many kinds, those with most bytes are drawn; of too many layers, the
+    first."""
     kinds = list(dict.fromkeys(c.kind for c in cells))
     kept = set(sorted(kinds, key=lambda k: -weight.get(k, 0))[:_KINDS])
     role_of = {c.kind: c.role for c in reversed(cells)}
@@ -174,6 +175,6 @@ def layer_map(cells: Sequence[Cell], colour: Mapping[str, Any], weight: Mapping[
         "mark": {"type": "text", "align": "left", "fill": var("muted"), "fontSize": 10, "aria": False},
         "encoding": {"y": y, "x": {"value": width + 8}, "text": {"field": "role"}},
     }
-    # fonts differ: a label may be wider than what was measured
+    # fonts differ: a label may be wider than measured
     room = {"left": 14, "right": 24, "top": 4, "bottom": 4}
     return {**spec(width, _ROW * len(kinds), layer=[squares, of_roles]), "padding": room}

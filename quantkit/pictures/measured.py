@@ -1,4 +1,4 @@
-"""What was measured: size against KLD, and predictions beside measurements."""
+"""Draws measurements: size against KLD, and predicted against measured KLD."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 from .figure import Figure, Row, Table, size, spec, unit_of
 from .theme import var
 
-#: points whose names are written beside them
+#: with more points than this, only those on the front have their names beside them
 _NAMED = 24
-#: of a name: pixels of a line, of a letter, and beside its point
+#: labels, in pixels: font size, width of a letter, distance from the point
 _FONT, _LETTER, _LABEL_DX = 10, 6.0, 7
-#: where it stands: whether to the right of its point, and pixels below it; the best place first
+#: places for a label, best first: whether it is right of its point, and pixels below the point
 _LABEL_PLACES = tuple((right, dy) for up, down in ((-8, 9), (-20, 21), (-32, 33)) for right, dy in (
     (True, up), (True, down), (False, down), (False, up)
 ))  # fmt: skip
@@ -22,8 +22,8 @@ _ABOVE = 16
 
 
 def pareto(scores: Sequence[Row], front: Sequence[str], title: str, about: str) -> Figure | None:
-    """Size against mean KLD with its standard error; `scores` are candidates of `quantkit eval --json` or those of
-    `quantkit ablate show --json`, `front` the names that no other beats. None without any."""
+    """Draw size against mean KLD with its standard error. `scores` are candidates of `quantkit eval --json` or of
+    `quantkit ablate show --json`; `front` are the names that no other beats. None if there are no scores."""
     if not scores:
         return None
     best = set(front)
@@ -127,15 +127,15 @@ def _front_spec(points: Sequence[Row], best: set[str], width: int) -> dict[str, 
 
 
 def _places(values: Sequence[float], low: float, high: float, length: int, log: bool) -> list[float]:
-    """Where values lie on a scale of so many pixels, from its start."""
+    """Map values to pixels from the start of a scale of `length` pixels."""
     if log:
         values, low, high = [math.log(v) for v in values], math.log(low), math.log(high)
     return [length * (v - low) / ((high - low) or 1.0) for v in values]
 
 
 def _label_places(labels: Sequence[str], points: Sequence[tuple[float, float]]) -> list[tuple[bool, int]]:
-    """Whether each label stands to the right of its point, and how many pixels below: as near as it does not cover
-    another, or a point."""
+    """Place labels: for each, whether it is right of its point, and how many pixels below. Takes the nearest place that
+    covers no other label and no point."""
     taken = [(x - 4, y - 4, x + 4, y + 4) for x, y in points]
     out = []
     for label, (x, y) in zip(labels, points, strict=True):
@@ -155,8 +155,8 @@ def _overlap(a: tuple[float, float, float, float], b: tuple[float, float, float,
 
 
 def predicted(rows_of: Mapping[str, Sequence[Row]], title: str) -> Figure | None:
-    """Predicted against measured KLD; `rows_of` are `fit`, `chosen_from` and `report` of `quantkit optimize --json`.
-    None where nothing was measured."""
+    """Draw predicted against measured KLD. `rows_of` are `fit`, `chosen_from` and `report` of `quantkit optimize
+    --json`. None if nothing was measured."""
     names = {"fit": "fitted on", "chosen_from": "chosen from", "report": "reported"}
     values, rows = [], []
     for key, of in rows_of.items():

@@ -1,7 +1,7 @@
-"""One page of HTML with figures, that needs nothing else: no other file, no host, no library.
+"""A self-contained HTML page of figures: it needs no other file, no host, no library.
 
-Its pictures are SVG, made when the page is; a small script shows what a mark says when it is pointed at or reached with
-the arrow keys. A policy in the page keeps a browser from asking any host for anything, and from running any other
+The pictures are SVG, made with the page. A small script shows the words of a mark that is pointed at or reached with
+the arrow keys. A content security policy in the page keeps browsers from contacting any host and from running any other
 script.
 """
 
@@ -22,7 +22,7 @@ from .theme import css
 
 
 class Section(NamedTuple):
-    """A part of a page: what one file or recipe is."""
+    """A part of a page, about one file or recipe."""
 
     title: str
     facts: Sequence[tuple[str, str]]
@@ -31,7 +31,7 @@ class Section(NamedTuple):
 
 
 def page(title: str, sections: Sequence[Section]) -> str:
-    """The page. Raises ToolError where vl-convert is not installed."""
+    """Make the page. Raises ToolError if vl-convert is not installed."""
     script = files(__package__).joinpath("page.js").read_text("utf-8")
     style = css() + files(__package__).joinpath("page.css").read_text("utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -103,7 +103,7 @@ def _table(table: Table, name: str) -> str:
 
 
 def _json(value: Any) -> str:
-    """JSON that can stand in a script element, whatever its strings have."""
+    """JSON that is safe in a script element, whatever its strings contain."""
     return (
         json.dumps(value, ensure_ascii=False, separators=(",", ":"))
         .replace("<", "\\u003c")

@@ -1,4 +1,4 @@
-"""Vega, by vl-convert, which is an extra with squarify, and the files that pictures become."""
+"""Renders with Vega, by vl-convert (an extra, as squarify is), and writes pictures to files."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from ..base.errors import OutputError, ToolError
 from ..base.outputs import write_bytes
 
 _SUFFIXES = (".svg", ".png")
-#: pixels of a PNG for one of the chart's
+#: pixels of a PNG per pixel of the chart
 _SCALE = 2
 
 
 def check_suffix(path: Path) -> None:
-    """Raises OutputError for a name that does not say what the picture is to be."""
+    """Raise OutputError for a file name without a picture's suffix."""
     if path.suffix.lower() not in _SUFFIXES:
         raise OutputError(f"{path}: a picture is an .svg or a .png; give a name that ends so")
 
 
 def need(*modules: str) -> Any:
-    """The first of some modules of the extra `pictures`. Raises ToolError where one is not installed."""
+    """Import modules of the extra `pictures`, and return the first. Raises ToolError if one is not installed."""
     found = []
     for name in modules:
         try:
@@ -36,23 +36,24 @@ def need(*modules: str) -> Any:
 
 
 def drawing() -> Any:
-    """Altair. Raises ToolError where it, or vl-convert, is not installed."""
+    """Altair. Raises ToolError if it or vl-convert is not installed."""
     return need("altair", "vl_convert")
 
 
 def svg(spec: Mapping[str, Any], prefix: str = "") -> str:
-    """A spec of Vega-Lite as SVG; ids start with `prefix`. Raises ToolError where vl-convert is not installed."""
+    """Render a Vega-Lite spec as SVG, with ids that start with `prefix`. Raises ToolError if vl-convert is not
+    installed."""
     return _renumbered(need("vl_convert").vegalite_to_svg(dict(spec)), prefix)
 
 
 def png(spec: Mapping[str, Any]) -> bytes:
-    """A spec of Vega-Lite as PNG. Raises ToolError where vl-convert is not installed."""
+    """Render a Vega-Lite spec as PNG. Raises ToolError if vl-convert is not installed."""
     made: bytes = need("vl_convert").vegalite_to_png(dict(spec), scale=_SCALE)
     return made
 
 
 def save(chart: Any, path: Path, replace: bool = False) -> None:
-    """Write a chart of Altair, or a spec, as what the path's suffix says. Raises OutputError, ToolError."""
+    """Write an Altair chart or a spec in the format of the path's suffix. Raises OutputError, ToolError."""
     check_suffix(path)
     spec = chart if isinstance(chart, Mapping) else chart.to_dict()
     data = svg(spec).encode() if path.suffix.lower() == ".svg" else png(spec)
@@ -60,8 +61,8 @@ def save(chart: Any, path: Path, replace: bool = False) -> None:
 
 
 def _renumbered(text: str, prefix: str = "") -> str:
-    """The same with Vega's ids counted from 0: it counts through a process, and a picture made twice is the same.
-    Colours are written as #rrggbb, which is shorter."""
+    """Renumber Vega's ids from 0: Vega counts through the process, and the same picture must give the same file. Also
+    shorten colours to #rrggbb."""
     numbers: dict[str, int] = {}
 
     def renumber(m: re.Match[str]) -> str:

@@ -1,4 +1,4 @@
-"""How much a group of tensors matters: by layers, and damage beside bytes by role."""
+"""Draws how much groups of tensors matter: by layer, and damage beside bytes by role."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .theme import var
 
 
 def sensitivity(found: Mapping[str, Any]) -> list[Figure]:
-    """What `quantkit sensitivity show --json` says."""
+    """Draw the output of `quantkit sensitivity show --json`."""
     out = []
     if found["alphas"]:
         out.append(_alphas(found))

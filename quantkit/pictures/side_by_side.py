@@ -1,4 +1,4 @@
-"""Two recipes on one model: bytes by role, and the tensors that differ."""
+"""Draws two recipes on one model: bytes by role, and the tensors that differ."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .theme import var
 
 
 def side_by_side(found: Mapping[str, Any]) -> list[Figure]:
-    """What `quantkit recipe diff --json` says."""
+    """Draw the output of `quantkit recipe diff --json`."""
     a, b = found["before"]["recipe"], found["after"]["recipe"]
     return [_roles(found, a, b), *([_changes(found, a, b)] if found["changes"] else [])]
 

@@ -1,4 +1,4 @@
-"""Colours, as variables of CSS: a page has them for light and for dark, a file of its own has the light ones."""
+"""Colours, as CSS variables: a page has light and dark ones, a figure's own file has the light ones."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ COLOURS = {
 #: from few bits to many
 _LIGHT = ("#4a1486", "#b12a90", "#e8525f", "#f8973f", "#f3d55b")
 _DARK = ("#8e6bf0", "#d255b8", "#ff7782", "#ffad66", "#ffe791")
-#: colours of as many types at most; further ones get the last
+#: number of distinct colours of types; further types get the last one
 N_STEPS = 12
 FONT = "Arial, Helvetica, Liberation Sans, sans-serif"
 
 
 def var(name: str) -> str:
-    """The colour of a name, as a spec has it."""
+    """The named colour, as a reference for a spec."""
     return f"var(--{name})"
 
 
@@ -44,12 +44,12 @@ _ALL = {**COLOURS, **_STEPS}
 
 
 def steps(n: int) -> list[str]:
-    """n colours, evenly from few bits to many."""
+    """n colours, evenly spread from few bits to many."""
     return [var(f"t{round(i * (N_STEPS - 1) / max(1, n - 1))}") for i in range(n)]
 
 
 def css() -> str:
-    """The variables, for light and, on a screen that wants it, for dark."""
+    """The variables, for light screens and, where preferred, for dark ones."""
     light, dark = ("".join(f"--{name}:{both[i]};" for name, both in _ALL.items()) for i in (0, 1))
     return (
         f":root{{color-scheme:light dark;{light}}}\n@media screen and (prefers-color-scheme:dark){{:root{{{dark}}}}}\n"
@@ -57,7 +57,7 @@ def css() -> str:
 
 
 def in_light(spec: Any) -> Any:
-    """A spec with the light colours themselves in place of the variables. Data stay as they are."""
+    """Replace the variables in a spec by the light colours. Data stay as they are."""
     if isinstance(spec, dict):
         return {k: v if k in ("values", "domain") else in_light(v) for k, v in spec.items()}
     if isinstance(spec, list):

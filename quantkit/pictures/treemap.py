@@ -1,4 +1,4 @@
-"""Bytes as areas: a rectangle for each role, in it one for each tensor. squarify places them."""
+"""Draws bytes as areas: a rectangle per role, and in it one per tensor. squarify places them."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import Any
 from .figure import Figure, Row, Scale, Table, size, spec
 from .theme import var
 
-#: a share of the whole that is too small to be placed
+#: smallest share of the whole that gets a rectangle
 _TINY = 1e-7
-#: tensors of a role that have a rectangle of their own
+#: largest number of tensors of a role with their own rectangles
 _TENSORS = 1500
 #: pixels of a letter
 _LETTER = 6.5
 
 
 def treemap(tensors: Sequence[Row], scale: Scale, title: str) -> Figure:
-    """A model's bytes. Raises ToolError where squarify is not installed."""
+    """Draw a model's bytes. Raises ToolError if squarify is not installed."""
     total = sum(t["bytes"] for t in tensors)
     by: dict[str, list[Row]] = {}
     for t in tensors:
@@ -78,7 +78,7 @@ def _spec(by: dict[str, list[Row]], roles: Sequence[str], scale: Scale, width: i
             "mark": {"type": "rect", "fill": None, "stroke": var("fg"), "strokeWidth": 1.2, "aria": False},
             "encoding": corners,
         },
-        # twice: a rim in the colour of the page keeps it legible on any colour
+        # drawn twice: a rim in the page's colour keeps it legible on any colour
         {
             "data": {"values": frames},
             "mark": {**plain, "stroke": var("bg"), "strokeWidth": 3.5, "fill": var("bg")}, "encoding": text,
@@ -90,8 +90,8 @@ def _spec(by: dict[str, list[Row]], roles: Sequence[str], scale: Scale, width: i
 def placed(
     sizes: Sequence[float], box: tuple[float, float, float, float]
 ) -> list[tuple[int, tuple[float, float, float, float]]]:
-    """Rectangles (x, y, width, height) in a box, with the numbers of the sizes they are for: sizes in descending order;
-    what is too small has none. Raises ToolError where squarify is not installed."""
+    """Lay out rectangles (x, y, width, height) in a box, each with the index of its size. Sizes must be in descending
+    order; too small ones get none. Raises ToolError if squarify is not installed."""
     from .save import need
 
     squarify = need("squarify")

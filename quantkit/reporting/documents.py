@@ -1,7 +1,7 @@
-"""What can be on a page: plain data, as the commands print them with --json, and where they come from.
+"""What a page can show: plain data, as commands print it with --json, and its sources.
 
-A file is known by what it holds, not by its name: a GGUF, an importance matrix, the results of a study, or JSON that
-one of the commands printed. What is none of these is a model, which a recipe makes a plan of.
+Files are recognized by content, not by name: a GGUF, an importance matrix, the results of a study, or the JSON output
+of a command. Anything else is a model, which needs a recipe to become a plan.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ SENSITIVITY, OPTIMIZED, DIFF, SIZES, FIT, WHICH = (
     "fit",
     "choice for a machine",
 )
-#: bytes of JSON that is read
+#: largest JSON file that is read, in bytes
 _MAX_BYTES = 1 << 28
 _SQLITE = b"SQLite format 3\0"
-#: a key that JSON of a command has, and its version where it has one
+#: kind, the keys that identify its JSON, and its version if it has one
 _KEYS: tuple[tuple[str, frozenset[str], int | None], ...] = (
     (PLAN, frozenset({"quantkit_plan"}), 1),
     (SENSITIVITY, frozenset({"quantkit_sensitivity"}), 1),
@@ -47,19 +47,19 @@ _KEYS: tuple[tuple[str, frozenset[str], int | None], ...] = (
 
 
 class Document(NamedTuple):
-    """Something that a page has a section of."""
+    """The content of one section of a page."""
 
     kind: str
     name: str
     data: Mapping[str, Any]
     catalogue: Catalogue | None = None
-    """of a plan that was made here, or of a GGUF"""
+    """for a plan made here, or a GGUF"""
     plan: Plan | None = None
 
 
 def read(source: str, min_tokens: int, progress: Callable[[int], None]) -> Document | None:
-    """What a file holds; None where it is a model's that needs a recipe, or no file. Raises SourceError,
-    ImatrixError, KernelError."""
+    """Read a file's content; None if it is a model that needs a recipe, or no file. Raises SourceError, ImatrixError,
+    KernelError."""
     path = Path(source)
     try:
         if not path.is_file():
@@ -127,7 +127,7 @@ def _json(path: Path) -> Document | None:
 
 
 def _sound(path: Path, kind: str, said: dict[str, Any]) -> dict[str, Any]:
-    if kind == SENSITIVITY and "shares" not in said:  # the file itself, in which each tensor's errors are
+    if kind == SENSITIVITY and "shares" not in said:  # the file itself, which has the errors of each tensor
         from ..lab.allocation.damage import read_sensitivity
         from ..lab.allocation.damage_report import sensitivity_json
 
@@ -147,7 +147,7 @@ def _none(path: Path, why: str) -> NoReturn:
 
 
 def damaged(name: str, kind: str, why: Exception) -> NoReturn:
-    """Raise SourceError for a document that is not what its kind is."""
+    """Raise SourceError for a document whose content does not match its kind."""
     said = f"{type(why).__name__} {why}" if isinstance(why, KeyError | IndexError) else str(why)
     raise SourceError(f"{name}: is damaged, or not {_a(kind)}: {said}; make it again") from None
 
@@ -160,7 +160,7 @@ def _a(kind: str) -> str:
 
 
 def of_plan(made: Plan, name: str) -> Document:
-    """What `quantkit plan --json` prints of it."""
+    """A plan as `quantkit plan --json` prints it."""
     from ..imatrix.matrix import Imatrix
     from ..planning.file_layout import lay_out, output_kvs
 
@@ -170,7 +170,7 @@ def of_plan(made: Plan, name: str) -> Document:
 
 
 def of_gguf(catalogue: Catalogue, source: str) -> Document:
-    """What `quantkit inspect --json` prints of it."""
+    """A GGUF as `quantkit inspect --json` prints it."""
     from ..model.open import describe_stored
     from ..planning.report import inspection
 
@@ -179,7 +179,7 @@ def of_gguf(catalogue: Catalogue, source: str) -> Document:
 
 
 def of_difference(before: Plan, after: Plan) -> Document:
-    """What `quantkit recipe diff --json` prints of them."""
+    """Two plans as `quantkit recipe diff --json` prints them."""
     from ..authoring.review import diff
 
     name = f"{before.recipe.name} and {after.recipe.name}"
@@ -187,8 +187,8 @@ def of_difference(before: Plan, after: Plan) -> Document:
 
 
 def of_sizes(catalogue: Catalogue) -> Document:
-    """What `quantkit sizes table` prints as JSON of the shipped recipes that have a file, or where none is for this
-    arch, of all mixtures."""
+    """The size table as `quantkit sizes table` prints it in JSON: of the shipped recipes that have a file, or of all
+    mixtures if none is for this arch."""
     from ..authoring.sizes.compare import expand_recipes, size_table
     from ..authoring.sizes.report import size_table as text
     from ..recipe.load import load
@@ -202,7 +202,8 @@ def of_sizes(catalogue: Catalogue) -> Document:
 
 
 def fit_of(catalogue: Catalogue, plan: Plan | None, gpus: str, context: int) -> Mapping[str, Any]:
-    """What `quantkit fit --json` prints of a plan, or of a GGUF as it is. Raises ValueError for what are no GPUs."""
+    """The fit of a plan, or of a GGUF as it is, as `quantkit fit --json` prints it. Raises ValueError for invalid
+    GPUs."""
     from ..base.text import GIB
     from ..planning import fit
     from ..planning.gpus import parse_gpus
@@ -213,7 +214,7 @@ def fit_of(catalogue: Catalogue, plan: Plan | None, gpus: str, context: int) -> 
 
 
 def is_stored(catalogue: Catalogue) -> bool:
-    """Whether it is a GGUF's, which has types of its own."""
+    """Whether it is a GGUF's catalogue, whose tensors already have their types."""
     return all(bool(t.parts) and t.parts[0].source == t.name for t in catalogue.tensors)
 
 

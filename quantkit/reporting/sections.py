@@ -1,4 +1,4 @@
-"""Documents as sections of a page: which figures of which, and what one document says of another's tensors."""
+"""Turns documents into sections of a page: chooses their figures, and combines what several say of the same tensors."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from .documents import Document
 
 
 class Asked(NamedTuple):
-    """GPUs that the ladder is held against."""
+    """The GPUs to compare the ladder with."""
 
     gpus: str
     context: int
 
 
 def sections_of(every: Sequence[Document], asked: Asked | None = None) -> list[Section]:
-    """A section for each document, and the ladder. Raises SourceError for a document that is damaged, ToolError."""
+    """Make a section for each document, and the ladder. Raises SourceError for a damaged document, ToolError."""
     more = _more(every)
     scale = type_scale([t for d in every if d.kind in (docs.PLAN, docs.GGUF) for t in _of(d, _checked)])
     out = []
@@ -48,7 +48,7 @@ def sections_of(every: Sequence[Document], asked: Asked | None = None) -> list[S
 
 
 def _of(d: Document, get: Callable[[Mapping[str, Any]], Any]) -> Any:
-    """What a document has. Raises SourceError where it has not."""
+    """Get a part of a document. Raises SourceError if it is missing or invalid."""
     try:
         return get(d.data)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as e:
@@ -56,7 +56,7 @@ def _of(d: Document, get: Callable[[Mapping[str, Any]], Any]) -> Any:
 
 
 def _checked(x: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
-    """The tensors of a plan or a GGUF. Raises ValueError, KeyError, TypeError."""
+    """The checked tensors of a plan or a GGUF. Raises ValueError, KeyError, TypeError."""
     for t in x["tensors"]:
         if not isinstance(t["bytes"], int) or t["bytes"] < 0 or not all(isinstance(n, int) for n in t["shape"]):
             raise ValueError(f"the tensor {t['name']!r:.80} has no sizes")
@@ -67,7 +67,7 @@ def _checked(x: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
 
 
 def _more(every: Sequence[Document]) -> More:
-    """Errors of all sensitivities, and tokens of the importance matrix, where there is one."""
+    """The errors of all sensitivities, and the tokens of the importance matrix if there is exactly one."""
     errors: dict[str, dict[str, float]] = {}
     tokens: dict[str, Sequence[int]] = {}
     matrices = [d for d in every if d.kind == docs.IMATRIX]
@@ -239,7 +239,7 @@ _MAKERS: dict[str, Callable[[Document, Scale, More], Section]] = {
 
 
 def _ladder(every: Sequence[Document], asked: Asked | None) -> Section | None:
-    """Recipes of the models of a page, the shipped ones too, and its GGUFs, by size. None where there is but one."""
+    """The page's recipes and GGUFs by size, with the recipes of its size tables. None if there is only one."""
     rungs: dict[str, Rung] = {}
     catalogue_of = {}
     for d in every:
@@ -279,7 +279,7 @@ def _rung(d: Document, x: Mapping[str, Any]) -> Rung:
 def _fitted(
     rungs: Iterable[Rung], documents: Mapping[str, Document], asked: Asked
 ) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """What fits of every rung whose tensors are known."""
+    """Compute the fit of every rung whose tensors are known."""
     known = next((d.catalogue for d in documents.values() if d.catalogue is not None and d.plan is not None), None)
     for rung in list(rungs):
         d = documents.get(rung.name)

@@ -1,4 +1,4 @@
-"""A page and the files of its figures."""
+"""Writes a page and the files of its figures."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from ..pictures.theme import COLOURS, in_light
 
 
 class Written(NamedTuple):
-    """What a report is."""
+    """What was written."""
 
     n_figures: int
     nbytes: int
-    """of the page"""
+    """size of the page"""
     files: tuple[Path, ...]
-    """of figures"""
+    """files of the figures"""
 
 
 def check_drawable() -> None:
-    """Raise ToolError, before anything is read, where what draws is not installed."""
+    """Raise ToolError, before anything is read, if the drawing libraries are not installed."""
     need("vl_convert", "squarify")
 
 
@@ -32,9 +32,9 @@ def write(
     title: str, sections: Sequence[Section], path: Path, folder: Path | None, replace: bool,
     will_write: Callable[..., None] = lambda *_: None,
 ) -> Written:  # fmt: skip
-    """Write the page, and with `folder` each figure as SVG and PNG there; the names are those of kinds of figures, and
-    numbers. All is drawn before the first is written. `will_write` is told every file of the folder before. Raises
-    OutputError, ToolError."""
+    """Write the page, and with `folder` also each figure there as SVG and PNG, named by its kind and a number.
+    Everything is drawn before the first file is written. `will_write` is called with all files of the folder first.
+    Raises OutputError, ToolError."""
     text = page(title, sections)
     every = [f for s in sections for f in s.figures]
     made: list[tuple[Path, bytes]] = []

@@ -1,7 +1,7 @@
-"""A file against a plan: which tensors, in which order, of which shape, type and bytes; and the keys.
+"""Compares a file with a plan: the tensors, with their order, shapes, types and bytes; and the keys.
 
-A plan comes from a recipe and a model, or from what `quantkit plan --json` printed; the latter has no keys.
-What keys a file gets is written down here a second time. Source: src/llama-quant.cpp, tools/quantize/quantize.cpp.
+A plan comes from a recipe and a model, or from the output of `quantkit plan --json`, which has no keys. The expected
+keys are derived here a second time. Source: src/llama-quant.cpp, tools/quantize/quantize.cpp.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from .structure import SHARD_NAME, SPLIT_KEYS
 from .verdict import Finding, Findings, Verdict
 
 _MAX_PLAN = 1 << 28
-#: what llama-quantize keeps of a text it notes
+#: bytes that llama-quantize keeps of a text in a key
 _MOST_NOTED = 127
-#: what a build notes of the policy for what its importance matrix lacks, where that changed something
+#: the key for the policy that filled gaps in the importance matrix, if it changed anything
 _POLICY_KEY = "quantkit.imatrix.policy"
 _U32, _F32, _BOOL, _STR, _ARR = 4, 6, 7, 8, 9
 
 
 class Expected(NamedTuple):
-    """What a plan says of a tensor."""
+    """A tensor according to the plan."""
 
     name: str
     shape: tuple[int, ...]
@@ -46,7 +46,7 @@ def expected_of(plan: Plan) -> list[Expected]:
 
 
 def read_plan(path: Path) -> list[Expected]:
-    """The tensors of what `quantkit plan --json` printed. Raises SourceError."""
+    """Read the tensors of a plan printed by `quantkit plan --json`. Raises SourceError."""
     try:
         if regular(path) > _MAX_PLAN:
             raise SourceError(f"{path}: too large for a plan (at most {_MAX_PLAN:,} bytes)")
@@ -72,7 +72,7 @@ def _entry(path: Path, name: Any, shape: Any, type_: Any, nbytes: Any) -> Expect
 
 
 def trimmed(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Without the ones at the end, which ggml does not count."""
+    """Remove trailing ones, which ggml does not count."""
     n = len(shape)
     while n > 1 and shape[n - 1] == 1:
         n -= 1
@@ -80,8 +80,8 @@ def trimmed(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def check_tensors(files: Iterable[Gguf], whole: bool, expected: list[Expected], findings: Findings) -> None:
-    """Every tensor of the plan is there, and no other, in the plan's order. With a shard missing (`whole`
-    False) only what is there is judged."""
+    """Check that the file has every tensor of the plan and no other, in the plan's order. If a shard is missing
+    (`whole` is False), missing tensors are not reported."""
     wanted = {t.name: t for t in expected}
     place = {t.name: i for i, t in enumerate(expected)}
     seen: set[str] = set()
@@ -127,15 +127,15 @@ def _text(raw: bytes) -> bytes:
 
 
 def _expected_keys(plan: Plan, imatrix: Imatrix | None) -> dict[str, tuple[int, bytes]]:
-    """The keys of the output in order: name -> (type, bytes of the value). Setting a key that exists moves it
-    to the end."""
+    """The keys of the output in order: name -> (type, bytes of the value). Setting an existing key moves it to the
+    end."""
     keys = {
         item.key: (item.type, item.payload)
         for item in plan.catalogue.kvs
         if item.key not in (*SPLIT_KEYS, _POLICY_KEY) and not item.key.startswith(PREFIX)
     }
     if keys.get("general.alignment", (_U32, struct.pack("<I", 32))) != (_U32, struct.pack("<I", 32)):
-        del keys["general.alignment"]  # what is built is aligned to 32, whatever the source was
+        del keys["general.alignment"]  # builds align to 32, whatever the source's alignment
 
     def put(name: str, type_: int, raw: bytes) -> None:
         keys.pop(name, None)
@@ -183,11 +183,11 @@ def _expected_keys(plan: Plan, imatrix: Imatrix | None) -> dict[str, tuple[int, 
 def check_keys(
     files: Iterable[Gguf], plan: Plan, imatrix: Imatrix | None, ignored: Collection[str], verdict: Verdict
 ) -> None:
-    """The keys of the first file are the plan's, in its order, and those of later shards the split keys only.
+    """Check that the keys of the first file are the plan's, in its order, and that later shards have only split keys.
 
-    Of quantize.imatrix.*, the path is not compared, since it is as the builder typed it; without an `imatrix`
-    none of them is, nor what was recorded of a policy. Of a plan from a config alone, only `<arch>.*` and the file
-    type are known.
+    The path in quantize.imatrix.* is not compared, since it is as the builder typed it. Without an `imatrix`, none of
+    these keys is compared, nor a recorded policy. For a plan from a config alone, only `<arch>.*` and the file type are
+    known.
     """
     findings = verdict.findings
     wanted = _expected_keys(plan, imatrix)
@@ -211,7 +211,7 @@ def _check_first(
     verdict: Verdict,
 ) -> None:  # fmt: skip
     complete, rounding = plan.catalogue.kvs_complete, plan.rounding
-    # without the covariance its digest is not known, nor what falls back for want of it
+    # without the covariance, neither its digest nor the fallbacks without it are known
     is_rounded = rounding is not None and rounding.covariance is None
 
     def skip(name: str) -> bool:
@@ -259,8 +259,8 @@ def _check_first(
 
 
 def recorded_policy(files: Iterable[Gguf]) -> Policy | None:
-    """The policy that the file says it was made with, for what its importance matrix lacks; None where it says none
-    that is known."""
+    """The policy for gaps in the importance matrix that the file records; None if it records none, or an unknown
+    one."""
     for g in files:
         key = g.keys.get(_POLICY_KEY)
         if key is not None and key.type == _STR:
@@ -272,7 +272,7 @@ def recorded_policy(files: Iterable[Gguf]) -> Policy | None:
 
 
 def uses_imatrix(files: Iterable[Gguf]) -> str | None:
-    """What importance matrix the file says it was made with, or None."""
+    """The importance matrix that the file says it was made with, or None."""
     for g in files:
         key = g.keys.get("quantize.imatrix.file")
         if key is not None:

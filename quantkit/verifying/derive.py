@@ -1,7 +1,7 @@
-"""Rows of a source as float32, in plain numpy: what a converter's BF16 file would hold of them.
+"""Rows of a source as float32, in plain numpy: the values a converter's BF16 file would hold.
 
-FP8 E4M3 x the scale of its block -> float32 -> nearest-even bfloat16 -> float32. Which source rows a row
-of the output is, the catalogue says (Part). Source: conversion/base.py and gguf-py/gguf/quants.py of llama.cpp.
+FP8 E4M3 x the scale of its block -> float32 -> nearest-even bfloat16 -> float32. The catalogue (Part) maps rows of the
+output to rows of the source. Source: conversion/base.py and gguf-py/gguf/quants.py of llama.cpp.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _E4M3 = e4m3_values()
 
 
 def to_bf16(values: F32) -> F32:
-    """Rounded to the nearest bfloat16, ties to even; NaN stays NaN."""
+    """Round to the nearest bfloat16, ties to even; NaN stays NaN."""
     bits = values.view(np.uint32)
     odd = bits >> np.uint32(16) & np.uint32(1)
     rounded = (bits + np.uint32(0x7FFF) + odd) & np.uint32(0xFFFF0000)
@@ -60,14 +60,14 @@ def stored_row_bytes(dtype: str, n_cols: int) -> int:
 
 
 class Deriver:
-    """Derives rows of output tensors from a source; one a thread, since it keeps scales."""
+    """Derives rows of output tensors from a source. It caches scales: use one per thread."""
 
     def __init__(self, source: Source, ggml: Ggml) -> None:
         self.source, self.ggml = source, ggml
         self._scales: dict[str, F32] = {}
 
     def rows(self, tensor: Tensor, wanted: I64) -> F32:
-        """float32 [len(wanted), n_cols]: these rows of a tensor of the output (ascending)."""
+        """float32 [len(wanted), n_cols]: the `wanted` rows (ascending) of an output tensor."""
         out = np.empty((len(wanted), tensor.n_cols), np.float32)
         for part, where, rows in _by_part(tensor, wanted):
             st = self.source.tensor(part.source)
@@ -79,8 +79,8 @@ class Deriver:
         return to_bf16(out) if tensor.source_type == "BF16" else out
 
     def stored(self, tensor: Tensor, wanted: I64, type_: str) -> U8 | None:
-        """These rows as the source stores them, if it does so as `type_` and so an output of that type is a
-        copy: uint8 [len(wanted), row_bytes]. Else None."""
+        """The same rows as the source stores them, uint8 [len(wanted), row_bytes], if it stores them as `type_`, so
+        that an output of that type is a copy. Else None."""
         if tensor.source_type != type_:
             return None
         out = np.empty((len(wanted), QTYPES[type_].row_bytes(tensor.n_cols)), np.uint8)
@@ -92,7 +92,7 @@ class Deriver:
         return out
 
     def _raw(self, st: SourceTensor, rows: I64, n_cols: int) -> U8:
-        """Rows of a source tensor, in any order, as they are stored. Neighbours are read together."""
+        """Stored bytes of rows of a source tensor, in any order. Adjacent rows are read together."""
         size = stored_row_bytes(st.dtype, n_cols)
         out = np.empty((len(rows), size), np.uint8)
         order = np.argsort(rows, kind="stable")
@@ -146,7 +146,7 @@ class Deriver:
 
 
 def _by_part(tensor: Tensor, wanted: I64) -> list[tuple[Part, I64, I64]]:
-    """Which part each wanted row is of: (part, indices into `wanted`, the rows counted from the part's first)."""
+    """Split wanted rows by part: (part, indices into `wanted`, row numbers within the part)."""
     sizes = np.array([part.shape[-1] if part.transposed else part.n_rows for part in tensor.parts])
     ends = np.cumsum(sizes)
     of = np.searchsorted(ends, wanted, side="right")
@@ -158,6 +158,6 @@ def _by_part(tensor: Tensor, wanted: I64) -> list[tuple[Part, I64, I64]]:
 
 
 def _source_rows(part: Part, rows: I64) -> I64:
-    """The rows of the source that rows of a part are: in order, or dealt in turn from `interleave` equal runs."""
+    """Map rows of a part to rows of the source: in order, or taken in turn from `interleave` equal runs."""
     run_length = part.n_rows // part.interleave
     return part.row + rows % part.interleave * run_length + rows // part.interleave

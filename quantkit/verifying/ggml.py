@@ -1,7 +1,7 @@
-"""ggml's own quantizers, called through ctypes: what the blocks of a row must be.
+"""Calls ggml's own quantizers through ctypes, to get the blocks a row must have.
 
-Apart from quantkit's kernels on purpose. The library of the installed llama.cpp (the byte contract) is used
-where there is one, else that of the libggml-python wheel, whose older ggml has another IQ1_M.
+Separate from quantkit's kernels on purpose. Uses the library of the installed llama.cpp (the byte contract) if there is
+one, else that of the libggml-python wheel, whose older ggml quantizes IQ1_M differently.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from ..gguf.types import QTYPES
 F32 = npt.NDArray[np.float32]
 U8 = npt.NDArray[np.uint8]
 
-#: types whose bytes are other ones in the wheel's ggml
+#: types that the wheel's ggml quantizes to other bytes
 NOT_IN_WHEEL = frozenset({"IQ1_M"})
-#: ggml ends the process when the sums of its searches overflow: far from that, and far above any model
+#: ggml ends the process if the sums of its searches overflow; these limits are far below that, far above any model
 _GRIDS = frozenset({"IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"})
 _MOST, _MOST_PRODUCT = 3e8, 1e33
 
@@ -47,7 +47,7 @@ def _wheel() -> Path:
 
 
 class Ggml:
-    """A libggml-base. `pinned` is the toolchain's, or None for the wheel's. Calls release the GIL."""
+    """A libggml-base. `pinned` is the toolchain's library, or None for the wheel's. Calls release the GIL."""
 
     def __init__(self, pinned: Path | None) -> None:
         self.pinned = pinned is not None
@@ -68,7 +68,7 @@ class Ggml:
         self._traits.argtypes = (ctypes.c_int,)
 
     def require(self, type_: str) -> None:
-        """Raise KernelError for a type whose bytes this library does not make as the contract has them."""
+        """Raise KernelError for a type that this library does not quantize to the contract's bytes."""
         if type_ in NOT_IN_WHEEL and not self.pinned:
             raise KernelError(
                 f"rows of {type_} can only be compared with the ggml of the pinned llama.cpp, since the wheel's makes "
@@ -76,8 +76,8 @@ class Ggml:
             )
 
     def quantize(self, rows: F32, type_: str, weights: F32 | None) -> U8 | str:
-        """The blocks uint8 [n_rows, row_bytes] of float32 rows [n_rows, n_cols], with the importance of
-        each column or None; or, where ggml would end the process or store Inf, why there are none."""
+        """Quantize float32 rows [n_rows, n_cols] to blocks uint8 [n_rows, row_bytes], with the importance of each
+        column or None. If ggml would end the process or store Inf, return the reason instead."""
         qt = QTYPES[type_]
         rows = np.ascontiguousarray(rows, np.float32)
         if not np.isfinite(rows).all():
@@ -97,7 +97,7 @@ class Ggml:
         return out
 
     def dequantize(self, blocks: U8, type_: str, n_cols: int) -> F32:
-        """Blocks uint8 [n_rows, row_bytes] as float32 [n_rows, n_cols]."""
+        """Dequantize blocks uint8 [n_rows, row_bytes] to float32 [n_rows, n_cols]. Raises KernelError."""
         blocks = np.ascontiguousarray(blocks)
         out = np.empty((blocks.shape[0], n_cols), np.float32)
         to_float = self._traits(QTYPES[type_].id).contents.to_float

@@ -1,12 +1,12 @@
-"""A GGUF header, read a second time: on its own, apart from the code that writes them.
+"""A second reader of GGUF headers, independent of the code that writes them.
 
     "GGUF" u32 version, u64 tensors, u64 keys
     key:    string name, u32 type, value          string: u64 length, bytes
     array:  u32 type, u64 length, values          tensor: string name, u32 n, u64 ne[n], u32 type, u64 offset
 
-All little-endian. The data begin at the next multiple of the alignment, and offsets count from there.
-What a header claims is never trusted: sizes are compared with what is left of the file before memory is
-taken, and counts with what any model has. Source: ggml/src/gguf.cpp, gguf_init_from_file.
+All little-endian. The data begin at the next multiple of the alignment, and offsets count from there. No claim of a
+header is trusted: sizes are checked against the rest of the file before memory is allocated, and counts against the
+limits of any model. Source: ggml/src/gguf.cpp, gguf_init_from_file.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class Key(NamedTuple):
 
 
 class Info(NamedTuple):
-    """A tensor as the header has it. `start` is its first byte, from the start of the file."""
+    """A tensor's entry in the header. `start` is its first byte, from the start of the file."""
 
     name: str
     shape: tuple[int, ...]
@@ -98,7 +98,7 @@ class Info(NamedTuple):
         return self.nbytes // self.n_rows
 
     def place(self, row: int) -> str:
-        """'row 17' of a matrix; of a stacked tensor 'row 17 (expert 2, row 1)' where rows are experts'."""
+        """'row 17' of a matrix; in a stacked tensor 'row 17 (expert 2, its row 1)'."""
         if len(self.shape) < 3 or self.shape[2] == 1:
             return f"row {row:,}"
         what = "expert" if "_exps" in self.name else "matrix"
@@ -107,7 +107,7 @@ class Info(NamedTuple):
 
 @dataclass
 class Gguf:
-    """A file whose header could be read to its end."""
+    """A file whose header could be read completely."""
 
     path: Path
     nbytes: int
@@ -115,11 +115,11 @@ class Gguf:
     keys: dict[str, Key]
     alignment: int
     header_end: int
-    """where the last tensor's entry ends"""
+    """end of the last tensor's entry"""
     tensors: list[Info] = field(default_factory=list)
-    """those that make sense, in file order"""
+    """the valid ones, in file order"""
     n_claimed: int = 0
-    """tensors that the header says there are"""
+    """number of tensors according to the header"""
 
     @property
     def name(self) -> str:
@@ -131,7 +131,7 @@ class Gguf:
 
 
 def kind_of(g: Gguf) -> str:
-    """What a GGUF is that is no model, with its article; '' for a model, and for what cannot be told."""
+    """The kind of a GGUF that is no model, with its article; '' for a model, or if the kind is unknown."""
     said = {name: key.text() for name, key in g.keys.items() if name in ("general.type", "general.architecture")}
     type_, arch = said.get("general.type", ""), said.get("general.architecture", "")
     if type_ == "imatrix" or (g.tensors and all(t.name.endswith((".in_sum2", ".counts")) for t in g.tensors)):
@@ -154,7 +154,7 @@ def aligned(n: int, alignment: int) -> int:
 
 
 class _BrokenError(Exception):
-    """The header cannot be read on from here."""
+    """The header cannot be read beyond this point."""
 
     def __init__(self, text: str, offset: int) -> None:
         super().__init__(text)
@@ -221,7 +221,7 @@ class _Reader:
 
 
 def read_into(fd: int, at: int, out: npt.NDArray[np.uint8]) -> int:
-    """Fill contiguous `out` with the bytes of a file from `at` on; returns how many there were. Raises OSError."""
+    """Fill contiguous `out` with the bytes of a file from `at` on; returns the number of bytes read. Raises OSError."""
     view, done = out.reshape(-1).data, 0
     while done < len(view):
         n = os.preadv(fd, [view[done:]], at + done)
@@ -232,7 +232,7 @@ def read_into(fd: int, at: int, out: npt.NDArray[np.uint8]) -> int:
 
 
 def regular(path: Path) -> int:
-    """The bytes of a file. Raises SourceError where there is none to read."""
+    """The size of a file in bytes. Raises SourceError if it cannot be read or is not a regular file."""
     try:
         info = os.stat(path)
     except OSError as e:
@@ -243,8 +243,8 @@ def regular(path: Path) -> int:
 
 
 def read(path: Path, findings: Findings) -> Gguf | None:
-    """The header of a file. What is wrong in it goes to `findings`; None when it cannot be read to its end.
-    Raises SourceError when the file itself cannot be read."""
+    """Read the header of a file. Faults go to `findings`; returns None if the header cannot be read to its end. Raises
+    SourceError if the file itself cannot be read."""
     size = regular(path)
     try:
         with open(path, "rb") as file:
@@ -321,7 +321,7 @@ def _alignment(keys: dict[str, Key], file: str, findings: Findings) -> int:
 def _info(
     r: _Reader, i: int, file: str, findings: Findings, seen: set[str]
 ) -> tuple[str, tuple[int, ...], QType, int, int] | None:
-    """A tensor's entry; None when it makes no sense."""
+    """Read a tensor's entry; None if it is invalid."""
     at = r.at
     name = r.text(f"the name of tensor {i}", MAX_NAME_BYTES)
     n_dims = r.u32(f"the dimensions of '{name}'")

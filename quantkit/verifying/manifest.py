@@ -24,7 +24,7 @@ _MOST = 1 << 28
 
 
 def make(files: Sequence[Gguf], digests: Digests) -> dict[str, Any]:
-    """The manifest of sound files."""
+    """Make the manifest of files without findings."""
     return {
         "quantkit_manifest": VERSION,
         "files": [{"name": g.name, "bytes": g.nbytes, "sha256": digests.files[g.name]} for g in files],
@@ -44,12 +44,12 @@ def make(files: Sequence[Gguf], digests: Digests) -> dict[str, Any]:
 
 
 def write_json(path: Path, value: Mapping[str, Any], replace: bool = False) -> None:
-    """Write a JSON file whole or not at all. Raises OutputError, for one that is there and not to be replaced too."""
+    """Write a JSON file atomically. Raises OutputError, also if it exists and `replace` is false."""
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n", replace)
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:
-    """A JSON object. Raises SourceError."""
+    """Read a JSON object. Raises SourceError."""
     try:
         if regular(path) > _MOST:
             raise SourceError(f"{path}: too large for {what} (at most {_MOST:,} bytes)")
@@ -67,7 +67,7 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A manifest, its form checked. Raises SourceError."""
+    """Read a manifest and check its form. Raises SourceError."""
     value = read_json(path, "a manifest")
     shape = {"files": {"name": str, "bytes": int, "sha256": str}}
     shape["tensors"] = {**shape["files"], "file": str, "type": str, "shape": list}
@@ -85,7 +85,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def compare(given: Mapping[str, Any], files: Sequence[Gguf], digests: Digests, findings: Findings) -> None:
-    """What differs from a manifest. Files go by name; where all were renamed alike, by their place."""
+    """Report differences from a manifest. Files are matched by name; if no name matches, by their order."""
     want = {f["name"]: f for f in given["files"]}
     there = {g.name: g for g in files}
     renamed: dict[str, str] = {}

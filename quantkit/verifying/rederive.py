@@ -1,8 +1,8 @@
-"""Sampled rows made again from the source and compared with the file bit for bit.
+"""Makes sampled rows again from the source, and compares them with the file bit for bit.
 
-A row is read from the source, made float32 (derive.py), quantized by ggml's own function with its
-expert's slice of the importance matrix (ggml.py), and compared with the bytes in the file. Rows do not
-depend on each other, so one row proves itself, and `all` proves the file.
+A row is read from the source, converted to float32 (derive.py), quantized by ggml's own function with its expert's
+slice of the importance matrix (ggml.py), and compared with the bytes in the file. Rows are independent: each sampled
+row proves itself, and `all` proves the file.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from .gguf import Gguf, Info, read_into
 from .rounding import Rounder
 from .verdict import KEPT_EACH, Finding, Findings, Progress
 
-#: values of a batch: 4 MiB as float32
+#: values per batch: 4 MiB as float32
 _BATCH = 1 << 20
 _SHOWN = 8
-#: the tensor whose entry may have another size: then it has none (src/llama-quant.cpp)
+#: the only tensor whose entry may have the wrong size; it then counts as missing (src/llama-quant.cpp)
 _EXCUSED = "token_embd.weight"
 
 
 class Weights(Protocol):
-    """An importance matrix, with what a policy puts in the place of what it lacks."""
+    """An importance matrix whose gaps a policy has filled."""
 
     @property
     def path(self) -> Path: ...
@@ -49,21 +49,21 @@ class Weights(Protocol):
 
 
 class Sample(NamedTuple):
-    """How many rows: a fraction of them, or a number; of each matrix one at least."""
+    """How many rows to take: a fraction, or a number; at least one of each matrix."""
 
     text: str
     fraction: float | None
     n_rows: int | None = None
 
     def of(self, total_rows: int) -> float:
-        """The fraction of `total_rows`."""
+        """The number of rows as a fraction of `total_rows`."""
         if self.fraction is not None:
             return self.fraction
         return min(1.0, (self.n_rows or 0) / max(1, total_rows))
 
 
 def parse_sample(text: str) -> Sample:
-    """'1%', '0.1%', 'all', or a number of rows. Raises ValueError."""
+    """Parse '1%', '0.1%', 'all', or a number of rows. Raises ValueError."""
     said = text.strip().lower()
     if said == "all":
         return Sample(said, 1.0)
@@ -77,13 +77,13 @@ def parse_sample(text: str) -> Sample:
 
 
 def n_chosen(n_rows: int, fraction: float) -> int:
-    """How many rows of a matrix of `n_rows` are taken: one at least."""
+    """The number of rows taken from a matrix of `n_rows`: at least one."""
     return min(n_rows, max(1, round(fraction * n_rows)))
 
 
 def choose(n_rows: int, fraction: float, seed: int, name: str, mat: int) -> I64:
-    """Numbers of the rows that are taken from a matrix of `n_rows`, ascending: one from each of as many
-    equal stretches as there are rows to take, so that no part of it goes unseen."""
+    """Indices of the rows taken from a matrix of `n_rows`, ascending. The matrix is divided into as many equal
+    stretches as there are rows to take, and each gives one, so that no part is missed."""
     n = n_chosen(n_rows, fraction)
     if n == n_rows:
         return np.arange(n_rows)
@@ -94,7 +94,7 @@ def choose(n_rows: int, fraction: float, seed: int, name: str, mat: int) -> I64:
 
 @dataclass(frozen=True)
 class RowCheck:
-    """What rows are compared with, and which."""
+    """What to compare rows with, and which rows."""
 
     catalogue: Catalogue
     source: Source
@@ -103,12 +103,12 @@ class RowCheck:
     sample: Sample
     seed: int
     rounding: Rounding | None = None
-    """of the tensors that ggml did not round"""
+    """how tensors were rounded that ggml did not round"""
     rounder: Rounder | None = None
-    """what makes their rows again; without it they are left out"""
+    """makes the rows of those tensors again; without it they are left out"""
 
     def by_rounder(self, name: str, mat: int) -> Choice | None:
-        """What rounds a matrix of a tensor; None where ggml does."""
+        """The rounding of a matrix; None if ggml rounds it."""
         choice = None if self.rounding is None else self.rounding.of(name)
         return None if self.rounding is None or self.rounding.is_thin(name, mat) else choice
 
@@ -128,8 +128,8 @@ class _Batch(NamedTuple):
 
 
 def check_imatrix(rows: RowCheck, types: Mapping[str, str]) -> None:
-    """Raise ImatrixError when an entry that is needed is not there or does not fit; KernelError when this
-    ggml cannot make a type. `types`: tensor name -> type."""
+    """Raise ImatrixError if a required entry is missing or does not fit; KernelError if this ggml cannot make a type.
+    `types`: tensor name -> type."""
     for t in rows.catalogue.tensors:
         type_ = types.get(t.name)
         if type_ is None or type_ == t.source_type:
@@ -150,7 +150,7 @@ def check_imatrix(rows: RowCheck, types: Mapping[str, str]) -> None:
 
 
 def can_compare(rows: RowCheck, name: str, type_: str) -> bool:
-    """Whether rows of that type can be made for a tensor, with the importance matrix that there is."""
+    """Whether rows of a tensor can be made in a type, with the given importance matrix."""
     tensor = next((t for t in rows.catalogue.tensors if t.name == name), None)
     if tensor is None or type_ not in QTYPES or type_ in INTEGER_TYPES or tensor.n_cols % QTYPES[type_].block:
         return False
@@ -169,9 +169,9 @@ def rederive(
     n_threads: int,
     progress: Progress,
 ) -> tuple[int, int, dict[str, int]]:
-    """Compare the sampled rows of every tensor that has the type it should (`types`: name -> type) and the
-    shape of the source's. Returns (rows compared, rows there are, sampled rows of each tensor that were left
-    out). Raises SourceError, ImatrixError, KernelError when the comparison itself is not possible."""
+    """Compare the sampled rows of every tensor that has its expected type (`types`: name -> type) and the source's
+    shape. Returns (rows compared, rows in all, sampled rows left out by tensor). Raises SourceError, ImatrixError or
+    KernelError if the comparison itself is impossible."""
     check_imatrix(rows, types)
     by_name = {t.name: t for t in rows.catalogue.tensors}
     pairs: list[tuple[Gguf, Info, Tensor]] = []
@@ -180,7 +180,7 @@ def rederive(
         for info in g.tensors:
             t = by_name.get(info.name)
             if t is None or types.get(info.name) != info.type.name or prod(t.shape) != prod(info.shape):
-                continue  # a finding already
+                continue  # already a finding
             if t.n_cols == info.shape[0] and info.end <= g.nbytes and info.name not in done:
                 pairs.append((g, info, t))
                 done.add(info.name)
@@ -232,12 +232,12 @@ class _Worker:
             return
         there = _stored(batch, due.shape[1])
         bad = np.flatnonzero((there != due).any(axis=1))
-        for nth, i in enumerate(bad[: KEPT_EACH + 1]):  # the last stands for all that are not kept
+        for nth, i in enumerate(bad[: KEPT_EACH + 1]):  # the last one stands for all that are not kept
             times = 1 if nth < KEPT_EACH else len(bad) - KEPT_EACH
             self._differs(batch, int(batch.rows[i]), due[i], there[i], times)
 
     def _due(self, batch: _Batch) -> U8 | str:
-        """The bytes that the rows must have, or why they cannot be known."""
+        """The bytes that the rows must have, or the reason they cannot be derived."""
         type_ = batch.info.type.name
         copy = self.deriver.stored(batch.tensor, batch.rows, type_)
         if copy is not None:
@@ -249,7 +249,7 @@ class _Worker:
             return due
         try:
             self.rows.rounder.improve(values, due, type_, (batch.tensor.name, batch.mat), choice)
-        except (KernelError, NoInputsError) as e:  # whatever the file claims, no build has made that
+        except (KernelError, NoInputsError) as e:  # no build can have made this, whatever the file claims
             return str(e)
         return due
 
@@ -285,7 +285,7 @@ class _Worker:
 
 
 def _stored(batch: _Batch, row_bytes: int) -> U8:
-    """The rows as the file has them, uint8 [n_rows, row_bytes]."""
+    """The rows as stored in the file, uint8 [n_rows, row_bytes]."""
     out = np.empty((len(batch.rows), row_bytes), np.uint8)
     runs: list[npt.NDArray[np.intp]] = np.split(
         np.arange(len(batch.rows)), np.flatnonzero(np.diff(batch.rows) != 1) + 1
@@ -307,7 +307,7 @@ def _stored(batch: _Batch, row_bytes: int) -> U8:
 
 
 def is_zero(rows: RowCheck, info: Info, mat: int) -> bool:
-    """Whether all of a tensor's matrix is 0 in the source; False where the source has no such tensor. Raises
+    """Whether a matrix of a tensor is all zeros in the source; False if the source has no such tensor. Raises
     SourceError."""
     tensor = next((t for t in rows.catalogue.tensors if t.name == info.name), None)
     if tensor is None or prod(tensor.shape) != prod(info.shape):
@@ -321,7 +321,7 @@ def is_zero(rows: RowCheck, info: Info, mat: int) -> bool:
 
 
 def check_source(catalogue: Catalogue) -> Source:
-    """The weights of a model. Raises SourceError where only its headers are known."""
+    """The weights of a model. Raises SourceError if only its headers are known."""
     if catalogue.source is None:
         raise SourceError(
             catalogue.lacks

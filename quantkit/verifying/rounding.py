@@ -1,7 +1,7 @@
-"""What a file says of its tensors that ggml did not round: keys of quantkit.rounding.*, read back.
+"""Reads back what a file records about tensors that ggml did not round: the keys quantkit.rounding.*.
 
-Rows of them are made again by quantkit's own rounding, handed in from outside: it has no second implementation, so that
-their bytes are right is checked, and that the method is, is not.
+Their rows are made again by quantkit's own rounding, which the caller passes in. There is no second implementation, so
+this checks that the bytes follow from the method, not that the method is right.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _OPTIONS = re.compile(r"damp ([0-9.e+-]{1,30})(, search)?")
 
 
 class Rounder(Protocol):
-    """Makes rows again as a build does (quantkit.rounding.rounder)."""
+    """Makes rows again, as a build does (quantkit.rounding.rounder)."""
 
     def improve(
         self, rows: npt.NDArray[np.float32], blocks: npt.NDArray[np.uint8], type_: str, matrix: tuple[str, int],
@@ -45,23 +45,23 @@ class Rounder(Protocol):
 
 
 class Recorded(NamedTuple):
-    """What a file says of its rounding."""
+    """A file's record of its rounding."""
 
     rounding: Rounding
     covariance: str
-    """its digest, or that of the pass that computed it while the file was built"""
+    """its digest, or the digest of the pass that computed it during the build"""
     held_out: str
-    """'' where there was none"""
+    """'' if there was none"""
 
 
 def headers(out: Path) -> Iterator[Gguf]:
-    """The headers of a file, or of a set of shards, that can be read."""
+    """The readable headers of a file, or of a set of shards."""
     return (g for path in paths_of(out, Findings()) if (g := read(path, Findings())) is not None)
 
 
 def recorded(files: Iterable[Gguf]) -> Recorded | None:
-    """What the first file that says something says; None where none does. Raises SourceError for what no build
-    writes."""
+    """Return the rounding recorded in the first file that records any; None if none does. Raises SourceError for
+    contents that no build writes."""
     for g in files:
         if any(name.startswith(PREFIX) for name in g.keys):
             try:
@@ -104,7 +104,7 @@ def _n_mats(info: Info | None) -> int:
 
 
 def _texts(raw: bytes) -> list[str]:
-    """The strings of an array."""
+    """The strings of a GGUF array value."""
     element, n = struct.unpack_from("<IQ", raw)
     if element != _STR:
         raise ValueError("tensors are no text")
@@ -117,7 +117,7 @@ def _texts(raw: bytes) -> list[str]:
 
 
 def first_difference(expected: bytes, found: bytes) -> tuple[str, str]:
-    """Of two arrays of strings the first that differ; 'nothing' where one has no more."""
+    """The first strings that differ between two arrays; 'nothing' where one array is shorter."""
     try:
         a, b = _texts(expected), _texts(found)
     except (ValueError, struct.error):
@@ -132,7 +132,7 @@ def _names(pattern: str) -> list[str]:
 
 
 def _numbers(text: str) -> list[int]:
-    """'3-5,8' as 3, 4, 5, 8."""
+    """Parse '3-5,8' into [3, 4, 5, 8]."""
     out: list[int] = []
     for some in text.split(","):
         first, _, last = some.partition("-")
@@ -144,7 +144,7 @@ def _numbers(text: str) -> list[int]:
 
 
 def require_covariance(said: Recorded | None, covariance: CovarianceSource | None) -> None:
-    """Raise SourceError for another covariance than the file was rounded by."""
+    """Raise SourceError if the covariance is not the one the file was rounded with."""
     if said is None or covariance is None:
         return
     held_out = "" if covariance.held_out is None else covariance.held_out.digest
@@ -161,8 +161,8 @@ def require_covariance(said: Recorded | None, covariance: CovarianceSource | Non
 def settled(
     plan: Plan | None, said: Recorded | None, covariance: CovarianceSource | None
 ) -> tuple[Plan | None, Rounding | None, list[str]]:
-    """A plan as rows are to be compared by, what rounds its tensors, and notes: where it says nothing of rounding, the
-    file's own words count. Raises SourceError for another covariance than the file's."""
+    """Return the plan to compare rows by, the rounding of its tensors, and notes. If the plan says nothing about
+    rounding, the file's own record counts. Raises SourceError for a covariance other than the file's."""
     require_covariance(said, covariance)
     if plan is not None and _says(plan):
         if plan.rounding is not None and said is not None:
@@ -178,13 +178,13 @@ def settled(
 
 
 def _says(plan: Plan) -> bool:
-    """Whether its recipe, or who gave it, says how to round; ggml's rounding, too."""
+    """Whether the recipe or the user specifies a rounding, be it ggml's."""
     recipe = plan.recipe
     return plan.rounding is not None or recipe.rounding is not None or any(rule.rounding for rule in recipe.rules)
 
 
 def remark(said: Recorded | None) -> list[str]:
-    """What is to be said of a file with tensors that ggml did not round."""
+    """A note on tensors that ggml did not round."""
     if said is None:
         return []
     by: dict[str, int] = {}

@@ -1,4 +1,4 @@
-"""A verification from the header to the verdict: every level that there is something to compare with."""
+"""Runs a verification from the header to the verdict, at every level for which there is something to compare with."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .verdict import Finding, Progress, Verdict
 
 @dataclass(frozen=True)
 class Request:
-    """What to check a file against; nothing is its own structure and scales."""
+    """What to check a file against; with nothing given, only its structure and scales are checked."""
 
     out: Path
     """the file, or any shard of a set"""
@@ -36,10 +36,10 @@ class Request:
     attested: Attested | None = None
     hash_source: bool = False
     hashing: bool = False
-    """make digests, for a manifest that is to be written"""
+    """compute digests, for writing a manifest"""
     n_threads: int = 1
     recorded: rounding.Recorded | None = None
-    """what the file says of tensors that ggml did not round"""
+    """the file's record of tensors that ggml did not round"""
 
 
 @dataclass
@@ -50,8 +50,8 @@ class Outcome:
 
 
 def verify(request: Request, progress: Progress) -> Outcome:
-    """Check a file or a set of shards. What is wrong with it is in the verdict's findings; errors are raised
-    where the checking itself cannot be done: SourceError, ImatrixError, KernelError."""
+    """Check a file or a set of shards. Faults of the file become findings of the verdict. Raises SourceError,
+    ImatrixError or KernelError only if the check itself is impossible."""
     verdict = Verdict([], 0)
     findings = verdict.findings
     found = structure.check(request.out, findings)
@@ -64,7 +64,7 @@ def verify(request: Request, progress: Progress) -> Outcome:
     verdict.notes += rounding.remark(request.recorded)
     verdict.kind = kind_of(first) if first is not None else ""
     if verdict.kind and (expected is not None or plan is not None or rows is not None):
-        verdict.skipped = True  # every comparison would only say the same
+        verdict.skipped = True  # every comparison would only repeat that it is no model
         expected = plan = rows = None
     if plan is not None:
         verdict.recipe = plan.recipe.name
@@ -104,7 +104,7 @@ _NAMED_TENSORS, _NAMED_MATRICES = 3, 8
 
 
 def _of_empty(found: list[tuple[Info, list[int]]], rows: RowCheck | None) -> Iterator[str]:
-    """A note on matrices of which every block's scale is 0, but for those that are zeros in the source too."""
+    """A note on matrices whose block scales are all 0, except those that are zeros in the source too."""
     if rows is not None:
         found = [(info, [m for m in numbers if not is_zero(rows, info, m)]) for info, numbers in found]
     some = [(info, numbers) for info, numbers in found if numbers]
@@ -126,8 +126,8 @@ def _of_empty(found: list[tuple[Info, list[int]]], rows: RowCheck | None) -> Ite
 
 
 def _other_types(found: structure.Set, expected: list[Expected], rows: RowCheck) -> dict[str, str]:
-    """The types of tensors that have another than expected, so that their rows are compared as what they say they are:
-    that tells another recipe's file from a damaged one."""
+    """Actual types of tensors whose type is not as expected. Comparing rows by these tells another recipe's file from a
+    damaged one."""
     wanted = {t.name: t.type for t in expected}
     return {
         t.name: t.type.name
@@ -147,7 +147,7 @@ def _require_imatrix(request: Request, found: structure.Set) -> None:
 
 
 def _own_types(request: Request, found: structure.Set, verdict: Verdict) -> dict[str, str]:
-    """Without a plan: the types that the file itself has, and the names and shapes that the source has."""
+    """Without a plan: return the file's own types, and check its names and shapes against the source."""
     assert request.rows is not None
     types = {t.name: t.type.name for g in found.files for t in g.tensors}
     wanted = []

@@ -1,7 +1,7 @@
-"""Every byte of a file once: block scales that are NaN or Inf, and the SHA-256 of files and tensors.
+"""Reads every byte of a file once: finds block scales that are NaN or Inf, and computes SHA-256 of files and tensors.
 
-Where the float16 scales are in a block of each type: ggml/src/ggml-common.h. What may not be stored is
-what ggml_validate_row_data refuses when a model is loaded with --check-tensors.
+The positions of the float16 scales in each type's blocks are from ggml/src/ggml-common.h. The forbidden values are
+those that ggml_validate_row_data refuses when a model is loaded with --check-tensors.
 """
 
 from __future__ import annotations
@@ -36,14 +36,13 @@ F16_SCALES: dict[str, tuple[int, ...]] = {
 }  # fmt: skip
 #: IQ1_M spreads its float16 over the high nibbles of four u16; the exponent is in the last of them
 _IQ1_M_EXPONENT = 55
-#: the exponent bits of float16 and their value for NaN and Inf, in its high byte
+#: mask of float16's exponent bits, in its high byte; all set: NaN or Inf
 _F16_EXPONENT = 0x7C
 
 
 def bad_blocks(raw: U8, qt: QType) -> npt.NDArray[np.int64]:
-    """The numbers of the blocks of `raw`, uint8 [n x block_bytes], whose scale (or value, for float types) is
-    NaN or Inf."""
-    if qt.name in IK_TYPES:  # of these only the size is known
+    """Indices of the blocks in `raw`, uint8 [n x block_bytes], whose scale (for float types: value) is NaN or Inf."""
+    if qt.name in IK_TYPES:  # only their size is known
         return np.empty(0, np.int64)
     blocks = raw.reshape(-1, qt.block_bytes)
     bad = np.zeros(len(blocks), bool)
@@ -64,11 +63,11 @@ def bad_blocks(raw: U8, qt: QType) -> npt.NDArray[np.int64]:
 
 
 def zero_blocks(raw: U8, qt: QType) -> npt.NDArray[np.bool_] | None:
-    """Which blocks of `raw`, uint8 [n x block_bytes], have only scales of 0, and so only weights of 0; None for types
-    that show it otherwise."""
+    """Which blocks in `raw`, uint8 [n x block_bytes], have only scales of 0, and so only weights of 0; None for types
+    whose scales do not show it."""
     blocks = raw.reshape(-1, qt.block_bytes)
     zero: npt.NDArray[np.bool_]
-    if qt.name == "IQ1_M":  # the high nibbles of four u16, the sign left out
+    if qt.name == "IQ1_M":  # the high nibbles of four u16, without the sign
         zero = ((blocks[:, 49] | blocks[:, 51] | blocks[:, 53]) & 0xF0 | blocks[:, 55] & 0x70) == 0
         return zero
     if qt.name not in F16_SCALES or qt.is_float:
@@ -80,7 +79,7 @@ def zero_blocks(raw: U8, qt: QType) -> npt.NDArray[np.bool_] | None:
 
 
 class Empty:
-    """Collects from any thread which matrices of a tensor have a block with a scale that is not 0."""
+    """Records, from any thread, which matrices of a tensor have a block with a non-zero scale."""
 
     def __init__(self) -> None:
         self._full: dict[tuple[str, str], npt.NDArray[np.bool_]] = {}
@@ -88,7 +87,7 @@ class Empty:
         self._lock = threading.Lock()
 
     def see(self, g: Gguf, info: Info, at: int, raw: U8) -> None:
-        """`raw`: whole blocks of a tensor from its byte `at` on."""
+        """Record `raw`, whole blocks of a tensor from its byte `at` on."""
         if len(info.shape) < 2 or info.type.row_extra:
             return
         zero = zero_blocks(raw, info.type)
@@ -104,7 +103,7 @@ class Empty:
             self._n_bytes[g.name, info.name] += len(raw)
 
     def matrices(self, files: Sequence[Gguf]) -> list[tuple[Info, list[int]]]:
-        """The tensors with matrices of nothing but zeros, of those that were seen whole."""
+        """The tensors, of those seen completely, that have all-zero matrices, and the indices of these."""
         out = []
         for g in files:
             for info in g.tensors:
@@ -133,8 +132,8 @@ class _Chunk(NamedTuple):
 def scan(
     files: Sequence[Gguf], findings: Findings, n_threads: int, progress: Progress, hashing: bool, empty: Empty
 ) -> Digests:
-    """Check the scales of every block of every tensor, tell `empty` of those that are 0, and with `hashing` compute the
-    digests on the way. Memory is a few chunks of 8 MiB a thread. Raises SourceError when a file cannot be read."""
+    """Check the scales of every block of every tensor, report zero scales to `empty`, and with `hashing` compute
+    digests on the way. Uses a few chunks of 8 MiB per thread. Raises SourceError if a file cannot be read."""
     digests = Digests()
     if hashing:
         progress.start("hashes and scales", sum(g.nbytes for g in files), "B")
@@ -160,8 +159,8 @@ def scan(
 
 
 def _apart(g: Gguf) -> Iterator[Info]:
-    """The tensors in the order of their data, without those that overlap one before: no byte is read twice,
-    whatever a header claims."""
+    """The tensors in the order of their data, without those that overlap an earlier one, so that no byte is read twice,
+    whatever the header claims."""
     end = 0
     for t in sorted(g.tensors, key=lambda t: (t.start, t.end)):
         if t.start >= end:
@@ -208,7 +207,7 @@ def _check(g: Gguf, info: Info, at: int, raw: U8, findings: Findings) -> None:
 
 
 class _Hasher:
-    """Goes through one file after another: each byte is read once, for the file's hash, the tensor's and the scales."""
+    """Processes whole files: each byte is read once, for the file's hash, the tensor's hash and the scales."""
 
     def __init__(self, findings: Findings, progress: Progress, digests: Digests, empty: Empty) -> None:
         self.findings, self.progress, self.digests, self.empty = findings, progress, digests, empty
@@ -220,7 +219,7 @@ class _Hasher:
         with ThreadPoolExecutor(2, "hash") as pool:
             for t in _apart(g):
                 if t.end > g.nbytes:
-                    continue  # cut off: found before, and no manifest is made of it
+                    continue  # truncated: already a finding, and no manifest is made of it
                 self._through(g, at, t.start, [whole], pool)
                 own = hashlib.sha256()
                 self._through(g, t.start, t.end, [whole, own], pool, t)

@@ -1,4 +1,4 @@
-"""What the headers of a file, or of all its shards, must be; where the data must lie; zeros between them."""
+"""Checks the headers of a file, or of all its shards: layout of the data, padding, lengths, split keys."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from ..gguf.types import IK_TYPES
 from .gguf import Gguf, aligned, kind_of, read, regular
 from .verdict import Finding, Findings
 
-#: capitals too: so some downloads have them, though llama.cpp wants small letters
+#: in any case: some downloads use capitals, though llama.cpp wants lower case
 SHARD_NAME = re.compile(r"^(?P<prefix>.+)-(?P<no>\d{5})-of-(?P<count>\d{5})\.gguf$", re.IGNORECASE)
 _USUAL_NAME = re.compile(r".*-of-\d{5}\.gguf$", re.DOTALL)
-#: split key -> the type that llama-gguf-split, llama-quantize and gguf-py give it
+#: split key -> its type in llama-gguf-split, llama-quantize and gguf-py
 SPLIT_KEYS = {"split.no": "u16", "split.count": "u16", "split.tensors.count": "i32"}
 _CHUNK = 1 << 20
 
@@ -26,9 +26,9 @@ class Set(NamedTuple):
 
     files: tuple[Gguf, ...]
     whole: bool
-    """whether every file of the set is there and its header could be read"""
+    """whether every file of the set exists and has a readable header"""
     names: tuple[tuple[str, int], ...]
-    """(name, bytes) of every file that is there"""
+    """(name, bytes) of every file that exists"""
 
     def first(self) -> Gguf | None:
         """The file with the model's keys: shard 1, or the only one; None if it could not be read."""
@@ -40,8 +40,7 @@ class Set(NamedTuple):
 
 
 def paths_of(out: Path, findings: Findings) -> list[Path]:
-    """The file, or every shard of the set that it belongs to: those that are there. Raises SourceError when
-    `out` itself is not."""
+    """The file, or every existing shard of its set. Raises SourceError if `out` itself does not exist."""
     if os.path.isdir(out):
         found = sorted(p.name for p in out.glob("*.gguf"))
         hint = f", such as {out / found[0]}" if found else ""
@@ -91,7 +90,7 @@ def check(out: Path, findings: Findings) -> Set:
 
 
 def remarks(files: Iterable[Gguf]) -> Iterator[str]:
-    """What is unusual about files, and yet no fault."""
+    """Notes on unusual properties that are no faults."""
     old = [g.name for g in files if g.version == 2]
     if old:
         yield f"{old[0]} is of GGUF version 2, as llama.cpp wrote it in 2023; it reads as version 3 does"
@@ -107,7 +106,7 @@ def remarks(files: Iterable[Gguf]) -> Iterator[str]:
 
 
 def _check_model_keys(g: Gguf, findings: Findings) -> None:
-    if kind_of(g) == "an importance matrix":  # it has no such key
+    if kind_of(g) == "an importance matrix":  # has no general.architecture
         return
     key = g.keys.get("general.architecture")
     if key is None or key.type_name != "str":
@@ -116,12 +115,13 @@ def _check_model_keys(g: Gguf, findings: Findings) -> None:
 
 
 def _check_layout(g: Gguf, findings: Findings) -> None:
-    """Each tensor begins where the one before it ends, padded; the last ends with the file. gguf.cpp refuses others.
-    Types of ik_llama.cpp have had other sizes over time: what lies behind such a tensor may be its own."""
+    """Check that each tensor begins where the one before it ends, padded, and that the last ends with the file;
+    gguf.cpp refuses anything else. The sizes of ik_llama.cpp's types have changed over time, so bytes after such a
+    tensor may be its own."""
     at = g.data_start
     loose = False
     if not g.tensors and g.n_claimed == 0 and g.nbytes == g.header_end:
-        return  # a first shard without tensors: nothing to pad
+        return  # a first shard without tensors has no padding
     in_order = sorted(g.tensors, key=lambda t: (t.start, t.end))
     for t in g.tensors:
         if (t.start - g.data_start) % g.alignment:
@@ -167,7 +167,7 @@ def _check_layout(g: Gguf, findings: Findings) -> None:
 
 
 def _begins_at(g: Gguf, at: int) -> bool:
-    """Whether a GGUF's magic is there. Raises SourceError."""
+    """Whether a GGUF's magic is at `at`. Raises SourceError."""
     try:
         with open(g.path, "rb", buffering=0) as file:
             return os.pread(file.fileno(), 4, at) == b"GGUF"
@@ -176,7 +176,7 @@ def _begins_at(g: Gguf, at: int) -> bool:
 
 
 def _check_padding(g: Gguf, findings: Findings) -> None:
-    """Zeros wherever no tensor and no header is. Not judged where the place of some tensor is not known.
+    """Check that everything outside the header and the tensors is zero. Skipped if the place of any tensor is unknown.
     Raises SourceError."""
     if len(g.tensors) != g.n_claimed:
         return

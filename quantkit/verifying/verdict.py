@@ -1,4 +1,4 @@
-"""Findings: what is wrong with a file, where, what was expected and what is there; and what they come to."""
+"""Findings, which say what is wrong with a file, where, and what was expected; and the verdict over them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol
 
 from ..base.errors import DamageError
 
-#: findings of one kind that are kept for one tensor, or one file; the others are counted
+#: findings kept per kind, tensor and file; the others are only counted
 KEPT_EACH = 16
 #: findings kept in all
 KEPT = 10_000
@@ -23,7 +23,7 @@ KINDS = (
 
 
 class Finding(NamedTuple):
-    """Something that is not as it should be."""
+    """One fault of a file."""
 
     kind: str
     """one of KINDS"""
@@ -54,8 +54,8 @@ class Finding(NamedTuple):
 
 
 class Findings:
-    """Collects findings from any thread. Of each kind, tensor and file the first KEPT_EACH by place are kept, KEPT in
-    all: which they are does not depend on the order in which threads find them."""
+    """Collects findings from any thread. Keeps the first KEPT_EACH by place per kind, tensor and file, and KEPT in
+    all; which ones does not depend on the order in which threads find them."""
 
     def __init__(self) -> None:
         self._kept: defaultdict[tuple[str, str, str], list[Finding]] = defaultdict(list)
@@ -65,7 +65,7 @@ class Findings:
         self._lock = threading.Lock()
 
     def add(self, finding: Finding, times: int = 1) -> None:
-        """Note a finding, which stands for `times` of its kind."""
+        """Add a finding that stands for `times` of its kind."""
         with self._lock:
             self._counts[finding.kind] += times
             if finding.kind in ("plan", "metadata"):
@@ -80,7 +80,7 @@ class Findings:
                 self._drop()
 
     def _drop(self) -> None:
-        """Keep the first KEPT only."""
+        """Keep only the first KEPT."""
         kept = self._first()
         self._kept.clear()
         for f in kept:
@@ -97,13 +97,13 @@ class Findings:
 
     @property
     def n_other_types(self) -> int:
-        """How many tensors have another type than the plan says."""
+        """The number of tensors whose type is not the plan's."""
         return self._texts["plan", "type"]
 
     @property
     def tell_of_another_recipe(self) -> bool:
-        """Whether all that was found is what a sound file shows that another recipe made: other types, the bytes that
-        follow from them, and keys."""
+        """Whether the findings are only those of a sound file from another recipe: other types, the sizes that follow
+        from them, and keys."""
         return (
             self.n_other_types > 0
             and all(kind in ("plan", "metadata") for kind in self.counts())
@@ -112,8 +112,8 @@ class Findings:
 
     @property
     def tell_of_other_sources(self) -> bool:
-        """Whether the file is as it was attested, and only what was given as its source or matrix is not: then rows and
-        keys that differ from those are no fault of the file."""
+        """Whether the file matches its attestation, and only the given source or matrix does not. Rows and keys that
+        differ are then no fault of the file."""
         return self._counts["source"] > 0 and self.counts().keys() <= {"source", "plan", "metadata", "row"}
 
     def counts(self) -> dict[str, int]:
@@ -121,13 +121,13 @@ class Findings:
         return {kind: self._counts[kind] for kind in KINDS if self._counts[kind]}
 
     def kept(self) -> list[Finding]:
-        """By kind, file and place."""
+        """The kept findings, by kind, file and place."""
         with self._lock:
             return self._first()
 
 
 def _place(finding: Finding) -> tuple[int, str, int, str, int, str]:
-    """What findings are sorted by."""
+    """The sort key of findings."""
     offset, row = finding.offset, finding.row
     return (
         KINDS.index(finding.kind), finding.file, -1 if offset is None else offset, finding.tensor,
@@ -136,7 +136,7 @@ def _place(finding: Finding) -> tuple[int, str, int, str, int, str]:
 
 
 class Progress(Protocol):
-    """Told of each stage, and how far it is."""
+    """Receives the start of each stage, and its progress."""
 
     def start(self, stage: str, total: int, unit: str) -> None: ...
     def advance(self, n: int) -> None: ...
@@ -144,7 +144,7 @@ class Progress(Protocol):
 
 @dataclass
 class Verdict:
-    """What a verification came to."""
+    """The result of a verification."""
 
     files: list[tuple[str, int]]
     """(name, bytes) of the files that were read"""
@@ -153,11 +153,11 @@ class Verdict:
     checked: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     kind: str = ""
-    """what it is, if it is no model: 'an importance matrix'"""
+    """what the file is if it is no model, such as 'an importance matrix'"""
     recipe: str = ""
-    """the name of the one it was compared with"""
+    """name of the recipe it was compared with"""
     skipped: bool = False
-    """a model was asked for, and since this is none nothing was compared"""
+    """nothing was compared, since a model was asked for and this is none"""
 
     @property
     def ok(self) -> bool:
@@ -165,7 +165,7 @@ class Verdict:
 
     @property
     def exit_code(self) -> int:
-        """0, 1 for a sound file that is another than was asked for, DamageError's for a damaged one."""
+        """0 if OK, 1 for a sound file that is not the one asked for, DamageError's for a damaged one."""
         if self.ok:
             return 0
         found = self.findings

@@ -1,2 +1,2 @@
-"""Which quantization for which machine: candidates (recipes, files, what a repository has), how each would run, what is
-known of its quality, and their order."""
+"""Which quantization suits a machine: candidates (recipes, files, a repository's files), how each would run, what is
+known about its quality, and their order."""

@@ -1,4 +1,4 @@
-"""What could be run: recipes on a model, a GGUF as it is, and the published files of a repository."""
+"""The candidates to run: recipes on a model, a GGUF as it is, and the published files of a repository."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from ...planning.fit import Layer, PlacedBytes, weigh
 from ...planning.plan import make_plan
 from ...recipe.load import Recipe
 
-#: bits a weight that a model can have; what a repository has beyond that is another model
+#: plausible range of bits per weight; files of a repository outside of it belong to another model
 _FEWEST, _MOST_BITS = 1.0, 33.0
-#: shipped recipes that are there to be compared with, not for use
+#: shipped recipes that exist for comparison only
 _CONTROL = "NAIVE-"
 
 
 class Kind(TextEnum):
-    """What a candidate is."""
+    """The kind of a candidate."""
 
     RECIPE = "recipe"
     FILE = "file"
@@ -30,7 +30,7 @@ class Kind(TextEnum):
 
 @dataclass(frozen=True)
 class Candidate:
-    """Something that could be run."""
+    """A quantization that could be run."""
 
     name: str
     kind: Kind
@@ -40,11 +40,11 @@ class Candidate:
     files: tuple[str, ...] = ()
     """of a repository"""
     like: str = ""
-    """published files: the recipe by whose layers their bytes are spread, since only their sizes are known"""
+    """for published files, whose sizes alone are known: the recipe whose layers give the distribution of their bytes"""
 
 
 class Memory(NamedTuple):
-    """What is kept beside the weights."""
+    """The memory needed besides the weights."""
 
     context: int
     """tokens"""
@@ -52,15 +52,15 @@ class Memory(NamedTuple):
 
 
 def usable(names: Sequence[str]) -> list[str]:
-    """The names of shipped recipes that are for use."""
+    """The names of shipped recipes that are meant for use."""
     return [name for name in names if not name.startswith(_CONTROL)]
 
 
 def of_recipes(
     catalogue: Catalogue, recipes: Sequence[Recipe], version: str, memory: Memory
 ) -> tuple[list[Candidate], list[str]]:
-    """The recipes that are for the model's arch, and a sentence for each that cannot be planned. Raises RecipeError
-    where none is for it, UnsupportedError."""
+    """Return the recipes for the model's arch, and a note for each that cannot be planned. Raises RecipeError if no
+    recipe is for this arch, UnsupportedError."""
     out, notes = [], []
     for recipe in recipes:
         if not recipe.is_for(catalogue.arch):
@@ -88,8 +88,8 @@ def of_file(catalogue: Catalogue, name: str, memory: Memory) -> Candidate:
 def of_repository(
     catalogue: Catalogue, repository: str, published: Sequence[Published], planned: Sequence[Candidate]
 ) -> tuple[list[Candidate], list[str]]:
-    """The published files, and notes. Only their sizes are known: what a layer takes is that of the recipe of the same
-    name, or else of the nearest size, scaled. `planned` has one candidate or more."""
+    """Return the published files, and notes. Only their sizes are known: the bytes per layer are those of the recipe of
+    the same name, or else of the nearest size, scaled. `planned` must not be empty."""
     out, notes = [], []
     for p in published:
         bpw = 8 * p.nbytes / _elements(catalogue)
@@ -113,7 +113,8 @@ def of_repository(
 
 
 def scaled(w: PlacedBytes, tensor_bytes: int) -> PlacedBytes:
-    """Weights spread over layers alike, of so many bytes together; the KV cache stays."""
+    """Scale the weights to `tensor_bytes` in all, with the same distribution over layers; the KV cache stays as it
+    is."""
 
     def share(n: int) -> int:
         return n * tensor_bytes // w.tensor_bytes

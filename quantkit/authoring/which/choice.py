@@ -1,7 +1,7 @@
-"""How each candidate would run on a machine, and in which order that is best.
+"""How each candidate would run on a machine, and how candidates are ranked.
 
-The memory is reckoned by quantkit.planning.fit: what is wholly on the GPUs runs best, then what is on GPUs and in RAM,
-then what is read from disk again and again (llama.cpp maps the file), which is slow.
+quantkit.planning.fit computes the memory. Best is what fits completely on the GPUs, then what fits on GPUs and in RAM,
+then what must be read from disk again and again (llama.cpp maps the file), which is slow.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ NO_GPUS = Gpus("", ())
 
 
 class Runs(TextEnum):
-    """Where the weights are while it runs, the best first."""
+    """Where the weights are while it runs, best first."""
 
     VRAM = "in VRAM"
     MEMORY = "in memory"
@@ -40,13 +40,13 @@ RULE_NO_RAM = RULE.replace("(from disk, fewer bytes first)", "(VRAM + RAM, since
 
 
 class Machine(NamedTuple):
-    """What there is."""
+    """The memory of a machine."""
 
     gpus: Gpus = NO_GPUS
     ram: int | None = None
-    """bytes; None: nobody said"""
+    """bytes; None: unknown"""
     unified: int | None = None
-    """bytes that CPU and GPU share; then the others are not given"""
+    """bytes that CPU and GPU share; if set, the others are not"""
     reserve: int = GIB
     """bytes kept free on each GPU, or of the unified memory"""
 
@@ -61,14 +61,14 @@ class Machine(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """A candidate on the machine."""
+    """How a candidate runs on the machine."""
 
     candidate: Candidate
     runs: Runs
     n_layers: int
     """layers wholly on GPUs"""
     only_experts: bool
-    """the other layers lack nothing on the GPUs but their routed experts"""
+    """all other layers are on the GPUs, except for their routed experts"""
     used: tuple[int, ...]
     """bytes on each GPU"""
     ram: int
@@ -88,7 +88,7 @@ class Choice(NamedTuple):
 
 
 def place(candidate: Candidate, machine: Machine, common: Sequence[str]) -> Choice:
-    """How it would run. `common`: flags of llama.cpp that go before all others."""
+    """Place a candidate on a machine. `common`: flags of llama.cpp that come before all others."""
     w = candidate.weights
     if machine.unified is not None:
         return _unified(candidate, machine, machine.unified, common)
@@ -109,7 +109,7 @@ def place(candidate: Candidate, machine: Machine, common: Sequence[str]) -> Choi
 
 
 def _in_ram(nbytes: int, cache: int, ram: int | None, runs: Runs) -> Runs:
-    """`nbytes` are for RAM, `cache` of them a KV cache, which no file holds."""
+    """How `nbytes` in RAM would run; `cache` of them are KV cache, which cannot be read from disk."""
     if ram is None or nbytes <= ram:
         return runs
     return Runs.DISK if cache <= ram else Runs.NOT
@@ -132,7 +132,7 @@ def _choice(candidate: Candidate, runs: Runs, f: Fit, flags: tuple[str, ...], sp
 
 
 def ordered(choices: Sequence[Choice], machine: Machine) -> tuple[list[Choice], str]:
-    """The best first, and the rule of the order in words."""
+    """Sort choices, best first; returns them and the rule of the order in words."""
     unknown_ram = machine.ram is None and bool(machine.gpus.gib)
     measured = {
         rank: all(c.quality.mean_kld is not None for c in choices if _RANK[c.runs] == rank) for rank in range(4)
@@ -154,5 +154,5 @@ def ordered(choices: Sequence[Choice], machine: Machine) -> tuple[list[Choice], 
 
 
 def best(choices: Sequence[Choice]) -> Choice | None:
-    """The first, unless nothing fits."""
+    """The first choice, unless nothing fits."""
     return choices[0] if choices and choices[0].runs != Runs.NOT else None

@@ -1,4 +1,5 @@
-"""What is known of a quantization's quality: the user's own measurements, or what was published, with its source."""
+"""What is known about a quantization's quality: the user's own measurements, or published statements with their
+source."""
 
 from __future__ import annotations
 
@@ -12,31 +13,31 @@ from ...gguf.quant_names import quant_name
 
 _MAX_BYTES = 1 << 28
 _MAKERS_WORD = "its makers' word for their own file of R1 (unsloth.ai/blog/deepseekr1-dynamic, 27 January 2025)"
-#: recipe -> what its makers call their file of DeepSeek-R1
+#: recipe -> its makers' word for their file of DeepSeek-R1
 _OF_R1 = {"UD-IQ1_S": "fair", "UD-IQ1_M": "good", "UD-IQ2_XXS": "better", "UD-Q2_K_XL": "best"}
 _UNKNOWN = "not measured"
 
 
 class Quality(NamedTuple):
-    """What is known."""
+    """The known quality of a candidate."""
 
     text: str
     source: str
-    """who says so; "" where nothing is known"""
+    """who says so; "" if nothing is known"""
     mean_kld: float | None = None
-    """where it was measured here"""
+    """if it was measured"""
 
 
 UNKNOWN = Quality(_UNKNOWN, "")
 
 
 class Measured(NamedTuple):
-    """The results of `quantkit eval --json`: by the lower-case names of candidates."""
+    """The results of `quantkit eval --json`, by lower-case candidate name."""
 
     of: dict[str, Quality]
 
     def find(self, name: str) -> Quality | None:
-        """What was measured of a candidate: by its name, or by the quantization that a file's name says."""
+        """The result for a candidate: by its name, or by the quantization in a file's name."""
         key = name.lower()
         if key in self.of:
             return self.of[key]
@@ -45,7 +46,7 @@ class Measured(NamedTuple):
 
 
 def published(model: str, name: str) -> Quality:
-    """What was published of a recipe on a model."""
+    """The published quality of a recipe on a model."""
     is_r1 = model.lower().rpartition("/")[2] == "deepseek-r1"
     return Quality(f'"{_OF_R1[name]}"', _MAKERS_WORD) if is_r1 and name in _OF_R1 else UNKNOWN
 

@@ -1,4 +1,4 @@
-"""The choice of a quantization as text for people, and as JSON for scripts and reports. Returns text, never prints."""
+"""The choice of a quantization as readable text, and as JSON for scripts and reports. Returns text, never prints."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from ...planning.fit import PlacedBytes
 from .candidates import Kind, Memory
 from .choice import Choice, Machine, Runs, best
 
-#: which columns are shown, by the room there is: name, GiB, BPW, runs, layers on GPU, RAM, quality
+#: columns shown, for decreasing width: name, GiB, BPW, runs, layers on GPU, RAM, quality
 _COLUMNS = (range(7), (0, 1, 3, 4, 5, 6), (0, 1, 3, 4, 6), (0, 1, 3, 4), (0, 3))
 
 
 @dataclass(frozen=True)
 class Answer:
-    """Everything that was asked and found. `choices` are in order, the best first."""
+    """The question and its answer. `choices` are in order, best first."""
 
     model: str
     machine: Machine
@@ -29,7 +29,7 @@ class Answer:
 
 
 def which_text(a: Answer, width: int | None = None) -> str:
-    """The answer in lines of at most `width` characters, but for flags that cannot be broken."""
+    """The answer in lines of at most `width` characters, except for flags, which cannot be broken."""
     w = a.choices[0].candidate.weights
     about = (
         f"{a.model} with {a.machine.text}; KV cache of {a.memory.context:,} tokens in {a.memory.cache_type}: "

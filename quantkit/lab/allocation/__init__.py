@@ -1,2 +1,2 @@
-"""Where bits matter, and the recipe of least damage for so many bytes. May import evaluation; offers
+"""Where bits matter, and the least damaging recipe for a number of bytes. May import evaluation; offers
 sensitivity.measure and optimize.optimize."""

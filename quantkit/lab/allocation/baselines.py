@@ -1,4 +1,4 @@
-"""What an optimized recipe is compared with: other recipes of about the same bytes."""
+"""The recipes of about the same size that an optimized recipe is compared with."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ...planning.plan import Plan, make_plan, with_values
 from ...recipe.load import Recipe, load, parse
 from ...recipe.named import SCHEMA_LINE, shipped
 
-#: of bytes: what counts as the same size
+#: relative difference in bytes that counts as the same size
 NEAR = 0.005
 
 
@@ -26,13 +26,13 @@ class Baseline:
     kind: str
     """UD | stock | uniform"""
     plans: tuple[Plan, ...]
-    """one, or the one below and the one above in bytes"""
+    """one, or the next smaller and the next larger one in bytes"""
     nbytes: tuple[int, ...]
     next_larger: int | None = None
-    """which of `plans` is the first that is at least as large; None where none is"""
+    """index in `plans` of the first that is at least as large; None if there is none"""
 
     def at(self, target: int, klds: Iterable[float]) -> tuple[float, str]:
-        """The KLD at `target` bytes, and how it was had."""
+        """The KLD at `target` bytes, and how it was obtained."""
         found = list(klds)
         if len(found) == 1:
             gap = self.nbytes[0] / target - 1
@@ -44,13 +44,13 @@ class Baseline:
 
 
 def file_bytes(plan: Plan, imatrix: Imatrix | None) -> int:
-    """Of the file that `build` would make, header and padding included."""
+    """Size of the file that `build` would make, header and padding included."""
     (layout,) = lay_out(plan, output_kvs(plan, imatrix))
     return layout.nbytes
 
 
 def baselines(catalogue: Catalogue, imatrix: Imatrix | None, target: int) -> list[Baseline]:
-    """UD recipes, stock mixtures and uniform types of about `target` bytes, as far as there are any."""
+    """Return UD recipes, stock mixtures and uniform types of about `target` bytes, as far as there are any."""
     found = []
     for kind, recipes in (("UD", _ud(catalogue)), ("stock", _stock()), ("uniform", _uniform())):
         sized: dict[int, Plan] = {}
@@ -87,7 +87,7 @@ def _stock() -> Iterable[Recipe]:
 
 
 def _uniform() -> Iterable[Recipe]:
-    """All layers at one type; embedding and output as llama.cpp's mixture has them."""
+    """One type for all layers; embedding and output as in llama.cpp's mixture."""
     for name, base in BASE_TYPES.items():
         if name == base and not QTYPES[base].is_float:
             yield parse(

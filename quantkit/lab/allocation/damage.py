@@ -1,15 +1,15 @@
-"""What was measured of a model's sensitivity, and what it says of any choice of types. One JSON file.
+"""The measured sensitivity of a model, and the damage it predicts for any choice of types. Stored as one JSON file.
 
-A probe is one group of tensors changed while all others stay as the reference has them, and the KLD that this cost,
-chunk by chunk. Of each group two numbers are fitted, with e the relative squared error of its weights:
+A probe changes one group of tensors, leaves all others as in the reference, and records the KLD that this costs, chunk
+by chunk. Two numbers are fitted per group, with e the relative squared error of its weights:
 
     KLD = α·e + β·√e
 
-α is what smooth errors cost. β is of choices that flip, as a router's: how many do goes with the size of an error, not
-with its square. A model without experts, and the last layers of one with, have hardly any.
+α is the cost of smooth errors. β is the cost of choices that flip, such as a router's: their number grows with the size
+of an error, not with its square. A model without experts, and the last layers of one with experts, have almost none.
 
-Of many groups together α·e add up, while flips of different groups are independent, and mostly the same tokens': they
-add as their squares, or with whatever exponent whole models show (`problem.py`).
+Over many groups, α·e add up. Flips of different groups are independent and mostly hit the same tokens, so they add as
+their squares, or with the exponent that whole models show (`problem.py`).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from .groups import Group
 
 F64 = npt.NDArray[np.float64]
 VERSION = 2
-#: the group of the probe that changes everything as little as rounding to BF16 does
+#: the group of the probe that changes every weight about as much as rounding to BF16 does
 FLOOR = "(floor)"
 N_BOOTSTRAP, _SEED = 400, 20_250_128
 _MAX_BYTES = 1 << 30
@@ -40,15 +40,15 @@ _TINY = 1e-12
 
 
 class Probe(NamedTuple):
-    """A measurement."""
+    """One measurement."""
 
     group: str
     change: str
-    """a type, or `noise E seed N`"""
+    """a type, or "noise E seed N" (E: relative squared error)"""
     error: float
-    """relative squared error of the group's weights, weighted by the imatrix where that has them"""
+    """relative squared error of the group's weights, weighted by the imatrix where it has them"""
     text: str
-    """of which text, by its digest"""
+    """digest of the text it was measured on"""
     by_chunk: tuple[float, ...]
     """mean KLD of each chunk, in nats"""
 
@@ -63,22 +63,22 @@ class Probe(NamedTuple):
 
 @dataclass(frozen=True)
 class Alpha:
-    """What errors of a group cost, in nats."""
+    """The cost of errors in a group, in nats."""
 
     group: str
     value: float
-    """α: of a unit of relative squared error"""
+    """α: per unit of relative squared error"""
     low: float
     high: float
     """95 %, bootstrap over chunks"""
     beta: float
-    """of its root"""
+    """β: per unit of its square root"""
     beta_low: float
     beta_high: float
     misfit: float
-    """by how much of itself the KLD of a probe is missed at most"""
+    """largest relative deviation of the fit from a probe's KLD"""
     above_floor: bool
-    """whether the largest of its KLDs is above the noise floor"""
+    """whether the largest KLD of its probes is above the noise floor"""
 
 
 @dataclass(frozen=True)
@@ -90,17 +90,17 @@ class Sensitivity:
     source: str
     """digest of tensors and their shapes and types"""
     imatrix: str
-    """digest of the importance matrix, '' without"""
+    """digest of the importance matrix; '' without one"""
     groups: tuple[Group, ...]
     errors: Mapping[str, Mapping[str, float]]
     """relative error by tensor and type"""
     probes: tuple[Probe, ...] = ()
     texts: Mapping[str, str] = field(default_factory=dict)
-    """digest -> what text it is"""
+    """digest of a text -> its description"""
     settings: str = ""
     """how errors were sampled"""
     sizes: Mapping[str, int] = field(default_factory=dict)
-    """values of each tensor of a group, by which its error counts in the group's"""
+    """elements of each tensor, which weight its error within the group"""
 
     # ------------------------------------------------------------ what it says
 
@@ -110,8 +110,8 @@ class Sensitivity:
 
     @cached_property
     def _fits(self) -> dict[str, tuple[F64, F64, float, float]]:
-        """Of each group α and β, [1 + N_BOOTSTRAP] each (of all chunks, then of chunks drawn again), the misfit and the
-        largest KLD."""
+        """α and β per group, [1 + N_BOOTSTRAP] each (first of all chunks, then of resampled chunks), the misfit, and
+        the largest KLD."""
         out = {}
         probes = pooled(self.probes)
         for name in {p.group for p in probes} - {FLOOR}:
@@ -133,11 +133,11 @@ class Sensitivity:
 
     @property
     def probed(self) -> frozenset[str]:
-        """Groups of which something is known."""
+        """The groups with at least one usable probe."""
         return frozenset(self._fits)
 
     def alpha(self, group: str) -> Alpha:
-        """α and β of a group. Raises SourceError for one that was not probed."""
+        """α and β of a group. Raises SourceError if it was not probed."""
         if group not in self._fits:
             raise SourceError(f"{self.model}: the group '{group}' was not probed{did_you_mean(group, self._fits)}")
         alpha, beta, misfit, largest = self._fits[group]
@@ -150,30 +150,30 @@ class Sensitivity:
 
     @property
     def floor(self) -> float:
-        """KLD below which a difference says nothing: what rounding all weights to BF16 once more costs."""
+        """KLD below which a difference means nothing: the cost of rounding all weights to BF16 again."""
         return max((p.kld for p in self.probes if p.group == FLOOR), default=0.0)
 
     def damage(self, group: str, error: float) -> float:
-        """KLD that an error of a group's weights costs, all else being the reference's. NaN where it was not probed."""
+        """KLD caused by an error in a group's weights, all else as in the reference. NaN if it was not probed."""
         smooth, flips = self.parts(group, error)
         return float(smooth[0] + flips[0])
 
     def parts(self, group: str, error: float) -> tuple[F64, F64]:
-        """α·e and β·√e of a group at an error, [1 + N_BOOTSTRAP] each: of all chunks, then of chunks drawn again."""
+        """α·e and β·√e of a group, [1 + N_BOOTSTRAP] each: first of all chunks, then of resampled chunks."""
         if group not in self._fits:
             return np.full(1 + N_BOOTSTRAP, np.nan), np.full(1 + N_BOOTSTRAP, np.nan)
         alpha, beta, _, _ = self._fits[group]
         return alpha * error, beta * np.sqrt(error)
 
     def error_of(self, group: Group, types: Mapping[str, str]) -> float:
-        """The error of a group's tensors at their types. Raises SourceError where one was not sampled."""
+        """The error of a group with its tensors at `types`. Raises SourceError if one was not sampled."""
         total = 0.0
         for name in group.tensors:
             total += self.sizes[name] * self.tensor_error(name, types[name])
         return total / sum(self.sizes[name] for name in group.tensors)
 
     def tensor_error(self, name: str, type_: str) -> float:
-        """Relative error of a tensor at a type. Raises SourceError where that was not sampled."""
+        """Relative error of a tensor at a type. Raises SourceError if it was not sampled."""
         if type_ in ("F32", "F16", "BF16"):
             return 0.0
         found = self.errors.get(name, {}).get(type_)
@@ -185,8 +185,7 @@ class Sensitivity:
         return found
 
     def to_frame(self) -> Any:
-        """The groups that were probed, with their α and β, as a pandas DataFrame. Raises ToolError where pandas is not
-        installed."""
+        """The probed groups with their α and β, as a pandas DataFrame. Raises ToolError if pandas is not installed."""
         return frame(asdict(self.alpha(g.name)) for g in self.groups if g.name in self.probed)
 
     # ------------------------------------------------------------ the file
@@ -210,13 +209,13 @@ class Sensitivity:
         }
 
     def save(self, path: Path, replace: bool = True) -> None:
-        """Write the file, whole. Raises OutputError."""
+        """Write the file atomically. Raises OutputError."""
         write_text(path, json.dumps(self.to_json(), indent=1, ensure_ascii=False) + "\n", replace)
 
 
 def _fit(errors: F64, klds: F64) -> tuple[F64, F64]:
-    """α and β, neither negative, of least squares of relative misfits. errors [n], klds [m, n]; the result [m] each. Of
-    one probe all is α."""
+    """Fit α and β, both non-negative, by least squares of relative deviations. errors [n], klds [m, n]; returns [m]
+    each. With a single probe, α takes all."""
     x, y = errors / klds, np.sqrt(errors) / klds
     xx, xy, yy = (x * x).sum(-1), (x * y).sum(-1), (y * y).sum(-1)
     x1, y1 = x.sum(-1), y.sum(-1)
@@ -232,8 +231,8 @@ def _fit(errors: F64, klds: F64) -> tuple[F64, F64]:
 
 
 def _picks(n: int) -> npt.NDArray[np.int64]:
-    """Chunks drawn with replacement, [N_BOOTSTRAP, n]: the same for the same number of chunks, so that groups that
-    were measured together are drawn together."""
+    """Chunk indices drawn with replacement, [N_BOOTSTRAP, n]. They depend only on n, so groups that were measured
+    together are resampled together."""
     return np.random.default_rng(_SEED).integers(0, n, (N_BOOTSTRAP, n))
 
 
@@ -265,9 +264,8 @@ def read_sensitivity(path: Path) -> Sensitivity:
 
 
 def merge(every: Iterable[tuple[str, Sensitivity]]) -> Sensitivity:
-    """One of several of the same model and importance matrix, each with its name: groups, errors and probes of all;
-    the same probe on several texts is one over all of their chunks. Raises SourceError for what does not belong
-    together."""
+    """Merge sensitivities, given with their names, of one model and importance matrix: all groups, errors and probes.
+    The same probe on several texts becomes one over all their chunks. Raises SourceError if they do not match."""
     (first_name, out), *others = every
     for name, one in others:
         for what, a, b in (
@@ -294,7 +292,7 @@ def merge(every: Iterable[tuple[str, Sensitivity]]) -> Sensitivity:
 
 
 def pooled(probes: Iterable[Probe]) -> tuple[Probe, ...]:
-    """Probes of the same change on several texts as one over all their chunks."""
+    """Pool probes of the same change on several texts into one over all their chunks."""
     by: dict[tuple[str, str], Probe] = {}
     for p in probes:
         was = by.get((p.group, p.change))

@@ -1,4 +1,4 @@
-"""A sensitivity for people, and as plain values."""
+"""A sensitivity as readable text, and as plain values."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from ...base.text import table
 from .damage import FLOOR, Sensitivity, pooled
 from .groups import ROLES_IN_ORDER
 
-#: shares are of a model with this type everywhere
+#: shares are computed with this type everywhere
 SHARES_AT = "Q3_K"
 
 
 class Share(NamedTuple):
-    """A role's part of damage and of bytes, as shares of 1, with one type everywhere."""
+    """A role's share of the damage and of the bytes, as fractions of 1, with one type everywhere."""
 
     role: str
     damage: float
@@ -28,7 +28,8 @@ class Share(NamedTuple):
 
 
 def shares(known: Sensitivity, type_: str = SHARES_AT) -> list[Share]:
-    """Damage share and byte share of each role, all tensors at one type; of those whose error is sampled."""
+    """Damage share and byte share of each role with all tensors at one type; groups without sampled errors are left
+    out."""
     damage, weights = dict.fromkeys(ROLES_IN_ORDER, 0.0), dict.fromkeys(ROLES_IN_ORDER, 0)
     for g in known.groups:
         try:
@@ -44,20 +45,20 @@ def shares(known: Sensitivity, type_: str = SHARES_AT) -> list[Share]:
 
 
 def _sampled(known: Sensitivity, name: str, type_: str) -> str:
-    """The type itself, or for rows that it does not fit the one that costs most like it: the first that was sampled."""
+    """The type itself if it was sampled, else (for rows it does not fit) the sampled type with the largest error."""
     of = known.errors.get(name, {})
     return type_ if type_ in of or not of else sorted(of, key=lambda t: -of[t])[0]
 
 
 def sensitivity_json(known: Sensitivity) -> dict[str, Any]:
-    """As the file, with the shares and without each tensor's errors."""
+    """The content of the file, with the shares, but without the errors of each tensor."""
     said = known.to_json()
     del said["errors"], said["sizes"]
     return {**said, "shares": [{**s._asdict(), "ratio": s.ratio} for s in shares(known)]}
 
 
 def sensitivity_text(known: Sensitivity) -> str:
-    """Groups with their α, roles with their shares, the noise floor."""
+    """Groups with α and β, roles with their shares, and the noise floor."""
     rows = []
     probed = {p.group for p in known.probes}
     for g in known.groups:

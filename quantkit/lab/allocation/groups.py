@@ -1,9 +1,9 @@
-"""Groups of tensors that are probed together and share a type: what they do × a band of depth.
+"""Groups of tensors that are probed together and share a type: a function in the model × a range of layers.
 
-How finely tensors are told apart, from coarse to fine:
+Granularities, from coarse to fine:
 
 - `role`: embedding, output, attention, dense ffn, shared expert, routed expert
-- `kind`: gate and up apart from down; of attention, what makes queries, what makes keys and values, and the output
+- `kind`: gate and up apart from down; in attention the query tensors, the key and value tensors, and the output
 - `family`: names without their layer, gate and up together
 - `tensor`: every tensor alone
 """
@@ -18,7 +18,7 @@ from ...base.errors import UnsupportedError
 from ...model.catalogue import Catalogue, Role, Tensor, ranges
 
 GRANULARITIES = ("role", "kind", "family", "tensor")
-#: of a name without `blk.N.` and `.weight`, by `kind`; the first that matches
+#: for `kind`, applied to a name without `blk.N.` and `.weight`; the first match counts
 _KINDS = (
     (re.compile(r"attn_(q|q_a|q_b)$"), "attn_q"),
     (re.compile(r"attn_output"), "attn_output"),
@@ -38,13 +38,13 @@ class Group:
     kind: str
     """the name without its layers"""
     band: int
-    """from 0 for the first layers; groups of one kind follow each other"""
+    """from 0 for the first layers; consecutive within a kind"""
     tensors: tuple[str, ...]
     n_elements: int
 
 
 def kind_of(tensor: Tensor, by: str) -> str:
-    """The name of the tensors that it is together with, its layer aside."""
+    """The name of the kind a tensor belongs to, without its layer."""
     if by == "role":
         return tensor.role.replace(" ", "_")
     stem = _LAYER.sub("", tensor.name).removesuffix(".weight")
@@ -57,7 +57,7 @@ def kind_of(tensor: Tensor, by: str) -> str:
 
 
 def groups_of(catalogue: Catalogue, by: str = "kind", n_bands: int = 3) -> tuple[Group, ...]:
-    """The groups of all tensors that quantizing changes and the forward pass computes with, in the order of the file.
+    """Group all tensors that quantizing changes and the forward pass uses, in the order of the file.
 
     Raises UnsupportedError for a model that the forward pass cannot compute."""
     if by not in GRANULARITIES:
@@ -78,8 +78,8 @@ def groups_of(catalogue: Catalogue, by: str = "kind", n_bands: int = 3) -> tuple
 
 
 def computed_tensors(catalogue: Catalogue) -> frozenset[str]:
-    """Names of the tensors that the forward pass computes with: not those of a layer that predicts further tokens."""
-    from ...forward.families import family_of  # which needs torch: a sensitivity is read without
+    """Names of the tensors that the forward pass uses; layers that predict further tokens are left out."""
+    from ...forward.families import family_of  # needs torch, which reading a sensitivity does not
 
     family = family_of(catalogue)
     names = {key.name for i in range(family.n_layers) for key in family.keys(i)}
@@ -91,7 +91,7 @@ def _has_bands(members: Sequence[Tensor], by: str) -> bool:
 
 
 def _bands(members: Sequence[Tensor], n_bands: int) -> list[list[Tensor]]:
-    """Tensors by runs of layers, each run as long as any other, the first ones longer by a layer where that is so."""
+    """Split tensors into runs of layers of equal length, as far as the number of layers allows."""
     layers = sorted({t.layer for t in members if t.layer is not None})
     if not layers:
         return [list(members)]

@@ -1,5 +1,5 @@
-"""One option for each item, the least damage within a budget of bytes: a multiple-choice knapsack, solved by scipy's
-HiGHS to proven optimality. Bytes are counted exactly, whatever a solver of floating-point numbers makes of them.
+"""Chooses one option per item for the least damage within a budget of bytes: a multiple-choice knapsack, solved by
+scipy's HiGHS to proven optimality. Bytes are counted exactly, whatever the floating-point solver makes of them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 
 from ...base.errors import InternalCheckError, UnsupportedError
 
-#: of the least damage: how far from it a proven optimum may be, with more options than `_MANY`
+#: relative distance from the least damage at which an optimum counts as proven, with more than `_MANY` options
 GAP, _MANY = 1e-6, 2000
 _TRIES = 20
 _ROOM = 1e5
@@ -27,7 +27,7 @@ _OUT_OF_TIME = 1
 
 
 class Option(NamedTuple):
-    """Something an item can be."""
+    """One possible state of an item."""
 
     label: str
     nbytes: int
@@ -38,25 +38,25 @@ class Option(NamedTuple):
 
 @dataclass(frozen=True)
 class Item:
-    """Exactly one of its options is chosen."""
+    """A choice: exactly one of its options is taken."""
 
     name: str
     options: tuple[Option, ...]
 
 
 class Solution(NamedTuple):
-    """What was chosen."""
+    """The chosen options."""
 
     chosen: tuple[int, ...]
-    """the number of each item's option"""
+    """index of the chosen option of each item"""
     nbytes: int
     damage: float
     gap: float
-    """how far above the least damage this can be at most, as a share of its own; 0: it is the least"""
+    """largest possible distance above the least damage, as a share of `damage`; 0: proven optimal"""
 
 
 class Monotone(NamedTuple):
-    """Item `first` has at least the level of item `then`."""
+    """The level of item `first` must be at least that of item `then`."""
 
     first: int
     then: int
@@ -65,7 +65,7 @@ class Monotone(NamedTuple):
 def solve(
     items: Sequence[Item], budget: int, monotone: Sequence[Monotone] = (), time_limit: float = 50.0
 ) -> Solution | None:
-    """The options of least damage whose bytes are at most `budget`; None where there are none.
+    """Find the options of least damage within `budget` bytes; None if there are none.
 
     Raises UnsupportedError without scipy."""
     kept = [_useful(item, free=_is_free(i, monotone)) for i, item in enumerate(items)]
@@ -82,7 +82,7 @@ def solve(
         if nbytes <= budget:
             damage = math.fsum(item.options[j].damage for item, j in zip(items, chosen, strict=True))
             return Solution(tuple(chosen), nbytes, damage, gap)
-        limit -= nbytes - budget  # by the solver's tolerance over it
+        limit -= nbytes - budget  # exceeded within the solver's tolerance
     raise InternalCheckError(f"the solver went over {budget:,} bytes {_TRIES} times; please report this")
 
 
@@ -91,8 +91,8 @@ def _is_free(number: int, monotone: Sequence[Monotone]) -> bool:
 
 
 def _useful(item: Item, free: bool) -> list[int]:
-    """The options worth having: none is both no smaller and no less damaging than another. Where levels are compared,
-    all."""
+    """Indices of the options worth keeping: those not dominated in both size and damage. If levels are compared
+    (not `free`), all of them."""
     order = sorted(range(len(item.options)), key=lambda j: (item.options[j].nbytes, item.options[j].damage))
     if not free:
         return order
@@ -109,7 +109,7 @@ def _milp(
     optimize, sparse = _scipy()
     place = [(i, j) for i, js in enumerate(kept) for j in js]
     column = {at: k for k, at in enumerate(place)}
-    # what each item has at least is no choice; of the rest, the solver's tolerance (1e-6) is less than a byte
+    # the minimum of each item is a constant; for the rest, the solver's tolerance (1e-6) is less than a byte
     floors = [min(items[i].options[j].nbytes for j in js) for i, js in enumerate(kept)]
     extra = [items[i].options[j].nbytes - floors[i] for i, j in place]
     divisor = reduce(math.gcd, extra, 0) or 1
@@ -155,7 +155,7 @@ def _milp(
     for (i, j), x in zip(place, done.x, strict=True):
         best[i] = max(best[i], (float(x), j))
     chosen = [j for _, j in best]
-    # of the whole damage, what no choice avoids included
+    # relative to the whole damage, including what no choice avoids
     total = math.fsum(items[i].options[j].damage for i, j in enumerate(chosen))
     bound = float(lowest.sum()) + scale * float(done.mip_dual_bound)
     gap = max(0.0, (total - bound) / total) if total > 0 else 0.0
@@ -164,8 +164,8 @@ def _milp(
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """HiGHS prints lines of its own to the process's standard output, where a command's JSON goes: for the moment that
-    is nowhere. Whatever other threads print meanwhile is lost too."""
+    """Silence HiGHS, which prints to the process's standard output, where a command's JSON goes. Output of other
+    threads is lost too while this is active."""
     libc = ctypes.CDLL(None)
     try:
         kept = os.dup(1)

@@ -1,6 +1,6 @@
-"""The best recipe for some bytes: solved on a sensitivity, measured, and compared with what others make of the bytes.
+"""Finds the best recipe for a size: solves it on a sensitivity, measures it, and compares it with others of that size.
 
-Three texts: the sensitivity's, one to fit the exponent and to choose on, one to report.
+Uses three texts: the sensitivity's, one to fit the exponent and choose on, and one to report on.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from .targets import Target
 from .weight_errors import Usable, weight_errors
 
 GAMMA = 0.5
-"""the exponent before anything was measured: independent flips"""
+"""the exponent before any measurement: independent flips"""
 #: budgets around the target whose solutions are measured to fit the exponent
 _AROUND = (0.75, 0.88, 1.15, 1.4)
 _GAMMAS = np.linspace(0.2, 1.0, 161)
@@ -45,19 +45,19 @@ _MOST_FORCED = 60
 
 @dataclass(frozen=True)
 class OptimizeOptions:
-    """How a recipe is looked for."""
+    """How a recipe is searched for."""
 
     constraints: Constraints = field(default_factory=Constraints)
     refine: int = 0
     """neighbours that are measured beside the solution"""
     gamma: float | None = None
-    """the exponent, where it is known; None: fitted"""
+    """the exponent if known; None: fitted"""
     name: str = ""
     """of the recipe"""
     compare: bool = True
-    """with the UD recipe, the stock mixture and uniform types of the same bytes"""
+    """compare with the UD recipe, the stock mixture and uniform types of the same size"""
     time_limit: float = 50.0
-    """seconds of the solver, about; what it has not proven by then is in the gap"""
+    """approximate seconds for the solver; what it has not proven by then shows in the gap"""
     forward: Options = field(default_factory=Options)
     rounding: Rounding | None = None
     """what the recipe says of rounding; solutions are measured so, and what the header says of it is in the bytes"""
@@ -70,11 +70,11 @@ def optimize(
     texts: tuple[Scorable, Scorable] | None = None, options: OptimizeOptions | None = None,
     progress: Progress = lambda stage, n_done, n_total: None,
 ) -> Optimized:  # fmt: skip
-    """The recipe of least predicted damage within a target. `texts` are one to choose on and one to report; without
-    them nothing is measured.
+    """Find the recipe of least predicted damage within a target. `texts` are one to choose on and one to report on;
+    without them nothing is measured.
 
     Raises SourceError for a sensitivity or a covariance of another model, UnsupportedError for a target that no types
-    reach, RecipeError for constraints that cannot be."""
+    reach, RecipeError for constraints that cannot be met."""
     opts = options or OptimizeOptions()
     _check_same(catalogue, known, imatrix)
     run = Optimizer(catalogue, known, target, imatrix, opts, progress)
@@ -111,7 +111,7 @@ def _check_same(catalogue: Catalogue, known: Sensitivity, imatrix: Imatrix | Non
 
 
 class Optimizer:
-    """A model, a sensitivity and a target: solutions, their recipes, and what they measure."""
+    """A model, a sensitivity and a target: finds solutions, and makes and measures their recipes."""
 
     def __init__(
         self, catalogue: Catalogue, known: Sensitivity, target: Target, imatrix: Imatrix | None, opts: OptimizeOptions,
@@ -135,7 +135,7 @@ class Optimizer:
     # ------------------------------------------------------------ solutions
 
     def best(self, gamma: float, scale: float = 1.0) -> tuple[tuple[int, ...], float]:
-        """The options of least damage within the target, times `scale`, and the solver's gap. Raises
+        """Find the options of least damage within the target times `scale`, and the solver's gap. Raises
         UnsupportedError."""
         while True:
             chosen, gap = self._best(gamma, scale)
@@ -173,7 +173,7 @@ class Optimizer:
         return one
 
     def nbytes(self, chosen: Sequence[int]) -> int:
-        """Of the file."""
+        """Size of the file."""
         if self.opts.rounding is None:
             return self.overhead + self._tensor_bytes(chosen)
         return file_bytes(self.plan_of("any", self.problem.asked_of(chosen), GAMMA), self.imatrix)
@@ -185,8 +185,8 @@ class Optimizer:
         return self.problem.predict(self.problem.types_of(chosen), gamma)
 
     def neighbours(self, chosen: tuple[int, ...], gamma: float, n: int) -> list[tuple[int, ...]]:
-        """The n solutions that differ and are hardest to tell from the best: each is the best with one item forced to
-        the type above or below, by what it loses over how uncertain that loss is."""
+        """The n other solutions that are hardest to tell from the best. Each is the best with one item forced to the
+        next smaller or larger type; they are ranked by their loss divided by its uncertainty."""
         _, flips = self.problem.sums(self.problem.types_of(chosen), gamma)
         weights = (1.0, gamma * max(flips, 1e-12) ** (gamma - 1))
         items, budget = self.problem.items(gamma, weights, padded), self.nbytes(chosen) - self.overhead
@@ -233,7 +233,7 @@ class Optimizer:
         self, name: str, asked: Mapping[str, str], gamma: float, chosen: Sequence[int] | None = None,
         by_ggml: bool = False,
     ) -> Plan:  # fmt: skip
-        """The plan of a recipe with these types, which gives exactly them. `by_ggml`: not rounded as it will be."""
+        """Plan a recipe with exactly these types, with `by_ggml` as ggml rounds, whatever the recipe is to say."""
         recipe = parse(self.recipe(name, asked, gamma, chosen), f"{name}.yaml")
         if self.opts.rounding is not None:
             recipe = recipe.with_rounding(Rounding(GGML) if by_ggml else self.opts.rounding)
@@ -241,7 +241,7 @@ class Optimizer:
         return with_covariance(made, self.opts.covariance)
 
     def recipe(self, name: str, asked: Mapping[str, str], gamma: float, chosen: Sequence[int] | None = None) -> str:
-        """A recipe's text."""
+        """The text of a recipe."""
         costs = {n: Cost(0.0, 0) for n in asked}
         description = "nothing is known of its cost"
         if chosen is not None:
@@ -250,7 +250,7 @@ class Optimizer:
             for c, j in zip(self.problem.choices, chosen, strict=True):
                 n = sum(t.n_elements for t in c.tensors)
                 a, f = self.problem.parts(c, c.given[j], gamma)
-                # of what flips cost together, by its term
+                # its share of the flips' sum, times the cost of the flips together
                 part = (float(a[0]) + (float(f[0]) / flips * flips**gamma if flips else 0.0)) / total
                 for t, type_ in zip(c.tensors, c.given[j], strict=True):
                     costs[t.name] = Cost(part * t.n_elements / n, padded(t, type_))
@@ -265,7 +265,7 @@ class Optimizer:
         return recipe_text(self.catalogue, asked, costs, head, needs)
 
     def errors_of(self, planned: Sequence[object]) -> None:
-        """Sample the errors of what plans give tensors, where the sensitivity does not have them."""
+        """Sample errors that the sensitivity lacks for the types in these plans."""
         known = self.problem.known
         lacking: dict[str, list[str]] = {}
         for t in planned:
@@ -284,7 +284,7 @@ class Optimizer:
     def measure(
         self, plans: Sequence[tuple[str, Plan]], text: Scorable, stage: str
     ) -> tuple[list[Scored], list[Tokens]]:
-        """Plans in one pass over a text."""
+        """Measure plans in one pass over a text."""
 
         def show(what: str, n_done: int, n_total: int) -> None:
             self.progress(stage, n_done, n_total)
@@ -298,12 +298,12 @@ class Optimizer:
         return scored, tokens[1:]
 
     def predict(self, plan: Plan, gamma: float) -> float:
-        """Mean KLD of any plan of the model."""
+        """Predicted mean KLD of any plan for the model."""
         self.errors_of(plan.tensors)
         return self.problem.predict({t.tensor.name: t.type for t in plan.tensors}, gamma)
 
     def fit_gamma(self, text: Scorable) -> tuple[float, tuple[Measured, ...]]:
-        """The exponent, from solutions around the target, and what it was fitted on."""
+        """Fit the exponent on solutions of sizes around the target; returns it and these solutions."""
         plans: dict[tuple[int, ...], Plan] = {}
         for scale in _AROUND:
             try:
@@ -330,7 +330,7 @@ class Optimizer:
     def refine(
         self, chosen: tuple[int, ...], gamma: float, text: Scorable
     ) -> tuple[tuple[int, ...], tuple[Measured, ...]]:
-        """The best of the solution and its most doubtful neighbours, as measured on a text."""
+        """Measure the solution and its hardest-to-tell neighbours on a text, and return the best and all of them."""
         every = [chosen, *self.neighbours(chosen, gamma, self.opts.refine)]
         plans = []
         for i, one in enumerate(every):
@@ -346,7 +346,7 @@ class Optimizer:
         return every[best], tried
 
     def compare(self, out: Optimized, text: Scorable) -> tuple[tuple[Measured, ...], tuple[Versus, ...]]:
-        """The recipe and its baselines on the text to report."""
+        """Measure the recipe and its baselines on the text to report on."""
         others = baselines(self.catalogue, self.imatrix, out.file_bytes) if self.opts.compare else []
         plans = [("solution", out.plan), *((b.kind, p) for b in others for p in b.plans)]
         scored, tokens = self.measure(plans, text, "report")
@@ -373,7 +373,7 @@ class Optimizer:
     # ------------------------------------------------------------ the end
 
     def finish(self, chosen: tuple[int, ...], gamma: float, gap: float) -> Optimized:
-        """The recipe, checked: it gives the types that were chosen, and is no larger than it may be."""
+        """Make the recipe, and check that it gives the chosen types and is within the limit."""
         asked, types = self.problem.asked_of(chosen), self.problem.types_of(chosen)
         name = self.opts.name or f"{self.catalogue.model}-{self.nbytes(chosen)}"
         text = self.recipe(name, asked, gamma, chosen)

@@ -1,4 +1,4 @@
-"""An optimized recipe for people, and as plain values."""
+"""An optimized recipe as readable text, and as plain values."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .optimized import Measured, Optimized
 
 
 def optimized_text(made: Optimized) -> str:
-    """Bytes, prediction and measurement, and the comparison, in Markdown."""
+    """Size, prediction, measurements and comparison, in Markdown."""
     lines = [
         f"{made.plan.recipe.name}: {made.file_bytes:,} bytes of {made.budget:,}, {made.plan.bpw:.4f} bits a weight; "
         f"no choice of types is predicted to be better by more than {100 * made.gap:.2g} %",

@@ -1,4 +1,4 @@
-"""What an optimization comes to: the recipe, and what of it was predicted and measured."""
+"""The result of an optimization: the recipe, with its predictions and measurements."""
 
 from __future__ import annotations
 
@@ -22,49 +22,49 @@ class Measured:
 
     @property
     def off(self) -> float:
-        """Predicted over measured, less 1."""
+        """predicted / measured - 1."""
         return self.predicted / self.scored.mean_kld - 1 if self.scored.mean_kld > 0 else 0.0
 
 
 @dataclass(frozen=True)
 class Versus:
-    """The recipe beside what it is compared with, at the same bytes."""
+    """The recipe compared with a baseline of the same size."""
 
     kind: str
     how: str
     kld: float
     ratio: float
-    """KLD of the recipe over that"""
+    """KLD of the recipe / KLD of the baseline"""
     pair: Compared | None
-    """with an interval, where it is one recipe and not interpolated"""
+    """with an interval; None if the baseline is interpolated"""
     larger: tuple[str, int, float] | None = None
     """the first recipe of this kind that is at least as large: name, bytes, KLD"""
 
 
 @dataclass(frozen=True)
 class Optimized:
-    """A recipe and what is known of it."""
+    """A recipe with its predictions and measurements."""
 
     text: str
     """the recipe, in YAML"""
     plan: Plan
     file_bytes: int
     budget: int
-    """bytes of the file at most"""
+    """upper limit for the file, in bytes"""
     gap: float
-    """of the solver: how far from the least predicted damage it can be, as a share"""
+    """the solver's: largest possible distance from the least predicted damage, as a share"""
     gamma: float
     predicted: float
     fit: tuple[Measured, ...] = ()
-    """what the exponent was fitted on"""
+    """the models the exponent was fitted on"""
     chosen_from: tuple[Measured, ...] = ()
     """the solution and its neighbours, on the text to choose on"""
     report: tuple[Measured, ...] = ()
-    """the recipe first, then what it is compared with, on the text to report"""
+    """first the recipe, then its baselines, on the text to report on"""
     versus: tuple[Versus, ...] = ()
     notes: tuple[str, ...] = ()
 
     def to_frame(self) -> Any:
-        """What was reported on the last text, as a pandas DataFrame: a row for the recipe and for each that it is
-        compared with. Raises ToolError where pandas is not installed."""
+        """The figures on the text to report on, as a pandas DataFrame: one row for the recipe and for each baseline.
+        Raises ToolError if pandas is not installed."""
         return frame({"what": m.what, "predicted": m.predicted, **asdict(m.scored)} for m in self.report)

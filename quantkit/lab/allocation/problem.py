@@ -4,8 +4,8 @@ The KLD of a whole model is predicted as
 
     Σ α·e  +  (Σ (β·√e)^(1/γ))^γ
 
-over all groups: smooth errors add up; flips of choices, when γ is 1/2, add as independent ones do, in squares, and with
-γ = 1 they add up too. γ is fitted on measurements of whole models.
+over all groups. Smooth errors add up. Flips add like independent errors, in squares, if γ is 1/2, and add up too if γ
+is 1. γ is fitted on measurements of whole models.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from .knapsack import Item, Monotone, Option
 from .weight_errors import TYPES, Usable
 
 F64 = npt.NDArray[np.float64]
-#: least types by role, against what is known to fail: token_embd at the floor, the tensors that every token passes
-#: crushed, floor types inside a body that is tight already. Routed experts may have any type.
+#: least types by role, which rule out what is known to fail: token_embd at the floor, crushed tensors that every token
+#: passes through, and floor types in a body that is already tight. Routed experts may have any type.
 MINIMUM: Mapping[str, str] = {
     str(Role.EMBEDDING): "Q3_K", str(Role.OUTPUT): "Q3_K", str(Role.ATTENTION): "IQ3_XXS",
     str(Role.DENSE_FFN): "IQ3_XXS", str(Role.SHARED_EXPERT): "IQ3_XXS",
 }  # fmt: skip
-#: types with fast matrix products by backend. cpu: no codebooks to look up; cuda: those of ggml_cuda_should_use_mmq
+#: types with fast matrix products by backend. cpu: those without codebooks; cuda: those of ggml_cuda_should_use_mmq
 FAST: Mapping[str, frozenset[str]] = {
     "any": frozenset(QTYPES),
     "cpu": frozenset(
@@ -43,41 +43,41 @@ FAST: Mapping[str, frozenset[str]] = {
     "cuda": frozenset(QTYPES) - {"IQ1_M", "TQ1_0", "TQ2_0", "Q1_0", "Q2_0"},
 }  # fmt: skip
 _KEPT_BITS = 4.0
-"""what tensors that nothing is known of get at least"""
+"""least bits for tensors that the sensitivity does not cover"""
 
 
 @dataclass(frozen=True)
 class Constraints:
-    """What a solution may be."""
+    """Limits on a solution."""
 
     types: tuple[str, ...] = TYPES
     locks: tuple[tuple[str, str], ...] = ()
-    """globs over tensor names, each with its type; the first that matches counts"""
+    """globs over tensor names, each with its type; the first match counts"""
     minimum: Mapping[str, str] = field(default_factory=lambda: dict(MINIMUM))
-    """least types by role, by bits"""
+    """least types by role, compared by bits"""
     monotone: bool = False
-    """of one kind, earlier layers get at least the bits of later ones"""
+    """within a kind, earlier layers get at least the bits of later ones"""
     per_tensor: bool = False
-    """tensors of a group may differ; gate and up of a layer still do not"""
+    """tensors of a group may differ, but not gate and up of a layer"""
     backend: str = "any"
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Tensors that get one type."""
+    """Tensors that share a type."""
 
     group: Group | None
-    """None: of these tensors nothing is known"""
+    """None if the sensitivity does not cover these tensors"""
     tensors: tuple[Tensor, ...]
     asked: tuple[str, ...]
-    """types to choose from; one for those that are locked"""
+    """types to choose from; a single one for locked tensors"""
     given: tuple[tuple[str, ...], ...]
-    """for each of them what each tensor gets: another type where its rows do not divide into blocks"""
+    """for each of `asked`, the type of each tensor: another one where its rows do not divide into blocks"""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """All quantizable tensors of a model, and what each choice costs."""
+    """All quantizable tensors of a model, and the cost of each choice."""
 
     catalogue: Catalogue
     known: Sensitivity
@@ -87,7 +87,7 @@ class Problem:
     _kept: dict[object, tuple[F64, F64]] = field(default_factory=dict, repr=False, compare=False)
 
     def items(self, gamma: float, weights: tuple[float, float], nbytes_of: Callable[[Tensor, str], int]) -> list[Item]:
-        """A knapsack's items, under an exponent, weights of both parts, and a way to count bytes."""
+        """The items of a knapsack, for an exponent, weights of the two sums, and a way to count bytes."""
         out = []
         for c in self.choices:
             options = []
@@ -100,7 +100,7 @@ class Problem:
         return out
 
     def parts(self, choice: Choice, given: Sequence[str], gamma: float) -> tuple[F64, F64]:
-        """[1 + N_BOOTSTRAP] each: the terms of both sums that a choice has, at these types."""
+        """The terms that a choice adds to the two sums, at these types: [1 + N_BOOTSTRAP] each."""
         key = (id(choice), tuple(given), gamma)
         if key in self._kept:
             return self._kept[key]
@@ -115,18 +115,18 @@ class Problem:
         return smooth, flips
 
     def sums(self, types: Mapping[str, str], gamma: float) -> tuple[float, float]:
-        """Both sums of a whole model whose tensors have these types. Raises SourceError for an error that was not
+        """Both sums for a whole model whose tensors have these types. Raises SourceError if an error was not
         sampled."""
         both = [self.parts(c, [types[t.name] for t in c.tensors], gamma) for c in self.choices]
         return sum(float(a[0]) for a, _ in both), sum(float(b[0]) for _, b in both)
 
     def predict(self, types: Mapping[str, str], gamma: float) -> float:
-        """KLD of a whole model whose tensors have these types. Raises as `sums`."""
+        """KLD of a whole model whose tensors have these types. Raises what `sums` raises."""
         smooth, flips = self.sums(types, gamma)
         return float(smooth + flips**gamma)
 
     def monotone(self) -> list[Monotone]:
-        """Pairs of choices of one kind in bands that follow each other."""
+        """Pairs of choices of one kind in consecutive bands."""
         if not self.constraints.monotone:
             return []
         by_kind: dict[tuple[str, int], list[int]] = {}
@@ -141,30 +141,30 @@ class Problem:
         ]
 
     def types_of(self, chosen: Iterable[int]) -> dict[str, str]:
-        """What each tensor gets."""
+        """The type of each tensor."""
         out: dict[str, str] = {}
         for c, j in zip(self.choices, chosen, strict=True):
             out.update({t.name: given for t, given in zip(c.tensors, c.given[j], strict=True)})
         return out
 
     def asked_of(self, chosen: Iterable[int]) -> dict[str, str]:
-        """What is asked for each tensor."""
+        """The type asked for each tensor, before any fallback."""
         return {t.name: c.asked[j] for c, j in zip(self.choices, chosen, strict=True) for t in c.tensors}
 
 
 def padded(tensor: Tensor, type_: str) -> int:
-    """Bytes of a tensor in a file."""
+    """Bytes of a tensor in a file, with padding."""
     return pad(plain(tensor, type_))
 
 
 def plain(tensor: Tensor, type_: str) -> int:
-    """Bytes of a tensor, padding aside."""
+    """Bytes of a tensor without padding."""
     return STORED_TYPES[type_].row_bytes(tensor.n_cols) * tensor.n_rows
 
 
 def make_problem(catalogue: Catalogue, known: Sensitivity, usable: Usable, constraints: Constraints) -> Problem:
-    """Raises RecipeError for a lock, a minimum or a type that is none, UnsupportedError where a group is left without
-    any type."""
+    """Set up the problem. Raises RecipeError for an unknown lock, minimum or type, UnsupportedError if a group is left
+    without any type."""
     types = [_type(t, "--types") for t in constraints.types]
     fast = FAST.get(constraints.backend)
     if fast is None:
@@ -257,6 +257,6 @@ def _given(usable: Usable, t: Tensor, asked: str) -> str:
 
 
 def _enough(usable: Usable, t: Tensor, types: Sequence[str]) -> str:
-    """The smallest of the types that is enough for a tensor of which nothing is known."""
+    """The smallest type that is safe for a tensor that the sensitivity does not cover."""
     can = [name for name in types if usable.type_of(t, name) is not None]
     return next((name for name in can if QTYPES[name].bits >= _KEPT_BITS), can[-1] if can else "Q8_0")

@@ -1,4 +1,4 @@
-"""A choice of types as an ordinary recipe: few rules, each with what its tensors are predicted to cost."""
+"""Writes a choice of types as an ordinary recipe: few rules, each with the predicted cost of its tensors."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from ...recipe.named import SCHEMA_LINE
 
 
 class Cost(NamedTuple):
-    """What a tensor costs."""
+    """The cost of a tensor."""
 
     damage: float
-    """its part of the predicted KLD, as a share of 1"""
+    """its share of the predicted KLD, as a fraction of 1"""
     nbytes: int
 
 
@@ -32,7 +32,7 @@ def recipe_text(
     catalogue: Catalogue, asked: Mapping[str, str], costs: Mapping[str, Cost], head: Mapping[str, str],
     needs_imatrix: bool,
 ) -> str:  # fmt: skip
-    """A recipe in YAML that gives each quantizable tensor the type asked for it.
+    """Return a recipe in YAML that gives each quantizable tensor the type in `asked`.
 
     `head`: name, title, description, and rounding as YAML, if any; `costs` are for what its rules say in `why`."""
     tensors = [t for t in catalogue.tensors if t.quantizable]
@@ -64,8 +64,8 @@ def recipe_text(
 
 
 def _rules(catalogue: Catalogue, tensors: Sequence[Tensor], asked: Mapping[str, str]) -> list[_Rule]:
-    """Families of tensors with the same types in the same layers share a rule; of each, the type of most layers comes
-    last and names no layers."""
+    """Make the rules. Families with the same types in the same layers share them; the most common type of a family
+    comes last and names no layers."""
     by_family: dict[str, list[Tensor]] = {}
     for t in tensors:
         by_family.setdefault(family_of(t.name), []).append(t)
@@ -89,7 +89,7 @@ def _rules(catalogue: Catalogue, tensors: Sequence[Tensor], asked: Mapping[str, 
 
 
 def _runs(catalogue: Catalogue, members: Sequence[Tensor], asked: Mapping[str, str]) -> Iterable[tuple[int, int, str]]:
-    """Layers that follow each other with one type: first, last + 1, type. Layers without the tensor do not end one."""
+    """Runs of layers with one type: first, last + 1, type. Layers without the tensor do not end a run."""
     ordered = sorted((t for t in members if t.layer is not None), key=lambda t: t.layer or 0)
     runs: list[tuple[int, int, str]] = []
     for t in ordered:
@@ -104,7 +104,7 @@ def _runs(catalogue: Catalogue, members: Sequence[Tensor], asked: Mapping[str, s
 
 
 def braces(families: Sequence[str]) -> str:
-    """One glob for several, such as blk.*.{ffn_gate,ffn_up}.weight."""
+    """Join globs into one, such as blk.*.{ffn_gate,ffn_up}.weight."""
     if len(families) == 1:
         return families[0]
     prefix = "blk.*." if all(f.startswith("blk.*.") for f in families) else ""
@@ -114,7 +114,7 @@ def braces(families: Sequence[str]) -> str:
 
 
 def _file_type(tensors: Sequence[Tensor], asked: Mapping[str, str]) -> str:
-    """The file type of whose base type most weights are."""
+    """The file type whose base type holds most weights."""
     counts: Counter[str] = Counter()
     for t in tensors:
         counts[asked[t.name]] += t.n_elements
@@ -125,7 +125,7 @@ def _file_type(tensors: Sequence[Tensor], asked: Mapping[str, str]) -> str:
 
 
 def needs_imatrix(types: Iterable[str]) -> bool:
-    """Whether one of these types cannot be had without importance."""
+    """Whether any of these types requires importance."""
     return any(QTYPES[t].needs_imatrix for t in types)
 
 

@@ -1,6 +1,6 @@
-"""How much each group of tensors matters: probes of one group at a time, many in each pass.
+"""Measures how much each group of tensors matters: probes change one group at a time, many probes per pass.
 
-What is measured goes into one file after every pass, and the same command does only what is not in it.
+Results are saved to one file after every pass; the same command then does only what is missing.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from .damage import FLOOR, Probe, Sensitivity, read_sensitivity
 from .groups import Group, groups_of
 from .weight_errors import FLOOR_ERROR, TYPES, Noise, Usable, weight_errors
 
-#: a type of about 1.6, 2, 3.4 and 5.5 bits
+#: types of about 1.6, 2, 3.4 and 5.5 bits
 PROBES = ("IQ1_S", "IQ2_XXS", "Q3_K", "Q5_K")
-#: in place of a type that a tensor cannot have without importance
+#: replaces a type that a tensor without importance cannot have
 _WITHOUT = "Q2_K"
 
 Progress = Callable[[str, int, int], None]
-"""Called with a stage, and how much of how much is done."""
+"""Called with a stage, and the amounts done and in total."""
 
 
 @dataclass(frozen=True)
@@ -37,24 +37,24 @@ class ProbeOptions:
     by: str = "kind"
     n_bands: int = 3
     probes: tuple[str, ...] = PROBES
-    """types that each group is probed at"""
+    """types to probe each group at"""
     noise: tuple[float, ...] = ()
-    """relative squared errors of seeded noise that each group is probed with"""
+    """relative squared errors of seeded noise to probe each group with"""
     types: tuple[str, ...] = TYPES
     """types whose error is sampled"""
     seed: int = 0
     per_pass: int | None = None
-    """probes in a pass; None: as many as `memory` allows"""
+    """probes per pass; None: as many as `memory` allows"""
     memory: int = 8 << 30
     """bytes of hidden states"""
     forward: Options = field(default_factory=Options)
     restart: bool = False
-    """do not go on with what is there"""
+    """ignore an existing file"""
 
 
 @dataclass(frozen=True)
 class _Wanted:
-    """A probe that is to be made."""
+    """A probe to be made."""
 
     group: str
     change: str
@@ -72,8 +72,8 @@ def sensitivity(
     options: ProbeOptions | None = None,
     progress: Progress = lambda stage, n_done, n_total: None,
 ) -> Sensitivity:
-    """Measure how much each group of a model's tensors matters. With `out` the file is written after every pass, and
-    what is in it already is not done again.
+    """Measure how much each group of a model's tensors matters. With `out`, the file is written after every pass, and
+    results already in it are not measured again.
 
     Raises SourceError, UnsupportedError, WeightError, OutputError; ResumeError for an `out` of another model,
     importance matrix or grouping."""
@@ -141,7 +141,7 @@ def _with_errors(
     made: Sensitivity, reference: Model, tensors: Sequence[Tensor], imatrix: Imatrix | None, opts: ProbeOptions,
     progress: Progress,
 ) -> Sensitivity:  # fmt: skip
-    """The errors of all tensors at all types, as far as they are not there."""
+    """Add the errors that are missing, for all tensors at all types."""
     usable = Usable(imatrix)
     types = dict.fromkeys((*opts.types, *opts.probes, _WITHOUT))
     lacking: list[Tensor] = []
@@ -165,7 +165,7 @@ def _wanted(
     made: Sensitivity, tensors: dict[str, Tensor], groups: Sequence[Group], imatrix: Importance | None,
     opts: ProbeOptions,
 ) -> Iterator[_Wanted]:  # fmt: skip
-    """All probes: the floor, then of each group its types and noises."""
+    """All probes: the floor, then the types and noises of each group."""
     every = frozenset(name for g in groups for name in g.tensors)
     yield _Wanted(
         FLOOR, f"noise {FLOOR_ERROR:.3g} seed {opts.seed}", FLOOR_ERROR, Noise(every, FLOOR_ERROR, opts.seed), -1

@@ -1,9 +1,9 @@
-"""The least of A + F^γ over choices whose A and F add up, when a knapsack finds the least of w_A·A + w_F·F.
+"""Minimizes A + F^γ over choices whose A and F add up, given a knapsack that minimizes w_A·A + w_F·F.
 
-For γ of at most 1 the function is concave, so its least over all points (A, F) is at a corner of their convex hull, and
-every corner is the least of some weighted sum. Corners are looked for between those that are known, where the bound is
-lowest first: two corners with the weights that found them leave a triangle, and none of its points is better than its
-tip. With γ above 1 the same search is a heuristic.
+For γ ≤ 1 the function is concave, so its minimum over all points (A, F) is at a corner of their convex hull, and every
+corner minimizes some weighted sum. New corners are searched between known ones, where the bound is lowest first: two
+corners and the weights that found them leave a triangle, and no point in it is better than its tip. With γ > 1 the same
+search is a heuristic.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _MOST = 200
 
 
 class Corner(NamedTuple):
-    """A solution, and the weights of A and F whose sum it makes least."""
+    """A solution, and the weights of A and F whose weighted sum it minimizes."""
 
     chosen: tuple[int, ...]
     smooth: float
@@ -34,20 +34,20 @@ class Corner(NamedTuple):
 
     @property
     def least(self) -> float:
-        """No point has a smaller weighted sum."""
+        """A lower bound on the weighted sum of any point."""
         return (self.weights[0] * self.smooth + self.weights[1] * self.flips) * (1 - self.gap)
 
 
 class Best(NamedTuple):
-    """What was found."""
+    """The best solution found."""
 
     corner: Corner
     gap: float
-    """how far above the least it can be at most, as a share of its own value"""
+    """largest possible distance above the minimum, as a share of its own value"""
 
 
 def least(at: Callable[[float, float], Corner | None], gamma: float, time_limit: float) -> Best | None:
-    """The corner of least A + F^γ; None where there is no solution at all. `at` solves for two weights."""
+    """Find the corner of least A + F^γ; None if there is no solution at all. `at` solves for two weights."""
     start = time.monotonic()
     first = at(1.0, _EQUAL)
     last = at(_EQUAL, 1.0) if first is not None else None
@@ -87,7 +87,7 @@ def least(at: Callable[[float, float], Corner | None], gamma: float, time_limit:
 
 
 def _bound(p: Corner, q: Corner, gamma: float) -> float:
-    """What no point between two corners is better than: the tip of the triangle that their weights leave."""
+    """A lower bound for points between two corners: the value at the tip of the triangle that their weights leave."""
     (a, b), (c, d) = p.weights, q.weights
     det = a * d - b * c
     if abs(det) < 1e-15:

@@ -1,4 +1,4 @@
-"""How large a file may be: bytes, bits a weight, or what fits on GPUs."""
+"""How large a file may be: bytes, bits per weight, or what fits on GPUs."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ _SIZE = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,12})?)\s*(?:([KMGT])(I?)B?|B)?", r
 _BPW = re.compile(r"([0-9]{1,3}(?:\.[0-9]{1,6})?)\s*bpw", re.IGNORECASE)
 _POWERS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 _FIT_TRIES = 60
-#: of the bytes that are too many: how far the limit is lowered at least
+#: least reduction of the limit, in bytes, when a solution does not fit
 _FIT_STEP = 1 << 20
 
 Solve = Callable[[int, Callable[[Tensor, str], int]], "Solution | None"]
 
 
 class Priced(Protocol):
-    """What a target asks of an optimization."""
+    """What a target needs to know of an optimization."""
 
     catalogue: Catalogue
     problem: Problem
@@ -39,7 +39,7 @@ class Priced(Protocol):
 
 @dataclass(frozen=True)
 class Gpu:
-    """What is to fit on GPUs beside the weights."""
+    """What must fit on GPUs besides the weights."""
 
     room: tuple[int, ...]
     """bytes of each GPU"""
@@ -49,7 +49,7 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Target:
-    """One of: bytes of the file, bits a weight, GPUs that hold all layers."""
+    """One of: bytes of the file, bits per weight, GPUs that hold all layers."""
 
     text: str
     nbytes: int | None = None
@@ -57,7 +57,7 @@ class Target:
     gpu: Gpu | None = None
 
     def file_limit(self, run: Priced) -> int:
-        """Bytes of a file at most; of bits a weight and GPUs with every tensor's padding."""
+        """Upper limit for the file in bytes; for bits per weight and GPUs it includes every tensor's padding."""
         if self.nbytes is not None:
             return self.nbytes
         if self.bpw is not None:
@@ -69,7 +69,7 @@ class Target:
         return largest + run.overhead
 
     def search(self, solve: Solve, run: Priced, scale: float) -> Solution | None:
-        """The best solution within the target, times `scale`."""
+        """The best solution within the target times `scale`."""
         if self.nbytes is not None:
             return solve(int(self.nbytes * scale) - run.overhead, padded)
         if self.bpw is not None:
@@ -82,7 +82,8 @@ class Target:
         return int(self.bpw * sum(t.n_elements for t in run.catalogue.tensors) / 8)
 
     def _fitting(self, solve: Solve, run: Priced, scale: float) -> Solution | None:
-        """The largest solution whose layers and KV cache are all on the GPUs. token_embd stays in RAM and is free."""
+        """The largest solution with all layers and the KV cache on the GPUs. token_embd stays in RAM and costs
+        nothing."""
         assert self.gpu is not None
         room = [int(r * scale) for r in self.gpu.room]
         cache = sum(fit.cache_bytes(run.catalogue, self.gpu.context, self.gpu.cache_type))
@@ -97,7 +98,7 @@ class Target:
             whole = fit.whole_layers(placed, room)
             if whole.output and whole.n_layers == placed.n_layers:
                 return found
-            # what is left in RAM of the layers is too much; several GPUs leave gaps that a smaller layer may fill
+            # the layers left in RAM are the excess; several GPUs leave gaps that a smaller layer may fill
             over = whole.ram - placed.input
             limit = min(limit, found.nbytes) - max(_FIT_STEP // 16, over // (8 * len(room)))
         return None
@@ -108,7 +109,7 @@ def _on_gpu(tensor: Tensor, type_: str) -> int:
 
 
 def parse_target(text: str) -> Target:
-    """131GiB, 1.67bpw, 14517920B. Raises RecipeError."""
+    """Parse 131GiB, 1.67bpw or 14517920B. Raises RecipeError."""
     given = text.strip()
     if m := _BPW.fullmatch(given):
         if not 0 < Fraction(m[1]) <= 32:
@@ -125,7 +126,7 @@ def parse_target(text: str) -> Target:
 
 
 def parse_fit(text: str, reserve: int = GIB, context: int = 8192, cache_type: str = "f16") -> Target:
-    """2x80 and the like, `reserve` bytes of each GPU left free. Raises RecipeError."""
+    """Parse GPUs such as 2x80, with `reserve` bytes of each left free. Raises RecipeError."""
     try:
         gpus = parse_gpus(text)
     except ValueError as e:

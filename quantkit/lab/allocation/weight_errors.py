@@ -1,8 +1,8 @@
-"""What a type does to a tensor's weights: the imatrix-weighted relative squared error, from sampled rows.
+"""The error that a type causes in a tensor's weights: imatrix-weighted relative squared error, from sampled rows.
 
-    error = Σ w_c (x - q)² / Σ w_c x²        over sampled rows, w_c the importance of a column, 1 without
+    error = Σ w_c (x - q)² / Σ w_c x²        over sampled rows; w_c is the importance of a column, 1 without a matrix
 
-Rows are quantized apart from each other, so those that are sampled are what a build makes of them, to the bit.
+Rows are quantized independently, so the sampled rows equal those of a build, to the bit.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class Usable:
         return self.importance is not None and tensor.name in self.importance
 
     def type_of(self, tensor: Tensor, asked: str) -> str | None:
-        """What a tensor gets when `asked` is asked for; None where that cannot be: no fallback for its rows, or the
-        type needs an importance that the matrix does not have."""
+        """The type a tensor gets if `asked` is asked for. None if it cannot have it: no fallback fits its rows, or the
+        type needs importance that the matrix lacks."""
         try:
             given = fitting_type(QTYPES[asked], tensor.n_cols).name
         except KernelError:
@@ -59,7 +59,7 @@ def weight_errors(
     n_threads: int = 1,
     progress: Callable[[str, int], None] = lambda name, n_rows: None,
 ) -> dict[str, dict[str, float]]:
-    """Errors by tensor and by the type that it gets. Raises what reading and quantizing raise."""
+    """Return errors by tensor and by the type it gets. Raises what reading and quantizing raise."""
     usable, wanted = Usable(importance), list(types)
 
     def one(tensor: Tensor) -> dict[str, float]:
@@ -100,7 +100,7 @@ def _through(tensor: Tensor, name: str, mat: int, rows: F32, importance: Importa
 
 @dataclass(frozen=True)
 class Noise:
-    """A change by seeded noise: each row gets Gaussian noise whose squares are `error` times its own."""
+    """A change by seeded noise: each row gets Gaussian noise with an expected relative squared error of `error`."""
 
     names: frozenset[str]
     error: float
@@ -119,4 +119,4 @@ class Noise:
 
 
 FLOOR_ERROR = 2.0**-18 / 3
-"""what rounding to BF16 costs, about: squares of up to 2^-9 of a value, evenly spread"""
+"""approximate error of rounding to BF16: squares of up to 2^-9 of a value, evenly spread"""

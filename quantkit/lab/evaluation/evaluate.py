@@ -1,4 +1,4 @@
-"""What candidates cost beside their reference: all of them advance with it in one pass over a text."""
+"""Measures candidates against their reference: all of them advance together in one pass over a text."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Scorable(Protocol):
 
 @dataclass(frozen=True)
 class Candidate:
-    """A model beside the reference, with the size of its file."""
+    """A model to compare with the reference, and the size of its file."""
 
     model: Model
     file_bytes: int
@@ -55,7 +55,7 @@ class Candidate:
 
     @property
     def is_rounded(self) -> bool:
-        """Whether some of its tensors are rounded otherwise than by ggml."""
+        """Whether any of its tensors is rounded by something other than ggml."""
         return isinstance(self.model.change, Quantized) and self.model.change.rounding is not None
 
 
@@ -64,18 +64,18 @@ class EvalOptions:
     """How candidates are compared."""
 
     n_prompts: int = 0
-    """prompts of the greedy agreement, taken from the beginnings of chunks; 0: none"""
+    """prompts for the greedy agreement, taken from the beginnings of chunks; 0: none"""
     forward: Options = field(default_factory=Options)
 
 
 def of_plan(
     reference: Model, plan: Plan, name: str, rounding: Rounding | None = None, cached: CachedTensors | None = None
 ) -> Candidate:
-    """A candidate that was never built: the reference's source, quantized on its way as a plan says, with the weights
-    that the plan's policy makes of its importance matrix, and rounded as the plan says, or by `rounding`. Its file is
-    as large as `quantkit build` would make it, to the byte where the catalogue knows all metadata. With `cached` its
-    tensors are made now, as the plan says, unless they are there, and then read from there. Raises SourceError for a
-    plan of another model and one that lacks its covariance, ImatrixError where it lacks weights that it must have."""
+    """Return a candidate that is never built: the reference, quantized on the fly as the plan says, with the importance
+    weights that the plan's policy derives from its matrix, and rounded by `rounding`, or as the plan says. Its file
+    size is that of `quantkit build`, exact to the byte if the catalogue knows all metadata. With `cached`, tensors are
+    quantized now unless the cache has them, and then read from the cache. Raises SourceError for a plan of another
+    model or one without a covariance that it needs, ImatrixError if it lacks importance weights it must have."""
     _check_is_of(reference, plan, name)
     matrix = plan.imatrix if isinstance(plan.imatrix, Imatrix) else None
     if matrix is None or plan.weights is None:
@@ -93,13 +93,13 @@ def of_plan(
 
 
 def _few_rows(reference: Model, name: str) -> bool:
-    """Whether a pass needs only rows of a tensor: those of the tokens."""
+    """Whether a pass needs only some rows of a tensor: those of its tokens."""
     return name == "token_embd.weight" != reference.family.output
 
 
 @dataclass(frozen=True)
 class FromCache(Quantized):
-    """Quantizing, where that has been done already: tensors by name as a cache has them."""
+    """Quantized tensors, read from a cache where it has them."""
 
     cached: Mapping[str, CachedTensor] = field(default_factory=dict)
 
@@ -107,7 +107,7 @@ class FromCache(Quantized):
         return name in self.cached
 
     def rows(self, tensor: Tensor, first: int, n_rows: int) -> npt.NDArray[np.float32] | None:
-        """float32 [n_rows, n_cols], rows first… of a tensor; None where the cache has them no longer."""
+        """float32 [n_rows, n_cols], rows of a tensor from `first` on; None if the cache no longer has them."""
         found = self.cached.get(tensor.name)
         blocks = None if found is None else found.rows(first, n_rows)
         if found is None or blocks is None:
@@ -118,7 +118,7 @@ class FromCache(Quantized):
 
 
 def _check_is_of(reference: Model, plan: Plan, name: str) -> None:
-    """Raise SourceError for a plan of other tensors than the reference's."""
+    """Raise SourceError if the plan's tensors are not the reference's."""
     theirs, mine = ({t.name: t.shape for t in c.tensors} for c in (reference.catalogue, plan.catalogue))
     if theirs != mine:
         other = next(n for n in (*mine, *theirs) if mine.get(n) != theirs.get(n))
@@ -130,7 +130,7 @@ def _check_is_of(reference: Model, plan: Plan, name: str) -> None:
 
 
 def about_reference(reference: Model) -> str | None:
-    """What is to be known of a reference that is quantized itself, None of one that is not."""
+    """Return a note for a reference that is itself quantized, else None."""
     types = sorted(
         {
             t.source_type
@@ -147,7 +147,7 @@ def about_reference(reference: Model) -> str | None:
 
 
 class _Used:
-    """An importance matrix, as far as a plan uses it."""
+    """The part of an importance matrix that a plan uses."""
 
     def __init__(self, matrix: Importance, used: set[str]) -> None:
         self._matrix, self._used = matrix, used
@@ -160,7 +160,7 @@ class _Used:
 
 
 def of_file(catalogue: Catalogue, name: str) -> Candidate:
-    """A candidate that is a GGUF, single or split."""
+    """Return a candidate for a GGUF, single or split."""
     source = catalogue.source
     if source is None:
         raise SourceError(catalogue.lacks or f"{name}: has no weights here; give a local GGUF, or a recipe")
@@ -207,8 +207,8 @@ def evaluate(
 def score_tokens(
     reference: Model, models: Sequence[Model], chunks: Scorable, forward: Options, progress: Progress
 ) -> list[Tokens]:
-    """Scores of the reference (whose KLD is 0) and of each model, token by token. Raises TextError for chunks in which
-    nothing is scored, SourceError for a model of another shape or vocabulary, and what the pass raises."""
+    """Score the reference (whose KLD is 0) and each model, token by token. Raises TextError for chunks without any
+    scored token, SourceError for a model of another shape or vocabulary, and whatever the pass raises."""
     n_chunks, n_ctx = chunks.tokens.shape
     check_ctx(n_ctx)
     _check_vocabularies(reference, models, chunks)
@@ -237,8 +237,8 @@ def score_tokens(
 
 
 def _check_vocabularies(reference: Model, models: Sequence[Model], chunks: Scorable) -> None:
-    """Raise SourceError for a model to which a token of the text is another text than to the reference, as far as both
-    have a tokenizer."""
+    """Raise SourceError if a token in the text stands for a different string in a model than in the reference. Models
+    without a tokenizer are not checked."""
     theirs = _texts_of_tokens(reference.catalogue)
     if theirs is None:
         return
@@ -249,7 +249,7 @@ def _check_vocabularies(reference: Model, models: Sequence[Model], chunks: Scora
             continue
         checked.add(id(model.catalogue))
         mine = _texts_of_tokens(model.catalogue)
-        if mine is None or len(mine) != len(theirs):  # the pass says that there are more or fewer
+        if mine is None or len(mine) != len(theirs):  # the pass reports a vocabulary of another size
             continue
         other = [i for i in used if i < len(mine) and mine[i] != theirs[i]]
         if other:
@@ -262,7 +262,7 @@ def _check_vocabularies(reference: Model, models: Sequence[Model], chunks: Scora
 
 
 def _texts_of_tokens(catalogue: Catalogue) -> list[Any] | None:
-    """The tokens of a model's tokenizer by id, None where it has none."""
+    """The tokens of a model's tokenizer by id; None if it has none."""
     item = next((item for item in catalogue.kvs if item.key == "tokenizer.ggml.tokens"), None)
     return None if item is None or item.type != ARRAY else list(decode(item))
 
@@ -274,10 +274,10 @@ def _shown(token: Any) -> str:
 def agreement(
     reference: Model, models: Sequence[Model], chunks: Scorable, options: EvalOptions, progress: Progress
 ) -> list[Agreement]:
-    """How far greedy continuations of the models go with the reference's, over the beginnings of some chunks.
+    """Measure how long the models' greedy continuations agree with the reference's, over the beginnings of some chunks.
 
-    The reference's continuation is found by passes over all prompts at once, each of which settles at least one token
-    more; then one pass of the models over it tells where each would first have said something else."""
+    Passes over all prompts at once find the reference's continuation; each settles at least one more token. One more
+    pass, of the models, then shows where each would first have continued differently."""
     n = min(options.n_prompts, len(chunks.tokens))
     prompt = chunks.first
     n_more = min(GREEDY_TOKENS, chunks.tokens.shape[1] - prompt)
@@ -298,7 +298,7 @@ def agreement(
 
 
 def _greedy(models: Sequence[Model], tokens: I32, prompt: int, forward: Options, progress: Progress) -> list[I32]:
-    """What each model finds most likely at the positions after the prompt, given `tokens`."""
+    """The token each model finds most likely at each position after the prompt, given `tokens`."""
     out = [np.zeros((len(tokens), tokens.shape[1] - prompt), np.int32) for _ in models]
 
     def on_logits(chunk: int, number: int, logits: torch.Tensor) -> None:

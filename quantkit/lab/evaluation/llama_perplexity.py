@@ -1,11 +1,11 @@
-"""The same comparison by the stock tool: llama-perplexity writes log probabilities, quantkit reads them.
+"""The same comparison by the stock tool: llama-perplexity writes log probabilities, and quantkit reads them.
 
-The reference is run twice, and what it differs from itself is the noise floor. Log probabilities in these files are
-codes of 16 bits. The tool's own figures (--kl-divergence) compare the same codes of the reference with the
-candidate's logits in full, which no file of the tool has. So the reference's perplexity is the tool's in every digit,
-and what has the candidate in it differs by the candidate's codes: they are rounded by up to 16 / 65535 / 2 = 1.22e-4
-nats, and logits that are more than 16 below the largest are raised to that. Each candidate is run once more for the
-tool's figures, which stand beside those that are counted here (`tool_mean_kld`, `tool_ppl`).
+The reference is run twice; the difference between the two runs is the noise floor. Log probabilities in these files are
+16-bit codes. The tool's own figures (--kl-divergence) compare the reference's codes with the candidate's full logits,
+which the tool never writes to a file. So the reference's perplexity matches the tool's in every digit, while figures
+that involve the candidate differ because of its codes: they are rounded by up to 16 / 65535 / 2 = 1.22e-4 nats, and
+logits more than 16 below the largest are raised to that. Each candidate is therefore run a second time for the tool's
+own figures (`tool_mean_kld`, `tool_ppl`), which are reported beside the ones computed here.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from .logits_file import LogitsFile, expected_bytes, size_of
 from .scores import LEAST, STOCK, Evaluation, Scored, Tokens, check_ctx, pairs_of, score
 
 _TRIES = 3
-#: of fewer tokens the tool says nothing at the end
+#: with fewer tokens the tool prints no summary
 _LEAST_TOKENS = 100
-#: lines of its summary whose figures are taken, and the last one
+#: the lines of its summary that are read, and the last one
 _SAID = {
     "ppl": "Mean PPL(Q)  ", "reference_ppl": "Mean PPL(base)  ", "mean_kld": "Mean    KLD:", "last": "Same top p:",
 }  # fmt: skip
 
 
 class File(NamedTuple):
-    """A GGUF to be run, with its size and bits a weight."""
+    """A GGUF to run, with its size and bits per weight."""
 
     name: str
     path: Path
@@ -45,7 +45,7 @@ class File(NamedTuple):
 
 
 def gguf_file(path: str, name: str) -> File:
-    """A GGUF by its path, single or split. Raises SourceError for what is none, and for one without a tokenizer."""
+    """Open a GGUF, single or split. Raises SourceError for anything else, and for one without a tokenizer."""
     refused = SourceError(f"{path}: llama.cpp runs GGUFs; make one with quantkit build, or leave out --engine")
     if Path(path).is_dir():
         raise refused
@@ -72,13 +72,13 @@ class Tool:
     n_vocab: int
     n_threads: int
     more: tuple[str, ...] = ()
-    """further arguments, as -ngl 99"""
+    """further arguments, such as -ngl 99"""
     figures: bool = True
-    """whether candidates are run once more, for the tool's own figures"""
+    """whether candidates are run a second time, for the tool's own figures"""
 
 
 class Printed(NamedTuple):
-    """What llama-perplexity --kl-divergence says itself."""
+    """The figures that llama-perplexity --kl-divergence prints."""
 
     ppl: float
     reference_ppl: float
@@ -86,10 +86,9 @@ class Printed(NamedTuple):
 
 
 class Stock(AbstractContextManager["Stock"]):
-    """llama-perplexity on one text: the reference, twice, then candidates beside it, one after the other.
+    """llama-perplexity on one text: the reference, twice, then each candidate against it.
 
-    `folder` is where files of log probabilities lie for a while (two at a time). Raises ToolError, SourceError,
-    TextError."""
+    `folder` holds temporary files of log probabilities (two at a time). Raises ToolError, SourceError, TextError."""
 
     def __init__(
         self, reference: File, words: str, tool: Tool, n_candidates: int,
@@ -113,7 +112,7 @@ class Stock(AbstractContextManager["Stock"]):
             raise
 
     def measure(self, one: File) -> tuple[Scored, Tokens]:
-        """A candidate's figures, and its scores token by token."""
+        """Return a candidate's figures, and its scores token by token."""
         found = self._run(one, self._here / "candidate")
         try:
             theirs, mine = _scored(self.base, found)
@@ -137,7 +136,7 @@ def evaluate_files(
     progress: Callable[[str, int, int], None] = lambda what, n_done, n_total: None,
     folder: Path | None = None,
 ) -> Evaluation:
-    """Compare files. `text` is the text and the names it came from. Raises as `Stock`."""
+    """Compare files. `text` is the text and the names of its sources. Raises what `Stock` raises."""
     with Stock(reference, text[0], tool, len(candidates), progress, folder) as stock:
         measured = [stock.measure(one) for one in candidates]
         return Evaluation(
@@ -166,7 +165,7 @@ def _scored(base: LogitsFile, other: LogitsFile) -> tuple[Tokens, Tokens]:
 
 
 class _Runs:
-    """Runs of llama-perplexity, one after the other; how far one is shows in the size of what it writes."""
+    """Runs of llama-perplexity, one after the other. The size of the output file shows the progress of each."""
 
     def __init__(self, tool: Tool, words: Path, progress: Callable[[str, int, int], None], n_runs: int) -> None:
         self.tool, self.words, self.progress, self.n_runs = tool, words, progress, n_runs
@@ -177,7 +176,7 @@ class _Runs:
             try:
                 made = self._once(file, out)
                 break
-            except SourceError:  # it can end with code 0 before all is written
+            except SourceError:  # the tool can exit with code 0 before it has written everything
                 if attempt + 1 == _TRIES:
                     raise
         self._n_done += 1
@@ -203,7 +202,7 @@ class _Runs:
         ]  # fmt: skip
 
     def printed(self, file: File, base: Path) -> Printed:
-        """The tool's own figures of a candidate beside the reference's file. Raises ToolError."""
+        """Return the tool's own figures for a candidate against the reference's file. Raises ToolError."""
         due = expected_bytes(self.tool.n_ctx, self.tool.n_vocab, self.tool.n_chunks)
         self.progress(f"{file.name}, the tool's own figures", self._n_done * due, self.n_runs * due)
         command = [*self._command(file), "--kl-divergence", "--kl-divergence-base", str(base)]
@@ -219,7 +218,7 @@ class _Runs:
 
 
 def figures_of(text: str) -> Printed | None:
-    """The figures of a summary that the tool has printed; None where a line of it is not there."""
+    """Read the figures of a printed summary; None if one of its lines is missing."""
     found: dict[str, float] = {}
     for line in text.splitlines():
         for name, words in _SAID.items():

@@ -21,7 +21,7 @@ _MOST = 1 << 24
 
 
 class LogitsFile:
-    """A whole file of log probabilities. Raises SourceError for what is none, or is cut off."""
+    """A complete file of log probabilities. Raises SourceError for a file of another kind, or one that is cut off."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -47,16 +47,16 @@ class LogitsFile:
         except OSError as e:
             raise SourceError(f"{path}: cannot be read: {e.strerror or e}") from None
         self.tokens = tokens.reshape(self.n_chunks, self.n_ctx)
-        """int32 [n_chunks, n_ctx], as the text has them"""
+        """int32 [n_chunks, n_ctx], in the order of the text"""
 
     @property
     def n_scored(self) -> int:
-        """Rows of a chunk: predictions of its second half."""
+        """Rows per chunk: the predictions of its second half."""
         return self.n_ctx - 1 - self.n_ctx // 2
 
     @property
     def targets(self) -> npt.NDArray[np.int32]:
-        """int32 [n_chunks, n_scored]: the tokens that are predicted."""
+        """int32 [n_chunks, n_scored]: the tokens to be predicted."""
         return self.tokens[:, self.n_ctx // 2 + 1 :]
 
     @property
@@ -79,12 +79,12 @@ class LogitsFile:
 
 
 def expected_bytes(n_ctx: int, n_vocab: int, n_chunks: int) -> int:
-    """Bytes of such a file."""
+    """Size in bytes of a complete file."""
     return _HEAD + 4 * n_chunks * n_ctx + 2 * n_chunks * (n_ctx - 1 - n_ctx // 2) * (2 * ((n_vocab + 1) // 2) + 4)
 
 
 def size_of(path: Path) -> int:
-    """Bytes that are there now."""
+    """Current size of a file in bytes; 0 if it cannot be read."""
     try:
         return os.stat(path).st_size
     except OSError:

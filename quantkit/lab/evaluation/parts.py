@@ -1,4 +1,4 @@
-"""A text in parts that do not overlap: one to probe, one to choose on, one to report."""
+"""Splits a text into parts that do not overlap: one to probe, one to choose on, one to report on."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ _PART = re.compile(r"([0-9]{1,3})/([0-9]{1,3})")
 
 
 def part(chunks: Chunks, number: int, of: int, most: int | None = None) -> Chunks:
-    """Part `number` (from 1) of `of` equal runs of chunks; of it at most `most` chunks, evenly spread. Raises TextError
-    for a part without any chunk."""
+    """Return part `number` (from 1) of `of` equal runs of chunks, thinned evenly to at most `most` chunks. Raises
+    TextError for a part without chunks."""
     first, stop = chunks.n_chunks * (number - 1) // of, chunks.n_chunks * number // of
     if stop <= first:
         raise TextError(
@@ -29,7 +29,7 @@ def part(chunks: Chunks, number: int, of: int, most: int | None = None) -> Chunk
 
 
 def parse_part(text: str) -> tuple[int, int]:
-    """1/3 as (1, 3). Raises TextError."""
+    """Parse "1/3" into (1, 3). Raises TextError."""
     m = _PART.fullmatch(text.strip())
     if m is None or not 1 <= int(m[1]) <= int(m[2]):
         raise TextError(f"--part {text}: is not a part such as 1/3, the first of three")

@@ -12,7 +12,7 @@ from .scores import Evaluation, Scored, interval_text
 
 
 def markdown(found: Evaluation) -> str:
-    """Tables of candidates and of pairs, with what they rest on."""
+    """Tables of candidates and of pairs, headed by the reference and the texts."""
     lines = [
         f"Reference {found.reference}: PPL {found.reference_ppl:.4f}; {found.n_tokens:,} tokens scored, "
         f"{found.n_chunks:,} chunk{'s' * (found.n_chunks != 1)} of {found.n_ctx:,}, of {', '.join(found.texts)}; "
@@ -67,7 +67,7 @@ def _percent(share: float | None) -> str:
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """A Markdown table whose columns are aligned as text too."""
+    """A Markdown table whose columns also line up as plain text."""
     cells = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in (head, *rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = [[cell.ljust(w) for cell, w in zip(row, widths, strict=True)] for row in cells]
@@ -75,7 +75,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def csv_text(found: Evaluation) -> str:
-    """A line for each candidate, all figures in full."""
+    """One line per candidate, with all figures in full precision."""
     out = io.StringIO()
     fields = list(Scored.__dataclass_fields__)
     writer = csv.DictWriter(out, fields)

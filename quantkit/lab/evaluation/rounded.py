@@ -1,7 +1,7 @@
-"""Matrices of variants rounded by error feedback: the bits of the file that `quantkit build` would make.
+"""Matrices of variants rounded by error feedback: the same bits as in the file that `quantkit build` makes.
 
-Rounding costs many times what reading and dequantizing do, so what was made is kept: in one pass variants share it
-anyway, and `Blocks` keeps it from pass to pass.
+Rounding costs many times more than reading and dequantizing, so results are kept: variants share them within a pass,
+and `Blocks` keeps them between passes.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from ...rounding.rounder import Rounder
 
 F32 = npt.NDArray[np.float32]
 U8 = npt.NDArray[np.uint8]
-#: bytes of blocks that are kept
+#: bytes of blocks to keep
 _BLOCKS = 2 << 30
 
 
 class Blocks:
-    """What was rounded of one model by the second moments of one source, kept as far as there is room: the longest
-    unused go first. Any number of threads may use it; two that want the same at once may both make it."""
+    """Rounded matrices of one model, by the second moments of one source. When room runs out, the least recently used
+    go first. Safe for any number of threads; two that need the same matrix at once may both compute it."""
 
     def __init__(self, source: CovarianceSource, nbytes: int = _BLOCKS) -> None:
         self.source = source
@@ -42,8 +42,8 @@ class Blocks:
     def quantize(
         self, tensor: Tensor, mat: int, rows: F32, qtype: str, importance: F32 | None, choice: Choice
     ) -> U8:  # fmt: skip
-        """Blocks of a matrix, or of some of its rows: those of a build. Whole matrices are kept. Raises SourceError,
-        KernelError, WeightError."""
+        """Quantize a matrix, or some of its rows, into the blocks that a build makes. Only whole matrices are kept.
+        Raises SourceError, KernelError, WeightError."""
         is_whole = len(rows) == (tensor.shape[1] if len(tensor.shape) > 1 else 1)
         used = None if importance is None else importance.tobytes()
         key = (tensor.name, mat, qtype, used, choice._replace(why=""))
@@ -64,8 +64,8 @@ class Blocks:
 
 
 def rounded_by(plan: Plan, model: Hashable) -> Rounded | None:
-    """What rounds a plan's tensors; None where that is ggml's rounding for all. `model`: whose weights. Raises
-    SourceError where the plan has no covariance and needs one."""
+    """Return the rounding of a plan's tensors; None if ggml rounds all of them. `model` identifies the weights. Raises
+    SourceError if the plan needs a covariance and has none."""
     check_covariance(plan)
     rounding = plan.rounding
     if rounding is None or rounding.covariance is None:
@@ -76,12 +76,12 @@ def rounded_by(plan: Plan, model: Hashable) -> Rounded | None:
 
 @lru_cache(maxsize=1)
 def _shared(source: CovarianceSource, model: Hashable) -> Blocks:
-    """One for the candidates of a command, and its passes."""
+    """The blocks that all candidates and passes of one command share."""
     return Blocks(source)
 
 
 class Rounded:
-    """Rounding of a variant (quantkit.forward.model.Rounding): of each tensor as its choice says, else ggml's."""
+    """The rounding of a variant (quantkit.forward.model.Rounding): per tensor by its choice, else ggml's."""
 
     def __init__(self, blocks: Blocks, choices: Mapping[str, Choice]) -> None:
         self._blocks = blocks

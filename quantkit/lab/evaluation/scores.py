@@ -1,7 +1,7 @@
-"""What a candidate's predictions are worth beside the reference's, token by token, and in figures.
+"""Scores of a candidate's predictions against the reference's, token by token and summarized.
 
-Definitions are llama-perplexity's: the second half of each chunk is scored; KLD sums where the reference's log
-probability is above -16; Δp is the difference of the probabilities of the text's own token.
+The definitions are llama-perplexity's: the second half of each chunk is scored; KLD sums over tokens whose reference
+log probability is above -16; Δp is the difference in the probability of the text's own token.
 """
 
 from __future__ import annotations
@@ -33,26 +33,26 @@ class Tokens(NamedTuple):
     kld: F64
     """KL divergence from the reference"""
     dp: F64
-    """probability of the text's token less the reference's"""
+    """probability of the text's token minus the reference's"""
     same_top: F64
-    """1 where the most likely token is the reference's"""
+    """1 if the most likely token is the reference's"""
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """Greedy continuations of prompts beside the reference's."""
+    """How greedy continuations of prompts compare with the reference's."""
 
     n_prompts: int
     n_tokens: int
     identical: float
     """share of prompts whose continuations are the same throughout"""
     mean_first_difference: float
-    """tokens before the first difference, `n_tokens` where there is none"""
+    """tokens before the first difference; `n_tokens` if there is none"""
 
 
 @dataclass(frozen=True)
 class Scored:
-    """A candidate in figures. KLD in nats, shares of 1."""
+    """The figures of a candidate. KLD in nats; shares are fractions of 1."""
 
     name: str
     file_bytes: int
@@ -72,10 +72,10 @@ class Scored:
     same_top: float
     same_top_se: float
     agree_32: float | None = None
-    """share of prompts that go on alike for 32 tokens; None where that was not asked for"""
+    """share of prompts that continue alike for 32 tokens; None if not measured"""
     first_difference_32: float | None = None
     tool_ppl: float | None = None
-    """as llama-perplexity prints it itself; None of the native engine, and where it was not asked"""
+    """as llama-perplexity itself prints it; None with the native engine, and if not measured"""
     tool_mean_kld: float | None = None
 
 
@@ -86,29 +86,29 @@ class Compared:
     a: str
     b: str
     difference: float
-    """mean KLD of b less that of a"""
+    """mean KLD of b minus that of a"""
     low: float
     high: float
     """95 % interval, paired bootstrap over chunks"""
     bytes_ratio: float
-    """file of b / file of a"""
+    """file size of b / file size of a"""
     verdict: str
 
 
 def check_ctx(n_ctx: int) -> None:
-    """Raise TextError for chunks in which nothing is scored."""
+    """Raise TextError for chunks without any scored token."""
     if n_ctx < 3:
         raise TextError(f"a chunk of {n_ctx} tokens has none that is scored: give --ctx 3 or more")
 
 
 def mean_se(values: F64) -> tuple[float, float]:
-    """The mean and its standard error, tokens taken as independent, as llama-perplexity prints them."""
+    """The mean and its standard error, which treats tokens as independent, as llama-perplexity does."""
     flat = values.reshape(-1)
     return float(flat.mean()), float(flat.std() / np.sqrt(max(1, flat.size - 1)))
 
 
 def score(name: str, size: tuple[int, float], of: Tokens, reference_nll: F64) -> Scored:
-    """A candidate's figures; `size` is bytes and bits a weight."""
+    """A candidate's figures. `size` is bytes and bits per weight."""
     nll, nll_se = mean_se(of.nll)
     kld, kld_se = mean_se(of.kld)
     top, top_se = mean_se(of.same_top)
@@ -135,7 +135,7 @@ def score(name: str, size: tuple[int, float], of: Tokens, reference_nll: F64) ->
 
 
 def compare(a: Scored, b: Scored, kld_a: F64, kld_b: F64) -> Compared:
-    """The difference of two candidates on the same chunks."""
+    """Compare two candidates on the same chunks."""
     by_chunk = kld_b.mean(-1) - kld_a.mean(-1)
     low, high = interval(by_chunk)
     if low > 0:
@@ -148,21 +148,21 @@ def compare(a: Scored, b: Scored, kld_a: F64, kld_b: F64) -> Compared:
 
 
 def interval(by_chunk: F64, share: float = 0.95) -> tuple[float, float]:
-    """The interval of the mean by bootstrap over chunks: the same for the same values."""
+    """The confidence interval of the mean, by bootstrap over chunks; deterministic."""
     if len(by_chunk) < 2:
         return -np.inf, np.inf
     return _middle(_resampled(by_chunk), share)
 
 
 def ratio_interval(a: F64, b: F64, share: float = 0.95) -> tuple[float, float]:
-    """The interval of mean a over mean b, of the same chunks, by paired bootstrap. From 0 on, like the values."""
+    """The confidence interval of mean(a) / mean(b) on the same chunks, by paired bootstrap; [0, ∞) for one chunk."""
     if len(a) < 2:
         return 0.0, np.inf
     return _middle(_resampled(a) / np.maximum(_resampled(b), np.finfo(float).tiny), share)
 
 
 def _resampled(by_chunk: F64) -> F64:
-    """Means of chunks drawn with replacement: the same chunks for any values of as many."""
+    """Means of chunks drawn with replacement; the draws depend only on the number of chunks."""
     random = np.random.default_rng(_SEED)
     means = np.empty(_RESAMPLES)
     for at in range(0, _RESAMPLES, 1000):
@@ -178,7 +178,7 @@ def _middle(values: F64, share: float) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A reference and candidates on one text."""
+    """A reference and its candidates on one text."""
 
     reference: str
     reference_ppl: float
@@ -189,15 +189,15 @@ class Evaluation:
     pairs: tuple[Compared, ...]
     engine: str = NATIVE
     noise_kld: float | None = None
-    """mean KLD of the reference against itself, run twice; None where runs are the same by construction"""
+    """mean KLD of the reference against itself, run twice; None if runs are identical by construction"""
 
     @property
     def n_tokens(self) -> int:
-        """Tokens that are scored."""
+        """The number of scored tokens."""
         return self.n_chunks * (self.n_ctx - 1 - self.n_ctx // 2)
 
     def to_frame(self) -> Any:
-        """The candidates as a pandas DataFrame. Raises ToolError where pandas is not installed."""
+        """The candidates as a pandas DataFrame. Raises ToolError if pandas is not installed."""
         return frame(asdict(c) for c in self.candidates)
 
     def to_json(self) -> dict[str, Any]:
@@ -218,17 +218,17 @@ class Evaluation:
 
 
 def finite(value: float) -> float | None:
-    """The value as JSON can have it: None for an end of an interval that one chunk does not give."""
+    """The value for JSON; None for an infinite end of an interval (of one chunk)."""
     return value if np.isfinite(value) else None
 
 
 def interval_text(low: float, high: float) -> str:
-    """An interval of mean KLDs, in words where there is none."""
+    """An interval of mean KLDs, or a remark if one chunk gives none."""
     return f"{low:+.5f} … {high:+.5f}" if np.isfinite(low) and np.isfinite(high) else "one chunk gives none"
 
 
 def pairs_of(candidates: Sequence[Scored], klds: Sequence[F64]) -> tuple[Compared, ...]:
-    """Every two candidates, in order."""
+    """Compare every two candidates, in order."""
     return tuple(
         compare(candidates[i], candidates[j], klds[i], klds[j])
         for i in range(len(candidates))

@@ -1,2 +1,2 @@
-"""What models write: texts by llama-completion, what is broken in them, and programs tried by rubrics. May import what
+"""What models write: texts by llama-completion, faults in them, and rubrics that try out programs. May import what
 lies below lab; offers generate.generate and rubric."""

@@ -1,8 +1,8 @@
 """Runs a rubric's checks on what a program did, in a confined process.
 
-A check is a Python script that fails by an assertion, or any other exception. It sees `answer` (the model's text),
-`code` (the program out of it, or None), `runs` (a list of `Run` for each scenario, by its name), `facts`
-(quantkit.lab.generation.game_facts) and `every`, all runs of all scenarios.
+A check is a Python script that fails by an assertion or any other exception. It sees `answer` (the model's text),
+`code` (the program found in it, or None), `runs` (a list of `Run` per scenario, by name), `facts`
+(quantkit.lab.generation.game_facts), and `every`, all runs of all scenarios.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from . import game_facts
 
 @dataclass(frozen=True)
 class Run:
-    """A program's run in a scenario."""
+    """One run of a program in a scenario."""
 
     seed: int
     code: int
     """the exit code"""
     why: str | None
-    """what went wrong; None: nothing"""
+    """what went wrong; None if nothing did"""
     stdout: str
     stderr: str
     recording: Mapping[str, Any] | None
-    """of the driver pygame (see quantkit.lab.generation.game_recorder); None where it made none"""
+    """by the pygame driver (see quantkit.lab.generation.game_recorder); None if it made none"""
 
 
 def run_checks(checks: Sequence[Mapping[str, str]]) -> None:
-    """Run each of the checks on runs.json, and write results.json: `name`, `passed`, and `why` not."""
+    """Run each check on runs.json, and write results.json: `name`, `passed`, and `why` it failed."""
     given = json.loads(Path("runs.json").read_text("utf-8"))
     runs = {name: [Run(**run) for run in some] for name, some in given["runs"].items()}
     every = [run for some in runs.values() for run in some]

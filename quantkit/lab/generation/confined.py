@@ -1,9 +1,9 @@
-"""Runs programs that nobody has read, in processes of their own that can do little.
+"""Runs programs that nobody has read, each in its own process with few rights.
 
-`main` is a process that `sandbox` starts. For each job it forks, and the fork gives up, before the first line of the
-program is run: the network, other processes and signals to them (seccomp), files but its own folder to write and
-Python's own to read (Landlock, where the kernel has it), and more processor time, memory and bytes of a file than
-allowed. All modules that several jobs want are imported once.
+`main` runs in a process that `sandbox` starts. It forks for each job. Before the first line of the program runs, the
+fork gives up: the network, other processes and signals to them (seccomp); files, except its own folder for writing and
+Python's for reading (Landlock, where the kernel has it); and processor time, memory and file sizes beyond the limits.
+Modules that several jobs need are imported once.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from typing import Any
 _POLL = 0.01
 _DIE_WITH_PARENT, _SET_NO_NEW_PRIVS, _SET_SECCOMP, _FILTER = 1, 38, 22, 2
 _LANDLOCK_CREATE, _LANDLOCK_ADD, _LANDLOCK_RESTRICT = 444, 445, 446
-#: Landlock's rights: to execute, read a file and list a folder; those that files have; all, by its version
+#: Landlock's rights: execute, read a file and list a folder; the rights that apply to files; all, by version
 _READ, _FILE_RIGHTS, _ALL = 0b1101, 0x4007, (0x1FFF, 0x3FFF, 0x7FFF)
-#: what Python, SDL and the loader of libraries read
+#: read by Python, SDL and the dynamic loader
 _SYSTEM = ("/usr", "/lib", "/lib64", "/bin", "/etc/ld.so.cache", "/etc/fonts", "/etc/localtime", "/dev/urandom")
 _WRITABLE = ("/dev/null",)
-#: the number of an architecture in a seccomp filter, and of the calls that are refused there
+#: an architecture's number in a seccomp filter, and the system calls refused there
 _ARCHITECTURES: Mapping[str, tuple[int, Mapping[str, int]]] = {
     "x86_64": (
         0xC000003E,
@@ -55,7 +55,7 @@ _EPERM, _ENOSYS, _THREAD = 1, 38, 0x00010000
 
 
 def main() -> None:
-    """Run the jobs that standard input names; write how each ended to standard output."""
+    """Run the jobs named on standard input, and write how each ended to standard output."""
     asked = json.load(sys.stdin)
     _try(asked["limits"])
     for name in asked["imports"]:
@@ -65,7 +65,7 @@ def main() -> None:
 
 
 def _try(limits: Mapping[str, Any]) -> None:
-    """Exit with a sentence where a process cannot be confined."""
+    """Exit with a sentence if a process cannot be confined."""
     pid = os.fork()
     if pid == 0:
         code = 1
@@ -102,7 +102,7 @@ def _wait(pid: int, seconds: float) -> dict[str, Any]:
 
 
 def _be(job: Mapping[str, Any], limits: Mapping[str, Any]) -> None:
-    """Be the job, in a fork; never returns."""
+    """Run the job, in a fork; never returns."""
     code = 1
     try:
         os.setsid()
@@ -155,7 +155,7 @@ _DRIVERS: Mapping[str, Callable[[Mapping[str, Any]], None]] = {"plain": _plain, 
 
 
 def confine(folder: Path, limits: Mapping[str, Any]) -> None:
-    """Give up, for this process and for good, what is not needed. Raises OSError where the kernel refuses."""
+    """Give up, for good, every right this process does not need. Raises OSError if the kernel refuses."""
     for what, value in (
         (resource.RLIMIT_AS, limits["memory"]),
         (resource.RLIMIT_FSIZE, limits["file_bytes"]),
@@ -172,17 +172,17 @@ def confine(folder: Path, limits: Mapping[str, Any]) -> None:
 
 
 def has_landlock() -> bool:
-    """Whether the kernel can close files to a process."""
+    """Whether the kernel can restrict a process's access to files."""
     return _landlock(ctypes.CDLL(None, use_errno=True)) > 0
 
 
 def _landlock(libc: Any) -> int:
-    """The version of Landlock, 0 or less where there is none."""
+    """The version of Landlock; 0 or less if there is none."""
     return int(libc.syscall(_LANDLOCK_CREATE, None, 0, 1))
 
 
 def has_seccomp() -> bool:
-    """Whether calls can be closed here: Linux on x86-64 or ARM64."""
+    """Whether system calls can be restricted here: Linux on x86-64 or ARM64."""
     return sys.platform == "linux" and platform.machine() in _ARCHITECTURES
 
 
@@ -194,7 +194,7 @@ def _check(result: int, what: str) -> int:
 
 
 def _readable() -> list[str]:
-    """Python's own places, but for one that has a home folder in it."""
+    """The folders that Python reads, except any that contains the user's home folder."""
     home = Path(os.environ.get("QUANTKIT_HOME", "/nonexistent"))
     places = {sys.prefix, sys.base_prefix, sys.exec_prefix, *(p for p in sys.path if os.path.isabs(p))}
     return [p for p in sorted(places) if not (home == Path(p) or home.is_relative_to(p))]
@@ -228,8 +228,8 @@ class _Program(ctypes.Structure):
 
 
 def _close_calls(libc: Any) -> None:
-    """Refuse the calls of `_ARCHITECTURES`; clone is for threads only, and clone3, whose flags a filter cannot see, is
-    as if there were none, so that clone is used."""
+    """Refuse the calls of `_ARCHITECTURES`. clone may only make threads. clone3, whose flags a filter cannot see, fails
+    as if it did not exist, so that libraries use clone."""
     number, calls = _ARCHITECTURES[platform.machine()]
     refused = [n for name, n in calls.items() if not name.startswith("clone")]
     code = [
@@ -240,7 +240,7 @@ def _close_calls(libc: Any) -> None:
         _op(0x15, 0, 3, calls["clone"]), _op(0x20, 0, 0, 16), _op(0x45, 1, 0, _THREAD),
         _op(0x06, 0, 0, 0x00050000 | _EPERM), _op(0x06, 0, 0, 0x7FFF0000),
     ]  # fmt: skip
-    if platform.machine() == "x86_64":  # calls of the x32 kind have other numbers
+    if platform.machine() == "x86_64":  # x32 calls have other numbers
         code[4:4] = [_op(0x35, 0, 1, 0x40000000), _op(0x06, 0, 0, 0x00050000 | _EPERM)]
     program = _Program(len(code), b"".join(code))
     _check(libc.prctl(_SET_SECCOMP, _FILTER, ctypes.byref(program), 0, 0), "seccomp")

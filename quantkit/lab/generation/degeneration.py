@@ -1,5 +1,5 @@
-"""What breaks first in the text of an over-quantized model: it repeats itself without end, turns to gibberish, or does
-not come to the end of its thinking. Pure functions of texts and of log probabilities.
+"""What breaks first in the text of an over-quantized model: it repeats itself endlessly, turns to gibberish, or never
+finishes thinking. Pure functions of texts and of log probabilities.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-#: a repetition counts from so many characters, and so many times its period: rulers, tables and indents are shorter
+#: a repetition has at least this many characters and periods: rulers, tables and indents are shorter
 LEAST_CHARS, LEAST_PERIODS = 160, 3
-#: and from so many at the end of an output
+#: and at least this many characters if it ends the output
 LEAST_AT_END = 64
-#: share of an output from which repetition that came to an end is a fault too
+#: a repetition that stops is a fault too if it fills at least this share of the output
 LEAST_SHARE = 0.5
-#: gibberish is what the reference gives a mean log probability below this over a window of tokens: a perplexity of 150
+#: gibberish: a window of tokens with a mean log probability below this under the reference (a perplexity of 150)
 LEAST_LOG_PROB, WINDOW = -5.0, 32
 OPEN, CLOSE = "<think>", "</think>"
 
@@ -30,13 +30,13 @@ class Repetition:
 
     period: int
     onset: int
-    """where the first of the periods begins"""
+    """where the first period begins"""
     length: int
-    """of the stretch, the first period among it"""
+    """of the stretch, including the first period"""
     share: float
     """of the sequence"""
     to_the_end: bool
-    """whether the sequence ends in it"""
+    """whether the sequence ends with it"""
 
 
 def repetition(
@@ -45,9 +45,9 @@ def repetition(
     least_periods: int = LEAST_PERIODS,
     least_at_end: int | None = None,
 ) -> Repetition | None:
-    """The longest periodic stretch of a text or of token ids, of at least `least` items and `least_periods` periods;
-    at the end, of `least_at_end` items (`LEAST_AT_END`, or `least` if that is less). None where there is none. Of
-    stretches that are nearly as long, the one with the shorter period."""
+    """Find the longest periodic stretch of a text or of token ids, of at least `least` items and `least_periods`
+    periods; at the end of the text, `least_at_end` items are enough (default: the smaller of `LEAST_AT_END` and
+    `least`). Returns None if there is none. Of stretches that are nearly as long, takes the shorter period."""
     values: npt.NDArray[np.int64]
     if isinstance(items, str):
         values = np.frombuffer(items.encode("utf-32-le", "surrogatepass"), "<u4").astype(np.int64)
@@ -58,7 +58,7 @@ def repetition(
     for period in range(1, n // least_periods + 1):
         longer = max(least_periods * period, 0 if best is None else int(best.length * 1.1) + 1)
         anywhere, last = max(longer, least) - period, max(longer, at_end) - period
-        same = values[period:] == values[:-period]  # items that are those one period before
+        same = values[period:] == values[:-period]  # items equal to the one a period earlier
         if np.count_nonzero(same) < min(anywhere, last):
             continue
         edges = np.flatnonzero(np.diff(np.concatenate(([False], same, [False]))))
@@ -74,28 +74,28 @@ def repetition(
 
 
 def repeated_share(ids: Sequence[int], n: int = 4) -> float:
-    """The share of n-grams of tokens that were there before (seq-rep-n); 0 for fewer than n tokens. It rises with
-    loops that change a little each time, too."""
+    """The share of token n-grams that occurred before (seq-rep-n); 0 for fewer than n tokens. It also rises with loops
+    that change a little each time."""
     grams = [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
 @dataclass(frozen=True)
 class Likelihood:
-    """What a reference thinks of a text."""
+    """How likely a text is under a reference."""
 
     mean: float
-    """log probability of a token, natural"""
+    """natural log probability per token"""
     worst: float
-    """the least mean of a window"""
+    """the lowest mean of any window"""
     onset: int | None
-    """the first token of the first window below `LEAST_LOG_PROB`; None: there is none"""
+    """the first token of the first window below `LEAST_LOG_PROB`; None if there is no such window"""
     share: float
-    """of tokens that are in such windows"""
+    """of tokens that lie in such windows"""
 
 
 def likelihood(log_probs: npt.NDArray[np.float64], window: int = WINDOW, least: float = LEAST_LOG_PROB) -> Likelihood:
-    """Of log probabilities [n tokens], n > 0; a text shorter than the window is one window."""
+    """Summarize log probabilities [n tokens], n > 0. A text shorter than the window is one window."""
     n = len(log_probs)
     size = min(window, n)
     sums = np.concatenate(([0.0], np.cumsum(log_probs)))
@@ -108,7 +108,7 @@ def likelihood(log_probs: npt.NDArray[np.float64], window: int = WINDOW, least: 
 
 
 def thinking(text: str, prompt: str = "") -> ThinkingState:
-    """How far thinking between <think> and </think> came. It may begin in the prompt, as R1's template has it."""
+    """How far the thinking between <think> and </think> got. It may begin in the prompt, as in R1's template."""
     opened = prompt.rfind(OPEN) > prompt.rfind(CLOSE)
     if not opened:
         before, found, text = text.partition(OPEN)
@@ -126,11 +126,11 @@ def _after(thought: str, answer: str) -> ThinkingState:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What was found in one output."""
+    """The findings on one output."""
 
     n_chars: int
     n_tokens: int | None
-    """by the model's tokenizer; None where that cannot be rebuilt"""
+    """by the model's tokenizer; None if that cannot be rebuilt"""
     repetition: Repetition | None
     """in characters"""
     period_tokens: int | None
@@ -138,14 +138,14 @@ class Diagnosis:
     repeated_4grams: float | None
     thinking: ThinkingState
     likelihood: Likelihood | None
-    """None without a reference, or without a token"""
+    """None without a reference, or for an empty output"""
     faults: tuple[str, ...]
 
 
 def faults_of(
     text: str, ended: bool, found: Repetition | None, thought: ThinkingState, likely: Likelihood | None
 ) -> tuple[str, ...]:
-    """The faults of an output by name; `ended` says whether the model ended it itself."""
+    """The names of an output's faults. `ended` says whether the model ended the output itself."""
     faults = []
     if not text.strip():
         faults.append("empty")

@@ -1,8 +1,8 @@
-"""What happens in a recorded game: which of the shapes is the bird, where the pipes are, what is written.
+"""Interprets a recorded game: which shape is the bird, where the pipes are, which texts are shown.
 
-A recording is plain data (see `game_recorder`): `size` [w, h], and `frames`, each with what was drawn (`draws`: op,
-color [r, g, b], box [x, y, w, h], text) and now and then `pixels`, rows of colours that sample the window. Nothing here
-imports pygame. Boxes are in pixels from the top left.
+A recording is plain data (see `game_recorder`): `size` [w, h], and `frames`, each with `draws` (op, color [r, g, b],
+box [x, y, w, h], text) and sometimes `pixels`, rows of colours sampled from the window. Nothing here imports pygame.
+Boxes are in pixels from the top left.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Track(NamedTuple):
     op: str
     color: Color
     boxes: dict[int, Box]
-    """by the number of a frame"""
+    """by frame number"""
 
     @property
     def shape(self) -> str:
@@ -33,13 +33,13 @@ class Track(NamedTuple):
         return _SHAPES[self.op]
 
     def centre(self, frame: int) -> float:
-        """The height of its middle, downwards."""
+        """The y coordinate of its middle, downwards."""
         _, y, _, h = self.boxes[frame]
         return y + h / 2
 
 
 def bird(size: Sequence[int], frames: Sequence[Frame]) -> Track | None:
-    """The shape that is at one place from left to right while it rises and falls; the largest, of several."""
+    """The largest shape that keeps its horizontal place while it rises and falls; None if there is none."""
     tracks: dict[tuple[str, Color], dict[int, Box]] = defaultdict(dict)
     n_drawn = sum(bool(f["draws"]) for f in frames)
     for f in frames:
@@ -62,7 +62,7 @@ def bird(size: Sequence[int], frames: Sequence[Frame]) -> Track | None:
 
 
 def track(size: Sequence[int], frames: Sequence[Frame], op: str, color: Color) -> Track | None:
-    """A shape of a kind and colour that is known, in some frames."""
+    """Follow a shape of known kind and colour through some frames; None if it is in none."""
     boxes = {}
     for f in frames:
         mine = [box for o, c, box in _small(size, f) if (o, c) == (op, color)]
@@ -72,7 +72,7 @@ def track(size: Sequence[int], frames: Sequence[Frame], op: str, color: Color) -
 
 
 def _small(size: Sequence[int], frame: Frame) -> Iterator[tuple[str, Color, Box]]:
-    """The shapes that a bird may be."""
+    """The shapes small enough to be a bird."""
     for op, color, box in _shapes(frame):
         _, _, w, h = box
         if 8 <= w <= 0.2 * size[0] and 8 <= h <= 0.2 * size[1] and w < 2.5 * h and h < 2.5 * w:
@@ -80,7 +80,7 @@ def _small(size: Sequence[int], frame: Frame) -> Iterator[tuple[str, Color, Box]
 
 
 class Way(NamedTuple):
-    """A way through a pair of pipes, in one frame."""
+    """The gap between a pair of pipes, in one frame."""
 
     left: float
     right: float
@@ -91,8 +91,8 @@ class Way(NamedTuple):
 
 
 def ways(size: Sequence[int], frame: Frame) -> list[Way]:
-    """The ways through, from left to right: between an upright box that hangs from above and one below it, of the same
-    width and colour, that stands on the ground."""
+    """The gaps from left to right: each between an upright box that hangs from the top and one of the same width and
+    colour below it that stands on the ground."""
     boxes = [
         (color, box)
         for op, color, box in _shapes(frame)
@@ -111,14 +111,14 @@ def ways(size: Sequence[int], frame: Frame) -> list[Way]:
 
 
 def texts(frame: Frame) -> Iterator[tuple[str, Box]]:
-    """What is written in a frame, and where."""
+    """The texts shown in a frame, and where."""
     for d in frame["draws"]:
         if d["op"] == "text" and d["text"].strip():
             yield d["text"], tuple(d["box"])
 
 
 def score(size: Sequence[int], frame: Frame) -> int | None:
-    """The number that is written in the upper right."""
+    """The number shown in the upper right; None if there is none."""
     for text, (x, y, w, h) in texts(frame):
         numbers = re.findall(r"\d+", text)
         if numbers and x + w / 2 > size[0] / 2 and y + h / 2 < 0.25 * size[1] and x + w <= size[0] + 1:
@@ -127,7 +127,7 @@ def score(size: Sequence[int], frame: Frame) -> int | None:
 
 
 def scores(recording: Recording) -> list[int]:
-    """The scores in the order in which they were shown, each once."""
+    """The scores in the order shown; an unchanged score counts once."""
     out: list[int] = []
     for f in recording["frames"]:
         value = score(recording["size"], f)
@@ -137,20 +137,20 @@ def scores(recording: Recording) -> list[int]:
 
 
 def background(frame: Frame) -> Color | None:
-    """The colour of most of the upper part of the window; None where it was not sampled."""
+    """The most common colour in the upper part of the window; None if it was not sampled."""
     rows = frame.get("pixels")
     return _most(p for row in rows[: len(rows) * 6 // 10] for p in row) if rows else None
 
 
 def land(frame: Frame) -> Color | None:
-    """The colour of most of the lowest row of the window, where it is another than the background's."""
+    """The most common colour in the lowest row of the window; None if it is the background's."""
     rows = frame.get("pixels")
     found = _most(rows[-1]) if rows else None
     return None if found == background(frame) else found
 
 
 def sampled(recording: Recording) -> list[Frame]:
-    """The frames whose pixels are known."""
+    """The frames whose pixels were sampled."""
     return [f for f in recording["frames"] if f.get("pixels")]
 
 
@@ -158,22 +158,22 @@ def sampled(recording: Recording) -> list[Frame]:
 
 
 def is_light(c: Sequence[int]) -> bool:
-    """A light shade: bright, and no channel dark."""
+    """A light shade: bright, with no dark channel."""
     return luma(c) >= 150 and min(c) >= 90
 
 
 def is_light_blue(c: Sequence[int]) -> bool:
-    """Light, with the most of blue."""
+    """Light, with blue the strongest channel."""
     return is_light(c) and c[2] >= c[0] + 10 and c[2] >= c[1]
 
 
 def is_dark(c: Sequence[int]) -> bool:
-    """Below the middle of brightness."""
+    """Below medium brightness."""
     return luma(c) < 128
 
 
 def is_dark_brown(c: Sequence[int]) -> bool:
-    """More red than green than blue, and dark."""
+    """More red than green, at least as much green as blue, and dark."""
     return c[0] > c[1] >= c[2] and c[0] - c[2] >= 20 and luma(c) < 128
 
 
@@ -183,7 +183,7 @@ def is_yellow(c: Sequence[int]) -> bool:
 
 
 def is_dark_green(c: Sequence[int]) -> bool:
-    """Most green, and dark."""
+    """Green by far the strongest channel, and dark."""
     return c[1] >= c[0] + 20 and c[1] >= c[2] + 20 and luma(c) < 140
 
 
@@ -193,7 +193,7 @@ def is_light_brown(c: Sequence[int]) -> bool:
 
 
 def is_dark_gray(c: Sequence[int]) -> bool:
-    """No colour, and dark."""
+    """Nearly colourless, and dark."""
     return max(c) - min(c) <= 30 and luma(c) < 135
 
 

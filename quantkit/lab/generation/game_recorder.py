@@ -1,8 +1,8 @@
-"""Plays a program that uses pygame, without a window, on a clock that runs as fast as the program does, and notes what
-it draws. It runs in a confined process; what it noted is `record.json` there.
+"""Plays a program that uses pygame, without a window and on a simulated clock, and records what it draws. Runs in a
+confined process, and writes record.json there.
 
-A scenario says: `seed` of random, `frames` to play at most, `keys` (name by frame), and whether a `pilot` flies. A
-frame is what a program draws between two calls of pygame.display.flip or update; a program that only waits for events
+A scenario gives `seed` of random, `frames` to play at most, `keys` (name by frame), and whether a `pilot` plays. A
+frame is everything drawn between two calls of pygame.display.flip or update; a program that only waits for events
 gets frames without drawing.
 """
 
@@ -23,10 +23,10 @@ from typing import Any
 from . import game_facts
 
 _STEP = 1000 / 60
-#: looks at the queue without a frame, after which one is taken to have passed
+#: calls for events without a new frame, after which a frame is taken to have passed
 _LOOKS = 20
 _SAMPLE_EVERY, _COLUMNS, _ROWS = 10, 12, 20
-#: draws that are kept of a surface, and of a frame
+#: draws that are kept per surface and per frame
 _MOST_DRAWS = 400
 _KEPT = 40
 _PILOT_REST = 4
@@ -34,7 +34,7 @@ Draw = dict[str, Any]
 
 
 def record(scenario: Mapping[str, Any]) -> None:
-    """Play program.py and write record.json. Never returns where the frames are used up."""
+    """Play program.py and write record.json. Exits the process when the frames are used up."""
     _Recorder(scenario).run()
 
 
@@ -96,7 +96,7 @@ class _Recorder:
                 self.timers[key] = (event, max(due + interval, self.now), interval, loops - (loops > 0))
 
     def _frame(self) -> None:
-        """A frame is over."""
+        """End a frame."""
         self.looks = 0
         n = len(self.frames)
         draws = self.logs.get(self.screen, []) if self.screen is not None else []
@@ -139,7 +139,7 @@ class _Recorder:
         self.down.clear()
 
     def _fly(self) -> str | None:
-        """SPACE, where the bird would be too low in the next way through."""
+        """Return SPACE if the bird is about to be too low for the next gap."""
         n, size = len(self.frames), self.screen.get_size() if self.screen is not None else (0, 0)
         if n - self.last_press < _PILOT_REST or n < 3:
             return None
@@ -317,7 +317,7 @@ class _Recorder:
         self._patch_fonts()
 
     def _same(self, made: Any, source: Any) -> Any:
-        """The surface, which looks as its source does, or as a stretched one."""
+        """Copy the drawing log of a surface's source, scaled to the surface's size; returns the surface."""
         (w, h), (mine_w, mine_h) = source.get_size(), made.get_size()
         fx, fy = mine_w / max(1, w), mine_h / max(1, h)
         self.logs[made] = [

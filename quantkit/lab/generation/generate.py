@@ -1,4 +1,4 @@
-"""Texts that quantized models write, and what is broken in them."""
+"""Lets quantized models write texts, and finds what is broken in them."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Written:
 
 @dataclass(frozen=True)
 class Texts:
-    """What one model wrote: every prompt with every seed."""
+    """The outputs of one model: every prompt with every seed."""
 
     name: str
     file_bytes: int
@@ -40,13 +40,13 @@ class Texts:
 
     @property
     def faults(self) -> dict[str, int]:
-        """How many outputs have each fault; those that none has are left out."""
+        """How many outputs have each fault; faults that none has are left out."""
         return dict(Counter(fault for w in self.written for fault in w.diagnosis.faults))
 
 
 @dataclass(frozen=True)
 class Generated:
-    """What models wrote, and how they were asked."""
+    """The outputs of several models, and how they were made."""
 
     sampling: Sampling
     seeds: tuple[int, ...]
@@ -75,7 +75,7 @@ class Generated:
 
 @dataclass(frozen=True)
 class Writer:
-    """A model that is asked, with its tokenizer if that can be rebuilt."""
+    """A model that answers prompts, with its tokenizer if that can be rebuilt."""
 
     name: str
     file_bytes: int
@@ -83,7 +83,7 @@ class Writer:
     tokenizer: Tokenizer | None
 
     def write(self, prompt: Prompt, seed: int) -> Output:
-        """What it makes of a prompt. Raises ToolError."""
+        """Answer a prompt. Raises ToolError."""
         t = self.tokenizer
         if t is None:
             return self.runner(prompt, seed, None, tuple(ENDS))
@@ -92,7 +92,7 @@ class Writer:
 
 
 def writer_of(catalogue: Catalogue, name: str, file_bytes: int, runner: Runner) -> Writer:
-    """A model by its open file."""
+    """The writer for an open model."""
     return Writer(name, file_bytes, runner, tokenizer_of(catalogue))
 
 
@@ -103,8 +103,8 @@ def write_all(
     progress: Progress,
     keep: Callable[[str, int, Output], None] = lambda model, number, output: None,
 ) -> list[list[Output]]:
-    """For each model what it makes of each of its prompts with each seed, in that order. `keep` gets each at once, with
-    the model's name and the prompt's number from 1. Raises ToolError."""
+    """Let each model answer each of its prompts with each seed, and return the outputs in that order. `keep` gets each
+    output at once, with the model's name and the prompt's number, from 1. Raises ToolError."""
     n, out = sum(map(len, prompts)) * len(seeds), []
     for writer, asked in zip(writers, prompts, strict=True):
         mine: list[Output] = []
@@ -124,8 +124,8 @@ def gathered(
     log_probs: Sequence[F64] | None,
     asked: tuple[Sampling, tuple[int, ...], str | None],
 ) -> Generated:
-    """What models made of prompts, diagnosed. `log_probs` are a reference's for each output, over all models; `asked`
-    is the sampling, the seeds, and the reference's name."""
+    """Diagnose the outputs of models. `log_probs` are a reference's for each output, over all models; `asked` is the
+    sampling, the seeds, and the reference's name."""
     rest = iter(log_probs) if log_probs is not None else None
     models = []
     for writer, mine in zip(writers, pairs, strict=True):
@@ -141,7 +141,7 @@ def gathered(
 def diagnose(
     output: Output, prompt: str, tokenizer: Tokenizer | None = None, likely: Likelihood | None = None
 ) -> Diagnosis:
-    """What is broken in an output."""
+    """Find what is broken in an output."""
     found = repetition(output.text)
     period = onset = grams = n_tokens = None
     if tokenizer is not None:
@@ -150,7 +150,7 @@ def diagnose(
         if found is not None:
             at = output.text[: found.onset]
             unit = output.text[found.onset : found.onset + found.period]
-            # tokens of two periods less those of one: a unit's edge may be inside a token
+            # the difference of nine periods and one: a unit's edge may be inside a token
             many, one = (
                 len(tokenizer.encode(unit * k, add_special=False, parse_special=True)) for k in (9, 1)
             )  # fmt: skip
@@ -165,7 +165,7 @@ def diagnose(
 
 
 def markdown(found: Generated) -> str:
-    """A table of models, and of every output with a fault."""
+    """A table of models, and one of every output with a fault."""
     s = found.sampling
     n = sum(len(m.written) for m in found.models)
     lines = [
@@ -223,5 +223,5 @@ def _mean(values: Sequence[float | None], how: str) -> str:
 
 
 def file_name(model: str, index: int, seed: int) -> str:
-    """The name under which an output is kept; `index` counts prompts from 1."""
+    """The file name for an output; `index` counts prompts from 1."""
     return f"{model.replace('/', '_')}-{index:03}-{seed}.txt"

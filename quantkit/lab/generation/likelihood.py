@@ -1,4 +1,4 @@
-"""What a reference thinks of texts that others wrote, token by token, by the forward pass."""
+"""Scores texts that other models wrote under a reference, token by token, by the forward pass."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def log_probs_of(
     forward: Options,
     progress: Progress = lambda what, n_done, n_total: None,
 ) -> list[F64]:
-    """For each prompt and the text that goes on from it, the log probability of each token of that text: [n tokens],
-    empty for an empty text. Tokens are those of the reference's tokenizer. Raises SourceError, UnsupportedError."""
+    """For each prompt and its continuation, return the log probability of each token of the continuation: [n tokens],
+    empty for an empty text. The reference's tokenizer defines the tokens. Raises SourceError, UnsupportedError."""
     tokenizer = Tokenizer(vocabulary_of(reference.catalogue))
     starts, rows = [], []
     for prompt, text in texts:
@@ -42,7 +42,7 @@ def log_probs_of(
     of = [i for i in range(len(rows)) if len(out[i])]
     if not of:
         return out
-    tokens = np.zeros((len(of), max(len(rows[i]) for i in of)), np.int32)  # what comes later changes nothing before
+    tokens = np.zeros((len(of), max(len(rows[i]) for i in of)), np.int32)  # padding affects no token before it
     for at, i in enumerate(of):
         tokens[at, : len(rows[i])] = rows[i]
     first = min(starts[i] for i in of) - 1

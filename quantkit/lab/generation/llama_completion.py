@@ -1,4 +1,4 @@
-"""Texts that a GGUF writes, by llama.cpp's own llama-completion: one process for each output."""
+"""Lets a GGUF write texts by llama.cpp's own llama-completion, one process per output."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from ...base.errors import ToolError
 from ...llama_cpp import programs
 from .prompts import Prompt
 
-#: what llama-completion prints after a text: when the model has ended it, and always
+#: what llama-completion prints after a text: if the model ended it, and always
 _ENDED, _LAST = b" [end of text]\n", b"\n\n"
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen; what is not named here is llama.cpp's default (top-k 40, top-p 0.95)."""
+    """How tokens are sampled; anything else is llama.cpp's default (top-k 40, top-p 0.95)."""
 
     temp: float = 0.6
     min_p: float = 0.05
@@ -29,10 +29,10 @@ class Output:
     """A text that a model wrote."""
 
     prompt: str
-    """where the prompt is from"""
+    """where the prompt comes from"""
     seed: int
     text: str
-    """special tokens are in it by their text, but for one that ends it"""
+    """with special tokens spelled out, except one that ends the text"""
     ended: bool
     """whether the model ended it itself, before `n_predict` tokens"""
     seconds: float
@@ -40,7 +40,7 @@ class Output:
 
 @dataclass(frozen=True)
 class Runner:
-    """llama-completion with a model. `more` are arguments of the user's own, as -ngl 99."""
+    """llama-completion with a model. `more` are the user's own arguments, such as -ngl 99."""
 
     binary: Path
     model: Path
@@ -49,8 +49,8 @@ class Runner:
     more: tuple[str, ...] = ()
 
     def __call__(self, prompt: Prompt, seed: int, n_tokens: int | None = None, last: tuple[str, ...] = ()) -> Output:
-        """What the model makes of a prompt of `n_tokens` tokens, or unknown many. `last` are texts of tokens that end
-        an output. Raises ToolError."""
+        """Let the model continue a prompt of `n_tokens` tokens (None: unknown). `last` are the spellings of tokens that
+        end an output. Raises ToolError."""
         began = time.monotonic()
         with tempfile.TemporaryDirectory(prefix="quantkit-generate-") as folder:
             words = Path(folder) / "prompt"
@@ -63,7 +63,7 @@ class Runner:
 
     def _command(self, words: Path, prompt: Prompt, seed: int, n_tokens: int | None) -> list[str]:
         s = self.sampling
-        n = n_tokens if n_tokens is not None else len(prompt.text.encode())  # no token has less than a byte
+        n = n_tokens if n_tokens is not None else len(prompt.text.encode())  # every token has at least a byte
         return [
             str(self.binary), "-m", str(self.model), "-bf", str(words), "--no-escape", "-no-cnv", "--no-display-prompt",
             "--special", "--simple-io", "--no-warmup", "-s", str(seed), "--temp", repr(s.temp), "--min-p",
@@ -73,7 +73,7 @@ class Runner:
 
 
 def _parts(said: bytes) -> tuple[str, bool]:
-    """The text, and whether the model has ended it."""
+    """Split the output into its text, and whether the model ended it."""
     if not said.endswith(_LAST):
         raise ToolError("llama-completion's output is cut off: it does not end in an empty line; is the disk full?")
     text = said.removesuffix(_LAST)

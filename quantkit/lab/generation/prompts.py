@@ -1,4 +1,4 @@
-"""What models are asked: prompts from files, as the text that a model is given."""
+"""Reads prompts from files, and renders them as the text that a model is given."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from ...text.vocabulary import vocabulary_of
 
 @dataclass(frozen=True)
 class Prompt:
-    """A text that a model is to go on with."""
+    """A text for a model to continue."""
 
     where: str
     text: str
 
 
 def tokenizer_of(catalogue: Catalogue) -> Tokenizer | None:
-    """The model's tokenizer; None where it cannot be rebuilt."""
+    """The model's tokenizer; None if it cannot be rebuilt."""
     try:
         return Tokenizer(vocabulary_of(catalogue))
     except UnsupportedError:
@@ -31,9 +31,9 @@ def tokenizer_of(catalogue: Catalogue) -> Tokenizer | None:
 
 
 def read_prompts(file: str, catalogue: Catalogue, chat: bool = False) -> list[Prompt]:
-    """The prompts of a file. Of a .jsonl file each line has `messages`, to which the model's chat template is applied,
-    or a `text`; of any other each line that is not blank is one. With `chat` each of those is a user's message. Raises
-    TextError, SourceError, UnsupportedError."""
+    """Read the prompts of a file. Each line of a .jsonl file has `messages`, which the model's chat template renders,
+    or a `text`; in any other file each non-blank line is a prompt. With `chat`, each plain prompt is a user's message.
+    Raises TextError, SourceError, UnsupportedError."""
     if file.lower().endswith(JSONL) and _has_messages(file):
         return as_chats(read_chats([file])[1], catalogue)
     documents = read_texts([file]).documents
@@ -49,13 +49,13 @@ def read_prompts(file: str, catalogue: Catalogue, chat: bool = False) -> list[Pr
 
 
 def of_user(prompts: Sequence[Prompt], catalogue: Catalogue) -> list[Prompt]:
-    """Prompts as a user's messages, by the model's chat template. Raises as `read_prompts`."""
+    """Render prompts as a user's messages by the model's chat template. Raises what `read_prompts` raises."""
     return as_chats([Chat(p.where, [{"role": "user", "content": p.text}], None) for p in prompts], catalogue)
 
 
 def as_chats(chats: Sequence[Chat], catalogue: Catalogue) -> list[Prompt]:
-    """Conversations up to where the model's reply begins. llama.cpp puts a beginning-of-text token in front itself, so
-    one of the template's is left out."""
+    """Render conversations up to where the model's reply begins. llama.cpp itself prepends a beginning-of-text token,
+    so the template's own is removed."""
     tokenizer = Tokenizer(vocabulary_of(catalogue))
     texts = render(tokenizer, chats, reply=True)
     bos = tokenizer.bos

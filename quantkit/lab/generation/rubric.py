@@ -1,4 +1,4 @@
-"""Rubrics: a task, and scripted checks of the programs that a model writes for it. pass@k over several tries."""
+"""Rubrics: a task, and scripted checks of the programs that a model writes for it. Gives pass@k over several tries."""
 
 from __future__ import annotations
 
@@ -37,15 +37,15 @@ class Scenario(_Strict):
     name: str
     driver: Literal["plain", "pygame"] = "plain"
     seeds: tuple[int, ...] = Field((0,), min_length=1)
-    """of Python's random, with the driver pygame: a run for each"""
+    """of Python's random, with the pygame driver: one run each"""
     frames: int = Field(600, ge=1, le=100_000)
     keys: dict[int, str] = Field(default_factory=dict)
-    """keys that are pressed, as pygame.K_ names them, by frame"""
+    """keys to press by frame, named as in pygame.K_…"""
     pilot: bool = False
 
 
 class Check(_Strict):
-    """A script that passes, or fails by an exception; see quantkit.lab.generation.checks for what it is given."""
+    """A script that passes, or fails by an exception; quantkit.lab.generation.checks lists what it sees."""
 
     name: str
     criterion: str = ""
@@ -53,19 +53,19 @@ class Check(_Strict):
 
 
 class Rubric(_Strict):
-    """A rubric as its YAML file has it."""
+    """A rubric, as in its YAML file."""
 
     name: str
     source: str = ""
     prompt: str = Field(min_length=1)
     chat: bool = True
-    """whether the prompt is a user's message, where the model has a chat template"""
+    """whether the prompt is a user's message, if the model has a chat template"""
     seeds: tuple[int, ...] = Field(min_length=1)
     temp: float = Field(0.6, ge=0)
     min_p: float = Field(0.05, ge=0, le=1)
     n_predict: int = Field(8192, ge=1)
     extract: str = "python"
-    """language of the code block that is the program: the last of them"""
+    """language of the code block that holds the program; the last such block counts"""
     imports: tuple[str, ...] = ()
     """modules that the programs need"""
     scenarios: tuple[Scenario, ...] = ()
@@ -79,7 +79,7 @@ class Checked:
     name: str
     passed: bool
     why: str | None
-    """why not"""
+    """why it failed; None if it passed"""
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class Scores:
     tries: tuple[Tried, ...]
 
     def pass_at(self, k: int, check: str | None = None) -> float:
-        """The share of choices of k tries among which one at least passes a check, or all checks."""
+        """The share of choices of k tries in which at least one passes a check, or all checks."""
         if check is None:
             n_passed = sum(all(c.passed for c in t.checks) for t in self.tries)
         else:
@@ -128,7 +128,7 @@ class Scores:
 
 
 def pass_at_k(n: int, n_passed: int, k: int) -> float:
-    """pass@k of n tries without bias: 1 - C(n - passed, k) / C(n, k)."""
+    """The unbiased pass@k of n tries: 1 - C(n - passed, k) / C(n, k)."""
     if not 1 <= k <= n:
         raise ValueError(f"k is 1 to {n}, not {k}")
     return 1 - math.comb(n - n_passed, k) / math.comb(n, k)
@@ -140,7 +140,7 @@ def shipped() -> list[str]:
 
 
 def load_rubric(name: str) -> Rubric:
-    """A rubric by the name of a shipped one, or by its file. Raises RecipeError."""
+    """Load a rubric, by the name of a shipped one or by its file. Raises RecipeError."""
     path = Path(name)
     if name in shipped():
         path = _SHIPPED / f"{name}.yaml"
@@ -168,7 +168,7 @@ def load_rubric(name: str) -> Rubric:
 
 
 def check_ready(rubric: Rubric) -> None:
-    """Raise ToolError for a module that the programs need and that is not installed."""
+    """Raise ToolError if a module that the programs need is not installed."""
     missing = [m for m in rubric.imports if find_spec(m) is None]
     if missing:
         raise ToolError(
@@ -178,8 +178,8 @@ def check_ready(rubric: Rubric) -> None:
 
 
 def program_in(answer: str, language: str = "python") -> str | None:
-    """The last code block of a language in a text, else the last that names none; what was thought before `</think>`
-    does not count. None where there is no block."""
+    """Find the last code block in a language, else the last one without a language; thinking before `</think>` is
+    skipped. Returns None if there is no block."""
     wanted = _SPELLINGS.get(language.lower(), (language.lower(),))
     blocks = _FENCE.findall(answer.rpartition(CLOSE)[2])
     for names in (wanted, ("",)):
@@ -190,7 +190,7 @@ def program_in(answer: str, language: str = "python") -> str | None:
 
 
 def judge(rubric: Rubric, answer: str, limits: Limits | None = None) -> tuple[Checked, ...]:
-    """Run the program that is in an answer, and the checks. Raises ToolError where programs cannot be confined."""
+    """Run the program in an answer, and the checks. Raises ToolError if programs cannot be confined."""
     code = program_in(answer, rubric.extract)
     limits = limits or Limits()
     with tempfile.TemporaryDirectory(prefix="quantkit-rubric-", ignore_cleanup_errors=True) as place:
@@ -232,7 +232,7 @@ def _run_of(job: Job, seed: int, ended: Ended, limits: Limits) -> dict[str, Any]
 
 
 def _json(path: Path, limits: Limits) -> Any:
-    """What a program left as JSON; None where it is none."""
+    """A program's JSON file; None if it is not JSON."""
     try:
         return json.loads(left_by(path, limits.file_bytes) or b"")
     except (ValueError, RecursionError):

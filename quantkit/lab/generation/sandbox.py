@@ -1,4 +1,4 @@
-"""Starts what `confined` runs: programs out of models' answers, with limits."""
+"""Starts `confined` to run programs from models' answers, with limits."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .confined import has_landlock, has_seccomp
 
 Driver = Literal["plain", "pygame", "checks"]
 _MOST_SAID = 1 << 16
-#: seconds beyond those of the jobs
+#: seconds allowed beyond those of the jobs
 _PATIENCE = 60
 
 
@@ -27,17 +27,17 @@ class Limits:
     """What a program may use."""
 
     seconds: float = 60
-    """of the clock"""
+    """of wall-clock time"""
     cpu_seconds: int = 30
     memory: int = 2 << 30
-    """bytes of addresses"""
+    """bytes of address space"""
     file_bytes: int = 64 << 20
-    """of each file that it writes"""
+    """per file that it writes"""
 
 
 @dataclass(frozen=True)
 class Job:
-    """A program, `program.py` in a folder of its own, and how it is run."""
+    """A program, `program.py` in its own folder, and how to run it."""
 
     folder: Path
     driver: Driver
@@ -49,14 +49,14 @@ class Ended:
     """How a job ended."""
 
     code: int
-    """its exit code, or the number of a signal with a minus"""
+    """exit code, or minus the number of a signal"""
     timed_out: bool
     stdout: str
     stderr: str
 
     @property
     def why(self) -> str | None:
-        """What went wrong, in a line; None where nothing did."""
+        """What went wrong, in one line; None if nothing did."""
         if self.timed_out:
             return "did not end in the time it was given"
         if self.code < 0:
@@ -69,8 +69,8 @@ class Ended:
 
 
 def run_jobs(jobs: Sequence[Job], limits: Limits, imports: Sequence[str] = ()) -> list[Ended]:
-    """Run jobs one after the other; `imports` are modules that all of them use. Raises ToolError where programs cannot
-    be confined, and for a module that is not there."""
+    """Run jobs one after the other; `imports` are modules that all of them use. Raises ToolError if programs cannot be
+    confined or a module is missing."""
     if not has_seccomp():
         raise ToolError("programs of models are only run where they can be confined: on Linux, x86-64 or ARM64")
     code = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
@@ -110,8 +110,8 @@ def _head(path: Path) -> str:
 
 
 def left_by(path: Path, most: int) -> bytes | None:
-    """What a program left in a file, at most so many bytes; None where that is not a regular file: a link could lead
-    out of its folder, and a pipe has no end."""
+    """Read what a program left in a file, at most `most` bytes. Returns None for anything but a regular file: a link
+    could lead out of its folder, and a pipe has no end."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:

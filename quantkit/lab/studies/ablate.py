@@ -1,5 +1,5 @@
-"""A study carried out: variants advance together in passes, as many at a time as memory allows; or they are built, and
-llama-perplexity measures the files one after the other."""
+"""Runs a study: variants advance together in passes, as many at a time as memory allows; or each is built as a file,
+and llama-perplexity measures the files one after the other."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from .files import StudyFiles
 from .results import Result, Results
 from .study import Study, Variant, rounding_digest
 
-#: bytes of hidden states of all variants of a pass together, where nothing else is said
+#: default bytes for the hidden states of all variants in a pass
 _MEMORY = 2 << 30
-#: errors that are one variant's, where files are built
+#: errors that concern only one variant when files are built
 _ITS_OWN = (WeightError, KernelError, UnsupportedError)
 
 
@@ -38,17 +38,17 @@ class ByTool:
 
 @dataclass(frozen=True)
 class AblateOptions:
-    """How a study is carried out."""
+    """How a study is run."""
 
     at_a_time: int = 0
     """variants in a pass; 0: as many as memory allows"""
     forward: Options = field(default_factory=Options)
     cached: CachedTensors | None = None
-    """quantized tensors, made once for all variants, passes and runs"""
+    """quantized tensors, shared by all variants, passes and runs"""
     files: StudyFiles | None = None
     """where a GGUF of each variant is built"""
     by_tool: ByTool | None = None
-    """measure those files, in place of passes"""
+    """measure those files instead of running passes"""
 
 
 def ablate(
@@ -61,9 +61,9 @@ def ablate(
     progress: Progress = lambda what, n_done, n_total: None,
     report: Callable[[str], None] = lambda line: None,
 ) -> list[Result]:
-    """Measure the variants that have no result yet, and keep each as soon as its pass has ended. One that fails is kept
-    with its reason, and the others go on. Returns the results of `every` variant, in order. Raises what the reference
-    raises where it cannot be computed itself, OutputError, SourceError, ToolError."""
+    """Measure the variants that have no result yet, and store each as soon as its pass ends. A variant that fails is
+    stored with the reason, and the others go on. Returns the results of `every` variant, in order. Raises what the
+    reference raises if it cannot itself be computed, OutputError, SourceError, ToolError."""
     opts = options or AblateOptions()
     shared = _shared(reference, chunks, opts)
     of = {v.name: {**shared, **_own(v)} for v in every}
@@ -109,7 +109,7 @@ def _measured_all(
     todo: Sequence[Variant], reference: Model, chunks: Scorable, files: Mapping[str, Path], opts: AblateOptions,
     progress: Progress,
 ) -> Iterator[_Measured]:  # fmt: skip
-    """Figures of all, with the mean KLD of each chunk, or what is wrong with a variant."""
+    """Yield each variant with its figures and the mean KLD of each chunk, or with its error."""
     if opts.by_tool is not None:
         if todo:
             yield from _by_tool(todo, reference, files, opts, progress)
@@ -127,7 +127,7 @@ def _measured_all(
 def _measured(
     some: Sequence[Variant], reference: Model, chunks: Scorable, opts: AblateOptions, progress: Progress
 ) -> Iterator[_Measured]:
-    """Figures of one pass; where it fails, of each in a pass of its own."""
+    """Measure variants in one pass; if it fails, each in its own pass."""
     forward = replace(opts.forward, folder=None)
     try:
         candidates = [of_plan(reference, v.plan, v.name, cached=opts.cached) for v in some if v.plan is not None]
@@ -136,7 +136,7 @@ def _measured(
         if len(some) == 1:
             yield some[0], e
             return
-        score_tokens(reference, [], chunks, forward, progress)  # if the fault is the reference's, it ends here
+        score_tokens(reference, [], chunks, forward, progress)  # raises here if the fault is the reference's
         for one in some:
             yield from _measured([one], reference, chunks, opts, progress)
         return
@@ -147,7 +147,7 @@ def _measured(
 def _by_tool(
     todo: Sequence[Variant], reference: Model, files: Mapping[str, Path], opts: AblateOptions, progress: Progress
 ) -> Iterator[_Measured]:
-    """Figures of built files, by llama-perplexity."""
+    """Measure built files by llama-perplexity."""
     assert opts.by_tool is not None
     assert opts.files is not None
     base = gguf_file(str(opts.files.reference(reference.catalogue, progress)), reference.name)
@@ -163,17 +163,17 @@ def _by_tool(
 
 
 def at_a_time(reference: Model, chunks: Scorable, memory: int | None) -> int:
-    """Variants whose hidden states have room together."""
+    """The number of variants whose hidden states fit in memory."""
     return fitting(chunks.tokens.size, reference.family.n_embd, memory)
 
 
 def fitting(n_tokens: int, n_embd: int, memory: int | None) -> int:
-    """Variants whose hidden states, float32 [n_tokens, n_embd] each, have room beside the reference's."""
+    """The number of variants whose hidden states, float32 [n_tokens, n_embd] each, fit beside the reference's."""
     return max(1, (memory or _MEMORY) // (4 * n_tokens * n_embd) - 1)
 
 
 def _shared(reference: Model, chunks: Scorable, opts: AblateOptions) -> dict[str, Any]:
-    """What all results rest on."""
+    """The provenance that all results share."""
     by_tool = {} if opts.by_tool is None else {"engine": STOCK, "tool": str(opts.by_tool.tool.binary)}
     return {
         "model": reference.name,
@@ -190,7 +190,7 @@ def _shared(reference: Model, chunks: Scorable, opts: AblateOptions) -> dict[str
 
 
 def _own(variant: Variant) -> dict[str, Any]:
-    """What a variant's result rests on."""
+    """The provenance of one variant's result."""
     plan = variant.plan
     return {
         "types": "" if plan is None else _digest(repr([(t.tensor.name, t.type) for t in plan.tensors])),
@@ -203,8 +203,8 @@ def _own(variant: Variant) -> dict[str, Any]:
 
 
 def _identity(study: Study, variant: Variant, of: Mapping[str, Any]) -> str:
-    """What a result rests on: with the same, it is not computed again. Where files lie and what rules say about
-    themselves is no part of it."""
+    """A digest of everything a result depends on; the same digest is not computed again. File locations and what rules
+    say about themselves do not count."""
     said = {k: v for k, v in of.items() if k not in ("model", "texts", "imatrix", "recipe")}
     return _digest(repr((study.name, sorted(variant.levels.items()), variant.trouble, sorted(said.items()))))
 

@@ -1,8 +1,8 @@
-"""What a study would take, from the plans of its variants alone: passes, bytes read, operations, quantizing, hours.
+"""Estimates the work of a study from its variants' plans alone: passes, bytes read, operations, quantizing, hours.
 
-Counted is what passes do: the source is read once a pass, a layer is computed once for variants that are the same up to
-its end, and a tensor is quantized once for variants that share it, in each pass or, with a cache, once for all. Times
-are counts over rates; reading, quantizing and computing overlap, so the longest of them counts.
+The counts follow the passes: the source is read once per pass, a layer is computed once for variants that are identical
+up to its end, and a tensor is quantized once for variants that share it, per pass, or once in all with a cache. Times
+are counts divided by rates; reading, quantizing and computing overlap, so the longest of them counts.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ _ROWS, _COLUMNS = 16, 2048
 
 @dataclass(frozen=True)
 class Text:
-    """How much text, how it is computed and how it is stored."""
+    """The amount of text, how it is computed, and how the weights are stored."""
 
     n_tokens: int
     n_ctx: int
     fp8: bool = False
-    """of a catalogue without weights: whether the checkpoint is FP8"""
+    """for a catalogue without weights: whether the checkpoint is FP8"""
 
 
 @dataclass(frozen=True)
 class StudyWork:
-    """What a study takes."""
+    """The amount of work in a study."""
 
     study: str
     model: str
@@ -47,34 +47,34 @@ class StudyWork:
     n_tokens: int
     n_ctx: int
     at_a_time: int
-    """variants in a pass, beside the reference"""
+    """variants per pass, besides the reference"""
     n_passes: int
     bytes_read: int
     """stored bytes of weights, over all passes"""
     flop: int
     flop_apart: int
-    """of the reference and every variant, each computed once, with nothing shared"""
+    """the same if the reference and every variant were computed separately, with nothing shared"""
     quantized: Mapping[str, int]
     """weights to be quantized by type, over all passes"""
     quantized_once: Mapping[str, int]
     """the same with a cache"""
     hidden_bytes: int
-    """hidden states of a pass"""
+    """hidden states of one pass"""
     one_pass_bytes: int
-    """those of all variants in one"""
+    """hidden states if all variants were in one pass"""
     cache_bytes: int
-    """what a cache of all of its tensors takes"""
+    """size of a cache of all tensors that are quantized"""
     file_bytes: int
-    """what all of its files take"""
+    """size of all files together"""
 
 
 @dataclass(frozen=True)
 class StudyTimes:
-    """Seconds that a study takes."""
+    """The duration of a study, in seconds."""
 
     computing: float
     reading: float
-    """from the disk and made float32, whichever is longer"""
+    """reading from disk, or converting to float32 if that takes longer"""
     quantizing: float
     quantizing_once: float
     """with a cache"""
@@ -89,7 +89,7 @@ class StudyTimes:
 
 
 class _Costs:
-    """Of a model's tensors and layers."""
+    """The cost of a model's tensors and layers."""
 
     def __init__(self, catalogue: Catalogue, text: Text) -> None:
         hp = Hparams(catalogue)
@@ -97,7 +97,7 @@ class _Costs:
         n_experts = hp.int_("expert_count", 0, least=0)
         self.used = hp.int_("expert_used_count", 0, least=0) / n_experts if n_experts else 0.0
         self.seen = 1 - (1 - self.used) ** text.n_tokens if n_experts else 0.0
-        """the share of routed experts that some token chooses, if tokens choose evenly"""
+        """the share of routed experts that any token chooses, if tokens choose evenly"""
         self.attention = attention_flop(hp, text.n_ctx)
         names = {t.name for t in catalogue.tensors}
         self.output = "output.weight" if "output.weight" in names else "token_embd.weight"
@@ -118,7 +118,7 @@ class _Costs:
 
     @property
     def head_flop(self) -> float:
-        """Of the scored half of the tokens."""
+        """Operations of the output for the scored half of the tokens."""
         n = next(t.n_elements for t in self.catalogue.tensors if t.name == self.output)
         return 2 * n * self.text.n_tokens / 2
 
@@ -127,7 +127,7 @@ def study_work(
     study: Study, every: Sequence[Variant], catalogue: Catalogue, text: Text, memory: int | None = None,
     at_a_time: int = 0,
 ) -> StudyWork:  # fmt: skip
-    """The work of a study over chunks of text. Raises SourceError for a catalogue without the numbers."""
+    """Count the work of a study over chunks of text. Raises SourceError if the catalogue lacks hyperparameters."""
     costs = _Costs(catalogue, text)
     n_embd = Hparams(catalogue).int_("embedding_length")
     able = [v for v in every if v.plan is not None]
@@ -173,7 +173,7 @@ def study_work(
 
 
 def _changes(v: Variant) -> set[tuple[str, str, str]]:
-    """What a variant quantizes: tensor, type, importance."""
+    """What a variant quantizes: (tensor, type, importance)."""
     assert v.plan is not None
     return {
         (t.tensor.name, t.type, f"{v.imatrix_sha256} {v.plan.policy.text}")
@@ -192,7 +192,7 @@ def _by_layer(costs: _Costs, v: Variant) -> Mapping[int | None, tuple[object, ..
 
 
 def _count(made: set[tuple[str, str, str]], costs: _Costs, into: dict[str, int]) -> dict[str, int]:
-    """Weights by type; of the embedding the rows that the text has, of experts those that some token chooses."""
+    """Count weights by type: rows of the embedding that the text uses, and experts that any token chooses."""
     tensors = {t.name: t for t in costs.catalogue.tensors}
     for name, type_, _ in made:
         t = tensors[name]
@@ -209,20 +209,20 @@ def _nbytes(catalogue: Catalogue, name: str, type_: str) -> int:
 
 
 def study_times(work: StudyWork, rates: Rates, quantize: Mapping[str, float], n_threads: int) -> StudyTimes:
-    """Seconds at these rates; `quantize` are weights a second of one thread, by type."""
+    """Seconds at these rates. `quantize` is weights per second on one thread, by type."""
     reading = max(work.bytes_read / rates.disk, work.bytes_read / rates.decode)
     both = [sum(n / quantize[t] for t, n in of.items()) / n_threads for of in (work.quantized, work.quantized_once)]
     return StudyTimes(work.flop / rates.flop, reading, *both)
 
 
 def measured_quantize(types: Sequence[str], seconds: float = 0.1) -> dict[str, float]:
-    """Weights that one thread of this machine quantizes in a second, by type."""
+    """Measure how many weights one thread of this machine quantizes per second, by type."""
     random = np.random.default_rng(0)
     rows = random.standard_normal((_ROWS, _COLUMNS), np.float32)
     weights = random.random(_COLUMNS, np.float32)
     out = {}
     for name in types:
-        kernels.quantize(rows, name, weights)  # which may make its tables first
+        kernels.quantize(rows, name, weights)  # the first call may build tables
         start, n = time.thread_time(), 0
         while n == 0 or time.thread_time() - start < seconds:
             kernels.quantize(rows, name, weights)
@@ -232,8 +232,8 @@ def measured_quantize(types: Sequence[str], seconds: float = 0.1) -> dict[str, f
 
 
 def study_estimate_text(work: StudyWork, rates: Rates, times: StudyTimes, sources: tuple[str, str], n: int) -> str:
-    """What a study takes, for people. `sources` say where the rates of computing and of the disk come from; n is the
-    number of threads that quantize."""
+    """A study's estimate as readable text. `sources` say where the rates of computing and of the disk come from; n is
+    the number of threads that quantize."""
     flop, disk = sources
     n_weights, n_once = sum(work.quantized.values()), sum(work.quantized_once.values())
     how = f"measured here, {n} thread{'s' * (n != 1)}"

@@ -1,7 +1,7 @@
-"""GGUFs of a study's variants in one folder: each is built once, and what is unfinished is continued.
+"""GGUFs of a study's variants in one folder: each is built once, and an unfinished one is continued.
 
 DIR/STUDY-VARIANT.gguf   a variant
-DIR/reference.gguf       the source as BF16, where llama.cpp is to run it and it is a checkpoint
+DIR/reference.gguf       the source as BF16, if llama.cpp must run it and it is a checkpoint
 DIR/files.json           which file is which variant, and what it is made of
 """
 
@@ -41,14 +41,14 @@ _AS_IT_IS = (
 
 @dataclass
 class StudyFiles:
-    """See the module. Raises OutputError where the folder cannot be used."""
+    """The folder of files (see the module). Raises OutputError if it cannot be used."""
 
     folder: Path
     study: str
     n_threads: int = 1
     cache: Cache | None = None
     replace: bool = False
-    """files that are there and are something else may be replaced"""
+    """whether other files that are in the way may be replaced"""
     allow_requantize: bool = True
     _said: dict[str, Any] = field(default_factory=dict)
 
@@ -68,7 +68,7 @@ class StudyFiles:
             ) from None
 
     def path_of(self, variant: str) -> Path:
-        """Where a variant's file is: names that differ only in what no file's name should have are told apart by a
+        """The path of a variant's file. Names that differ only in characters unfit for file names are told apart by a
         digest."""
         name = re.sub(r"[^A-Za-z0-9._=-]+", "_", f"{self.study}-{variant}").strip("_")
         if name != f"{self.study}-{variant}".replace(", ", "_"):
@@ -76,19 +76,19 @@ class StudyFiles:
         return self.folder / f"{name}.gguf"
 
     def build(self, variant: Variant, progress: Progress = lambda what, n_done, n_total: None) -> Path:
-        """The variant's file, built unless it is there. Raises as quantkit.building.run; OutputError for a file of that
-        name that is something else."""
+        """Build the variant's file unless it exists. Raises what quantkit.building.run raises; OutputError if another
+        file has its name."""
         assert variant.plan is not None
         return self._build(self.path_of(variant.name), variant.name, variant.plan, progress, self.cache)
 
     def reference(self, catalogue: Catalogue, progress: Progress = lambda what, n_done, n_total: None) -> Path:
-        """The source as a GGUF: itself, or as BF16. Raises as `build`."""
+        """The source as a GGUF: itself, or converted to BF16. Raises what `build` raises."""
         assert catalogue.source is not None
         first = catalogue.source.files[0]
         if first.suffix == ".gguf":
             return first
         plan = make_plan(catalogue, parse(_AS_IT_IS, "reference"))
-        return self._build(self.folder / f"{_REFERENCE}.gguf", _REFERENCE, plan, progress)  # nothing to be cached
+        return self._build(self.folder / f"{_REFERENCE}.gguf", _REFERENCE, plan, progress)  # needs no cache
 
     def _build(self, out: Path, name: str, plan: Plan, progress: Progress, cache: Cache | None = None) -> Path:
         matrix = plan.imatrix if isinstance(plan.imatrix, Imatrix) else None

@@ -1,4 +1,4 @@
-"""What results of studies say together: effects of levels, and the front of size against damage."""
+"""Summarizes results of studies: the effects of levels, and the front of size against damage."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .results import Result
 
 
 class Measured(NamedTuple):
-    """Results that can be compared: of one study, on one model and text, by one engine."""
+    """Comparable results: of one study, on one model and text, by one engine."""
 
     study: str
     model: str
@@ -24,7 +24,7 @@ class Measured(NamedTuple):
 
     @property
     def about(self) -> str:
-        """What they are of, for a heading."""
+        """A description for a heading."""
         return (
             f"{self.study}: {self.model}, {self.n_chunks:,} chunk{'s' * (self.n_chunks != 1)} of {self.n_ctx:,} tokens "
             f"of {', '.join(self.texts)}" + (f", engine {self.engine}" if self.engine != NATIVE else "")
@@ -32,8 +32,8 @@ class Measured(NamedTuple):
 
 
 def comparable(found: Sequence[Result]) -> list[Measured]:
-    """Results by study, model, text and engine. Of a variant that was measured more than once, with another recipe,
-    importance matrix or kernels, the latest; a failure only where there is nothing else."""
+    """Group results by study, model, text and engine. If a variant was measured more than once, with another recipe,
+    importance matrix or kernels, the latest counts; a failure only if there is nothing else."""
     groups: dict[tuple[Any, ...], Measured] = {}
     latest: dict[tuple[Any, ...], dict[str, Result]] = {}
     for r in found:
@@ -56,7 +56,7 @@ def comparable(found: Sequence[Result]) -> list[Measured]:
 
 
 class Effect(NamedTuple):
-    """What an axis' level does to the mean KLD, against the base (one at a time) or on average (grid)."""
+    """The effect of an axis' level on the mean KLD: against the base (one at a time), or on average (grid)."""
 
     axis: str
     level: str
@@ -67,13 +67,13 @@ class Effect(NamedTuple):
     bytes_difference: int
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data; an end of the interval is None where one chunk gives none."""
+        """Plain data; ends of an interval are None if there is only one chunk."""
         return {**self._asdict(), "low": finite(self.low), "high": finite(self.high)}
 
 
 def effects(found: Sequence[Result]) -> list[Effect]:
-    """Main effects: over all pairs of variants that differ in this axis alone, one with the level and one without. The
-    results are of one text: those of a `Measured`."""
+    """Main effects: averages over all pairs of variants that differ in this axis alone, one with the level and one
+    without. All results must be of one text: those of a `Measured`."""
     by_levels = {tuple(sorted(r.levels.items())): r for r in found if r.scores is not None}
     out: dict[tuple[str, str], list[tuple[Result, Result]]] = {}
     for levels, result in by_levels.items():

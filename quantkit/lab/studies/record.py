@@ -1,3 +1,3 @@
-"""The name of the record of which file is which variant: all that the command line needs of it."""
+"""The file name of the record of variants, apart from `files` so that the command line can import it alone."""
 
 RECORD = "files.json"

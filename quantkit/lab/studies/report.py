@@ -1,4 +1,4 @@
-"""Studies as tables: what there will be, and what came of it."""
+"""Studies as tables: plans and results."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .study import Study, Variant
 
 
 def plan_text(study: Study, every: Sequence[Variant], n_passes: int) -> str:
-    """The variants with their exact sizes; no passes where files are measured."""
+    """The variants with their exact sizes. `n_passes` is 0 if files are measured."""
     rows: list[list[str]] = []
     unit = unit_of(max((v.file_bytes for v in every if v.plan is not None), default=0))
     for v in every:
@@ -30,7 +30,7 @@ def plan_text(study: Study, every: Sequence[Variant], n_passes: int) -> str:
 
 
 def plan_json(study: Study, every: Sequence[Variant], n_passes: int) -> dict[str, Any]:
-    """The same as plain data."""
+    """The same as `plan_text`, as plain data."""
     made = [
         {
             "variant": v.name, "levels": dict(v.levels), "file_bytes": v.file_bytes if v.plan is not None else None,
@@ -42,13 +42,13 @@ def plan_json(study: Study, every: Sequence[Variant], n_passes: int) -> dict[str
 
 
 def show_text(found: Sequence[Result]) -> str:
-    """The results of a file, those that can be compared together."""
+    """The results in a file, grouped by what can be compared."""
     parts = [f"{of.about}\n\n{results_text(of.results)}" for of in comparable(found)]
     return "\n\n\n".join(parts) or "no results"
 
 
 def show_json(found: Sequence[Result]) -> dict[str, Any]:
-    """The same as plain data."""
+    """The same as `show_text`, as plain data."""
     out: dict[str, Any] = {"quantkit_ablate": 1, "results": [], "effects": [], "front": []}
     for of in comparable(found):
         about = {
@@ -71,7 +71,7 @@ def show_json(found: Sequence[Result]) -> dict[str, Any]:
 
 
 def results_text(found: Sequence[Result]) -> str:
-    """Figures of every variant, measured on one text: the effects of levels, and the front of size against damage."""
+    """The figures of variants measured on one text, the effects of levels, and the front of size against damage."""
     failed: list[str] = []
     on_front = {p.name for p in front(found)}
     rows: list[list[str]] = []

@@ -1,4 +1,4 @@
-"""Results of studies in one SQLite file, each with what it rests on. A result that is there is not computed again."""
+"""Results of studies in one SQLite file, each with its provenance. A stored result is not computed again."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _VERSION = "1"
 
 @dataclass(frozen=True)
 class Result:
-    """A variant's result, or why it has none."""
+    """A variant's result, or the reason it has none."""
 
     study: str
     variant: str
@@ -41,8 +41,8 @@ class Result:
 
 
 class Results(AbstractContextManager["Results"]):
-    """The file; `read_only` makes and changes none. Raises OutputError where it cannot be written, SourceError where
-    there is none to be read, and for another file."""
+    """The file of results; with `read_only` it is neither created nor changed. Raises OutputError if it cannot be
+    written, SourceError if there is none to read, and for another kind of file."""
 
     def __init__(self, path: Path, read_only: bool = False) -> None:
         self.path = path
@@ -81,7 +81,7 @@ class Results(AbstractContextManager["Results"]):
         raise SourceError(f"{self.path}: is not a file of results: {e}; give another name") from None
 
     def __exit__(self, *_: object) -> None:
-        """A file that was made here and in which nothing was kept is removed."""
+        """Close the file; delete it if it was created here and nothing was stored."""
         try:
             left = self._is_new and self._db.execute("SELECT count(*) FROM results").fetchone()[0] == 0
         except sqlite3.DatabaseError:
@@ -91,12 +91,12 @@ class Results(AbstractContextManager["Results"]):
             self.path.unlink(missing_ok=True)
 
     def get(self, identity: str) -> Result | None:
-        """The result, not a failure, of exactly this, if there is one."""
+        """The stored result with this identity, if there is one; failures do not count."""
         found = list(self._rows("WHERE identity = ? AND trouble = ''", (identity,)))
         return found[0] if found else None
 
     def put(self, identity: str, result: Result) -> None:
-        """Keep a result for good."""
+        """Store a result for good."""
         scores = None if result.scores is None else json.dumps(asdict(result.scores))
         try:
             with self._db:
@@ -112,7 +112,7 @@ class Results(AbstractContextManager["Results"]):
             self._fail(e)
 
     def of(self, study: str | None = None) -> Iterator[Result]:
-        """All results, of one study if it is named, in the order they came."""
+        """All results, or those of one study, in the order they were stored."""
         return self._rows("WHERE study = ?", (study,)) if study is not None else self._rows("", ())
 
     def _rows(self, where: str, values: tuple[str, ...]) -> Iterator[Result]:

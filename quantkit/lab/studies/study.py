@@ -1,4 +1,4 @@
-"""A study: a base recipe, axes along which it is varied, and the variants that follow, priced before any work.
+"""A study: a base recipe, axes along which it varies, and the resulting variants, priced before any work.
 
     base: UD-IQ1_S
     design: one at a time            # or: grid
@@ -53,7 +53,7 @@ from ...recipe.schema import good_layers, good_pattern, known_rounding, messages
 from ...recipe.yaml_lines import read, scalar
 from ...rounding.covariance import CovarianceSource
 
-#: characters of a study's file, and variants of a study
+#: limits: characters of a study's file, and variants of a study
 _MOST_TEXT, _MOST_VARIANTS = 1 << 20, 4096
 
 
@@ -100,7 +100,7 @@ class Axis(BaseModel):
 
     @property
     def levels(self) -> tuple[str, ...]:
-        """What it is set to, in words."""
+        """Its settings, in words."""
         return self.types or self.imatrices or self.roundings or tuple(self.layers or ())
 
 
@@ -125,14 +125,14 @@ class StudyFile(BaseModel):
 
 @dataclass(frozen=True)
 class Study:
-    """A study that was read: `folder` is where its paths start."""
+    """A study that was read. Its paths are relative to `folder`."""
 
     name: str
     given: StudyFile
     folder: Path
 
     def levels(self) -> Iterator[dict[str, str]]:
-        """What each variant sets, axis -> level; the base first, which sets nothing."""
+        """The settings of each variant, axis -> level; first the base, which has none."""
         axes = self.given.axes
         if self.given.design == "grid":
             every = itertools.product(*([None, *axis.levels] for axis in axes.values()))
@@ -146,7 +146,7 @@ class Study:
 
 
 class Variant(NamedTuple):
-    """A recipe of a study, planned: exact bytes, or why it cannot be."""
+    """A recipe of a study, planned: its exact bytes, or why it cannot be planned."""
 
     name: str
     levels: Mapping[str, str]
@@ -157,7 +157,7 @@ class Variant(NamedTuple):
     trouble: str = ""
     imatrix_sha256: str = ""
     error: QuantkitError | None = None
-    """what `trouble` says"""
+    """the error that `trouble` describes"""
 
 
 def load_study(path: Path) -> Study:
@@ -175,8 +175,7 @@ def load_study(path: Path) -> Study:
 
 
 def parse_study(text: str, name: str, folder: Path, where: str) -> Study:
-    """A study from its text; paths in it start at `folder`, and `where` is what messages call it. Raises
-    RecipeError."""
+    """Parse the text of a study. Its paths are relative to `folder`; messages call it `where`. Raises RecipeError."""
     marked = read(text, where)
     try:
         given = StudyFile.model_validate(marked.value)
@@ -193,7 +192,7 @@ def parse_study(text: str, name: str, folder: Path, where: str) -> Study:
 
 
 def _fields(path: Sequence[str | int]) -> Mapping[str, Any]:
-    """The keys that are known at a place of a study."""
+    """The keys that are valid at a place of a study."""
     return Axis.model_fields if len(path) > 2 else StudyFile.model_fields
 
 
@@ -207,11 +206,11 @@ def variants(
     *,
     values: bool = True,
 ) -> Iterator[Variant]:
-    """Every variant, planned on a model; one that cannot be says why and does not stop the others. Variants with the
-    types and the importance matrix of one before are left out. `policy`: what stands in for what an importance matrix
-    lacks; else the study says, else the recipe. `rounded` gives recipes another rounding, which an axis of the study
-    comes before; all but ggml's needs the `covariance`. Without `values` sizes alone are wanted: nothing of an
-    importance matrix or a covariance is read, and they may be missing."""
+    """Plan every variant on a model. A variant that cannot be planned carries its error and does not stop the others. A
+    variant with the types, importance matrix and rounding of an earlier one is left out. `policy` fills gaps in an
+    importance matrix; by default the study's, else the recipe's. `rounded` gives recipes another rounding, which an
+    axis of the study overrides; any but ggml's needs the `covariance`. Without `values` only sizes are computed: no
+    values of an importance matrix or covariance are read, and they may be missing."""
     if policy is None and study.given.imatrix_policy is not None:
         policy = parse_policy(study.given.imatrix_policy)
     opened: dict[str, tuple[Imatrix, str]] = {}
@@ -249,7 +248,7 @@ def _rounded(study: Study, levels: Mapping[str, str], recipe: Recipe) -> Recipe:
 
 
 def rounding_digest(plan: Plan) -> str:
-    """Of all that a plan's rounding depends on; '' where it is ggml's."""
+    """A digest of everything a plan's rounding depends on; '' if it is ggml's."""
     if plan.rounding is None:
         return ""
     said = [plan.rounding.identity(t.tensor.name) for t in plan.tensors]
@@ -257,13 +256,13 @@ def rounding_digest(plan: Plan) -> str:
 
 
 def require_one(every: Sequence[Variant]) -> None:
-    """Raise the first variant's error where none of them can be."""
+    """Raise the first variant's error if no variant can be planned."""
     if every and every[0].error is not None and all(v.plan is None for v in every):
         raise every[0].error
 
 
 def _sha256(path: str) -> str:
-    """Raises ImatrixError."""
+    """The SHA-256 of a file. Raises ImatrixError."""
     try:
         return file_sha256(path)
     except OSError as e:
