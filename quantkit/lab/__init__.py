@@ -1,6 +1,7 @@
 """What stands on the forward pass: importance matrices made, and what a recipe costs in quality. May import
 everything but the command line and the API. Its rooms: calibration, evaluation, generation, and on evaluation studies
-and allocation; scripting has what they do for scripts, identity says what results are of, frames makes DataFrames."""
+and allocation; scripting has what they do for scripts, identity says what results are of, fetched brings shards from
+the Hub, frames makes DataFrames."""
 
 from __future__ import annotations
 
