@@ -29,7 +29,7 @@ from ..gguf.types import IK_TYPES, QTYPES
 from ..imatrix.matrix import Imatrix
 from ..imatrix.policies import Completed
 from ..model.catalogue import Catalogue
-from ..model.sources.shard_store import store_of
+from ..model.sources.shard_store import Limits, store_of
 from ..planning.file_layout import FileLayout, file_names, lay_out, output_kvs
 from ..planning.plan import Plan, with_values
 from ..planning.rounding import check_covariance
@@ -39,7 +39,6 @@ from .engines import Engine, Progress, Work
 from .folder import fetched, folder_of, held_folder, read_journal
 from .identity import FileStat, check_unchanged, identity_of, require_same, stat_of
 from .journal import ToldBuild
-from .shard_order import Limits
 from .supply import Supply, supply_of
 from .unfinished import UnfinishedBuild
 

@@ -8,7 +8,7 @@ memory until the other is there; weights only up to a limit, beyond which their 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -37,20 +37,6 @@ class Visit:
     """tensors of it that are held in memory afterwards"""
     let_go: list[str] = field(default_factory=list)
     """held tensors that nothing needs after it"""
-
-
-@dataclass(frozen=True)
-class Limits:
-    """How much of a source may be on the disk at a time."""
-
-    keep: int = 3
-    """shards, those on their way included"""
-    disk: int | None = None
-    """bytes"""
-
-    def allow(self, there: Sequence[int], more: int) -> bool:
-        """Whether a shard of `more` bytes may come to those of these sizes."""
-        return len(there) < self.keep and (self.disk is None or sum(there) + more <= self.disk)
 
 
 @dataclass
@@ -136,18 +122,6 @@ def visits(
                 out.append(visit)
         order = again
     return out
-
-
-def most_on_disk(sizes: Sequence[int], limits: Limits) -> int:
-    """The most bytes of shards, visited in this order, that are there at a time."""
-    most = 0
-    there: list[int] = []
-    for n in sizes:
-        while there and not limits.allow(there, n):
-            there.pop(0)
-        there.append(n)
-        most = max(most, sum(there))
-    return most
 
 
 def most_held(order: Iterable[Visit], nbytes: Callable[[str], int]) -> int:

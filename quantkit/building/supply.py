@@ -9,10 +9,10 @@ from ..base.errors import OutputError, ResumeError
 from ..base.journal import Ranges
 from ..base.text import short_size
 from ..model.catalogue import SourceTensor
-from ..model.sources.shard_store import ShardStore, store_of
+from ..model.sources.shard_store import Limits, ShardStore, store_of
 from ..planning.plan import Plan
 from .journal import ToldBuild, rows_of
-from .shard_order import Limits, Piece, Visit, most_held, most_on_disk, pieces_of, visits
+from .shard_order import Piece, Visit, most_held, pieces_of, visits
 
 #: the entry of a build's identity that names the repository
 KEY = "source"
@@ -71,7 +71,7 @@ def supply_of(plan: Plan, limits: Limits, begun: ToldBuild | None = None) -> Sup
     nbytes = {t.name: t.nbytes for visit in order for t in visit.hold}
     n_again = len(order) - len({visit.shard for visit in order})
     return Supply(
-        f"{store.repo.where()} at commit {store.repo.commit[:12]}", len(order), sum(sizes), most_on_disk(sizes, limits),
+        f"{store.repo.where()} at commit {store.repo.commit[:12]}", len(order), sum(sizes), limits.most(sizes),
         most_held(order, nbytes.__getitem__), n_again,
     )  # fmt: skip
 

@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Generic, Protocol, TypeVar
 
 from ..model.catalogue import SourceTensor
-from .shard_order import Limits, Visit
+from ..model.sources.shard_store import Limits
+from .shard_order import Visit
 
 S = TypeVar("S")
 #: seconds that its end waits for the thread that fetches, which may be waiting for a server

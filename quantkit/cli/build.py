@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from quantkit.building.cache import Cache
     from quantkit.building.engines import Engine
     from quantkit.building.run import Build
-    from quantkit.building.shard_order import Limits
     from quantkit.imatrix.policies import Policy
+    from quantkit.model.sources.shard_store import Limits
     from quantkit.planning.plan import Plan
     from quantkit.verifying.attestation import Asked, AskedRounding
     from quantkit.verifying.evidence import Evidence
@@ -159,9 +159,9 @@ def build(
     from quantkit.building.cache import Cache
     from quantkit.building.leftovers import finished_shards
     from quantkit.building.run import prepare
-    from quantkit.building.shard_order import Limits
     from quantkit.model.hub import with_weights
     from quantkit.model.open import open_model
+    from quantkit.model.sources.shard_store import Limits
     from quantkit.planning.plan import make_plan
 
     ready_kernels()

@@ -13,6 +13,7 @@ import click
 from .bars import open_bar, whole_progress
 from .files import FOLDER, IMATRIX, MODEL, RECIPE, REPORT, Command, Group
 from .generate import generate
+from .hub_options import fetched, fetching, hub_options
 from .options import (
     conversion,
     covariance_of,
@@ -77,6 +78,7 @@ def group() -> None:
     help="Continue the beginnings of N chunks greedily for 32 tokens, and compare them.",
 )  # fmt: skip
 @forward_options
+@hub_options("that of temporary files")
 @layout_option
 @tokenizer_options
 @click.option("--csv", "csv_file", type=REPORT, metavar="FILE", help="Write the candidates' figures to FILE as CSV.")
@@ -93,6 +95,7 @@ def evaluate(**given: Any) -> None:
 
     \b
     quantkit eval DeepSeek-R1/ R1-UD-IQ1_S-00001-of-00003.gguf --text wiki.txt --chunks 100
+    quantkit eval hf://deepseek-ai/DeepSeek-R1 R1-UD-IQ1_S-00001-of-00003.gguf --text wiki.txt --shards /data
     quantkit eval compare R1-BF16.gguf -r UD-IQ1_S -r Q2_K_XS --imatrix imatrix.gguf --text wiki.txt -o table.md
     """
     from quantkit.lab.evaluation import report as eval_report
@@ -123,6 +126,7 @@ def _native(catalogue: Catalogue, given: dict[str, Any]) -> Evaluation:
     from quantkit.forward.stream import Options
     from quantkit.lab.evaluation.evaluate import EvalOptions, about_reference, of_file, of_plan
     from quantkit.lab.evaluation.evaluate import evaluate as run
+    from quantkit.model.hub import with_weights
     from quantkit.model.open import open_model
     from quantkit.planning.plan import make_plan, with_values
     from quantkit.planning.rounding import with_covariance
@@ -130,6 +134,7 @@ def _native(catalogue: Catalogue, given: dict[str, Any]) -> Evaluation:
     chunks = read_chunks(
         catalogue, given["texts"], given["n_ctx"], given["n_chunks"], given["chat"], given["parse_special"]
     )
+    catalogue = with_weights(catalogue)
     reference = Model(catalogue, _name(given["reference"]))
     if (says := about_reference(reference)) is not None:
         print_notes([says])
@@ -152,7 +157,8 @@ def _native(catalogue: Catalogue, given: dict[str, Any]) -> Evaluation:
             "says how to round"
         )
     forward = Options(given["device"], given["dtype"], given["threads"] or 0, given["memory"])
-    with open_bar(0, "tok", given["quiet"]) as bar:
+    shards = fetched(catalogue, fetching(given["keep"], given["shards"], None, given["quiet"]), given["quiet"])
+    with shards, open_bar(0, "tok", given["quiet"]) as bar:
         return run(reference, candidates, chunks, EvalOptions(given["prompts"], forward), whole_progress(bar))
 
 

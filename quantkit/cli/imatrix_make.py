@@ -13,6 +13,7 @@ import click
 
 from .bars import open_bar
 from .files import COVARIANCE, IMATRIX_MADE, MODEL, TOOL, Command
+from .hub_options import fetched, fetching, hub_options
 from .imatrix_estimate import DISK, Rate, check_estimate, estimate_options, print_estimate
 from .options import (
     conversion,
@@ -128,6 +129,7 @@ _engine_options = together(
 @_covariance_options
 @_engine_options
 @forward_options
+@hub_options("that of the output")
 @estimate_options
 @tokenizer_options
 @click.option("--force", is_flag=True, help="Replace the output if it exists.")
@@ -143,6 +145,7 @@ def make(source: str, pre: str | None, pad_token: str | None, quiet: bool, **_: 
     quantkit imatrix make DeepSeek-R1/ --text calibration.txt -o imatrix.gguf
     quantkit imatrix make R1-Q8_0-00001-of-00015.gguf --text books/ --text chats.jsonl --target-coverage 99%:100 \\
         -o imatrix.gguf
+    quantkit imatrix make hf://deepseek-ai/DeepSeek-R1 --text calibration.txt -o imatrix.gguf --keep 4
     quantkit imatrix make SmolLM2-135M/ --text calibration.txt -o imatrix.gguf --covariance cov --fisher
     quantkit imatrix make deepseek-r1 --estimate --gpu-tflops 400 --disk 5GB/s --text-tokens 1M
     """
@@ -162,8 +165,10 @@ def make(source: str, pre: str | None, pad_token: str | None, quiet: bool, **_: 
     model = open_model(source, conversion("k_b+v_b", pre, pad_token))
     if given.engine == NATIVE:
         from quantkit.lab import require_torch
+        from quantkit.model.hub import with_weights
 
         require_torch()
+        model = with_weights(model)
     start = time.monotonic()
     facts = (_make if given.engine == NATIVE else _drive)(model, given, quiet or given.as_json)
     assert given.output is not None
@@ -203,6 +208,8 @@ class _Given:
     threads: int | None
     estimate: bool
     text_tokens: int | None
+    keep: tuple[int, int | None]
+    shards: Path | None
     force: bool
     as_json: bool
 
@@ -230,7 +237,7 @@ def _check_usage(ctx: click.Context, given: _Given) -> None:
         *((f"--{option}", said(name), "--engine native", given.engine == NATIVE)
           for option, name in (("target-coverage", "target"), ("covariance", "covariance"), ("chat", "chat"),
                                ("parse-special", "parse_special"), ("device", "device"), ("dtype", "dtype"),
-                               ("memory", "memory"))),
+                               ("memory", "memory"), ("keep", "keep"), ("shards", "shards"))),
     ]  # fmt: skip
     for option, is_given, other, is_there in needs:
         if is_given and not is_there:
@@ -272,12 +279,15 @@ def _make(model: Catalogue, given: _Given, quiet: bool) -> dict[str, Any]:
             f"{model.model}: {chunks.nbytes:,} bytes of text, {chunks.n_chunks:,} chunks of {chunks.n_ctx:,} tokens"
         )
     assert given.output is not None
-    with open_bar(chunks.tokens.size * model.n_layers, " token-layers", quiet) as bar:
+    shards = fetched(model, fetching(given.keep, given.shards, given.output, quiet), quiet)
+    with shards as brings, open_bar(chunks.tokens.size * model.n_layers, " token-layers", quiet) as bar:
         made = make_imatrix(model, chunks, given.output, options, _on(bar))
     facts: dict[str, Any] = {
         "entries": made.n_entries, "chunks": made.n_chunks, "chunk_size": chunks.n_ctx,
         "tokens": made.n_chunks * chunks.n_ctx, "bytes_read": made.bytes_read,
     }  # fmt: skip
+    if brings is not None:
+        facts |= {"shards_fetched": brings.n_fetched, "bytes_fetched": brings.bytes_fetched}
     if model.moe_layers:
         facts |= {"experts": made.n_experts, "never_seen": made.n_unseen}
     if given.fisher:
@@ -373,6 +383,8 @@ def _tell(facts: dict[str, Any]) -> None:
         if facts.get("experts_share"):
             click.echo("the experts of a layer share one for gate and one for up: one for each did not fit")
     read = f", {facts['bytes_read']:,} bytes of weights read" if "bytes_read" in facts else ""
+    if "bytes_fetched" in facts:
+        read += f", {facts['bytes_fetched']:,} bytes in {facts['shards_fetched']:,} shards fetched"
     click.echo(
         f"{facts['tokens']:,} tokens in {facts['seconds']:.1f} s, {facts['tokens'] / facts['seconds']:,.0f} tokens/s"
         f"{read}, engine {facts['engine']}"

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby, zip_longest
 from math import prod
 from typing import Protocol, runtime_checkable
 
@@ -13,7 +14,8 @@ import numpy.typing as npt
 
 from ..base.errors import KernelError, SourceError, UnsupportedError, WeightError
 from ..gguf.types import IK_TYPES, INTEGER_TYPES, QTYPES
-from ..model.catalogue import Catalogue, Part, Source, Tensor
+from ..model.catalogue import Catalogue, Part, Role, Source, Tensor
+from ..model.sources.on_demand import on_demand, whole
 from ..weights.rows import RowReader
 from .layer import ALL, Family, Key
 
@@ -43,6 +45,27 @@ class Reader:
         self._counting = threading.Lock()
         self.bytes_read = 0
         """stored bytes of all that was read, scales aside"""
+
+    def expect(self, names: Iterable[str]) -> None:
+        """Tensors of these names are read from now on, in this order, experts of a layer side by side: of a source on
+        the Hub the next shards are fetched meanwhile."""
+        brings = on_demand(self.source)
+        if brings is not None:
+            brings.expect(self._parts(names))
+
+    def abandon(self) -> None:
+        """Nobody reads any more for now: who waits for a shard stops."""
+        brings = on_demand(self.source)
+        if brings is not None:
+            brings.abandon()
+
+    def _parts(self, names: Iterable[str]) -> Iterator[str]:
+        """The source tensors in the order in which they are read."""
+        tensors = (self.tensors[name] for name in names)
+        for layer, alike in groupby(tensors, lambda t: t.layer if t.role is Role.ROUTED_EXPERT else None):
+            parts: Iterable[Sequence[Part | None]] = [t.parts for t in alike]
+            for several in parts if layer is None else zip_longest(*parts):
+                yield from (part.source for part in several if part is not None)
 
     def _reader(self) -> RowReader:
         if not hasattr(self._own, "reader"):
@@ -83,8 +106,9 @@ class Reader:
         for part in tensor.parts:
             low, high = max(first, row), min(first + len(out), row + part.out_rows)
             if low < high:
-                for start, stop in _slabs(part, self.source, low - row, high - row):
-                    reader.rows(tensor, part, start, out[at + start + row - low : at + stop + row - low])
+                with whole(self.source, part.source):
+                    for start, stop in _slabs(part, self.source, low - row, high - row):
+                        reader.rows(tensor, part, start, out[at + start + row - low : at + stop + row - low])
                 at += high - low
                 st = self.source.tensor(part.source)
                 nbytes += st.nbytes * (high - low) * part.n_rows // (part.out_rows * max(1, prod(st.shape[:-1])))

@@ -24,7 +24,7 @@ from .device import device_of
 from .head import Head
 from .kept import Kept, Observer
 from .layer import ALL, Input, Key, Layer, Need, State, Tensor
-from .model import Model
+from .model import Model, Reader
 from .ops import rms_norm
 from .places import Places
 
@@ -164,6 +164,7 @@ class Pass:
                     )
                 self._places = Places(self.options.memory, self.options.folder, self.device)
                 self._ahead = stack.enter_context(Ahead(self.device, DTYPES[self.options.dtype], self.n_threads))
+                stack.push(self._ended)  # before those that read are waited for
                 self._total = self._count_units()
                 layer, groups = self._begin(kept)
                 yield layer
@@ -200,11 +201,30 @@ class Pass:
 
     def _begin(self, kept: Kept | None) -> tuple[int, list[_Group]]:
         found = None if kept is None else kept.load(self.observers, self._new_hidden)
+        self._expect(0 if found is None else found[0])
         if found is None:
             return 0, self._embed()
         layer, groups = found
         self._units = sum(len(set(paths)) for _, paths in zip(range(layer), self._paths(), strict=False))
         return layer, [_Group(members, hidden) for members, hidden in groups]
+
+    def _expect(self, layer: int) -> None:
+        """Say what will be read from this layer on."""
+        first = self.models[0].family
+        names = [] if layer else ["token_embd.weight"]
+        names += [key.name for number in range(layer, self.n_layers) for key in first.keys(number)]
+        names += ["output_norm.weight", *([first.output] if self.on_logits is not None else [])]
+        for reader in self._readers():
+            models = [m for m in self.models if m.weights is reader]
+            reader.expect(n for n in names if n in reader.tensors and not all(m.is_ready(n) for m in models))
+
+    def _readers(self) -> list[Reader]:
+        return list({id(m.weights): m.weights for m in self.models}.values())
+
+    def _ended(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            for reader in self._readers():
+                reader.abandon()
 
     def _new_hidden(self) -> Tensor:
         return self._places.make((self.n_chunks, self.n_ctx, self.n_embd))

@@ -1,7 +1,7 @@
 """Experiments that run models: making importance matrices, and measuring what a recipe costs in quality. May import
 everything but the command line and the API. Its rooms: calibration, evaluation, generation, and, built on evaluation,
-studies and allocation. `scripting` is the interface for scripts, `identity` names what a result was measured on, and
-`frames` makes DataFrames."""
+studies and allocation. `scripting` is the interface for scripts, `identity` names what a result was measured on,
+`fetched` brings shards from the Hub, and `frames` makes DataFrames."""
 
 from __future__ import annotations
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,7 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ..base.errors import SourceError
+from ..hub.parallel import each
 from ..model.catalogue import Catalogue, Source
+from ..model.sources.shard_store import ShardStore, store_of
 
 if TYPE_CHECKING:
     from ..forward.stream import Options
@@ -33,17 +36,40 @@ def of_model(catalogue: Catalogue) -> str:
     h = hashlib.sha256()
     for t in catalogue.tensors:
         h.update(f"{t.name} {t.shape} {t.source_type}\n".encode())
-    for file in source.files:
+    store = store_of(source)
+    for file, size, ends in _ends_here(source.files) if store is None else _ends_there(store, source.files):
+        h.update(f"{file.name} {size}\n".encode())
+        for end in ends:
+            h.update(end)
+    return h.hexdigest()[:16]
+
+
+_Ends = Iterator[tuple[Path, int, tuple[bytes, bytes]]]
+
+
+def _ends_here(files: Iterable[Path]) -> _Ends:
+    """Each file with its size, and the first and last of its bytes."""
+    for file in files:
         try:
             with file.open("rb") as f:
                 size = f.seek(0, os.SEEK_END)
-                h.update(f"{file.name} {size}\n".encode())
-                for at in (0, max(0, size - _SAMPLE)):
-                    f.seek(at)
-                    h.update(f.read(_SAMPLE))
+                f.seek(0)
+                first = f.read(_SAMPLE)
+                f.seek(max(0, size - _SAMPLE))
+                yield file, size, (first, f.read(_SAMPLE))
         except OSError as e:
             raise _unreadable(file, e) from None
-    return h.hexdigest()[:16]
+
+
+def _ends_there(store: ShardStore, files: Sequence[Path]) -> _Ends:
+    """The same of files on the Hub, by range, many at a time."""
+
+    def ends(file: Path) -> tuple[Path, int, tuple[bytes, bytes]]:
+        size = store.repo.files[file.name].size
+        first, last = (store.repo.read(file.name, at, min(size, _SAMPLE)) for at in (0, max(0, size - _SAMPLE)))
+        return file, size, (first, last)
+
+    return each(ends, files)
 
 
 def of_tokens(*arrays: I32) -> str:
@@ -57,9 +83,13 @@ def of_tokens(*arrays: I32) -> str:
 
 def of_run(source: Source, tokens: I32, settings: object) -> str:
     """Of an unfinished run, which goes on only with the same settings and tokens, and while no file of the source has
-    been written to. Raises SourceError."""
+    been written to; of one on the Hub only at the same commit. Raises SourceError."""
     h = hashlib.sha256(repr((settings, tokens.shape)).encode())
     h.update(np.ascontiguousarray(tokens, np.int32).tobytes())
+    store = store_of(source)
+    if store is not None:
+        h.update(f"hf://{store.repo.name} {store.repo.commit} {store.shards_digest}".encode())
+        return h.hexdigest()
     for file in source.files:
         try:
             s = file.stat()

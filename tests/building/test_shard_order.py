@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 
 from quantkit.base.errors import SourceError
 from quantkit.base.workers import share_out
-from quantkit.building.shard_order import Limits, Piece, Visit, most_held, most_on_disk, pieces_of, visits
+from quantkit.building.shard_order import Piece, Visit, most_held, pieces_of, visits
 from quantkit.building.window import Window
 from quantkit.model.catalogue import Part, SourceTensor, Tensor, is_quantizable, layer_of, role_of
+from quantkit.model.sources.shard_store import Limits
 from quantkit.planning.plan import ImatrixStatus, Planned
 
 #: of R1's shards, those of a layer are three or four
@@ -114,7 +115,7 @@ def test_of_deepseek_r1_no_shard_comes_twice_with_one_at_a_time() -> None:
     outputs, tensors, sizes = deepseek_r1()
     order = order_of(outputs, tensors)
     assert [visit.shard for visit in order] == sorted(sizes)
-    assert most_on_disk([sizes[v.shard] for v in order], Limits(1)) <= R1_SHARD_BYTES
+    assert Limits(1).most([sizes[v.shard] for v in order]) <= R1_SHARD_BYTES
     assert most_held(order, lambda name: tensors[name][0].nbytes if name in tensors else 3584) < 30_000_000
     # a layer's tensors are whole when its last shard has been visited
     last = {}
@@ -127,11 +128,11 @@ def test_of_deepseek_r1_no_shard_comes_twice_with_one_at_a_time() -> None:
 
 
 def test_how_much_is_on_the_disk_at_a_time() -> None:
-    assert most_on_disk([5, 3, 4, 1], Limits(1)) == 5
-    assert most_on_disk([5, 3, 4, 1], Limits(2)) == 8
-    assert most_on_disk([5, 3, 4, 1], Limits(9)) == 13
-    assert most_on_disk([5, 3, 4, 1], Limits(9, disk=8)) == 8
-    assert most_on_disk([], Limits()) == 0
+    assert Limits(1).most([5, 3, 4, 1]) == 5
+    assert Limits(2).most([5, 3, 4, 1]) == 8
+    assert Limits(9).most([5, 3, 4, 1]) == 13
+    assert Limits(9, disk=8).most([5, 3, 4, 1]) == 8
+    assert Limits().most([]) == 0
 
 
 class Shelf:

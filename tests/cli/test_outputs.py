@@ -115,7 +115,7 @@ CASES = [
     Case("imatrix info", "$imatrix -q", "$imatrix", {"figure": "--figure"}),
     Case(
         "imatrix make",
-        "$v3 --pre deepseek-v3 --text $words -q",
+        "$v3 --pre deepseek-v3 --text $words --shards $recipes -q",
         "$v3/* $words",
         {"output": "-o", "covariance": "--covariance"},
         ("covariance",),
@@ -157,7 +157,7 @@ CASES = [
     Case(
         "eval compare",
         "$v3 $first -r $mine --imatrix $imatrix --pre deepseek-v3 --text $words --llama-bin $v3 -q "
-        "--rounding-policy $policy --covariance $cov",
+        "--rounding-policy $policy --covariance $cov --shards $recipes",
         "$v3/* $shards/* $mine $base $imatrix $words $policy $cov/layer-00001.json",
         {"csv_file": "--csv", "output": "-o"},
     ),

@@ -16,9 +16,9 @@ import numpy.typing as npt
 
 from ...base.errors import InternalCheckError
 from ...base.folders import Folder
+from ...model.sources.shard_store import Limits
 from ...planning.file_layout import FileLayout
 from ...planning.plan import Plan
-from ..shard_order import Limits
 
 #: called with the name of the tensor at work and the elements finished since the last call
 Progress = Callable[[str, int], None]

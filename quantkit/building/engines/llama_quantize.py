@@ -42,11 +42,11 @@ from ...gguf.types import FILE_TYPES, QTYPES
 from ...llama_cpp import programs
 from ...llama_cpp.tensor_types import tensor_type_file
 from ...model.catalogue import Source, Tensor
+from ...model.sources.shard_store import Limits
 from ...planning.file_layout import POLICY_KEY, ROUNDING_PREFIX, FileLayout
 from ...planning.gaps import n_matrices
 from ...planning.plan import ImatrixStatus, Plan, Planned, types_asked
 from ...weights.rows import RowReader
-from ..shard_order import Limits
 from . import ImportanceValues, Work
 
 _LINE = re.compile(r"^\[\s*(\d+)/\s*(\d+)\]\s+(\S+)\s+- \[")

@@ -32,13 +32,13 @@ from ...base.errors import WeightError
 from ...base.workers import share_out
 from ...gguf.types import QTYPES
 from ...model.catalogue import Part
-from ...model.sources.shard_store import ShardStore, store_of
+from ...model.sources.shard_store import Limits, ShardStore, store_of
 from ...planning.plan import ImatrixStatus, Plan, Planned
 from ...planning.rounding import Rounding
 from ...rounding.covariance import LayerSource, is_by_layer
 from ...rounding.rounder import Rounder
 from ...weights.rows import RowReader
-from ..shard_order import Limits, Piece, pieces_of
+from ..shard_order import Piece, pieces_of
 from ..supply import visits_of
 from ..window import Window
 from . import Work

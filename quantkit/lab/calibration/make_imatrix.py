@@ -27,6 +27,7 @@ from ...forward.stream import Options, Pass, Progress, threads_of
 from ...imatrix.write import Facts, check_name, write_gguf
 from ...model.catalogue import Catalogue
 from ...rounding.covariance import FISHER, PLAIN
+from ..fetched import check_same_origin, files_here, origin
 from ..identity import of_pass, of_run, said
 from .covariance import Covariance
 from .covariance_folder import CovarianceFolder
@@ -35,7 +36,7 @@ from .fisher import Experts, HiddenFile, choose, make_fisher
 from .sums import InputSums, Observers, Saved
 from .unfinished import give, make_folder, unfinished
 
-_DONE = "done"
+_DONE, _ORIGIN = "done", "origin"
 #: the file before it has its name
 MADE = "made.gguf"
 
@@ -107,11 +108,12 @@ def make_imatrix(
     opts = options or MakeOptions()
     check_target(catalogue, opts)
     model = Model(catalogue)
-    read = model.weights.source.files
+    read = files_here(model.weights.source)
     check_name(out)
     outputs.check(read, [Output(out, replace=opts.replace, suffix=".partial")])
     with ExitStack() as stack:
-        folder = stack.enter_context(unfinished(out, _is_kept))
+        folder = stack.enter_context(unfinished(out, _is_kept, bool(origin(catalogue))))
+        _check_origin(catalogue, folder)
         covariance, experts = None, Experts(True, True)
         if opts.covariance is not None:
             identity = _identity(model, chunks.tokens, opts)
@@ -155,6 +157,14 @@ def check_target(catalogue: Catalogue, options: MakeOptions) -> None:
         )
     if options.target is not None and not catalogue.moe_layers:
         raise ImatrixError(f"{catalogue.model}: has no experts, so there is no coverage to reach; leave it out")
+
+
+def _check_origin(catalogue: Catalogue, folder: Path) -> None:
+    """Raises ResumeError where what is unfinished is of another commit of a repository on the Hub."""
+    if _is_kept(folder):
+        check_same_origin(catalogue, said(folder / _ORIGIN) or "", folder)
+    if here := origin(catalogue):
+        outputs.write_text(folder / _ORIGIN, here, replace=True)
 
 
 def _is_kept(folder: Path) -> bool:

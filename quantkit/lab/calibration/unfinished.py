@@ -26,9 +26,10 @@ _IN_VAIN = (WeightError, SourceError, InternalCheckError, ImatrixError)
 
 
 @contextmanager
-def unfinished(out: Path, is_kept: Callable[[Path], bool]) -> Iterator[Path]:
+def unfinished(out: Path, is_kept: Callable[[Path], bool], from_hub: bool = False) -> Iterator[Path]:
     """Hold OUT.partial, a folder to work in, while the body runs. After the body it is gone; where the body raises, it
-    stays if `is_kept` says that something in it can be continued, and the exception's `kept` tells that.
+    stays if `is_kept` says that something in it can be continued, and the exception's `kept` tells that. What is wrong
+    with a source is in vain, but for one `from_hub`, which the network may bring next time.
 
     Raises ResumeError while another process has it; OutputError where it cannot be made, belongs to another user, or is
     an unfinished build."""
@@ -43,7 +44,8 @@ def unfinished(out: Path, is_kept: Callable[[Path], bool]) -> Iterator[Path]:
         try:
             yield folder.path
         except BaseException as e:
-            stays = isinstance(e, ResumeError) or (is_kept(folder.path) and not isinstance(e, _IN_VAIN))
+            in_vain = isinstance(e, _IN_VAIN) and not (from_hub and isinstance(e, SourceError))
+            stays = isinstance(e, ResumeError) or (is_kept(folder.path) and not in_vain)
             if not stays:
                 _remove(folder_of(out), folder)
             elif not isinstance(e, ResumeError):

@@ -10,9 +10,11 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +25,37 @@ from ..catalogue import SourceTensor
 from .files import Files
 
 _CHUNK = 1 << 22
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How much of a source may be on the disk at a time."""
+
+    keep: int = 3
+    """shards, those on their way included"""
+    disk: int | None = None
+    """bytes"""
+
+    def allow(self, there: Sequence[int], more: int) -> bool:
+        """Whether a shard of `more` bytes may come to those of these sizes."""
+        return len(there) < self.keep and (self.disk is None or sum(there) + more <= self.disk)
+
+    def most(self, sizes: Sequence[int]) -> int:
+        """The most bytes that shards of these sizes, in this order, have on the disk at a time."""
+        most = 0
+        there: list[int] = []
+        for n in sizes:
+            while there and not self.allow(there, n):
+                there.pop(0)
+            there.append(n)
+            most = max(most, sum(there))
+        return most
+
+
+class Bringing(Protocol):
+    """Who brings a shard when a tensor of it is read (on_demand)."""
+
+    def read(self, tensor: SourceTensor, start: int, out: npt.NDArray[np.uint8]) -> None: ...
 
 
 class ShardStore:
@@ -36,6 +69,8 @@ class ShardStore:
         self._numbers = {path: i for i, path in enumerate(self._shards)}
         self.by_range = False
         """bytes of shards that are not here are read by HTTP range: a few of them, and not held against any hash"""
+        self.reader: Bringing | None = None
+        """reads in place of this, while there is one"""
         self._folder: Path | None = None
         self._open: dict[str, Files] = {}
         self._held: dict[str, npt.NDArray[np.uint8]] = {}
@@ -135,8 +170,9 @@ class ShardStore:
             return
         with self._lock:
             self._open.pop(shard, None)
-        with suppress(FileNotFoundError):
-            self.place(shard).unlink()
+        for place in (self.place(shard), self._part(shard)):
+            with suppress(FileNotFoundError):
+                place.unlink()
 
     def hold(self, tensor: SourceTensor) -> None:
         """Keep the bytes of a tensor in memory, beyond its shard."""
@@ -150,7 +186,14 @@ class ShardStore:
     # ------------------------------------------------------------ reading
 
     def read(self, tensor: SourceTensor, start: int, out: npt.NDArray[np.uint8]) -> None:
-        """Fill `out` with the tensor's bytes from `start` on. Raises SourceError."""
+        """Fill `out` with the tensor's bytes from `start` on. Raises SourceError, and what `reader` raises."""
+        if self.reader is not None:
+            self.reader.read(tensor, start, out)
+        else:
+            self.read_here(tensor, start, out)
+
+    def read_here(self, tensor: SourceTensor, start: int, out: npt.NDArray[np.uint8]) -> None:
+        """The same from what is here, or may be read by range. Raises SourceError."""
         raw = self._held.get(tensor.name)
         if raw is not None:
             out.reshape(-1)[:] = raw[start : start + out.size]
