@@ -162,7 +162,7 @@ __attribute__((noinline)) void scan_lane(const Group<N>& g, const F* sum_x, cons
 //    way. ggml's floats differ from those: sums of products of at most M = sum |w x| in up to 11
 //    roundings give |qx - sumqx| < 11 u M, |qx^2 - sumqx^2| < 29 u M^2, t |q2 - sumq2| < 18 u t W; with the roundings
 //    of the comparison and the 2^-20 this is less than slack = 2^-18 (M^2 + t W) = 64 u (M^2 + t W).
-// 3. The listed splits are computed exactly as in ggml, in its order, and those with a score above t compared as in ggml,
+// 3. The listed splits are computed exactly as in ggml, in its order, and those scoring above t compared as in ggml,
 //    whose comparison of two scores errs by at most 4.1 u, relatively. So if no score lies between t (1 - 2^-20) and t,
 //    every split above t replaces any below, none below replaces one above, and the one left at the end is
 //    ggml's. If a score lies there, two higher values of t are tried; their lists are parts of the same list.
