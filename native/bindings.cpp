@@ -1,4 +1,4 @@
-// Python's view of the kernels: checks shapes, releases the GIL, calls. quantkit/kernels/ is its only importer.
+// The kernels as Python sees them: checks shapes, releases the GIL, calls. Only quantkit/kernels/ imports this.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
@@ -21,7 +21,7 @@ using In = nb::ndarray<const T, nb::ndim<N>, nb::c_contig, nb::device::cpu>;
 template <typename T, int N>
 using Out = nb::ndarray<T, nb::ndim<N>, nb::c_contig, nb::device::cpu>;
 
-// more than any matrix has rows or columns, and small enough that sums of two cannot wrap
+// more than the rows or columns of any matrix, and small enough that the sum of two cannot wrap
 static constexpr size_t MAX_BLOCK = size_t{1} << 31;
 
 static void require(bool ok, const char* what) {
@@ -36,7 +36,7 @@ static const quantkit::KernelSet& set_of(const std::string& name) {
     return *set;
 }
 
-// Row kernels by the name of their set; the best if it is empty.
+// Row kernels by the name of their set; the best ones if the name is empty.
 static const quantkit::RowKernels& rows_of(const std::string& set) {
     if (set.empty()) return quantkit::best_rows();
     return set == "plain" ? quantkit::PLAIN_ROWS : *set_of(set).rows;
@@ -100,7 +100,7 @@ static nb::list kernel_sets() {
     return out;
 }
 
-// The kernel, when rows of that length divide into its blocks and `out` has their shape.
+// Returns the kernel, if its blocks divide rows of this length and `out` has the right shape.
 static const quantkit::Kernel& kernel_of(const quantkit::KernelSet& set, const std::string& type, size_t n_rows,
                                          size_t n_cols, const std::optional<In<float, 1>>& importance,
                                          const Out<uint8_t, 2>& out) {
@@ -217,7 +217,7 @@ static void feedback_pass_on(const std::string& set, Out<float, 2> x, size_t col
     kernels.pass_on(x.data(), n_rows, n_cols, column, width, values.data(), u.data());
 }
 
-// The column at which h is not positive definite, or n.
+// Returns the column at which h is not positive definite, or n.
 static size_t feedback_factor(const std::string& set, In<float, 2> h, double damp, int exponent, Out<float, 2> u) {
     const size_t n = h.shape(0);
     const quantkit::FeedbackSet& kernels = feedback_set_of(set);
@@ -240,7 +240,7 @@ static void feedback_products(const std::string& set, In<float, 2> w, In<float, 
 
 NB_MODULE(_native, m) {
     m.doc() = "quantkit's compiled kernels; use quantkit.kernels";
-    // noconvert: nanobind would copy an array of another type or order, and the results would go to the copy
+    // noconvert: nanobind would copy an array of another type or order, and the results would be lost with the copy
     const auto array = [](const char* name) { return nb::arg(name).noconvert(); };
     m.def("e4m3_to_f32", &e4m3_to_f32, array("src"), array("scale"), "row0"_a, "block_rows"_a, "block_cols"_a,
           "round_bf16"_a, array("out"), "set"_a = "");

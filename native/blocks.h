@@ -1,12 +1,12 @@
-// The frame all lane kernels share: LANES consecutive blocks at a time, with a tail.
+// The frame that all lane kernels share: LANES consecutive blocks at a time, with a tail.
 #pragma once
 #include "lanes.h"
 
 namespace quantkit::QK_ISA {
 
-// Calls tile(x, w, y) for LANES blocks of BLOCK values and BYTES bytes at a time: pointers to each lane's block, to
-// its columns' importance (null without) and to its place in the output. Past the end, lanes repeat the last
-// block and write to a scratch place.
+// Calls tile(x, w, y) for LANES blocks of BLOCK values and BYTES bytes at a time, with pointers to each lane's block,
+// to its columns' importance (null if there is none) and to its place in the output. Past the end, lanes repeat the
+// last block and write to a scratch place.
 template <int BLOCK, int BYTES, typename Tile>
 QK_INLINE void for_each_tile(const float* x, uint8_t* y, size_t n_rows, size_t n_cols, const float* w, Tile tile) {
     const size_t per_row = n_cols / BLOCK, total = n_rows * per_row;

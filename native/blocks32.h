@@ -1,11 +1,11 @@
-// What the types of 32 values a block share: levels of LANES blocks to bytes.
+// What the types with blocks of 32 values share: packing the levels of LANES blocks into bytes.
 #pragma once
 #include "lanes.h"
 
 namespace quantkit::QK_ISA {
 
-// Blocks that end in qs[16] (the low four bits of level j, and of level j + 16 above them), with qh before it for
-// levels of five bits (bit j of qh: the fifth of level j), and before that the half-precision `head`: HEAD bytes.
+// Blocks that end with qs[16] (low four bits of level j, and of level j + 16 above them), preceded for
+// five-bit levels by qh (bit j: the fifth bit of level j), and before that by the half-precision `head`: HEAD bytes.
 template <int HEAD, bool FIVE_BITS>
 QK_INLINE void store_blocks32(const I* level, I head, uint8_t* const* y) {
     constexpr int WORDS = FIVE_BITS ? 6 : 5, SKIP = 4 - HEAD, BYTES = 4 * WORDS - SKIP;

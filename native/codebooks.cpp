@@ -19,7 +19,7 @@ struct Entry {
 
 struct Registry {
     std::mutex lock;
-    std::map<std::string, Entry, std::less<>> entries;  // nodes stay where they are
+    std::map<std::string, Entry, std::less<>> entries;  // nodes never move
 };
 
 // Never destroyed: kernels may still run in other threads while the process ends.

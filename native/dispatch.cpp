@@ -1,5 +1,5 @@
 // Which kernel sets this build has, and which of them this processor can run. Compiled for the lowest processor:
-// nothing here may need an instruction set that has not been asked for.
+// nothing here may need an instruction set whose presence was not checked.
 #include "kernels.h"
 
 #include <cstring>

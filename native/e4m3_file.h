@@ -1,4 +1,4 @@
-// E4M3 codes straight to the floats of a file, a vector of codes at a time; see rows.h.
+// E4M3 codes straight to a file's floats, a vector of codes at a time; see rows.h.
 #pragma once
 #include "row_values.h"
 #include "rows.h"
@@ -13,7 +13,7 @@ struct As {
     static constexpr FileFloat TYPE = KIND;
 };
 
-// Vectors of bytes, of words and of the halves that are converted to one F.
+// Vectors of bytes, of words, and of the halves that make one F.
 #if defined(__AVX512F__)
 using Bytes = __m512i;
 QK_INLINE Bytes and_of(Bytes a, Bytes b) { return _mm512_and_si512(a, b); }
@@ -26,11 +26,11 @@ QK_INLINE Pair values_of(Bytes halves) {
     return {reinterpret_cast<F>(_mm512_maskz_cvtph_ps(0xffff, _mm512_castsi512_si256(halves))),
             reinterpret_cast<F>(_mm512_maskz_cvtph_ps(0xffff, _mm512_maskz_extracti64x4_epi64(0xff, halves, 1)))};
 }
-// 16 bytes in each part of 128 bits.
+// The same 16 bytes in each 128-bit part.
 QK_INLINE Bytes repeated(const uint8_t* p) { return _mm512_broadcast_i32x4(load<__m128i>(p)); }
-// Each byte is the one of the 16 of its part that the low half of `at` says; 0 where bit 7 of `at` is set.
+// Each byte: the one of its 128-bit part of `table` that the low half of `at` selects; 0 where bit 7 of `at` is set.
 QK_INLINE Bytes looked_up(Bytes table, Bytes at) { return _mm512_shuffle_epi8(table, at); }
-// Words of low and high bytes: out[0] of the first half of the codes that `spread` dealt, out[1] of the other.
+// Words of low and high bytes: out[0] for the first half of the codes that `spread` rearranged, out[1] for the second.
 QK_INLINE Bytes spread(Bytes codes) {
     return _mm512_permutexvar_epi64(_mm512_set_epi64(7, 3, 6, 2, 5, 1, 4, 0), codes);
 }
@@ -38,11 +38,11 @@ QK_INLINE void words_of(Bytes low, Bytes high, Bytes* out) {
     out[0] = _mm512_unpacklo_epi8(low, high);
     out[1] = _mm512_unpackhi_epi8(low, high);
 }
-// The upper words of the lanes of both, in turn.
+// The upper words of the lanes of both, alternating.
 QK_INLINE Bytes upper_words(U even, U odd) {
     return _mm512_mask_blend_epi16(0xaaaaaaaau, reinterpret_cast<__m512i>(even >> 16), reinterpret_cast<__m512i>(odd));
 }
-// The lanes of both, in turn.
+// The lanes of both, alternating.
 QK_INLINE void in_turn(F even, F odd, F* out) {
     const __m512i low = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
     const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
@@ -84,7 +84,7 @@ constexpr size_t CODES = sizeof(Bytes);
 typedef uint8_t ByteLanes __attribute__((vector_size(CODES)));
 typedef uint16_t WordLanes __attribute__((vector_size(CODES)));
 
-// STREAM: in parts of 16 bytes, since an array begins at a multiple of that only.
+// STREAM: stores 16 bytes at a time, since that is all the alignment an array has.
 template <bool STREAM, typename V>
 QK_INLINE void put(uint8_t* p, V v) {
     if constexpr (STREAM) {
@@ -96,11 +96,11 @@ QK_INLINE void put(uint8_t* p, V v) {
     }
 }
 
-// CODES codes, none of them NaN, times s / 256.
+// Converts CODES codes, none of them NaN, times s / 256.
 template <FileFloat TYPE, bool STREAM>
 QK_INLINE void e4m3_step(const uint8_t* src, F s, uint8_t* out) {
     const Bytes codes = load<Bytes>(src), kept = all_words(0xbf80);
-    // as halves (see e4m3_pair), those with even numbers and those with odd ones
+    // as halves (see e4m3_pair), even-numbered and odd-numbered codes apart
     const Pair even = values_of(and_of(right1(left8(codes)), kept)), odd = values_of(and_of(right1(codes), kept));
     const F x[2][2] = {{even.a * s, odd.a * s}, {even.b * s, odd.b * s}};
     for (int h = 0; h < 2; ++h) {
@@ -124,7 +124,7 @@ QK_INLINE uint32_t largest_of_each(Bytes codes) {
     return largest;
 }
 
-// Largest of n codes without their signs.
+// The largest of n codes, ignoring their signs.
 QK_INLINE uint32_t largest_code(const uint8_t* src, size_t n) {
     Bytes most{};
     size_t i = 0;
@@ -134,8 +134,8 @@ QK_INLINE uint32_t largest_code(const uint8_t* src, size_t n) {
     return largest;
 }
 
-// The magnitude of a code grows with the code, and so does its rounded product with a scale: the largest of a block
-// is that of its largest code. As bits; s: 256 times the scale.
+// A code's magnitude grows with the code, and so does its rounded product with a scale: so the largest product in a
+// block is that of its largest code. Returned as bits; s is 256 times the scale.
 template <FileFloat TYPE>
 QK_INLINE uint32_t magnitude_of(uint32_t code, F s) {
     constexpr Round ROUND = TYPE == FileFloat::F32_ROUNDED ? Round::NO_LARGE_NAN : Round::NO;
@@ -143,7 +143,7 @@ QK_INLINE uint32_t magnitude_of(uint32_t code, F s) {
     return reinterpret_cast<U>(rounded<ROUND>(product))[0] & 0x7fffffff;
 }
 
-// The last codes of a block, fewer than CODES.
+// The last codes of a block if they are fewer than CODES.
 template <FileFloat TYPE>
 QK_INLINE void e4m3_rest(const uint8_t* src, size_t n, F s, uint8_t* out) {
     constexpr size_t SIZE = TYPE == FileFloat::BF16 ? 2 : 4;
@@ -172,20 +172,20 @@ uint32_t e4m3_file_row(const uint8_t* src, size_t n, const float* scale, size_t 
     return largest;
 }
 
-// The bfloat16 of every code at one scale, from 16 entries of a byte each.
+// The bfloat16 values of all codes at one scale, from tables with 16 entries of one byte each.
 //
 // A code e, m (exponent, mantissa) with e >= 1 stands for (8 + m) * 2^(e - 10). Its product with the scale, rounded to
-// float32 and then to bfloat16, is the product for another e of the same m but for the power of two, as long as none
-// of them is subnormal: then rounding does not depend on the power of two, and the words of two such
-// codes differ by the difference of their e << 7. So with k = e / 2 rounded down, the word is that of (e & 1, m), of
-// which there are 16, plus k << 8: no carry from the low byte. Codes with e = 0 have a table of their own, which holds
-// what the other would give for them xor what is right.
+// float32 and then to bfloat16, differs from the product for another e and the same m only by a power of two, as long
+// as neither is subnormal, since rounding then does not depend on the power of two. So the words of two such
+// codes differ by the difference of their e << 7. With k = e / 2 rounded down, the word is that of (e & 1, m), of
+// which there are 16, plus k << 8, without a carry from the low byte. Codes with e = 0 have their own table, which
+// holds the xor of what the other table gives for them and the right value.
 struct Bf16OfCode {
     alignas(16) uint8_t low[16], high[16];            // at e & 1, m, for k = 0
-    alignas(16) uint8_t mend_low[16], mend_high[16];  // at 8 + m, for e = 0; the first eight are not looked at
+    alignas(16) uint8_t mend_low[16], mend_high[16];  // at 8 + m, for e = 0; the first eight are unused
 
-    // False where the scale is none or gives subnormals. Where the largest codes overflow so do their words, in the
-    // same way; the caller refuses them by the largest magnitude.
+    // Returns false if the scale is not finite or gives subnormals. If the largest codes overflow, so do their words,
+    // in the same way; the caller refuses them by the largest magnitude.
     bool make(float scale256) {
         if (!(scale256 - scale256 == 0)) return false;
         constexpr int SMALLEST = 24;  // of the codes with e = 1
@@ -223,11 +223,11 @@ struct Bf16OfCode {
     }
 };
 
-// Rows of the same scales to bfloat16, by tables. INF_BITS as e4m3_to_file, and where a scale is not fit for a table.
+// Rows that share their scales to bfloat16, by tables. INF_BITS as in e4m3_to_file, and if a scale suits no table.
 template <bool STREAM>
 uint32_t bf16_by_tables(const uint8_t* src, size_t n_rows, size_t n, const float* scale, size_t block_cols,
                         uint8_t* out) {
-    constexpr size_t BAND = 64;  // blocks whose tables are kept at once
+    constexpr size_t BAND = 64;  // blocks whose tables are kept at the same time
     Bf16OfCode tables[BAND];
     uint32_t largest = 0;
     for (size_t start = 0; start < n; start += BAND * block_cols) {
@@ -267,7 +267,7 @@ uint32_t bf16_by_tables(const uint8_t* src, size_t n_rows, size_t n, const float
     return largest;
 }
 
-// Rows of the same scales.
+// Rows that share their scales.
 template <FileFloat TYPE, bool STREAM>
 uint32_t e4m3_file_rows(const uint8_t* src, size_t n_rows, size_t n, const float* scale, size_t block_cols,
                         uint8_t* out) {

@@ -1,10 +1,10 @@
-// The nearest grid point of ggml's iq2_find_best_neighbour and iq3_find_best_neighbour, at two scales at once.
+// Finds the nearest grid point as ggml's iq2_find_best_neighbour and iq3_find_best_neighbour do, at two scales at once.
 //
-// A cost is the sum over DIM values of w*(s*q - x)*(s*q - x), where q takes only 3 (DIM 8) or 8 (DIM 4) values: the
-// terms are computed once for each value and scale, as ggml does, and each neighbour's are picked out of registers
-// and added in ggml's order. So every cost is ggml's float, and the first least one is ggml's choice.
+// A cost is the sum over DIM values of w*(s*q - x)*(s*q - x), where q takes only 3 (DIM 8) or 8 (DIM 4) values. The
+// terms are computed once for each value and scale, as in ggml; those of each neighbour are picked out of registers
+// and added in ggml's order. So every cost is the same float as in ggml, and so is the choice of the first lowest one.
 //
-// Ends<DIM> holds the terms at the scales `a` and `b`; a Costs is W neighbours' costs at both.
+// Ends<DIM> holds the terms at the scales `a` and `b`; Costs holds the costs of W neighbours at both.
 #pragma once
 #include <type_traits>
 
@@ -13,7 +13,7 @@
 
 namespace quantkit::QK_ISA {
 
-// Bits of W neighbours, at the two scales.
+// Bits for W neighbours, at both scales.
 struct Bits {
     uint32_t a, b;
 };
@@ -31,7 +31,7 @@ struct HalvesOf16 {
     static QK_INLINE Costs load(const float* from) { return _mm512_load_ps(from); }
     static QK_INLINE void store(Costs x, float* to) { _mm512_store_ps(to, x); }
     static QK_INLINE Costs least(Costs x, Costs y) { return _mm512_min_ps(x, y); }
-    // each scale's least cost, in all its places
+    // each scale's lowest cost, in all of its places
     static QK_INLINE Costs least_of(Costs x) {
         x = _mm512_min_ps(x, _mm512_shuffle_f32x4(x, x, 0xb1));
         x = _mm512_min_ps(x, _mm512_permute_ps(x, 0x4e));
@@ -72,7 +72,7 @@ struct Ends<8> : HalvesOf16 {
     }
     QK_INLINE Costs costs(const uint16_t* words) const {
         const __m512i idx = spread(words);
-        __m512 sum = _mm512_permutevar_ps(t[0], idx);  // the two low bits of an index count
+        __m512 sum = _mm512_permutevar_ps(t[0], idx);  // uses the two low bits of an index
         for (int i = 1; i < 8; ++i)
             sum = _mm512_add_ps(sum, _mm512_permutevar_ps(t[i], _mm512_srli_epi32(idx, static_cast<unsigned>(2 * i))));
         return sum;
@@ -91,7 +91,7 @@ struct Ends<4> : HalvesOf16 {
     QK_INLINE Costs costs(const uint16_t* words) const {
         const __m512i high = _mm512_mask_blend_epi32(0xff00, _mm512_setzero_si512(), _mm512_set1_epi32(0x8888));
         const __m512i idx = _mm512_or_si512(spread(words), high);
-        __m512 sum = _mm512_permutexvar_ps(idx, t[0]);  // the four low bits of an index count
+        __m512 sum = _mm512_permutexvar_ps(idx, t[0]);  // uses the four low bits of an index
         for (int i = 1; i < 4; ++i)
             sum = _mm512_add_ps(sum, _mm512_permutexvar_ps(_mm512_srli_epi32(idx, static_cast<unsigned>(4 * i)), t[i]));
         return sum;
@@ -120,7 +120,7 @@ struct Ends<8> {
         const __m256i to = _mm256_setr_epi8(0, 1, -1, -1, 2, 3, -1, -1, 4, 5, -1, -1, 6, 7, -1, -1,  //
                                             0, 1, -1, -1, 2, 3, -1, -1, 4, 5, -1, -1, 6, 7, -1, -1);
         const __m256i idx = _mm256_shuffle_epi8(_mm256_set1_epi64x(four), to);
-        __m256 sum = _mm256_permutevar_ps(t[0], idx);  // the two low bits of an index count
+        __m256 sum = _mm256_permutevar_ps(t[0], idx);  // uses the two low bits of an index
         for (int i = 1; i < 8; ++i) sum = _mm256_add_ps(sum, _mm256_permutevar_ps(t[i], _mm256_srli_epi32(idx, 2 * i)));
         return sum;
     }
@@ -175,7 +175,7 @@ struct Ends<4> {
     }
     static QK_INLINE Costs least(Costs x, Costs y) { return {_mm256_min_ps(x.a, y.a), _mm256_min_ps(x.b, y.b)}; }
     static QK_INLINE Costs least_of(Costs x) {
-        // the lower halves of both in one register, then apart again
+        // combine the lower halves of both in one register, then separate them again
         __m256 m = _mm256_min_ps(_mm256_permute2f128_ps(x.a, x.b, 0x20), _mm256_permute2f128_ps(x.a, x.b, 0x31));
         m = _mm256_min_ps(m, _mm256_permute_ps(m, 0x4e));
         m = _mm256_min_ps(m, _mm256_permute_ps(m, 0xb1));
@@ -267,8 +267,8 @@ struct Ends {
 
 #endif
 
-// Of a list of neighbours at both scales: the first of the least; whether each is ahead of all others by more than
-// `margin`; and how far the other scale's choice is behind at each.
+// Results for a list of neighbours at both scales: the first of lowest cost; whether each leads all others by more
+// than `margin`; and how far the other scale's choice is behind at each scale.
 struct Found {
     uint16_t a, b;
     bool clear;
@@ -280,20 +280,20 @@ QK_INLINE bool single(T bits) {
     return (bits & (bits - 1)) == 0;
 }
 
-// Where the cost of a list's neighbour is, of W at scale a and W at scale b in turn.
+// Where the cost of a list's neighbour is stored: W at scale a and W at scale b, alternating.
 template <int W>
 QK_INLINE unsigned place(unsigned i) {
     return i + (i & ~static_cast<unsigned>(W - 1));
 }
 
-// `cost`: the list's.
+// `cost`: the costs of the list.
 template <int W>
 QK_INLINE Found found(const float* cost, const uint16_t* list, int a, int b, bool clear) {
     const unsigned in_a = place<W>(static_cast<unsigned>(a)), in_b = place<W>(static_cast<unsigned>(b));
     return {list[a], list[b], clear, cost[in_b] - cost[in_a], cost[in_a + W] - cost[in_b + W]};
 }
 
-// Of the stored costs of a list of n: N_VECTORS * W >= n > (N_VECTORS - 1) * W, at most 64.
+// From the stored costs of a list of n: N_VECTORS * W >= n > (N_VECTORS - 1) * W, at most 64.
 template <int DIM, int N_VECTORS>
 QK_INLINE Found nearest(const float* stored, const uint16_t* list, int n, float margin) {
     typedef Ends<DIM> E;
@@ -322,7 +322,7 @@ QK_INLINE Found nearest(const float* stored, const uint16_t* list, int n, float 
     return found<E::W>(stored, list, a, b, single<Mask>(near_a & real) & single<Mask>(near_b & real) ? true : false);
 }
 
-// Any n up to 1024.
+// For any n up to 1024.
 template <int DIM>
 __attribute__((noinline)) Found nearest_of_many(const Ends<DIM>& ends, const uint16_t* list, int n, float margin) {
     typedef Ends<DIM> E;

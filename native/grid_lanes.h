@@ -1,5 +1,5 @@
-// What the kernels of the grid types do in lanes besides the search itself: the signs and sums of a tile, its block
-// scale, and the smaller operations that AVX2 and AVX-512 have instructions for.
+// What the kernels of the grid types do in lanes apart from the search: a tile's signs and sums, its block
+// scale, and smaller operations for which AVX2 and AVX-512 have instructions.
 #pragma once
 #include "lanes.h"
 
@@ -9,7 +9,7 @@ constexpr int QK_K = 256;
 constexpr int SLAB = 32;
 constexpr int SLABS = QK_K / SLAB;
 
-// The larger (smaller), b if they are equal or one is NaN; the larger of a and |b|.
+// The larger (smaller) of two, b if they are equal or one is NaN; the larger of a and |b|.
 #if defined(__AVX512F__)
 QK_INLINE __m512 reg(F x) { return reinterpret_cast<__m512>(x); }
 QK_INLINE F fast_max(F a, F b) { return reinterpret_cast<F>(_mm512_max_ps(reg(a), reg(b))); }
@@ -24,7 +24,7 @@ QK_INLINE F max_size(F a, F b) { return fast_max(a, abs_of(b)); }
 QK_INLINE uint32_t lane_bits(I m) {
     return static_cast<uint32_t>(_mm256_movemask_ps(reinterpret_cast<__m256>(m)));
 }
-// For each set of lanes: their numbers, a byte each, side by side.
+// For each set of lanes, their numbers as consecutive bytes.
 struct Compress {
     uint64_t lanes[256];
     constexpr Compress() : lanes() {
@@ -47,7 +47,7 @@ QK_INLINE uint32_t lane_bits(I m) {
 }
 #endif
 
-// q = 2*level + 1 of field i of a word.
+// q = 2*level + 1 of field i in a word.
 template <int DIM>
 QK_INLINE F level_value(I word, int i) {
 #if defined(__AVX512F__)
@@ -71,7 +71,7 @@ QK_INLINE F level_value(I word, int i) {
 #endif
 }
 
-// A tile's values in place: x without sign, w the weights; `signs` a byte for each eight values.
+// Replaces a tile's values: x without sign, w the weights; `signs`: a byte for every eight values.
 template <bool PARITY>
 QK_INLINE void take_signs(F* x, const F* w, I* signs) {
     for (int b = 0; b < QK_K / 8; ++b) {
@@ -106,7 +106,7 @@ QK_INLINE F sum_of_squares(const F* x) {
     return sum;
 }
 
-// The block's scale and the groups' four bits: d * fudge as half (0 where all scales are), level = clamp(scale / d).
+// The block's scale and the groups' four bits: d * fudge as half (0 if all scales are), level = clamp(scale / d).
 template <int N>
 QK_INLINE I block_scale(const F* scales, float fudge, I* levels, I* empty) {
     F top{};

@@ -1,8 +1,8 @@
 // The neighbour searches of a slab: collected by the length of their lists, then done a batch at a time.
 //
-// Lanes find runs of steps of equal rounded levels (see grid_search.h); each run off the grid is an item here, searched
-// at its first and its last step at once (grid_ends.h). Where different points win at the ends, the step between at
-// which they change is found by probing where their costs cross.
+// Lanes find runs of steps with equal rounded levels (see grid_search.h). Each run off the grid becomes an item here,
+// and is searched at its first and last step together (grid_ends.h). If different points win at the two ends, the step
+// between at which the winner changes is found by probing where their costs cross.
 #pragma once
 #include "grid_ends.h"
 #include "grid_lanes.h"
@@ -10,24 +10,25 @@
 
 namespace quantkit::QK_ISA {
 
-// A word in the search's results: the grid point, whether it was the rounded levels themselves, or as the step before.
+// A word of the results: a grid point, plus ON_GRID if it is the rounded levels themselves; or AS_BEFORE: as in the
+// step before.
 constexpr int32_t ON_GRID = 1 << 16;
 constexpr int32_t AS_BEFORE = -1;
 
-// What is to be searched for 32 values of one type T (see Slab), and what was found.
+// What to search for 32 values of one type T (see Slab), and the results.
 template <typename T>
 struct Searches {
     static constexpr int DIM = T::DIM, K = SLAB / DIM, G = SLAB / T::GROUP, STEPS = T::LAST - T::FIRST + 1;
     static constexpr int LEVELS = DIM == 8 ? 3 : 8;
-    static constexpr int TOP = 2 * LEVELS - 1;  // the greatest q
+    static constexpr int TOP = 2 * LEVELS - 1;  // the largest q
     static constexpr int CELLS = DIM == 8 ? 6561 : 4096;
-    static constexpr int FINAL = STEPS;         // the step of the scale found
+    static constexpr int FINAL = STEPS;         // stands for the scale found
     static constexpr int W = Ends<DIM>::W;
-    static constexpr int UNROLLED = W == 4 ? 6 : 4;  // lists of up to so many vectors have a queue of their own
-    static constexpr int QUEUE = 512;                // a queue is worked off when it might overflow
-    static constexpr int MOST = LANES * (STEPS + 1);  // pushed between two looks at it
+    static constexpr int UNROLLED = W == 4 ? 6 : 4;  // lists of up to this many vectors have a queue per length
+    static constexpr int QUEUE = 512;                // a queue is processed when it might overflow
+    static constexpr int MOST = LANES * (STEPS + 1);  // most items pushed between two checks for that
 
-    // One search: steps a..b of a group of a lane have the same cell. Packed, since there are many.
+    // One search: steps a..b of a group in a lane have the same cell. Packed, since there are many.
     struct Item {
         uint64_t what;   // list: 32 bits, its length: 16, a: 8, b: 8
         uint64_t where;  // offsets, 16 bits each: in `rows`, `scale` and `inverse`, `word` and `margin`
@@ -39,7 +40,7 @@ struct Searches {
         QK_INLINE Item part(size_t a, size_t b) const { return {(what & 0xffffffffffff) | a << 48 | b << 56, where}; }
         QK_INLINE Item inner() const { return {what + (uint64_t{1} << 48) - (uint64_t{1} << 56), where}; }
     };
-    // Steps a and b of an item are won by different points: where they cross is to be found.
+    // Different points win at steps a and b of an item, and the crossing must be found.
     struct Probe {
         uint32_t item;
         uint16_t point_a, point_b;
@@ -47,26 +48,26 @@ struct Searches {
     };
 
     const Grid* grid;
-    const uint16_t* words;  // of the grid
+    const uint16_t* words;  // the grid's
     F x[SLAB], w[SLAB], root[SLAB];  // values without sign, weights, their square roots
     F scale[STEPS + 1][G], inverse[STEPS + 1][G];
     F margin[K];
     I word[STEPS + 1][K];
     alignas(64) float rows[LANES][2][SLAB];  // x and root
-    // runs of equal cells of one k: where in grid->cells; lane | first step << 8 | last step << 16
+    // runs of equal cells for one k: position in grid->cells; lane | first step << 8 | last step << 16
     alignas(64) uint32_t run_cell[LANES * (STEPS + 1) + LANES], run_at[LANES * (STEPS + 1) + LANES];
-    Item queue[UNROLLED + 2][2 * (QUEUE + MOST)];  // by the number of vectors of the list; 0 takes what needs no search
+    Item queue[UNROLLED + 2][2 * (QUEUE + MOST)];  // by the list's number of vectors; 0 is for items without a search
     Probe probes[QUEUE + MOST];
     uint32_t again[QUEUE + MOST];
     size_t count[UNROLLED + 2];
-    static constexpr size_t BATCH = 16;  // searched at once
+    static constexpr size_t BATCH = 16;  // items searched together
     alignas(64) float costs[BATCH][UNROLLED * 2 * W];
 
     static constexpr int group_of(int k) { return k / (K / G); }
 
     static QK_INLINE int32_t lane_of(const I& v, int lane) { return reinterpret_cast<const int32_t*>(&v)[lane]; }
 
-    // Appends the lanes of `m` to a list of n runs of equal cells.
+    // Appends the lanes in `m` to a list of n runs of equal cells; returns the new n.
     static QK_INLINE size_t append(uint32_t* cells, uint32_t* ats, size_t n, uint32_t m, I cell, I at) {
 #if defined(__AVX512F__)
         const __mmask16 mask = static_cast<__mmask16>(m);
@@ -90,7 +91,7 @@ struct Searches {
 #endif
     }
 
-    // The cells of n runs: those on the grid are done, the others go to the queues.
+    // Handles the cells of n runs: those on the grid are done, the others go to the queues.
     QK_INLINE void take_runs(int k, size_t n) {
         const uint64_t where = (static_cast<uint64_t>(k) * DIM) | (static_cast<uint64_t>(group_of(k)) * LANES << 16) |
                                (static_cast<uint64_t>(k) * LANES << 32);
@@ -115,9 +116,9 @@ struct Searches {
     }
     QK_INLINE float margin_of(const Item& it) const { return reinterpret_cast<const float*>(margin)[it.where >> 32]; }
 
-    // Searches up to BATCH items at their first and last steps; take(i, found) is called for each. Costs and winners in
-    // a loop each: a search is one long chain, and half of it at a time is faster (presumably since a processor's
-    // scheduler has room for little more than one whole).
+    // Searches up to BATCH items at their first and last steps, and calls take(i, found) for each. Costs and winners
+    // have separate loops: a search is one long chain of operations, and half of it at a time is faster (presumably
+    // since a processor's scheduler holds little more than a whole one).
     template <int N_VECTORS, typename Take>
     QK_INLINE void search_each(const Item* items, size_t n, const Take& take) {
         if constexpr (N_VECTORS > UNROLLED) {
@@ -138,22 +139,22 @@ struct Searches {
         }
     }
 
-    // The steps m and m + 1 where the lines c_g/s^2 of the winners at a and b are expected to cross, as an item.
+    // Returns the steps m and m + 1 where the lines c_g/s^2 of the winners at a and b should cross, as an item.
     QK_INLINE Item middle(const Item& it, float behind_a, float behind_b) const {
         const float* const inverses = reinterpret_cast<const float*>(inverse) + ((it.where >> 16) & 0xffff);
         const size_t a = it.a(), b = it.b();
         const float id_a = inverses[a * G * LANES], id_b = inverses[b * G * LANES];
         const float line_a = behind_a * id_a * id_a, line_b = behind_b * id_b * id_b;
         float part = line_a / (line_a + line_b);
-        part = part > 0.0f ? part : 0.0f;  // NaN too
+        part = part > 0.0f ? part : 0.0f;  // also for NaN
         part = part < 1.0f ? part : 1.0f;
         size_t m = a + static_cast<size_t>(static_cast<int>(part * static_cast<float>(static_cast<int>(b - a))));
         m = m < b ? m : b - 1;
         return it.part(m, m + 1);
     }
 
-    // The winners at steps m and m + 1 of an item whose ends are won by different points. Whether all steps between
-    // are known then.
+    // Stores the winners at steps m and m + 1 of an item with different winners at its ends. Returns whether all steps
+    // between are then known.
     QK_INLINE bool settle(const Item& it, size_t m, const Probe& p, const Found& f) {
         const size_t a = it.a(), b = it.b();
         int32_t* const to = reinterpret_cast<int32_t*>(word) + (it.where >> 32);
@@ -180,7 +181,7 @@ struct Searches {
                     to[b * K * LANES] = f.b | -same;  // AS_BEFORE
                     to[a * K * LANES] = f.a;
                     const int inner = static_cast<int>(b - a >= 2);
-                    // no branch: whether the ends differ is not predictable
+                    // no branch: whether the ends differ is unpredictable
                     probes[n_probes] = {static_cast<uint32_t>(start + i), f.a, f.b, f.behind_a, f.behind_b};
                     n_probes += static_cast<size_t>(inner & static_cast<int>(f.clear) & (same ^ 1));
                     if (__builtin_expect(!f.clear, 0)) {  // rare
@@ -202,8 +203,8 @@ struct Searches {
                     n_again += !settle(items[p.item], between[i].a(), p, f);
                 });
             }
-            // too close to call, or not as expected: the steps between anew. Items are taken in any order, so those
-            // that go on are copied aside first.
+            // too close to call, or not as expected: search the steps between. Items are processed in any order, so
+            // those that continue are first copied aside.
             for (size_t i = 0; i < n_again; ++i) items[n + i] = items[again[i]].inner();
             std::memmove(static_cast<void*>(items), items + n, n_again * sizeof(Item));
             n = n_again;

@@ -1,24 +1,24 @@
 // What IQ2_XXS, IQ2_XS, IQ2_S, IQ3_XXS and IQ3_S share: LANES super-blocks of 256 values at once, a slab of 32 values
-// at a time. Weights, signs, rounded levels, sums and scales are computed in lanes; the neighbour searches between
-// them, one for each group of DIM values and each scale tried, are collected and done one after another.
+// at a time. Weights, signs, rounded levels, sums and scales are computed in lanes. The neighbour searches in between,
+// one for each group of DIM values and each scale tried, are collected and done one after another.
 //
-// ggml tries STEPS scales for each group. Most of its neighbour searches need not be done:
+// ggml tries STEPS scales for each group. Most of its neighbour searches can be skipped:
 //
-// 1. Steps whose rounded levels (the cell) are the same have the same neighbours. The cost of neighbour g at scale s
-//    is c_g(s) = sum w*(s*q - x)^2, and c_g/s^2 is linear in 1/s plus a term that all neighbours share. If at the
-//    first and the last step of a run of equal cells the same g wins, and by more than the rounding error of all
+// 1. Steps with the same rounded levels (the cell) have the same neighbours. The cost of neighbour g at scale s
+//    is c_g(s) = sum w*(s*q - x)^2, and c_g/s^2 is linear in 1/s plus a term that all neighbours share. If the same g
+//    wins at the first and the last step of a run of equal cells, by more than the rounding error of all
 //    floats involved, it wins at all scales between. The error: with T(s) = sum w*(q_max*s + |x|)^2 each float cost
 //    is within E = 14 * 2^-24 * T(s) of the exact one (4 roundings in each term, counted against (q_max*s + |x|)^2,
 //    and DIM - 1 in the sum). A lead D > 2E(s') at the ends s' of a run leaves f = (c_h - c_g)/s^2 at least
 //    (D - 2E(s'))/s'^2 there and between; the float costs at s keep their order if s^2*f > 2E(s). Since
 //    T(s)/s^2 <= (r/s')^2 * T(s'), where r is the ratio of the largest scale to the smallest,
-//    D >= 2E(s') + 2r^2*E(s') suffices. r^2 <= 2.25 for all types: D = 4 * 2.25 * 14 * 2^-24 * T < 8e-6 * T, and T
-//    of the largest scale serves for all. Underflow adds at most 2^-149 * (q_max*s + |x|) a term, far below what is
-//    added for it.
-// 2. A neighbour that is in every coordinate either equal to another or more levels away from the cell's never wins
-//    (grids.cpp leaves it out): |s*q - x| is greater where they differ, float rounding is monotone, and of equals the
-//    nearer comes first in ggml's order. This holds for values that round to the cell clearly. Where one is within
-//    1e-4 of being rounded otherwise, or where rounding may wrap, ggml's full list is searched.
+//    D >= 2E(s') + 2r^2*E(s') suffices. r^2 <= 2.25 for all types, so D = 4 * 2.25 * 14 * 2^-24 * T < 8e-6 * T, and
+//    the T of the largest scale serves for all. Underflow adds at most 2^-149 * (q_max*s + |x|) per term, far less than
+//    the code allows for it.
+// 2. A neighbour never wins if another one is, in every coordinate, either equal to it or fewer levels away from the
+//    cell's level (grids.cpp leaves such neighbours out): where they differ, its |s*q - x| is greater, float rounding
+//    is monotone, and among equals the nearer one comes first in ggml's order. This holds for values that clearly round
+//    to the cell. If a value is within 1e-4 of rounding otherwise, or rounding may wrap, ggml's full list is searched.
 #pragma once
 #include <memory>
 
@@ -27,11 +27,11 @@
 
 namespace quantkit::QK_ISA {
 
-// What a group is searched again for at the scale found: every point, every point if one was off the grid, or the
-// points that were off the grid.
+// Which points of a group are searched again at the scale found: every point, every point if one was off the grid, or
+// only those off the grid.
 enum class Redo { ALL, ALL_IF_OFF_GRID, OFF_GRID };
 
-// 32 values of one type T. T has: DIM (levels of a grid point), GROUP (values to a scale), FIRST, LAST and STEP (the
+// 32 values of one type T. T has: DIM (levels in a grid point), GROUP (values per scale), FIRST, LAST and STEP (the
 // scales tried), REDO, and START_ON_GRID (whether a group counts as on the grid before any step is accepted).
 template <typename T>
 struct Slab : Searches<T> {
@@ -43,7 +43,7 @@ struct Slab : Searches<T> {
     // The cells of group k at one inverse scale, and whether each is risky (see 2 above).
     template <bool SAFE>
     QK_INLINE I cell_of(int k, F id, I* risky) const {
-        constexpr float MAGIC = 25165824.0f;  // adding it rounds to even numbers, the half of ggml's rounding
+        constexpr float MAGIC = 25165824.0f;  // adding it rounds to even numbers, instead of ggml's factor 0.5
         if constexpr (SAFE) {
             F cell{}, off{};
             float digit = 0.5f;
@@ -96,7 +96,7 @@ struct Slab : Searches<T> {
         work_off_all(0);
     }
 
-    // sumqx and sumq2 of all groups with the grid points `at`, for N steps at once.
+    // Computes sumqx and sumq2 of all groups with the grid points `at`, for N steps at once.
     template <int N>
     QK_INLINE void sums(const I (*at)[K], const F* wx, F (*qx)[G], F (*q2)[G]) const {
         for (int n = 0; n < N; ++n)
@@ -115,9 +115,9 @@ struct Slab : Searches<T> {
                     }
     }
 
-    // Fits each group: the steps' inverse scales are (TOP + i*STEP) / fit. `x` and `w` are set; `found` holds the
-    // scale to start from and becomes the scale found (negative possible), `point` the grid points. Lanes of groups
-    // that are not alive keep `found` and get the lowest point; their `fit` must leave fit's steps finite.
+    // Fits each group: the steps' inverse scales are (TOP + i*STEP) / fit. `x` and `w` are set. `found` holds the
+    // scale to start from and receives the scale found (possibly negative), `point` receives the grid points. Lanes of
+    // groups that are not alive keep `found` and get the lowest point; their `fit` must keep fit's steps finite.
     QK_INLINE void search(const Grid& type_grid, const F* fit, const I* alive, F* found, I* point) {
         grid = &type_grid;
         words = type_grid.words;
@@ -191,7 +191,7 @@ struct Slab : Searches<T> {
                 }
         }
 
-        // once more at the scale found
+        // search again at the scale found
         I redo[G], need[K], open[K], any_open{};
         for (int g = 0; g < G; ++g) {
             redo[g] = I{};
@@ -209,7 +209,7 @@ struct Slab : Searches<T> {
                 word[FINAL][k] = point[k];
             }
         }
-        // between two steps of the same cell and winner nothing changes (see 1 above)
+        // between two steps with the same cell and winner nothing changes (see 1 above)
         for (int k = 0; k < K; ++k) {
             const int g = group_of(k);
             I now = word[0][k];
@@ -246,8 +246,8 @@ struct Slab : Searches<T> {
     }
 };
 
-// This thread's slab of a type, made at first use and kept until the thread ends: a few 100 KB, more than some
-// threads' stacks have room for.
+// This thread's slab for a type, created at first use and kept until the thread ends: a few 100 KB, which does not fit
+// some threads' stacks.
 template <typename T>
 Slab<T>& own_slab() {
     static thread_local std::unique_ptr<Slab<T>> slab;

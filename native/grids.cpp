@@ -1,5 +1,5 @@
-// See grids.h. Compiled for the lowest processor. ggml sorts all grid points by distance for each cell (seconds);
-// here the shells of equal distance are picked out of a table of distances.
+// See grids.h. Compiled for the lowest processor. For each cell ggml sorts all grid points by distance (seconds);
+// here the shells of equal distance are picked from a table of distances.
 #include "grids.h"
 
 #include <algorithm>
@@ -22,7 +22,7 @@ struct Shape {
     int points, dim, levels, shells;  // `shells`: how many distances are kept (ggml's nwant)
 };
 
-// Levels of an entry, a byte each.
+// Levels of an entry, one byte each.
 using Levels = std::array<uint8_t, 8>;
 
 uint64_t packed(const Levels& l) {
@@ -31,8 +31,8 @@ uint64_t packed(const Levels& l) {
     return u;
 }
 
-// Whether h is at least as near as g in every coordinate of the cell, for all values that round to it: in each
-// coordinate they are the same, or h is fewer levels away. `h`, `g`: levels; `dh`, `dg`: levels away; a byte each.
+// Whether h is at least as near as g in every coordinate of the cell, for all values that round to it: each
+// coordinate is the same, or h is fewer levels away. `h`, `g`: levels; `dh`, `dg`: levels away; one byte each.
 bool beats(uint64_t h, uint64_t dh, uint64_t g, uint64_t dg) {
     constexpr uint64_t HIGH = 0x8080808080808080u;
     const uint64_t not_nearer = ((dh | HIGH) - dg) & HIGH;
@@ -40,18 +40,18 @@ bool beats(uint64_t h, uint64_t dh, uint64_t g, uint64_t dg) {
     return (not_nearer & differs) == 0;
 }
 
-// What a grid is made of; see Grid.
+// The data of a grid; see Grid.
 struct Tables {
     std::vector<Cell> cells;
     std::vector<uint16_t> words, index;
 };
 
-// A copy of the tables that one thread reads. Cores that read the same memory take it from each other instead of
-// from a cache of their own, which made two threads slower than two processes.
+// A copy of the tables for one thread. Cores that read the same memory fetch it from each other instead of
+// their own caches, which made two threads slower than two processes.
 class OwnGrid {
 public:
     explicit OwnGrid(const Tables& t) : cells_(t.cells), index_(t.index), storage_(t.words.size() + GRID_CHUNK) {
-        // lists aligned to their chunks
+        // align the lists to their chunks
         uint16_t* start = storage_.data();
         while (reinterpret_cast<uintptr_t>(start) % (2 * GRID_CHUNK) != 0) ++start;
         std::copy(t.words.begin(), t.words.end(), start);
@@ -75,7 +75,7 @@ uint32_t append(std::vector<uint16_t>& words, const std::vector<uint16_t>& list)
     return static_cast<uint32_t>(at);
 }
 
-// The levels of a codebook's entries: the rank of each value among all that occur.
+// Returns the levels of a codebook's entries: the rank of each value among all values that occur.
 std::vector<Levels> levels_of(const Codebook& book, const Shape& shape) {
     bool seen[256] = {};
     for (size_t i = 0; i < book.n * book.k; ++i) seen[book.values[i] + 128] = true;
@@ -97,7 +97,7 @@ const Tables* build(const Shape& shape) {
     for (int i = 0; i < half; ++i) n_half *= static_cast<size_t>(shape.levels);
     const size_t n_cells = n_half * n_half;
 
-    // squared distances of all points from the halves of all cells
+    // squared distances of all points from both halves of all cells
     std::vector<uint8_t> low(n_half * points), high(n_half * points);
     for (size_t h = 0; h < n_half; ++h)
         for (size_t j = 0; j < points; ++j) {

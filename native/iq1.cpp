@@ -5,9 +5,9 @@
 //   IQ1_M  56 bytes  32 bytes as above; 16 bytes, one for 16 values: twice 3 high bits of an index and 1 bit: levels
 //                    shifted down; 4 words of 16 bits: 4x3 bits of scale, 4 bits of the half d
 //
-// Reproduces quantize_row_iq1_s_impl, quantize_row_iq1_m_impl and iq1_find_best_neighbour2. A lane is a block; its
-// groups of 32 (16) values follow each other. What differs from ggml's way is how the best split of a sorted group and
-// the best neighbour are found: see iq1_split.h, iq1_split_halves.h and iq1_neighbours.h.
+// Reproduces quantize_row_iq1_s_impl, quantize_row_iq1_m_impl and iq1_find_best_neighbour2. A lane is a block, whose
+// groups of 32 (16) values are done in order. Only finding the best split of a sorted group and the best neighbour
+// differs from ggml's way: see iq1_split.h, iq1_split_halves.h and iq1_neighbours.h.
 #include <stdexcept>
 
 #include "blocks.h"
@@ -20,7 +20,7 @@ namespace quantkit::QK_ISA {
 
 namespace {
 
-// A tile of blocks: LANES of them, values and weights one a lane, and the weights also one block a row.
+// A tile of LANES blocks: values with one block a lane, and the rows and weights of each block.
 struct Tile {
     F x[QK_K];
     const float* const* rows;
@@ -48,15 +48,15 @@ QK_INLINE void load(Tile& tile, const float* const* xs, const float* const* ws) 
         }
 }
 
-// What a group of N values became.
+// The result for a group of N values.
 template <int N, int SHIFTS>
 struct Coded {
-    F scale;  // 0 where nothing was found; then all levels are 0, the first entry of the grid
+    F scale;  // 0 if nothing was found; then all levels are 0, the first entry of the grid
     I down[SHIFTS];
     I pattern[N / 8], index[N / 8];
 };
 
-// Quantizes group ib of a tile, all but the scale's rounding.
+// Quantizes group ib of a tile, except for rounding the scale.
 template <int N, int SHIFTS>
 QK_INLINE void code_group(const Iq1Grid& grid, const Tile& tile, int ib, float least, Group<N>& g,
                           Coded<N, SHIFTS>& out) {
@@ -76,7 +76,7 @@ QK_INLINE void code_group(const Iq1Grid& grid, const Tile& tile, int ib, float l
     else
         search_split_halves(g, split);
     const I dead = split.none | I(largest < least);
-    const I negative = I(split.scale < 0.0f);  // then the levels are turned round
+    const I negative = I(split.scale < 0.0f);  // then the levels are reversed
     F scale = select(negative, -split.scale, split.scale);
     uint32_t lowered[SHIFTS], nearest[SHIFTS];
     for (int h = 0; h < SHIFTS; ++h) {
@@ -93,8 +93,8 @@ QK_INLINE void code_group(const Iq1Grid& grid, const Tile& tile, int ib, float l
         out.pattern[k] = select(negative, 0xaaaa - p, p) & ~dead;  // the first entry of the grid
     }
 
-    // codes in the order (eight, lane); those off the grid are listed first, so that the searches follow each other
-    // closely
+    // codes are in the order (eight, lane); those off the grid are listed first, so that the searches directly follow
+    // one another
     int32_t* patterns = reinterpret_cast<int32_t*>(out.pattern);
     int32_t* indices = reinterpret_cast<int32_t*>(out.index);
     struct Open {
@@ -121,7 +121,7 @@ QK_INLINE void code_group(const Iq1Grid& grid, const Tile& tile, int ib, float l
         off_grid |= 1u << lane;
     }
 
-    // the scale again, where a neighbour was taken
+    // compute the scale again where a neighbour was taken
     F sumqx{}, sumq2{};
     for (int k = 0; k < K; ++k) {
         const F first = select(out.down[SHIFTS == 1 ? 0 : k], splat(DOWN[0]), splat(UP[0]));
@@ -137,7 +137,7 @@ QK_INLINE void code_group(const Iq1Grid& grid, const Tile& tile, int ib, float l
     out.scale = select(dead, F{}, scale);
 }
 
-// Three bits of scale: the odd multiple of d nearest to `scale`.
+// The three bits of a scale: selects the odd multiple of d nearest to `scale`.
 QK_INLINE I scale_bits(F id, F scale) { return max_of(I{}, min_of(splat(7), nearest_int(0.5f * (id * scale - 1.0f)))); }
 
 void tile_iq1_s(const Iq1Grid& grid, const float* const* xs, const float* const* ws, uint8_t* const* y) {

@@ -1,8 +1,8 @@
 // See iq1_grid.h. Compiled for the lowest processor.
 //
-// ggml's lists: for each point that is not in the grid, all grid entries sorted by (squared distance, index), up to
-// the end of the third different distance. Here each list is made by counting: one pass finds the distances, then
-// the entries of each of the three smallest follow in index order.
+// ggml's lists hold, for each point outside the grid, all grid entries sorted by (squared distance, index), up to
+// the end of the third distinct distance. Here each list is made by counting: one pass finds the distances, then
+// the entries at each of the three smallest follow in index order.
 #include "iq1_grid.h"
 
 #include <algorithm>
@@ -34,7 +34,7 @@ Iq1Grid::List add(std::vector<uint16_t>& pool, const std::vector<uint16_t>& list
     return out;
 }
 
-// A grid and its lists. A thread reads a copy of its own (see OwnGrid of grids.cpp for why).
+// A grid and its lists. Each thread reads its own copy (see OwnGrid in grids.cpp for the reason).
 class OwnGrid {
 public:
     OwnGrid() = default;

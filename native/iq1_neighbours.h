@@ -1,4 +1,4 @@
-// IQ1: the best neighbour of eight values that are no entry of the grid (ggml's iq1_find_best_neighbour2).
+// IQ1: the best neighbour of eight values whose levels are not in the grid (ggml's iq1_find_best_neighbour2).
 #pragma once
 #include "iq1_grid.h"
 #include "iq1_sort.h"
@@ -7,7 +7,7 @@ namespace quantkit::QK_ISA {
 
 namespace {
 
-// The costs of the three levels of each of eight values, as tables that repeat every 128 bits.
+// The costs of three levels for each of eight values, as tables that repeat every 128 bits.
 QK_INLINE void cost_tables(const float* x, const float* w, float scale, const float* levels, F* table) {
 #if defined(__AVX2__)
     const __m256 xv = _mm256_loadu_ps(x), wv = _mm256_loadu_ps(w);
@@ -63,7 +63,7 @@ QK_INLINE I widen(const uint16_t* p) {
 #endif
 }
 
-// The least of the lanes, in every lane.
+// The lowest of the lanes, in every lane.
 QK_INLINE F least_of(F x) {
 #if defined(__AVX2__)
 #if defined(__AVX512F__)
@@ -83,12 +83,12 @@ QK_INLINE F least_of(F x) {
 #endif
 }
 
-// iq1_find_best_neighbour2: the pattern of the neighbour nearest to x, the first of equals. x and w are a lane's eight
-// values in a row.
+// iq1_find_best_neighbour2: the pattern of the neighbour nearest to x, the first of equals. x and w are a lane's
+// eight values in a row.
 //
-// The near ones of the list do where each value has the level nearest to it: then |scale * q - x| in floats grows with
-// each step away from that level (rounding is monotone, and there is room at the cuts between two levels), so the cost
-// of a value does not fall, nor does the sum.
+// The list `near` suffices if each value has the level nearest to it: then |scale * q - x| in floats grows with
+// each step away from that level (rounding is monotone, and there is room at the cuts between two levels), so neither
+// the cost of a value nor the sum ever falls.
 QK_INLINE uint32_t best_neighbour(const uint16_t* list, int n, const float* x, const float* w, float scale,
                                   const float* levels) {
     constexpr int PART = 64;

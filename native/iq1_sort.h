@@ -1,4 +1,4 @@
-// IQ1: what its searches share, and the groups of a tile sorted by value, LANES groups at once.
+// IQ1: what its searches share, and sorting the groups of a tile by value, LANES groups at once.
 #pragma once
 #include <cfloat>
 #include <climits>
@@ -60,7 +60,7 @@ QK_INLINE F gather(const F* table, I index) {
 #endif
 }
 
-// a * b + c where the rounding does not matter.
+// a * b + c, where the rounding does not matter.
 QK_INLINE F about_fma(F a, F b, F c) {
 #if defined(__AVX512F__)
     return reinterpret_cast<F>(
@@ -72,7 +72,7 @@ QK_INLINE F about_fma(F a, F b, F c) {
 
 typedef std::conditional<LANES == 16, uint16_t, uint8_t>::type Bits;  // a mask's lanes
 
-// Where x * x - a > b, give or take rounding.
+// Where x * x - a > b, up to rounding.
 QK_INLINE Bits square_exceeds(F x, F a, F b) {
 #if defined(__AVX512F__)
     const __m512 v = reinterpret_cast<__m512>(x), square = _mm512_fmsub_ps(v, v, reinterpret_cast<__m512>(a));
@@ -140,17 +140,17 @@ QK_INLINE void sort_keys(I* key, std::index_sequence<P...>) {
     (order<NETWORK<N>.a[P], NETWORK<N>.b[P]>(key), ...);
 }
 
-// A group of N values in each lane, and the same sorted.
+// A group of N values in each lane, also sorted.
 template <int N>
 struct Group {
     F x[N], w[N];
-    I key[N];         // orders as (x, position) does
+    I key[N];         // ordered like (x, position)
     I sorted[N + 1];  // the keys in order, then the largest integer; the low bits are the position
     F sorted_x[N], sorted_w[N];
 };
 
-// The general case of `sort`: values whose low bits count. The keys do not hold them, so positions may be out of
-// order among values that share the bits above; such lanes are sorted again, stable, and their keys replaced by ranks.
+// The general case of `sort`, for values that differ only in low bits. The keys lack these bits, so values that share
+// the upper bits may be out of order. Such lanes are sorted again, stably, and their keys replaced by ranks.
 template <int N>
 __attribute__((noinline)) void sort_fine(Group<N>& g) {
     for (int round = 0;; ++round) {
@@ -175,7 +175,7 @@ __attribute__((noinline)) void sort_fine(Group<N>& g) {
     }
 }
 
-// Sorts by value, equal values by position: what ggml's qsort does (glibc's merges). Fills all but x and w.
+// Sorts by value, and equal values by position, like ggml's qsort (glibc's merges). Fills everything but x and w.
 template <int N>
 QK_INLINE void sort(Group<N>& g) {
     I low{};

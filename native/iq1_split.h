@@ -1,4 +1,4 @@
-// IQ1_S: how ggml's best split of a sorted group into three levels is found without scoring every one.
+// IQ1_S: finding ggml's best split of a sorted group into three levels without scoring every split.
 #pragma once
 #include "iq1_sort.h"
 
@@ -6,18 +6,18 @@ namespace quantkit::QK_ISA {
 
 namespace {
 
-// What ggml's search over (i1, i2, shift) found: values below `low` have level 0, from `high` on level 2.
-// SHIFTS: each part of the group has its own.
+// The result of ggml's search over (i1, i2, shift): values below `low` have level 0, those from `high` on level 2.
+// SHIFTS: each part of the group has its own shift.
 template <int SHIFTS>
 struct Split {
     F scale;
     I low, high;        // keys
     I down[SHIFTS];     // masks: the levels are shifted down
     I none;             // mask: nothing found
-    I nearest[SHIFTS];  // masks: each value has the level nearest to it at this scale, which is positive, with room
+    I nearest[SHIFTS];  // masks: the scale is positive, and each value has its nearest level there, with room to spare
 };
 
-// Sorts h ascending, where it falls and then rises, and moves v with it.
+// Sorts h ascending, given that it falls and then rises, and moves v along.
 template <int N>
 QK_INLINE void merge_bitonic(F* h, F* v) {
 #pragma GCC unroll 32
@@ -41,10 +41,10 @@ QK_INLINE void merge_bitonic(F* h, F* v) {
     }
 }
 
-// About the best score of any split under one shift, as the fraction n / d, and the sum of |w*x|. For each scale
-// the best split is known: each value takes its nearest level. As the scale falls from infinity, values leave
-// level 1 for an outer one, one after another: those are the splits that can be best. C is by how much the square of
-// the level grows then, H = |x| / C half the scale at which it happens.
+// Returns, approximately, the best score of any split under one shift, as the fraction n / d, and the sum of |w*x|. For
+// each scale the best split is known: each value takes its nearest level. As the scale falls from infinity, values
+// leave level 1 for an outer one, one after another; only the splits on this path can be best. C is the increase of the
+// level's square at that moment, and H = |x| / C is half the scale at which it happens.
 template <int N>
 QK_INLINE void best_on_path(const Group<N>& g, F total_x, F total_w, float shift, float c_negative, float c_positive,
                             F* n_out, F* d_out, F* sum_abs) {
@@ -71,8 +71,8 @@ QK_INLINE void best_on_path(const Group<N>& g, F total_x, F total_w, float shift
     *sum_abs = qx - start;
 }
 
-// ggml's sum over the three levels, of values (first power) or weights (squares), from the sums below i1, below i2
-// and of all.
+// ggml's sum over the three levels, of values (levels to the first power) or weights (squares), from the sums below i1,
+// below i2 and of all.
 template <bool SQUARES, typename T>
 QK_INLINE T sum_of_levels(const float* q, T s1, T s2, T all) {
     if constexpr (SQUARES) return s1 * q[0] * q[0] + (s2 - s1) * q[1] * q[1] + (all - s2) * q[2] * q[2];
@@ -100,8 +100,8 @@ struct Splits {
 template <int N>
 constexpr Splits<N> SPLITS{};
 
-// ggml's search as it stands, for one lane; the sums are [N + 1][LANES]. Splits with the same i1 are compared with the
-// best LANES at a time; those that are not better change nothing, and the first that is becomes the best.
+// ggml's search unchanged, for one lane; the sums are [N + 1][LANES]. Splits with the same i1 are compared with the
+// best LANES at a time: those that are not better change nothing, and the first better one becomes the best.
 template <int N>
 __attribute__((noinline)) void scan_lane(const Group<N>& g, const F* sum_x, const F* sum_w, int lane, Split<1>& out) {
     constexpr int PADDED = N + LANES;
@@ -147,27 +147,27 @@ __attribute__((noinline)) void scan_lane(const Group<N>& g, const F* sum_x, cons
     out.down[0][lane] = down ? -1 : 0;
 }
 
-// ggml's exhaustive search. A split's score is sumqx^2 / sumq2; with v = the levels, which are 1 apart,
+// ggml's exhaustive search. A split's score is sumqx^2 / sumq2; with the levels v, which are 1 apart,
 //   sumqx = X v2 - X1 - X2,  sumq2 = W v2^2 + W1 (v0^2 - v1^2) + W2 (v1^2 - v2^2)
 // for the sums X, W of all and X1, W1, X2, W2 of those below i1 and i2.
 //
-// 1. best_on_path gives the best score, about: `top`. Let t = top (1 - 2^-16). A shift whose best score is below t (1
-//    - 2^-10) is left out. Proof: let u = 2^-24, M = sum |w x|, W = sum w, and M^2 < 4 t W (else it is not left out).
-//    ggml's sums differ from the true ones by less than 110 u M (33 roundings in each of three prefix sums of at most
-//    M, and its own) and 113 u W. A split that scores t in ggml's floats, true sums qx and q2 >= W/64 (no level is
-//    nearer to 0 than 1/8), has |qx| > sqrt(t (q2 - 113 u W)) - 110 u M > sqrt(t q2) (1 - 2.2e-4 - 1.1e-4): its true
-//    score is above t (1 - 6.5e-4). No true score is above the best on the path (of negative scales a constant is
-//    best, where the path starts), and that is computed to within 8e-5: 41 u M in qx > sqrt(t W) / 8.
-// 2. All splits whose score may be above t (1 - 2^-20) are listed: those with qx^2 > t q2 - slack, computed the short
-//    way. ggml's own floats differ from the short way's: sums of products of at most M = sum |w x| in up to 11
+// 1. best_on_path gives approximately the best score, `top`. Let t = top (1 - 2^-16). A shift whose best score is below
+//    t (1 - 2^-10) is left out. Proof: let u = 2^-24, M = sum |w x|, W = sum w, and M^2 < 4 t W (else it is not left
+//    out). ggml's sums differ from the true ones by less than 110 u M (33 roundings in each of three prefix sums of at
+//    most M, and its own) and 113 u W. A split that scores t in ggml's floats, with true sums qx and q2 >= W/64 (no
+//    level is nearer to 0 than 1/8), has |qx| > sqrt(t (q2 - 113 u W)) - 110 u M > sqrt(t q2) (1 - 2.2e-4 - 1.1e-4), so
+//    its true score is above t (1 - 6.5e-4). No true score is above the best on the path (for negative scales a
+//    constant is best, where the path starts), and that is computed to within 8e-5: 41 u M in qx > sqrt(t W) / 8.
+// 2. All splits whose score may be above t (1 - 2^-20) are listed: those with qx^2 > t q2 - slack, computed in a short
+//    way. ggml's floats differ from those: sums of products of at most M = sum |w x| in up to 11
 //    roundings give |qx - sumqx| < 11 u M, |qx^2 - sumqx^2| < 29 u M^2, t |q2 - sumq2| < 18 u t W; with the roundings
-//    of the comparison and the 2^-20 that is less than slack = 2^-18 (M^2 + t W) = 64 u (M^2 + t W).
-// 3. Those are computed exactly as ggml does, in its order, and compared as it does, if their score is above t. ggml's
-//    comparison of two scores errs by at most 4.1 u in relation. So if no score lies between t (1 - 2^-20) and t,
-//    every split above t replaces any below, none below replaces one above, and what is left at the end is what ggml
-//    is left with. Where one lies there, two higher t are tried; their lists are parts of the same.
-// 4. A lane in which no t will do, with none above t, or out of the range in which the bounds hold, is searched as
-//    ggml does.
+//    of the comparison and the 2^-20 this is less than slack = 2^-18 (M^2 + t W) = 64 u (M^2 + t W).
+// 3. The listed splits are computed exactly as in ggml, in its order, and those scoring above t compared as in ggml,
+//    whose comparison of two scores errs by at most 4.1 u, relatively. So if no score lies between t (1 - 2^-20) and t,
+//    every split above t replaces any below, none below replaces one above, and the one left at the end is
+//    ggml's. If a score lies there, two higher values of t are tried; their lists are parts of the same list.
+// 4. A lane for which no t works, or that has no score above t, or is out of the range in which the bounds hold, is
+//    searched as in ggml.
 template <int N>
 __attribute__((noinline)) void search_split(const Group<N>& g, Split<1>& out) {
     F sum_x[N + 1], sum_w[N + 1];
@@ -184,14 +184,14 @@ __attribute__((noinline)) void search_split(const Group<N>& g, Split<1>& out) {
     const F n = select(downward, n_down, n_up), d = select(downward, d_down, d_up);
     const F t = n / d * (1.0f - 0x1p-16f);
     const F scope = sum_abs * sum_abs + t * all_w, slack = scope * 0x1p-18f;
-    // the products of best_on_path are in range too: at most M^2 W, at least t W^2 / 4096 where it matters
+    // this keeps the products of best_on_path in range too: at most M^2 W, at least t W^2 / 4096 where it matters
     I odd = ~(I(n > 1e-30f) & I(n < 1e30f) & I(d > 1e-24f) & I(d < 1e30f) & I(scope < 1e32f) &
               I(sum_abs * sum_abs * all_w < 1e37f) & I(t * all_w * all_w > 1e-31f));
     const F other_n = select(downward, n_up, n_down), other_d = select(downward, d_up, d_down);
     const I both = ~I(other_n < t * (1.0f - 0x1p-10f) * other_d) | ~I(sum_abs * sum_abs < 4.0f * t * all_w);
 
     constexpr int COUNT = Splits<N>::COUNT, PADDED = (COUNT + 15) / 16 * 16;
-    alignas(64) Bits hits[PADDED][2] = {};  // of the better shift, of the other
+    alignas(64) Bits hits[PADDED][2] = {};  // for the better shift, for the other
     const uint32_t turned = bits_set(downward);
     for (int role = 0; role < 2; ++role) {
         const uint32_t wanted = role ? bits_set(both & ~odd) : ~0u;
@@ -226,7 +226,7 @@ __attribute__((noinline)) void search_split(const Group<N>& g, Split<1>& out) {
                 const int c = chunk + __builtin_ctz(some);
                 const uint32_t better = hits[c][0], other = hits[c][1];
                 for (int shift = 0; shift < 2; ++shift) {
-                    const uint32_t flip = shift ? ~turned : turned;  // where this shift is not the better one
+                    const uint32_t flip = shift ? ~turned : turned;  // lanes in which this shift is not the better one
                     const uint32_t lanes = ((better & ~flip) | (other & flip)) & wanted;
                     if (!lanes) continue;
                     const int i1 = SPLITS<N>.i1[c], i2 = SPLITS<N>.i2[c];

@@ -1,4 +1,4 @@
-// IQ1_M: the same for a group of 16 whose halves have shifts of their own.
+// IQ1_M: the same for a group of 16 whose halves have their own shifts.
 #pragma once
 #include "iq1_split.h"
 
@@ -6,18 +6,18 @@ namespace quantkit::QK_ISA {
 
 namespace {
 
-// One of IQ1_M's four pairs of shifts: of the first and the second eight values.
+// One of IQ1_M's four pairs of shifts: for the first and the second eight values.
 struct Shifts {
     bool down[2];
 };
 constexpr Shifts SHIFTS_M[4] = {{{false, false}}, {{false, true}}, {{true, false}}, {{true, true}}};
 
-// Sums below each position of the sorted group, of the first and the second eight values.
+// Sums below each position of the sorted group, over the first and the second eight values.
 struct HalfSums {
     F x[2][17], w[2][17];
 };
 
-// sumqx and sumq2 of a split under a pair of shifts, as ggml computes them.
+// sumqx and sumq2 of a split under a pair of shifts, computed as in ggml.
 template <typename T>
 QK_INLINE void score_halves(const Shifts& shifts, const T (&x1)[2], const T (&x2)[2], const T (&x)[2], const T (&w1)[2],
                             const T (&w2)[2], const T (&w)[2], T* sumqx, T* sumq2) {
@@ -31,7 +31,7 @@ QK_INLINE void score_halves(const Shifts& shifts, const T (&x1)[2], const T (&x2
     *sumq2 = q2[0] + q2[1];
 }
 
-// ggml's search as it stands, for one lane.
+// ggml's search unchanged, for one lane.
 __attribute__((noinline)) void scan_lane_halves(const Group<16>& g, const HalfSums& sums, int lane, Split<2>& out) {
     constexpr int N = 16;
     float x[N + 1][2], w[N + 1][2];
@@ -58,10 +58,10 @@ __attribute__((noinline)) void scan_lane_halves(const Group<16>& g, const HalfSu
     for (int h = 0; h < 2; ++h) out.down[h][lane] = SHIFTS_M[best_k].down[h] ? -1 : 0;
 }
 
-// ggml's exhaustive search over (i1, i2) and four pairs of shifts, in the way of search_split: `top` is the best score
-// of some splits, about; all that may be better are listed, and compared as ggml does. The short way's sums and ggml's
-// differ by |qx - sumqx| < 14 u M, |qx^2 - sumqx^2| < 35 u M^2, t |q2 - sumq2| < 54 u t W with the 2^-20, less than
-// slack = 2^-17 (M^2 + t W).
+// ggml's exhaustive search over (i1, i2) and four pairs of shifts, done like search_split: `top` is approximately the
+// best score of some splits; all that may be better are listed, and compared as in ggml. The sums of the short way and
+// ggml's differ by |qx - sumqx| < 14 u M, |qx^2 - sumqx^2| < 35 u M^2, t |q2 - sumq2| < 54 u t W with the 2^-20, less
+// than slack = 2^-17 (M^2 + t W).
 __attribute__((noinline)) void search_split_halves(const Group<16>& g, Split<2>& out) {
     constexpr int N = 16, COUNT = Splits<N>::COUNT, PADDED = (COUNT + 15) / 16 * 16;
     HalfSums sums;
@@ -92,7 +92,7 @@ __attribute__((noinline)) void search_split_halves(const Group<16>& g, Split<2>&
     const F all_x = x[N], all_w = sums.w[0][N] + sums.w[1][N];
 
     // the best of equal shifts; from its scale, a good one of unequal shifts in two steps: the best split for the scale
-    // (the two cuts are independent), then the best scale for the split
+    // (the two cuts are independent), then the best scale for that split
     F n, d, n_down, d_down, sum_abs;
     best_on_path(g, all_x, all_w, DELTA, 0.75f, 1.25f, &n, &d, &sum_abs);
     best_on_path(g, all_x, all_w, -DELTA, 1.25f, 0.75f, &n_down, &d_down, &sum_abs);

@@ -1,11 +1,11 @@
-// IQ2_XXS, IQ2_XS, IQ2_S: super-blocks of 256 values. Eight values are a point of a grid of 256, 512 or 1024 points
-// (levels 1, 3, 5; see grids.h) and eight signs; 32 (IQ2_XXS) or 16 values have a four-bit scale, all a half `d`.
+// IQ2_XXS, IQ2_XS, IQ2_S: super-blocks of 256 values. Eight values are a point in a grid of 256, 512 or 1024 points
+// (levels 1, 3, 5; see grids.h) with eight signs; 32 (IQ2_XXS) or 16 values share a four-bit scale, all a half `d`.
 //
 //   IQ2_XXS  66 bytes: d, 8 * {4 bytes: points; 4 bytes: four 7-bit signs | scale << 28}
 //   IQ2_XS   74 bytes: d, 32 * {2 bytes: point | 7-bit signs << 9}, scales[8] (4 bits each)
 //   IQ2_S    82 bytes: d, points[32] (low bytes), signs[32], qh[8] (2 high bits of each point), scales[8]
 //
-// Seven signs: the eighth makes their number even; where it is odd, the value of the least weight changes its sign.
+// Of seven signs, the eighth makes the count even; if it is odd, the value with the least weight changes its sign.
 // Reproduces quantize_row_iq2_xxs_impl, quantize_row_iq2_xs_impl and quantize_row_iq2_s_impl of
 // ggml/src/ggml-quants.c, bit for bit, LANES super-blocks at once. The first two need an importance.
 #include <stdexcept>
@@ -34,8 +34,8 @@ struct Iq2Xs {  // and IQ2_S
     static constexpr bool START_ON_GRID = true;
 };
 
-// make_qp_quants of N values, levels 0..NMAX kept as uint8: the scale only, GROUPS groups of N side by side, since
-// the refinement is one long chain. `mx`: their largest, at least 0.
+// make_qp_quants for N values, levels 0..NMAX kept as uint8. Returns only the scale, for GROUPS groups of N side by
+// side, since the refinement is one long chain. `mx`: their largest, at least 0.
 template <int N, int NMAX, int GROUPS>
 QK_INLINE void search_positive_scale(const F* x, const F* w, F* out) {
     F mx[GROUPS], iscale[GROUPS], best[GROUPS], sumlx[GROUPS], suml2[GROUPS];
@@ -117,7 +117,7 @@ QK_INLINE void search_positive_scale(const F* x, const F* w, F* out) {
     for (int g = 0; g < GROUPS; ++g) out[g] = select(zero[g] | ~I(suml2[g] > 0.0f), F{}, sumlx[g] / suml2[g]);
 }
 
-// Weights of the importance: w * sqrt(sigma2 + x*x).
+// Turns importance into weights: w * sqrt(sigma2 + x*x).
 QK_INLINE void weigh(const F* x, F* w, F sigma2) {
     for (int i = 0; i < QK_K; ++i) w[i] = w[i] * sqrt_of(sigma2 + x[i] * x[i]);
 }

@@ -1,10 +1,10 @@
-// IQ3_XXS, IQ3_S: super-blocks of 256 values. Four values are a point of a grid of 256 or 512 points (levels 1, 3, ...
-// 15; see grids.h), with signs; 32 values have a four-bit scale, all a half `d`.
+// IQ3_XXS, IQ3_S: super-blocks of 256 values. Four values are a point in a grid of 256 or 512 points (levels 1, 3, ...
+// 15; see grids.h), with signs; 32 values share a four-bit scale, all share a half `d`.
 //
 //   IQ3_XXS  98 bytes: d, points[64], 8 * {4 bytes: four 7-bit signs | scale << 28}
 //   IQ3_S   110 bytes: d, points[64] (low bytes), qh[8] (the high bit of each), signs[32], scales[4] (4 bits each)
 //
-// Seven signs: the eighth makes their number even; where it is odd, the value of the least weight changes its sign.
+// Of seven signs, the eighth makes the count even; if it is odd, the value with the least weight changes its sign.
 // Reproduces quantize_row_iq3_xxs_impl (for a grid of 256) and quantize_row_iq3_s_impl of ggml/src/ggml-quants.c,
 // with and without importance, bit for bit, LANES super-blocks at once.
 #include "grid_search.h"
@@ -50,8 +50,8 @@ QK_INLINE void tile_iq3(const Grid& grid, Slab<T>& slab, const float* const* xs,
     take_signs<T::PARITY>(x, w, signs);
     F scales[SLABS];
     I packed[SLABS];
-    // IQ3_S: ggml does not step over the points and signs of a slab of zeros; the next one's go there, and the rest
-    // of the block stays zero
+    // IQ3_S: ggml does not advance past the points and signs of a slab of zeros; those of the next slab go there, and
+    // the rest of the block stays zero
     int slot[LANES] = {};
     if constexpr (!T::PARITY)
         for (int lane = 0; lane < LANES; ++lane) std::memset(y[lane], 0, T::BYTES);

@@ -4,7 +4,7 @@
 //   IQ4_XS  136 bytes for 256: d, scales_h (8 times 2 bits), scales_l[4], qs[128]  x = d*(scale-32)*level[q]
 //
 // Reproduces quantize_row_iq4_nl_impl of ggml/src/ggml-quants.c with ntry = 7, for super-blocks of 32 and of 256,
-// with importance and without, LANES super-blocks at once.
+// with and without importance, LANES super-blocks at once.
 #include "blocks.h"
 #include "blocks32.h"
 #include "iq4_levels.h"

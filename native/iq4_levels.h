@@ -1,18 +1,18 @@
-// The levels of IQ4_NL and IQ4_XS, the nearest of them, and ggml's search of a scale (see iq4.cpp). What iq4.cpp and
-// error feedback share.
+// The levels of IQ4_NL and IQ4_XS, finding the nearest of them, and ggml's search for a scale (see iq4.cpp). Shared by
+// iq4.cpp and error feedback.
 //
-// Two things replace best_index_int8, ggml's search of the level nearest to a scaled value:
+// Two things replace best_index_int8, ggml's search for the level nearest to a scaled value:
 //
-// Thresholds. For levels a < b next to each other ggml takes a where fl(v - a) < fl(b - v), else b. As v grows the
+// Thresholds. For adjacent levels a < b ggml takes a if fl(v - a) < fl(b - v), else b. As v grows, the
 // left side never falls and the right side never grows, so there is one float from which on b is taken. It is the
-// midpoint: Levels tries ggml's own expression there (b) and at the float before it (a). A NaN is below no threshold
-// and gets the last level, as with ggml.
+// midpoint: Levels evaluates ggml's own expression there (giving b) and at the float before it (giving a). A NaN is
+// below no threshold and gets the last level, as in ggml.
 //
-// Two candidates a value. The tries scale by (t + level[0]) / max, t = -7..7. For one x, fl(id * x) is monotone in
-// id, so in all tries it lies between its values at t = -7 and t = 7, which are of one sign and whose ratio is at
-// most (127+7)/(127-7) = 1.117. Neighbouring thresholds of one sign have ratios of 1.2 and more (Levels checks
-// this too), so at most one lies between: each try only decides between the level at t = -7 and the next towards
-// zero, whose products are made once.
+// Two candidates per value. The tries scale by (t + level[0]) / max, t = -7..7. For one x, fl(id * x) is monotone in
+// id, so in all tries it lies between its values at t = -7 and t = 7, which have the same sign and a ratio of at
+// most (127+7)/(127-7) = 1.117. Neighbouring thresholds of the same sign have ratios of 1.2 and more (Levels checks
+// this too), so at most one lies between: each try only decides between the level at t = -7 and the next one towards
+// zero, whose products are computed once.
 #pragma once
 #include "codebooks.h"
 #include "lanes.h"
@@ -25,10 +25,10 @@ namespace quantkit::QK_ISA {
 namespace {
 
 constexpr int NTRY = 7;
-constexpr float LEAST_LARGEST = 1e-15f;  // of a group: ggml's GROUP_MAX_EPS
-constexpr float SPREAD = 1.12f;  // more than the largest try's scale over the smallest's
+constexpr float LEAST_LARGEST = 1e-15f;  // smallest maximum of a group that is not all zeros: ggml's GROUP_MAX_EPS
+constexpr float SPREAD = 1.12f;  // an upper bound on the largest try's scale over the smallest's
 
-// Eight entries of a table by index 0..7, lane by lane; the table is repeated where there are more lanes.
+// Looks up an eight-entry table by index 0..7 in each lane; the table is repeated if there are more lanes.
 struct Table8 {
     alignas(64) float entry[LANES];
 
@@ -52,13 +52,13 @@ struct Table8 {
     }
 };
 
-// The levels, and the values from which on the next one is nearest.
+// The levels, and the thresholds from which on the next level is nearest.
 struct Levels {
     float first;             // level 0, the largest in magnitude
     float at3, at7, at11;    // thresholds: level k + 1 from at_k on
     Table8 at_odd, at_even;  // [i] = at 4*(i/2)+1; at 2*i
     Table8 even, odd;        // levels 2*i, 2*i + 1
-    Table8 even_in, odd_in;  // for each the next level towards zero; for the one that zero has, itself
+    Table8 even_in, odd_in;  // for each the next level towards zero; for the one whose range contains zero, itself
 
     explicit Levels(const Codebook& book) {
         const int8_t* v = book.values;
@@ -75,7 +75,7 @@ struct Levels {
         if (!known) throw std::logic_error("quantize: the codebook IQ4_NL is not ggml's");
         first = v[0];
         at3 = at[3], at7 = at[7], at11 = at[11];
-        // level k is that of the values from at[k - 1] to at[k]
+        // level k is nearest to the values from at[k - 1] to at[k]
         const auto inner = [&](int k) -> float {
             if (k < 15 && at[k] <= 0.0f) return v[k + 1];
             return k > 0 && at[k - 1] > 0.0f ? v[k - 1] : v[k];
@@ -91,7 +91,7 @@ struct Levels {
     }
 };
 
-// best_index_int8, LANES values at once: the index in twos, and whether the level is the even one of its pair.
+// best_index_int8 for LANES values at once: half the index, rounded down, and whether the level is the pair's even one.
 struct Index {
     I pair, even;
 
@@ -112,13 +112,13 @@ QK_INLINE F inner_of(const Levels& levels, Index i) {
     return select(i.even, levels.even_in[i.pair], levels.odd_in[i.pair]);
 }
 
-// A value's two candidates: their products with the weight and the value, and with the weight and the level; and
-// the scaled value from which on the upper is nearest.
+// A value's two candidates: their products with weight and value, and with weight and level; and
+// the scaled value from which on the upper one is nearest.
 struct Candidates {
     F at, low_x, high_x, low_q, high_q;
 };
 
-// sum w*q*x and sum w*q*q of N tries side by side.
+// sum w*q*x and sum w*q*q for N tries side by side.
 template <int N>
 QK_INLINE void sums_of_tries(const F* x, const Candidates* c, const F* id, F* sumqx, F* sumq2) {
     F sx[N] = {}, s2[N] = {};
@@ -131,7 +131,7 @@ QK_INLINE void sums_of_tries(const F* x, const Candidates* c, const F* id, F* su
     for (int t = 0; t < N; ++t) sumqx[t] = sx[t], sumq2[t] = s2[t];
 }
 
-// The scale of 32 values of weights w: the first try, which is of the other sign, then t = -7..7.
+// The scale for 32 values with weights w: the first try has the opposite sign, then follow t = -7..7.
 QK_INLINE F scale_of(const Levels& levels, const F* x, const F* w) {
     F amax{}, max{};
     for (int j = 0; j < 32; ++j) {
@@ -178,7 +178,7 @@ QK_INLINE F scale_of(const Levels& levels, const F* x, const F* w) {
     return select(I(amax < LEAST_LARGEST), F{}, d);
 }
 
-// The weights of a super-block of N values: in w the importance, or nothing.
+// Sets w to the weights of a super-block of N values; with WEIGHTS, w holds the importance before.
 template <int N, bool WEIGHTS>
 QK_INLINE void weigh(const F* x, F* w) {
     if constexpr (WEIGHTS) {
@@ -194,7 +194,7 @@ QK_INLINE void weigh(const F* x, F* w) {
 // x ? 1 / x : 0
 QK_INLINE F inverse_of(F x) { return select(I(x == 0.0f), F{}, 1.0f / x); }
 
-// IQ4_XS: the scales of 8 groups of 32 values of weights w; returns that of the super-block.
+// IQ4_XS: the scales of 8 groups of 32 values with weights w; returns the super-block's scale.
 QK_INLINE F scale_iq4_xs(const Levels& levels, const F* x, const F* w, F* scales) {
     F amax{}, max{};
     for (int b = 0; b < 8; ++b) {

@@ -1,4 +1,4 @@
-// Error feedback's rounding to the levels of IQ4_NL and IQ4_XS: see feedback_lanes.h.
+// Error feedback: rounding to the levels of IQ4_NL and IQ4_XS; see feedback_lanes.h.
 #pragma once
 #include "iq4_levels.h"
 

@@ -1,4 +1,4 @@
-// The table of one instruction set: compiled once for each, with its flags and its name in QK_ISA.
+// The table of one instruction set: compiled once for each, with its compiler flags and its name in QK_ISA.
 #include "kernels.h"
 #include "tables.h"
 

@@ -1,4 +1,4 @@
-// The bytes of K types' super-blocks, LANES at once, from scales and levels. Layouts: k_quants.cpp.
+// Writes the bytes of K types' super-blocks, LANES at once, from scales and levels. Layouts: k_quants.cpp.
 #pragma once
 #include "lanes.h"
 
@@ -9,7 +9,7 @@ namespace {
 // Four levels as the bytes of a word.
 QK_INLINE I bytes(I a, I b, I c, I d) { return a | (b << 8) | (c << 16) | (d << 24); }
 
-// The 12 bytes of eight 6-bit scales and minima; then they are read back from the bytes, as ggml does.
+// Packs eight 6-bit scales and minima into 12 bytes, then reads them back from the bytes, as ggml does.
 QK_INLINE void pack_scales(I* ls, I* lm, I* words) {
     I q[12];
     for (int j = 0; j < 4; ++j) {
@@ -68,7 +68,7 @@ QK_INLINE void store_k45(I hd, I hdm, const I* head, Levels levels, uint8_t* con
     store_lanes<32>(words, y, NMAX == 31 ? 48 : 16);
 }
 
-// q: the 16 bytes of scales and minima.
+// q: the 16 bytes with scales and minima.
 QK_INLINE void store_q2_k(I hd, I hdm, const I* q, const I* level, uint8_t* const* y) {
     for (int i = 0; i < 4; ++i) store_word(bytes(q[4 * i], q[4 * i + 1], q[4 * i + 2], q[4 * i + 3]), y, 4 * i);
     store_two_bits(level, y, 16);
@@ -91,7 +91,7 @@ QK_INLINE void store_q3_k(I hd, const I* ls, Words words_of, uint8_t* const* y) 
         I words[4];
         words_of(j, words);
         for (int t = 0; t < 4; ++t) {
-            const int at = 4 * (j % 2) + t;  // of the 8 words that 32 values make
+            const int at = 4 * (j % 2) + t;  // among the 8 words of 32 values
             hmask[at] |= (words[t] >> 2 & 0x01010101) << (j / 2);
             qs[8 * (j / 8) + at] |= (words[t] & 0x03030303) << (2 * (j / 2 % 4));
         }

@@ -1,5 +1,5 @@
-// Q2_K, Q3_K, Q4_K, Q5_K, Q6_K: super-blocks of 256 values in groups of 16 or 32, each group with a small scale
-// (and minimum) of its own, and one half-precision scale (and minimum) for all.
+// Q2_K, Q3_K, Q4_K, Q5_K, Q6_K: super-blocks of 256 values in groups of 16 or 32. Each group has its own small scale
+// (and minimum); all share one half-precision scale (and minimum).
 //
 //   Q2_K   84 bytes: scales[16] (scale | min << 4), qs[64], d, dmin        x = d*scale*q - dmin*min
 //   Q3_K  110 bytes: hmask[32], qs[64], scales[12] (6 bits each), d        x = d*(scale-32)*(q-4)
@@ -24,7 +24,7 @@ QK_INLINE F sum_of_squares(const F* x, int n) {
     return sum;
 }
 
-// Final levels of a group: clamp(nearest_int((x + dm) / d), 0, NMAX); where d is 0 those of the search stay.
+// Final levels of a group: clamp(nearest_int((x + dm) / d), 0, NMAX); if d is 0, the search's levels stay.
 template <int N, int NMAX>
 QK_INLINE void affine_levels(const F* x, F d, F dm, const Affine& found, I* level) {
     const I none = I(d == 0.0f);
@@ -34,10 +34,10 @@ QK_INLINE void affine_levels(const F* x, F d, F dm, const Affine& found, I* leve
         for (int i = 0; i < N; ++i) level[i] = select(none, levels_of<NMAX>(found, x[i]), level[i]);
 }
 
-// Levels around 0, NMAX added: clamp(nearest_int(x / d), -NMAX, NMAX - 1) + NMAX; where d is 0, found(x, i).
+// Levels around 0 plus NMAX: clamp(nearest_int(x / d), -NMAX, NMAX - 1) + NMAX; if d is 0, found(x, i).
 template <int N, int NMAX, typename Found>
 QK_INLINE void symmetric_levels(const F* x, F d, Found found, I* level) {
-    constexpr int ZERO = 0x00400000;  // of nearest_int before it subtracts
+    constexpr int ZERO = 0x00400000;  // what nearest_int subtracts
     for (int i = 0; i < N; ++i) {
         const I l = bits_of(x[i] / d + 12582912.0f) & 0x007fffff;
         level[i] = max_of(splat(ZERO - NMAX), min_of(splat(ZERO + NMAX - 1), l)) - (ZERO - NMAX);
@@ -47,7 +47,7 @@ QK_INLINE void symmetric_levels(const F* x, F d, Found found, I* level) {
         for (int i = 0; i < N; ++i) level[i] = select(none, found(x[i], i), level[i]);
 }
 
-// The same levels as bytes, four a word.
+// The same levels as bytes, four in a word.
 template <int N, int NMAX, typename Found>
 QK_INLINE void symmetric_words(const F* x, F d, Found found, I* words) {
     constexpr int ZERO = 0x00400000;
@@ -64,7 +64,7 @@ QK_INLINE void symmetric_words(const F* x, F d, Found found, I* words) {
 
 // ---------------------------------------------------------------- Q4_K, Q5_K
 
-// Without: make_qkx2 searches, scales and minima in 63 steps of the largest.
+// Without importance: make_qkx2 searches, scales and minima in 63 steps of the largest.
 template <int NMAX>
 QK_INLINE void search_k45_plain(const F* x, F* w, float rmin, int nstep, Affine* found, I* ls, I* lm, F* d, F* dm) {
     for (int j = 0; j < 8; ++j) {
@@ -181,7 +181,7 @@ QK_INLINE void tile_q3_k(const float* const* xs, const float* const* ws, uint8_t
         const I some = I(max_scale != 0.0f);
         const F iscale = -32.0f / max_scale;
         for (int j = 0; j < 16; ++j) {
-            // ggml keeps the rounded scale as int8 before it clamps
+            // ggml stores the rounded scale in an int8 before it clamps
             const I l = (nearest_int(iscale * scales[j]) << 24) >> 24;
             ls[j] = select(some, max_of(splat(-32), min_of(splat(31), l)) + 32, I{});
         }
@@ -229,7 +229,7 @@ QK_INLINE void tile_q6_k(const float* const* xs, const float* const* ws, uint8_t
 
 }  // namespace
 
-// A quantizer from a tile with importance and one without.
+// Makes a quantizer from a tile function with importance and one without.
 using Tile = void (*)(const float* const* x, const float* const* w, uint8_t* const* y);
 
 template <int BYTES, Tile WEIGHTED, Tile PLAIN>

@@ -1,5 +1,5 @@
-// How ggml chooses the scales and minima of K types with importance, LANES super-blocks at once: of each group, and in
-// steps of those of the super-block. What k_quants.cpp and error feedback share.
+// How ggml chooses the scales and minima of K types with importance, LANES super-blocks at once: first for each group,
+// then in steps of the super-block's scale and minimum. Shared by k_quants.cpp and error feedback.
 #pragma once
 #include "k_search.h"
 
@@ -10,7 +10,7 @@ namespace {
 constexpr int QK_K = 256;
 constexpr int SIDE = 4;  // groups searched side by side
 
-// Weights of N values in place of the importance: w = w * sqrt(sigma2 + x*x). Returns their sum.
+// Turns the importance of N values into weights: w = w * sqrt(sigma2 + x*x). Returns their sum.
 template <int N>
 QK_INLINE F weigh(const F* x, F* w, F sigma2) {
     F sum{};
@@ -21,7 +21,7 @@ QK_INLINE F weigh(const F* x, F* w, F sigma2) {
     return sum;
 }
 
-// The importance of a tile to w; returns the sum of squares of x, a long chain of additions that goes on meanwhile.
+// Loads a tile's importance into w; returns the sum of squares of x, whose long chain of additions runs alongside.
 QK_INLINE F load_importance(const float* const* ws, F* w, const F* x) {
     F sum{};
     for (int j = 0; j < QK_K; j += 16) {
@@ -33,7 +33,7 @@ QK_INLINE F load_importance(const float* const* ws, F* w, const F* x) {
 
 // ---------------------------------------------------------------- Q4_K, Q5_K
 
-// With importance: make_qkx3 searches, then make_qp of scales and minima.
+// With importance: make_qkx3 searches, then make_qp for scales and minima.
 template <int NMAX>
 QK_INLINE void search_k45_weighted(const F* x, F* w, F sum_x2, Affine* found, I* ls, I* lm, F* d, F* dm) {
     F sw[8], scales[8], mins[8];
@@ -49,7 +49,7 @@ QK_INLINE void search_k45_weighted(const F* x, F* w, F sum_x2, Affine* found, I*
 
 // ---------------------------------------------------------------- Q2_K
 
-// make_qkx3 searches, then make_qp of scales and minima.
+// make_qkx3 searches, then make_qp for scales and minima.
 QK_INLINE void search_q2_k_weighted(const F* x, F* w, F sum_x2, Affine* found, I* ls, I* lm, F* d, F* dm) {
     F sw[16], scales[16], mins[16];
     for (int j = 0; j < 16; ++j) sw[j] = weigh<16>(x + 16 * j, w + 16 * j, sum_x2 / 256.0f);
@@ -77,7 +77,7 @@ QK_INLINE void search_q3_k_weighted(const F* x, F* w, F sum_x2, Symmetric* found
 
 // ---------------------------------------------------------------- Q6_K
 
-// The scales of the groups, and the largest by magnitude; w is not read without WEIGHTS.
+// Finds the scales of the groups, and the largest one by magnitude; w is read only with WEIGHTS.
 template <bool WEIGHTS>
 QK_INLINE void search_q6_k(const F* x, const F* w, Symmetric* found, F* scales, F* amax, F* max_scale) {
     F most{}, signed_most{};

@@ -10,26 +10,26 @@ namespace quantkit::QK_ISA {
 
 constexpr float GROUP_MAX_EPS = 1e-15f;
 
-// What a search found. The levels themselves are not kept: they follow from `iscale` and `low`, and are needed
+// The result of a search. The levels themselves are not kept: they follow from `iscale` and `low`, and are needed
 // only in the rare group whose final scale is zero.
 struct Affine {
     F scale;
-    F minimum;  // ggml's *the_min: minus the group's lowest
-    F iscale;   // of the accepted levels: level = clamp(nearest_int(iscale * (x - low)))
+    F minimum;  // ggml's *the_min: minus the group's lowest value
+    F iscale;   // for the accepted levels: level = clamp(nearest_int(iscale * (x - low)))
     F low;
     I dead;     // no spread: all levels are 0
 };
 
-// Levels of a group under `a`, for x[i]: what ggml left in L.
+// The level of x in a group under `a`: what ggml left in L.
 template <int NMAX>
 QK_INLINE I levels_of(const Affine& a, F x) {
     const I l = max_of(I{}, min_of(splat(NMAX), nearest_int(a.iscale * (x - a.low))));
     return select(a.dead, I{}, l);
 }
 
-// make_qkx3_quants and make_qkx2_quants (N values a group, levels 0..NMAX; weights given), GROUPS groups side by
-// side so that their serial sums overlap. They differ in when a group counts as flat. `use_mad` as theirs.
-// Levels are rounded in float where they provably stay in range, and as ggml does where they may not.
+// make_qkx3_quants and make_qkx2_quants (N values in a group, levels 0..NMAX; weights given), GROUPS groups side by
+// side so that their serial sums overlap. The two differ in when a group counts as flat. `use_mad` is theirs.
+// Levels are rounded in float where they provably stay in range, and as in ggml where they may not.
 template <int N, int NMAX, bool QKX3, bool USE_MAD, int GROUPS>
 QK_INLINE void search_affine(const F* x, const F* w, float rmin, float rdelta, int nstep, Affine* out) {
     constexpr float MAGIC = 12582912.0f;
@@ -79,12 +79,12 @@ QK_INLINE void search_affine(const F* x, const F* w, float rmin, float rdelta, i
         for (int g = 0; g < GROUPS; ++g) {
             iscale[g] = numerator / (hi[g] - lo[g]);
             sum_l[g] = sum_l2[g] = sum_xl[g] = F{};
-            // iscale * (x - lo) is monotone in x: when both ends are in range, all are
+            // iscale * (x - lo) is monotone in x: if both ends are in range, all values are
             const F a = iscale[g] * (x_lo[g] - lo[g]), b = iscale[g] * (hi[g] - lo[g]);
             far |= ~(I(a >= -4194303.0f) & I(b <= 4194303.0f)) & ~out[g].dead;
             negative |= I(a < -0.5f);
         }
-        // rounds to levels and adds up; Round gives the level of iscale * (x - lo)
+        // rounds to levels and adds up; `round` gives the level for iscale * (x - lo)
         const auto sums = [&](auto round) QK_LAMBDA {
             for (int i = 0; i < N; ++i)
                 for (int g = 0; g < GROUPS; ++g) {
@@ -98,7 +98,7 @@ QK_INLINE void search_affine(const F* x, const F* w, float rmin, float rdelta, i
                 }
         };
         const F nmax = splat(static_cast<float>(NMAX));
-        // b is the numerator but for rounding, where it is in range
+        // up to rounding, b is the numerator, where it is in range
         const bool limit_high = numerator > static_cast<float>(NMAX) + 0.49f, limit_low = any(negative);
         if (any(far)) {
             sums([](F v) { return to_float(max_of(I{}, min_of(splat(NMAX), nearest_int(v)))); });
@@ -206,17 +206,17 @@ QK_INLINE F search_positive(const F* x, I* level, const F* w) {
     return select(zero | ~I(suml2 > 0.0f), F{}, sumlx / suml2);
 }
 
-// nearest_int of x, clamped to [low, high], as a float. Exact for every x: the range is that of nearest_int's wrap.
+// nearest_int of x clamped to [low, high], as a float. Exact for every x: the range is that of nearest_int's wrap.
 QK_INLINE F nearest_clamped(F x, float low, float high) {
     constexpr float MAGIC = 12582912.0f;
     const F u = float_of((bits_of(x + MAGIC) & 0x007fffff) | 0x4b000000);  // nearest_int(x) + MAGIC
     return max_of(splat(low + MAGIC), min_of(splat(high + MAGIC), u)) - MAGIC;
 }
 
-// The largest of N values by magnitude (the first of equals), with its sign; and the magnitude.
+// Finds the largest of N values by magnitude (the first of equals), with its sign; and the magnitude.
 template <int N>
 QK_INLINE void extreme(const F* x, F* mx, F* amax) {
-    F m[2] = {}, a[2] = {};  // of the first and the second half
+    F m[2] = {}, a[2] = {};  // for the first and the second half
     for (int i = 0; i < N / 2; ++i)
         for (int h = 0; h < 2; ++h) {
             const F xi = x[i + h * (N / 2)], ax = abs_of(xi);
@@ -238,11 +238,11 @@ QK_INLINE bool all_finite(const F* x) {
     return !any(nan | I(most > FLT_MAX));
 }
 
-// What search_symmetric found: levels follow from `kept`.
+// The result of search_symmetric: levels follow from `kept`.
 struct Symmetric {
     F scale;
     F kept;   // the inverse scale: level = clamp(nearest_int(kept * x), -NMAX, NMAX - 1) + NMAX
-    I zero;   // nothing but zeros: level 0
+    I zero;   // all values are zero: level 0
 };
 
 template <int NMAX>
@@ -251,8 +251,8 @@ QK_INLINE I levels_of(const Symmetric& s, F x) {
     return select(s.zero, I{}, l + NMAX);
 }
 
-// For S inverse scales side by side: the sums of w*x*l and w*l*l over N values, l = iscale * x rounded; where LIMIT,
-// also clamped.
+// For S inverse scales side by side: sums of w*x*l and w*l*l over N values, where l is iscale * x rounded and, with
+// LIMIT, clamped.
 template <int N, int NMAX, int S, bool LIMIT>
 QK_INLINE void symmetric_sums(const F* x, const F* wx, const F* w, const F* iscale, F* sumlx, F* suml2) {
     constexpr float MAGIC = 12582912.0f;
@@ -271,7 +271,7 @@ QK_INLINE void symmetric_sums(const F* x, const F* wx, const F* w, const F* isca
     for (int s = 0; s < S; ++s) sumlx[s] = slx[s], suml2[s] = sl2[s];
 }
 
-// What ggml divides by the largest value for its step `is`, -9..9.
+// What ggml divides by the largest value in its step `is`, -9..9.
 template <int NMAX>
 struct Numerators {
     float of_step[19] = {};
@@ -280,13 +280,13 @@ struct Numerators {
     }
 };
 
-// make_qx_quants with rmse_type 1 (N values, levels 0..2*NMAX-1 around NMAX); weights w, or x*x where w is null.
+// make_qx_quants with rmse_type 1 (N values, levels 0..2*NMAX-1 around NMAX); weights w, or x*x if w is null.
 //
-// FINITE says that all x are. Then, with a = |iscale| and y = x with the sign of iscale * x, every product a * y is
-// within NMAX + 0.9 (and rounding) of 0, since |x| <= |mx| and |mx| >= 1e-15 (other groups are dropped), and levels
-// are rounded in float. They need no clamping where y is clamped once for many steps: a is (NMAX + 0.1 * is) / |mx|,
-// and h = c * |mx| makes a * h another number between NMAX - 1.5 and NMAX - 0.5 at each of these steps, so a y up to
-// h gives a level up to NMAX - 1, and what is above h gives at least NMAX - 1, as h does. The same below, where a
+// FINITE says that all x are finite. Then, with a = |iscale| and y = x with the sign of iscale * x, every product a * y
+// is within NMAX + 0.9 (and rounding) of 0, since |x| <= |mx| and |mx| >= 1e-15 (other groups are dropped), and levels
+// are rounded in float. They need no clamping if y is clamped once for many steps: a is (NMAX + 0.1 * is) / |mx|,
+// and h = c * |mx| makes a * h a number between NMAX - 1.5 and NMAX - 0.5 at each of these steps. So a y up to
+// h gives a level up to NMAX - 1, and a y above h gives at least NMAX - 1, as h does. The same holds below, where a
 // level under -NMAX needs is > 0.
 template <int N, int NMAX, bool WEIGHTS, bool FINITE = true>
 QK_INLINE Symmetric search_symmetric(const F* x, const F* weights) {
@@ -307,7 +307,7 @@ QK_INLINE Symmetric search_symmetric(const F* x, const F* weights) {
         wx[i] = (WEIGHTS ? weights[i] : square[i]) * x[i];
     }
     const F* w = WEIGHTS ? weights : square;
-    F y[2][FINITE ? N : 1];  // of the steps to 0 and of those above
+    F y[2][FINITE ? N : 1];  // for the steps up to 0, and for those above
     const I flip = FINITE ? ~bits_of(mx) & INT32_MIN : I{};
     if constexpr (FINITE)
         for (int i = 0; i < N; ++i) {
@@ -317,7 +317,7 @@ QK_INLINE Symmetric search_symmetric(const F* x, const F* weights) {
         }
     static constexpr Numerators<NMAX> NUMERATORS;
     F best;
-    // ggml's is = 0 is the scale it starts from; the others follow in order
+    // ggml starts from the scale of is = 0; the others follow in order
     const auto steps = [&](auto count, int first, int is) QK_LAMBDA {
         constexpr int C = decltype(count)::value;
         F iscale[C], sumlx[C], suml2[C];
@@ -352,18 +352,18 @@ QK_INLINE Symmetric search_symmetric(const F* x, const F* weights) {
 }
 
 // make_q3_quants with do_rmse (N values, levels 0..2*NMAX-1 around NMAX), GROUPS groups side by side. `level`
-// receives the levels as floats around 0. Gives the scales, and whether a group has nothing but zeros (level 0).
+// receives the levels as floats around 0. Gives the scales, and whether all of a group's values are zero (level 0).
 //
-// Its refinement asks of every value whether q = x * sl2 / slx, rounded and clamped, is another level than l, and
-// mostly it is not. A value is passed over, in all lanes at once, where (below * slx < p) and (p < above * slx) with
-// p = x * sl2, below = l - 0.499, above = l + 0.499 (u + 0.499 where u > l was clamped to l at first: any level up to
-// u is clamped to l again). Then slx > 0 (below < above), and p / slx is between below and above but for the rounding
-// of the two products and of the quotient, 2^-24 of each: so q gives l. (Products that are denormal could be off by
-// more. They are not where sumlx > 2^-100: slx is the difference of sumlx and another float, so it is 0 or at least
-// half a unit in the last place of sumlx, 2^-125, and an error of 2^-149 is nothing against 0.001 * slx.)
+// Its refinement asks for every value whether q = x * sl2 / slx, rounded and clamped, is a level other than l, and
+// mostly it is not. A value is skipped, in all lanes at once, where (below * slx < p) and (p < above * slx) with
+// p = x * sl2, below = l - 0.499, above = l + 0.499 (u + 0.499 if u > l was first clamped to l: any level up to
+// u is clamped to l again). Then slx > 0 (below < above), and p / slx lies between below and above but for the rounding
+// of the two products and of the quotient, 2^-24 each: so q gives l. (Denormal products could be off by
+// more. They do not occur where sumlx > 2^-100: slx is the difference of sumlx and another float, so it is 0 or
+// at least half a unit in the last place of sumlx, 2^-125, and an error of 2^-149 is nothing to 0.001 * slx.)
 //
-// Where sumlx <= 0 at first, nothing changes: the terms of its sum have all the sign of iscale (l has that of
-// iscale * x), the sum of terms none of which is positive is not above any of them, and slx = sumlx - term <= 0.
+// If sumlx <= 0 at first, nothing changes: the terms of its sum all have the sign of iscale (l has that of
+// iscale * x), a sum of terms none of which is positive is not above any of them, and so slx = sumlx - term <= 0.
 template <int N, int NMAX, int GROUPS>
 QK_INLINE void search_q3(const F* x, F* level, F* scale, I* zero) {
     constexpr float MAGIC = 12582912.0f;
@@ -380,7 +380,7 @@ QK_INLINE void search_q3(const F* x, F* level, F* scale, I* zero) {
         for (int i = 0; i < N; ++i) {
             Value& v = values[g][i];
             const F xi = x[g * N + i];
-            // |iscale * x| <= NMAX and rounding: the lower limit holds by itself
+            // |iscale * x| <= NMAX up to rounding: the lower limit holds by itself
             const F u = (iscale * xi + MAGIC) - MAGIC;
             const F l = min_of(splat(HIGH), u);
             level[g * N + i] = l;

@@ -1,4 +1,4 @@
-// The table of quantkit's own quantizers, one table an instruction set; see dispatch.cpp.
+// The tables of quantkit's own quantizers, one for each instruction set; see dispatch.cpp.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -18,21 +18,21 @@ struct Kernel {
 struct RowKernels;  // rows.h
 
 struct KernelSet {
-    const char* name;  // "avx2", …: what QUANTKIT_KERNELS says
+    const char* name;  // "avx2", …: the value of QUANTKIT_KERNELS
     bool (*supported)();
     const Kernel* kernels;
     size_t n_kernels;
     const RowKernels* rows;
 };
 
-// All sets compiled into this build, best first.
+// Returns all sets compiled into this build, best first.
 const KernelSet* kernel_sets(size_t* n);
 
-// The one of that name if this processor can run it, else null.
+// Returns the set with this name if the processor can run it, else null.
 const KernelSet* find_set(const char* name);
 const Kernel* find_kernel(const KernelSet& set, const char* type);
 
-// The best row kernels that this processor can run; plain C++ if there are none.
+// Returns the best row kernels that this processor can run; plain C++ if there are none.
 const RowKernels& best_rows();
 
 }  // namespace quantkit

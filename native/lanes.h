@@ -1,14 +1,14 @@
-// Lanes: the same scalar program run for LANES blocks at once, one block a lane.
+// Lanes: the same scalar program runs for LANES blocks at once, one block in each lane.
 //
-// ggml's quantizers are long chains of float operations whose order decides the bytes. A vector that
-// holds the same step of LANES different blocks keeps every block's own order, so each lane computes
+// ggml's quantizers are long chains of float operations whose order determines the bytes. A vector that
+// holds the same step of LANES different blocks keeps each block's own order, so each lane computes
 // bit for bit what the scalar code would. Vectors are GCC/Clang vector extensions: the same source
-// compiles to AVX2, AVX-512 and NEON; this file is compiled once for each, in a namespace of its own.
+// compiles to AVX2, AVX-512 and NEON; this file is compiled once for each, in its own namespace.
 //
-// Without any of them it compiles too, for the set `plain` of error feedback (feedback.h).
+// It also compiles without any of them, for the set `plain` of error feedback (feedback.h).
 //
-// Contract: no fused multiply-add (-ffp-contract=off); sqrt and division are the correctly rounded
-// ones; a comparison with NaN is false, as in C.
+// Contract: no fused multiply-add (-ffp-contract=off); sqrt and division are correctly
+// rounded; a comparison with NaN is false, as in C.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -46,7 +46,7 @@ QK_INLINE I bits_of(F x) { return reinterpret_cast<I>(x); }
 QK_INLINE F float_of(I x) { return reinterpret_cast<F>(x); }
 
 // mask ? a : b, lane by lane; masks are all ones or all zeros.
-#if defined(__AVX2__) && !defined(__AVX512F__)  // of the expression GCC compares the mask with 0 once more
+#if defined(__AVX2__) && !defined(__AVX512F__)  // for the expression, GCC compares the mask with 0 again
 QK_INLINE F select(I mask, F a, F b) {
     return reinterpret_cast<F>(_mm256_blendv_ps(reinterpret_cast<__m256>(b), reinterpret_cast<__m256>(a),
                                                 reinterpret_cast<__m256>(mask)));
@@ -67,7 +67,7 @@ QK_INLINE F max_of(F a, F b) {
 QK_INLINE F min_of(F a, F b) {
     return reinterpret_cast<F>(_mm512_min_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b)));
 }
-#elif defined(__AVX2__)  // GCC makes a comparison and a blend of the expression: five micro-operations for one
+#elif defined(__AVX2__)  // from the expression GCC makes a comparison and a blend: five micro-operations, not one
 QK_INLINE F max_of(F a, F b) {
     return reinterpret_cast<F>(_mm256_max_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b)));
 }
@@ -116,7 +116,7 @@ QK_INLINE bool any(I mask) {
 #endif
 }
 
-// ggml's nearest_int, out of range included: it wraps, and Inf and NaN give what their bits give.
+// ggml's nearest_int, also out of range: it wraps, and Inf and NaN give whatever their bits give.
 QK_INLINE I nearest_int(F x) { return (bits_of(x + 12582912.0f) & 0x007fffff) - 0x00400000; }
 
 #if !defined(__AVX2__)
@@ -140,7 +140,7 @@ inline uint16_t half_of(float x) {
     const uint32_t sign = u >> 16 & 0x8000u, magnitude = u & 0x7fffffffu;
     if (magnitude > 0x7f800000u) return static_cast<uint16_t>(sign | 0x7e00u | (magnitude >> 13 & 0x3ffu));
     if (magnitude >= 0x477ff000u) return static_cast<uint16_t>(sign | 0x7c00u);  // 65520 and more
-    if (magnitude < 0x38800000u) {  // subnormal: adding 0.5 leaves units of 2^-24 in the last places, rounded
+    if (magnitude < 0x38800000u) {  // subnormal: adding 0.5 rounds and leaves units of 2^-24 in the last places
         float a;
         std::memcpy(&a, &magnitude, 4);
         a += 0.5f;
@@ -233,7 +233,7 @@ QK_INLINE void load_lanes(const float* const* x, F* out, int first = 0) {
 #endif
 }
 
-// The reverse for 32-bit words: word k of lane's block goes to y[lane] + offset + 4*k; N words, a multiple of 8.
+// The reverse for 32-bit words: word k of a lane's block goes to y[lane] + offset + 4*k; N words, a multiple of 8.
 template <int N>
 QK_INLINE void store_lanes(const I* words, uint8_t* const* y, int offset) {
 #if defined(__AVX2__)
@@ -259,7 +259,7 @@ QK_INLINE void store_lanes(const I* words, uint8_t* const* y, int offset) {
 #endif
 }
 
-// A mask of lanes as the comparison instructions give it: a bit a lane on AVX-512, all ones or all zeros elsewhere.
+// A mask of lanes as comparison instructions produce it: one bit a lane on AVX-512, all ones or all zeros elsewhere.
 #if defined(__AVX512F__)
 typedef __mmask16 M;
 QK_INLINE M less(F a, F b) {
@@ -280,7 +280,7 @@ typedef I M;
 QK_INLINE M less(F a, F b) { return a < b; }
 QK_INLINE M differ(F a, F b) { return a != b; }
 QK_INLINE M mask_of(I mask) { return mask; }
-QK_INLINE uint32_t lanes_of(M mask) {  // a bit a lane
+QK_INLINE uint32_t lanes_of(M mask) {  // one bit a lane
 #if defined(__AVX2__)
     return static_cast<uint32_t>(_mm256_movemask_ps(reinterpret_cast<__m256>(mask)));
 #else
@@ -296,7 +296,7 @@ template <int MOST>
 QK_INLINE I clamped_bytes(I a, I b, I c, I d) {
     static_assert(MOST <= 255, "a byte");
 #if defined(__AVX512BW__)
-    // packing works in quarters: 4 of a, 4 of b, … are to become a b c d of 4 lanes
+    // packing works in quarters: turn 4 of a, 4 of b, … into a b c d of 4 lanes
     const __m512i ab = _mm512_packs_epi32(reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b));
     const __m512i cd = _mm512_packs_epi32(reinterpret_cast<__m512i>(c), reinterpret_cast<__m512i>(d));
     const __m512i turn = _mm512_set4_epi32(0x0f0b0703, 0x0e0a0602, 0x0d090501, 0x0c080400);

@@ -7,8 +7,8 @@
 //   Q5_1  24 bytes: d, m, qh[4], qs[16]        x = d*q + m
 //
 // Reproduces quantize_row_q{4_0,4_1,5_0,5_1,8_0}_ref (without importance) and quantize_row_q{4_0,4_1,5_0,5_1}_impl
-// (with) of ggml/src/ggml-quants.c, bit for bit. With importance, LANES blocks at once as elsewhere. Without, a
-// block takes a few operations only and no sum: vectors then lie along the row, eight blocks at a time.
+// (with) of ggml/src/ggml-quants.c, bit for bit. With importance, LANES blocks are done at once, as elsewhere. Without,
+// a block takes only a few operations and no sum, so vectors lie along the row, eight blocks at a time.
 #include "blocks32.h"
 #include "k_search.h"
 #include "tables.h"
@@ -31,7 +31,7 @@ constexpr int largest_level(Kind k) { return k == Q8_0 ? 127 : k == Q4_0 || k ==
 
 QK_INLINE __m256 abs_of(__m256 x) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x); }
 
-// One value a block of eight vectors: the largest of each (or, with MIN, the smallest).
+// One value for each block of eight vectors: the largest (or, with MIN, the smallest) of each.
 template <bool MIN>
 QK_INLINE __m256 reduce8(const __m256* v) {
     const auto op = [](__m256 a, __m256 b) { return MIN ? _mm256_min_ps(a, b) : _mm256_max_ps(a, b); };
@@ -45,7 +45,7 @@ QK_INLINE __m256 reduce8(const __m256* v) {
     return op(_mm256_permute2f128_ps(u[0], u[1], 0x20), _mm256_permute2f128_ps(u[0], u[1], 0x31));
 }
 
-// The first of 32 values whose magnitude is `amax`, the largest. (ggml keeps the first, and its sign counts.)
+// Returns the first of 32 values whose magnitude is `amax`, the largest. (ggml keeps the first, and its sign matters.)
 QK_INLINE float first_largest(const float* x, float amax) {
     const __m256 a = _mm256_set1_ps(amax);
     __m256i is[4];
@@ -66,7 +66,7 @@ QK_INLINE __m256 inverse_of(__m256 d) {
 
 QK_INLINE void put_half(uint8_t* y, uint16_t h) { std::memcpy(y, &h, 2); }
 
-// 32 levels, as bytes in order.
+// 32 levels as bytes, in order.
 template <Kind K>
 QK_INLINE __m256i levels(const float* x, float low, float id) {
     const __m256 scale = _mm256_set1_ps(id), minimum = _mm256_set1_ps(low);
@@ -76,7 +76,7 @@ QK_INLINE __m256i levels(const float* x, float low, float id) {
         if constexpr (has_minimum(K)) v = _mm256_sub_ps(v, minimum);
         v = _mm256_mul_ps(v, scale);
         if constexpr (K == Q8_0) {
-            // roundf: adding the float below a half, with the sign, and truncating rounds halves away from zero
+            // roundf: adding the float just below a half, with the sign, and truncating rounds halves away from zero
             const __m256 sign = _mm256_and_ps(v, _mm256_set1_ps(-0.0f));
             v = _mm256_add_ps(v, _mm256_or_ps(sign, _mm256_set1_ps(0x1.fffffep-2f)));
         } else {
@@ -87,8 +87,8 @@ QK_INLINE __m256i levels(const float* x, float low, float id) {
     const __m256i a = _mm256_packs_epi32(q[0], q[1]), b = _mm256_packs_epi32(q[2], q[3]);
     const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
     if constexpr (K == Q8_0) return _mm256_permutevar8x32_epi32(_mm256_packs_epi16(a, b), order);
-    // Inf and NaN convert to -2^31, whose low byte, which ggml keeps, is 0: so is what packus makes of it.
-    // (Q5_1 has no limit in ggml. It passes none either: (max - min) * id is 31 but for rounding.)
+    // Inf and NaN convert to -2^31, of which ggml keeps the low byte, 0: packus also gives 0.
+    // (Q5_1 has no limit in ggml, and never exceeds one: (max - min) * id is 31 up to rounding.)
     const __m256i bytes = _mm256_min_epu8(_mm256_packus_epi16(a, b), _mm256_set1_epi8(largest_level(K)));
     return _mm256_permutevar8x32_epi32(bytes, order);
 }
@@ -112,11 +112,11 @@ QK_INLINE void eight_blocks(const float* x, uint8_t* y) {
         d = _mm256_div_ps(max, _mm256_set1_ps(127.0f));
     } else if constexpr (has_minimum(K)) {
         low = reduce8<true>(low_part);
-        // max - low of zeros of both signs is -0 where ggml, which keeps the first of equals, has +0
+        // with zeros of both signs max - low is -0, but +0 in ggml, which keeps the first of equals
         d = abs_of(_mm256_div_ps(_mm256_sub_ps(max, low), _mm256_set1_ps(largest_level(K))));
         _mm256_store_ps(lows, low);
         int zero = _mm256_movemask_ps(_mm256_cmp_ps(low, _mm256_setzero_ps(), _CMP_EQ_OQ));
-        if (zero) {  // and the sign of the first zero is the minimum's
+        if (zero) {  // the minimum then has the sign of the first zero
             for (; zero; zero &= zero - 1) {
                 const int b = __builtin_ctz(zero);
                 int j = 0;
@@ -129,12 +129,12 @@ QK_INLINE void eight_blocks(const float* x, uint8_t* y) {
         alignas(32) float amax[8], signed_max[8];
         _mm256_store_ps(amax, max);
         for (int b = 0; b < 8; ++b) signed_max[b] = first_largest(x + 32 * b, amax[b]);
-        // of zeros ggml keeps none: + 0 makes -0 of them 0
+        // ggml never keeps a zero as the largest: + 0 turns -0 into 0
         d = _mm256_add_ps(_mm256_load_ps(signed_max), _mm256_setzero_ps());
         d = _mm256_div_ps(d, _mm256_set1_ps(K == Q4_0 ? -8.0f : -16.0f));
     }
     __m256 id = inverse_of(d);
-    if constexpr (K == Q8_0)  // where 1 / d is Inf all levels are 0 (see `levels`); Inf would pack to -128
+    if constexpr (K == Q8_0)  // if 1 / d is Inf, all levels are 0 (see `levels`); Inf would pack to -128
         id = _mm256_andnot_ps(_mm256_cmp_ps(id, _mm256_set1_ps(__builtin_inff()), _CMP_EQ_OQ), id);
     _mm256_store_ps(ids, id);
     alignas(16) uint16_t hd[8], hm[8];
@@ -163,7 +163,7 @@ QK_INLINE void eight_blocks(const float* x, uint8_t* y) {
 
 #else
 
-// The same, a value at a time: what there is no intrinsic for here the compiler has to find.
+// The same, a value at a time: on processors without the intrinsics the compiler must find the vectors.
 template <Kind K>
 QK_INLINE void one_block(const float* x, uint8_t* y) {
     float d, low = 0.0f;
@@ -184,7 +184,7 @@ QK_INLINE void one_block(const float* x, uint8_t* y) {
         d = K == Q8_0 ? amax / 127.0f : max / (K == Q4_0 ? -8.0f : -16.0f);
     }
     const float id = d != 0.0f ? 1.0f / d : 0.0f;
-    // Inf and NaN, where 1 / d overflows, are level 0
+    // Inf and NaN, if 1 / d overflows, become level 0
     const auto whole = [](float v) { return __builtin_fabsf(v) < 1e9f ? static_cast<int32_t>(v) : 0; };
     uint8_t q[32];
     for (int j = 0; j < 32; ++j) {
@@ -248,10 +248,10 @@ QK_INLINE F mean_squares(const float* x, size_t n_rows, size_t n_cols) {
     return sum / static_cast<float>(n_cols);
 }
 
-// How many blocks a lane takes at a time: the affine search wants two.
+// How many blocks a lane takes at a time: two for the affine search.
 constexpr int side_by_side(Kind k) { return has_minimum(k) ? 2 : 1; }
 
-// N blocks a lane: x of them, w their weights; tile t of LANES blocks is x[32*t ...].
+// N blocks for each lane: x holds their values, w their weights; tile t of LANES blocks is x[32*t ...].
 template <Kind K, int N>
 QK_INLINE void search(const F* x, const F* w, uint8_t* const* y) {
     constexpr bool FIVE = largest_level(K) == 31;
@@ -273,7 +273,7 @@ QK_INLINE void search(const F* x, const F* w, uint8_t* const* y) {
     }
 }
 
-// LANES rows at a time: their mean squares first, then their blocks, N*LANES at a time whatever row they are of.
+// LANES rows at a time: first their mean squares, then their blocks, N*LANES at a time whatever row they are in.
 // Past the end, lanes repeat the last block and write to a scratch place.
 template <Kind K>
 void weighted(const float* x, uint8_t* y, size_t n_rows, size_t n_cols, const float* importance) {

@@ -1,4 +1,4 @@
-// Values of rows in lanes: loaded, and rounded to bfloat16.
+// Loading the values of rows into lanes, and rounding them to bfloat16.
 #pragma once
 #include "lanes.h"
 
@@ -13,8 +13,8 @@ QK_INLINE V load(const void* p) {
     return v;
 }
 
-// To nearest even bfloat16, in the upper half of each lane; what is below is left over. Not for a NaN whose bits
-// would carry into the sign.
+// Rounds to bfloat16 (nearest, ties to even) in the upper half of each lane; the lower half is leftovers. Not for a NaN
+// whose bits would carry into the sign.
 QK_INLINE U bf16_upper(F x) {
     const U u = reinterpret_cast<U>(x);
     return u + ((u >> 16 & 1) + 0x7fff);
@@ -22,7 +22,7 @@ QK_INLINE U bf16_upper(F x) {
 
 enum class Round { NO, YES, NO_LARGE_NAN };
 
-// Rounded to bfloat16. A NaN stays one.
+// Rounds to bfloat16. A NaN stays a NaN.
 template <Round ROUND>
 QK_INLINE F rounded(F x) {
     if (ROUND == Round::NO) return x;

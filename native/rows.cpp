@@ -1,4 +1,4 @@
-// Stored rows to float32, a value at a time: see rows.h for the formats and the contract, rows_simd.cpp for the same
+// Stored rows to float32, one value at a time. See rows.h for the formats and the contract, rows_simd.cpp for the same
 // with vectors.
 #include "rows.h"
 
@@ -37,7 +37,7 @@ float round_to_bf16(float x) {
     return float_of((u + (0x7fffu + ((u >> 16) & 1u))) & 0xffff0000u);
 }
 
-// IEEE binary16: exact in float32, subnormals, infinities and NaN payloads included.
+// IEEE binary16: exact in float32, including subnormals, infinities and NaN payloads.
 float f16_value(uint16_t h) {
     const uint32_t sign = static_cast<uint32_t>(h & 0x8000u) << 16;
     const uint32_t exponent = (h >> 10) & 0x1fu;
@@ -67,7 +67,7 @@ std::array<float, 256> make_e4m3_values() {
     return values;
 }
 
-// out[i] = value(i), rounded if asked; the largest magnitude.
+// out[i] = value(i), rounded if asked; returns the largest magnitude.
 template <typename Value>
 uint32_t fill(size_t n, bool round_bf16, float* out, Value value) {
     uint32_t largest = 0;

@@ -1,7 +1,7 @@
 // Stored rows to float32, a vector at a time, and float32 rows to F32, F16 and BF16 (ggml_fp32_to_fp16_row,
 // ggml_fp32_to_bf16_row_ref). See rows.h for the formats and the contract, rows.cpp for the same in plain C++.
-// No templates of the standard library here: the linker keeps one copy of each, and it might keep this file's, which
-// other processors cannot run.
+// No templates from the standard library here: the linker keeps one copy of each, and if it kept this file's, other
+// processors could not run it.
 #include "rows.h"
 
 #include "e4m3_file.h"
@@ -17,7 +17,7 @@ typedef uint16_t Halves __attribute__((vector_size(LANES * 2)));
 
 QK_INLINE void store(float* p, F x) { std::memcpy(p, &x, sizeof x); }
 
-// LANES words of 16 bits from memory.
+// Loads LANES 16-bit words from memory.
 QK_INLINE U load_halves(const uint8_t* p) {
 #if defined(__AVX512F__)
     return reinterpret_cast<U>(_mm512_maskz_cvtepu16_epi32(0xffff, load<__m256i>(p)));
@@ -28,7 +28,7 @@ QK_INLINE U load_halves(const uint8_t* p) {
 #endif
 }
 
-// The largest magnitude of what has been seen, a lane each.
+// The largest magnitude seen so far, in each lane.
 struct Largest {
     I bits{};
 
@@ -48,8 +48,8 @@ struct Largest {
     }
 };
 
-// 2 * LANES E4M3 codes, exactly, as value / 256: a code shifted by 7 bits is a half with the exponent 8 too small,
-// subnormals included. Code 0x7f has all of a half's exponent but the highest bit; adding 1 carries into that.
+// 2 * LANES E4M3 codes, exactly, as value / 256: a code shifted by 7 bits is a half whose exponent is 8 too small,
+// also for subnormals. Code 0x7f fills all bits of a half's exponent but the highest; adding 1 carries into that.
 QK_INLINE Pair e4m3_pair(const uint8_t* p) {
 #if defined(__AVX512BW__)
     const __m512i code = _mm512_maskz_cvtepi8_epi16(~0u, load<__m256i>(p));
@@ -66,7 +66,7 @@ QK_INLINE Pair e4m3_pair(const uint8_t* p) {
     return {reinterpret_cast<F>(_mm256_cvtph_ps(_mm256_castsi256_si128(half))),
             reinterpret_cast<F>(_mm256_cvtph_ps(_mm256_extracti128_si256(half, 1)))};
 #else
-    // in floats: subnormals are given the exponent of 2^-14, which is then taken away: m/8 * 2^-14 is left
+    // in floats: give subnormals the exponent of 2^-14 and then subtract 2^-14, which leaves m/8 * 2^-14
     Pair out;
     for (int k = 0; k < 2; ++k) {
         typedef uint8_t Bytes __attribute__((vector_size(LANES)));
@@ -80,8 +80,8 @@ QK_INLINE Pair e4m3_pair(const uint8_t* p) {
 #endif
 }
 
-// n values in steps of 2 * LANES: value(p) makes them of the stored ones at p, SIZE bytes each. The last ones are
-// made of a copy.
+// n values in steps of 2 * LANES: value(p) converts those stored at p, SIZE bytes each. The last, partial step works
+// on a copy.
 template <size_t SIZE, typename Value>
 QK_INLINE void fill(const uint8_t* src, size_t n, float* out, Largest& largest, Value value) {
     constexpr size_t STEP = 2 * LANES;
@@ -100,7 +100,7 @@ QK_INLINE void fill(const uint8_t* src, size_t n, float* out, Largest& largest, 
     float made[STEP];
     std::memcpy(made, &x, sizeof made);
     std::memcpy(out + i, made, (n - i) * sizeof(float));
-    for (size_t k = n - i; k < STEP; ++k) made[k] = 0;  // 0 * Inf, say, is no value of the row
+    for (size_t k = n - i; k < STEP; ++k) made[k] = 0;  // 0 * Inf, say, is not a value of the row
     largest.see(load<F>(made));
     largest.see(load<F>(made + LANES));
 }
@@ -110,7 +110,7 @@ uint32_t e4m3_row(const uint8_t* src, size_t n, const float* scale, size_t block
     Largest largest;
     for (size_t c = 0; c < n; c += block_cols, ++scale) {
         const size_t m = n - c < block_cols ? n - c : block_cols;
-        // exact, subnormal scales included, unless it overflows
+        // exact, also for subnormal scales, unless it overflows
         const float scale256 = *scale * 256;
         if (scale256 - scale256 == 0) {  // is finite
             const F s = splat(scale256);
@@ -119,7 +119,7 @@ uint32_t e4m3_row(const uint8_t* src, size_t n, const float* scale, size_t block
                 return Pair{rounded<ROUND>(x.a * s), rounded<ROUND>(x.b * s)};
             });
         } else {
-            // a NaN with all bits set would not stay one when it is rounded
+            // a NaN with all bits set would not stay a NaN when rounded
             const F s = splat(*scale == *scale ? *scale : __builtin_nanf(""));
             fill<1>(src + c, m, out + c, largest, [s](const uint8_t* p) {
                 const Pair x = e4m3_pair(p);
@@ -134,7 +134,7 @@ uint32_t e4m3(const uint8_t* src, size_t n, const float* scale, size_t block_col
     return (round_bf16 ? e4m3_row<Round::NO_LARGE_NAN> : e4m3_row<Round::NO>)(src, n, scale, block_cols, out);
 }
 
-// A row of floats, SIZE bytes each: value(p) is LANES of them.
+// A row of floats, SIZE bytes each: value(p) returns LANES of them.
 template <Round ROUND, size_t SIZE, typename Value>
 QK_INLINE uint32_t float_row(const uint8_t* src, size_t n, float* out, Value value) {
     Largest largest;
@@ -170,7 +170,7 @@ uint32_t f32(const uint8_t* src, size_t n, bool round_bf16, float* out) {
 }
 
 uint32_t largest_of(const float* x, size_t n) {
-    Largest a, b;  // two, for the latency
+    Largest a, b;  // two, to hide latency
     size_t i = 0;
     for (; i + 2 * LANES <= n; i += 2 * LANES) {
         a.see(load<F>(x + i));
@@ -187,7 +187,7 @@ uint32_t largest_of(const float* x, size_t n) {
 
 typedef uint16_t TwoHalves __attribute__((vector_size(LANES * 4)));
 
-// n values to 16 bits each, 2 * LANES at a time.
+// Converts n values to 16 bits each, 2 * LANES at a time.
 template <typename Convert>
 QK_INLINE void to_halves(const float* x, uint8_t* y, size_t n, Convert convert) {
     constexpr size_t STEP = 2 * LANES;
@@ -230,7 +230,7 @@ void quantize_f16(const float* x, uint8_t* y, size_t n_rows, size_t n_cols, cons
     to_halves(x, y, n_rows * n_cols, [](F a, F b) {
         TwoHalves out;
 #if defined(__AVX512F__)
-        // masked by nothing: GCC 12 warns of the undefined value that the plain form begins with
+        // a mask that hides nothing: in the plain form, GCC 12 warns about the undefined value it starts from
         const __m256i halves[2] = {
             _mm512_maskz_cvtps_ph(0xffff, reinterpret_cast<__m512>(a), _MM_FROUND_TO_NEAREST_INT),
             _mm512_maskz_cvtps_ph(0xffff, reinterpret_cast<__m512>(b), _MM_FROUND_TO_NEAREST_INT)};

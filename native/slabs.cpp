@@ -1,4 +1,4 @@
-// A slab of stored rows to float32, or in one go to blocks: a few rows at a time are turned into float32, which stay
+// Converts a slab of stored rows to float32, or straight to blocks: a few rows at a time become float32, and stay
 // in the nearest caches until the kernel has read them.
 #include <algorithm>
 #include <cfloat>
@@ -13,7 +13,7 @@ namespace quantkit {
 
 namespace {
 
-// Floats that a thread keeps between slabs, at a cache line's start.
+// Floats that a thread keeps from slab to slab, aligned to a cache line.
 class Buffer {
 public:
     float* of(size_t n) {
@@ -34,14 +34,14 @@ private:
     size_t size_ = 0;
 };
 
-// Where row i is: number `at` of its run, number `row` of the data.
+// Where row i is: its run, number `at` in the run, number `row` in the data.
 struct Place {
     size_t run, at, row;
 };
 
 Place place(const StoredRows& rows, size_t i) {
     const size_t run = i % rows.n_runs, at = i / rows.n_runs;
-    // the first n_rows % n_runs runs have a row more
+    // the first n_rows % n_runs runs have one more row
     const size_t before = run * (rows.n_rows / rows.n_runs) + std::min(run, rows.n_rows % rows.n_runs);
     return {run, at, before + at};
 }
@@ -71,13 +71,13 @@ uint32_t decode_row(const RowKernels& kernels, const StoredRows& rows, size_t i,
     return kernels.f32(src, rows.n_cols, rows.round_bf16, out);
 }
 
-// Whether rows are to be written past the caches: more than the reader would find there.
+// Whether rows should be written past the caches: if they are more than a reader would still find there.
 bool streams(const void* out, size_t n_rows, size_t row_bytes) {
     constexpr size_t MANY = 16 << 20;
     return n_rows * row_bytes >= MANY && reinterpret_cast<uintptr_t>(out) % 16 == 0 && row_bytes % 16 == 0;
 }
 
-// E4M3 rows to a BF16 or F32 file in one step. False where a row needs the long way, or is to be refused there.
+// E4M3 rows to a BF16 or F32 file in one step. Returns false if a row needs the long way, or must be refused there.
 bool copy_e4m3(const RowKernels& kernels, const StoredRows& rows, FileFloat type, Limits limits, uint8_t* out) {
     const size_t row_bytes = rows.n_cols * (type == FileFloat::BF16 ? 2 : 4);
     const bool stream = streams(out, rows.n_rows, row_bytes);
@@ -85,7 +85,7 @@ bool copy_e4m3(const RowKernels& kernels, const StoredRows& rows, FileFloat type
     for (size_t i = 0, n; i < rows.n_rows && bits < INF_BITS; i += n) {
         const Place from = place(rows, i);
         const uint8_t* src = rows.data + from.row * rows.row_bytes();
-        // as far as the scales are the same
+        // as many rows as have the same scales
         const size_t left = rows.block_rows - (rows.first_rows[from.run] + from.at) % rows.block_rows;
         n = rows.n_runs == 1 ? std::min(rows.n_rows - i, left) : 1;
         bits = std::max(bits, kernels.e4m3_to_file(src, n, rows.n_cols, scales_of(rows, from.run, from.at),
@@ -97,8 +97,8 @@ bool copy_e4m3(const RowKernels& kernels, const StoredRows& rows, FileFloat type
     return bits < INF_BITS && largest <= limits.weight;
 }
 
-// Rows a turn: enough to fill a kernel's lanes, of which no set has more than 16, and not much more than half a
-// first-level cache; rows too long for both fill the lanes well enough alone.
+// Rows to do together: enough to fill a kernel's lanes (at most 16 in any set), and not much more than half a
+// first-level cache. Rows too long for both fill the lanes well enough on their own.
 size_t rows_a_turn(size_t n_cols, size_t block) {
     constexpr size_t few = 6 << 10, many = 64 << 10;  // values
     const size_t step = 16 / std::gcd<size_t>(n_cols / block, 16);
@@ -118,7 +118,7 @@ bool quantize(const RowKernels& kernels, const StoredRows& stored, const Kernel&
               Limits limits, uint8_t* out) {
     static thread_local Buffer buffer;
     StoredRows rows = stored;
-    if (std::strcmp(kernel.type, "BF16") == 0) rows.round_bf16 = false;  // it rounds, and twice is as once
+    if (std::strcmp(kernel.type, "BF16") == 0) rows.round_bf16 = false;  // the kernel rounds; twice gives the same
     const size_t n_cols = rows.n_cols, step = rows_a_turn(n_cols, kernel.block);
     const size_t row_bytes = n_cols / kernel.block * kernel.block_bytes;
     double most = 0;

@@ -1,4 +1,4 @@
-// What each instruction set's object files offer to its table (isa.cpp).
+// What the object files of each instruction set contribute to its table (isa.cpp).
 #pragma once
 #include <cstddef>
 #include <cstdint>

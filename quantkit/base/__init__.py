@@ -1,2 +1,2 @@
-"""What every room stands on: errors, files and folders opened with care, journals and locks of work that can be gone on
-with, copying, worker threads, text tables. Imports nothing of quantkit; knows nothing of models."""
+"""What every room builds on: errors, safe handling of files and folders, journals and locks for resumable work,
+copying, worker threads, text tables. Imports nothing from quantkit; knows nothing about models."""

@@ -1,9 +1,9 @@
-"""Byte ranges from file to file, moved by the kernel where it can.
+"""Copy byte ranges from file to file, in the kernel where possible.
 
-First a reflink (FICLONERANGE), which shares the blocks and moves nothing: it needs a filesystem that can
-(Btrfs, XFS), and offsets that are equal modulo its block. What is left goes by copy_file_range, else by
-sendfile, else through a small buffer. All work in bounded pieces, so memory is constant, progress is
-seen, and an interrupt is answered soon.
+First a reflink (FICLONERANGE), which shares blocks and moves nothing. It needs a filesystem that supports it
+(Btrfs, XFS), and offsets that are equal modulo its block size. The rest goes by copy_file_range, else by
+sendfile, else through a small buffer. All work is done in bounded pieces, so memory is constant, progress
+shows, and an interrupt takes effect soon.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from .errors import OutputError, SourceError
 
-#: bytes of one call: progress, interrupts and what the caller does after each piece come as often as this
+#: most bytes per call, and so between two progress reports or checks for an interrupt
 CHUNK = 1 << 23
 _BUFFER = 1 << 20
 _FICLONERANGE = 0x4020940D
@@ -27,7 +27,7 @@ Progress = Callable[[int], None]
 
 
 class Opened(NamedTuple):
-    """An open file, and the name that messages use for it."""
+    """An open file, and the path that messages use for it."""
 
     fd: int
     path: Path
@@ -36,11 +36,11 @@ class Opened(NamedTuple):
 def copy_range(
     src: Opened, src_offset: int, dst: Opened, dst_offset: int, nbytes: int, progress: Progress | None = None
 ) -> str:
-    """Copy `nbytes` bytes. Returns how most of them went: "reflink", "copy_file_range", "sendfile" or "read+write".
+    """Copy `nbytes` bytes. Returns how most were copied: "reflink", "copy_file_range", "sendfile" or "read+write".
 
-    `dst` is open for writing, not for appending; its file position may move. `progress` is given the
-    bytes of each piece. Raises SourceError where the source ends early or cannot be read, OutputError where the
-    target has no room or cannot be written; both name the file, the offset and the bytes.
+    `dst` is open for writing, not for appending; its file position may move. `progress` gets the
+    number of bytes of each piece. Raises SourceError if the source ends early or cannot be read, OutputError if the
+    target has no space or cannot be written; both name the file, the offset and the bytes.
     """
     moved: dict[str, int] = {}
     for start, n, whole_blocks in pieces(src_offset, dst_offset, nbytes, os.fstat(dst.fd).st_blksize):
@@ -56,8 +56,8 @@ def copy_range(
 
 
 def pieces(src_offset: int, dst_offset: int, nbytes: int, block: int) -> list[tuple[int, int, bool]]:
-    """A range cut as (start, bytes, whether whole blocks at both offsets): only whole blocks can be
-    reflinked. It is one piece where the offsets differ modulo the block."""
+    """Cut a range into (start, bytes, whether these are whole blocks at both offsets): only whole blocks can be
+    reflinked. There is only one piece if the offsets differ modulo the block size."""
     before = -src_offset % block
     inside = max(nbytes - before, 0) // block * block
     if (src_offset - dst_offset) % block or not inside:
@@ -68,7 +68,7 @@ def pieces(src_offset: int, dst_offset: int, nbytes: int, block: int) -> list[tu
 
 
 def _clone(src_fd: int, src_offset: int, dst_fd: int, dst_offset: int, nbytes: int) -> bool:
-    """Whether the range was reflinked. A refusal is no error: what is wrong with a file, the copy meets too."""
+    """Try to reflink the range; return whether it worked. A refusal is no error: copying will report real faults."""
     import fcntl
 
     try:
@@ -79,8 +79,8 @@ def _clone(src_fd: int, src_offset: int, dst_fd: int, dst_offset: int, nbytes: i
 
 
 def _copy(src: Opened, src_offset: int, dst: Opened, dst_offset: int, nbytes: int, progress: Progress | None) -> str:
-    """Copy by the first way that works here. A call that fails or moves nothing gives way to the next one;
-    the last is the one that can tell which of the two files is at fault."""
+    """Copy in the first way that works here. If a call fails or copies nothing, the next way continues;
+    the last one can tell which of the two files is at fault."""
     done = 0
     for way, call in _IN_KERNEL.items():
         while done < nbytes:
@@ -121,7 +121,7 @@ _IN_KERNEL = {"copy_file_range": _copy_file_range, "sendfile": _sendfile}
 
 
 def _read(src: Opened, offset: int, buffer: memoryview, left: int) -> int:
-    """Fill a part of the buffer, at least a byte. `left` bytes of the range are still to come."""
+    """Fill at least one byte of the buffer; return how many. `left`: bytes of the range still to come."""
     try:
         got = os.preadv(src.fd, [buffer], offset)
     except OSError as e:
@@ -152,5 +152,5 @@ def _unwritable(dst: Opened, offset: int, left: int, e: OSError) -> OutputError:
 
 
 def write_at(dst: Opened, offset: int, data: bytes) -> None:
-    """Write bytes at an offset, all of them. Raises OutputError as `copy_range` does."""
+    """Write all bytes at an offset. Raises OutputError as `copy_range` does."""
     _write(dst, offset, memoryview(data), len(data))

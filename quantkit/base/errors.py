@@ -1,8 +1,8 @@
-"""Every error quantkit raises on purpose, in one tree, with the exit code of each.
+"""Every error that quantkit raises on purpose, in one tree, with its exit code.
 
-They live together so that the exit codes can be seen to be distinct, and so that a caller
-can catch `QuantkitError` and know that the message is meant for a person: it names the
-thing, the numbers and the next step. Anything else that escapes is a defect of quantkit.
+They are defined together so that the exit codes are easily seen to be distinct, and so that callers
+can catch `QuantkitError` and know that its message is meant for people: it names the
+thing, the numbers and the next step. Any other exception that escapes is a bug in quantkit.
 
     QuantkitError                1
     ├── RecipeError              3   a recipe: YAML, unknown key or type, rules that cannot work
@@ -26,15 +26,15 @@ from __future__ import annotations
 import difflib
 from collections.abc import Collection, Iterable
 
-#: characters of a line of a message that are kept at its start, and at its end, where the next step is
+#: characters of a long line that are kept at its start, and at its end, where the next step is
 _LINE_START, _LINE_END = 1200, 600
-#: lines of a message that lists mistakes
+#: most lines in a message that lists mistakes
 _MAX_MISTAKES = 20
 
 
 class QuantkitError(Exception):
-    """The base of all errors with a message for a person. Whatever a hostile file brings into it, it is safe to show:
-    characters that are not printable are written as escapes, and endless lines are shortened in the middle."""
+    """Base of all errors with a message for people. Text from a hostile file is safe to show in it:
+    unprintable characters are escaped, and very long lines are shortened in the middle."""
 
     exit_code = 1
 
@@ -43,14 +43,14 @@ class QuantkitError(Exception):
 
 
 def showable(line: str) -> str:
-    """A line of what a stranger may have written, as it may be shown."""
+    """Return an untrusted line so that it is safe to show."""
     if len(line) > _LINE_START + _LINE_END + 1:
         line = f"{line[:_LINE_START]}…{line[-_LINE_END:]}"
     return line if line.isprintable() else "".join(ch if ch.isprintable() else ascii(ch)[1:-1] for ch in line)
 
 
 def listed(mistakes: Collection[str]) -> str:
-    """A line for each mistake; of very many, the first and how many there are."""
+    """Return one line for each mistake; if there are very many, the first ones and the total."""
     if len(mistakes) <= _MAX_MISTAKES:
         return "\n".join(mistakes)
     return "\n".join([*list(mistakes)[:_MAX_MISTAKES], f"and {len(mistakes) - _MAX_MISTAKES:,} mistakes more"])
@@ -61,7 +61,7 @@ class RecipeError(QuantkitError):
 
 
 class SourceError(QuantkitError):
-    """`cut` says that something is missing at the end, and what is there may still be read as far as it goes."""
+    """`cut`: the file lacks its end, and what is there may still be usable as far as it goes."""
 
     exit_code = 4
 

@@ -1,5 +1,5 @@
-"""Files as a build needs them: reserved, written at an offset, on the disk when that is said, and under their names
-only when they are whole; small texts, read to a limit."""
+"""Files for builds: space reserved, written at offsets, synced when needed, and renamed to their final names once
+complete; also reading small texts up to a limit."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .folders import Folder
 
 
 def create(folder: Folder, name: str, header: bytes, nbytes: int) -> int:
-    """A new file with its header and its full length, on the disk; the space is reserved where the filesystem can.
+    """Create a file with its header and its full length, synced to disk; space is reserved if the filesystem can.
     Returns its descriptor, for reading and writing. Raises OSError."""
     fd = folder.create(name)
     try:
@@ -33,8 +33,8 @@ def create(folder: Folder, name: str, header: bytes, nbytes: int) -> int:
 
 
 class NewFile:
-    """A file that is made under another name, and gets its own when it is whole: a reader there finds what was
-    there before, or all of the new one. It is gone when the block ends, unless `publish` was called.
+    """A file written under a temporary name and renamed once it is complete: readers see either the old file or all
+    of the new one. It is deleted when the block ends, unless `publish` was called.
 
         with NewFile(folder, ".config.json.new") as new:
             write_at(new.fd, data, 0)
@@ -42,8 +42,8 @@ class NewFile:
     """
 
     def __init__(self, folder: Folder, temporary: str) -> None:
-        """A file in a folder, in place of a leftover of the temporary name; a link is removed, not followed. `fd` is
-        for reading and writing. Raises OSError."""
+        """Create the file in a folder, replacing a leftover with the temporary name; a link is removed, not followed.
+        `fd` is for reading and writing. Raises OSError."""
         self.folder, self.temporary = folder, temporary
         info = folder.look(temporary)
         if info is not None and not stat.S_ISDIR(info.st_mode):
@@ -52,9 +52,9 @@ class NewFile:
         self._has_name = False
 
     def publish(self, to: Folder, name: str, replace: bool = True, durable: bool = True) -> None:
-        """Give it its name, in this folder or another; `durable`: when its bytes are on the disk, and so that the name
-        is too. Raises OSError (FileExistsError where something has the name, unless `replace`), and OutputError where
-        another file has the temporary name by now."""
+        """Give the file its name, in this folder or another. `durable`: sync its bytes before and the name afterwards.
+        Raises OSError (FileExistsError if the name is taken, unless `replace`), and OutputError if the temporary name
+        belongs to another file by now."""
         if durable:
             os.fsync(self.fd)
         self.folder.give_name(self.temporary, self.fd, to, name, replace)
@@ -78,8 +78,8 @@ class NewFile:
 
 
 def reserve(fd: int, nbytes: int) -> None:
-    """Reserve the space, where the filesystem can. Not os.posix_fallocate: where it cannot, the C
-    library writes to every block instead, which for a model takes longer than building it."""
+    """Reserve the space, if the filesystem can. Not by os.posix_fallocate: if the filesystem cannot, the C
+    library writes to every block instead, which for a model takes longer than building it. Raises OSError."""
     libc = ctypes.CDLL(None, use_errno=True)
     if not hasattr(libc, "fallocate"):
         return
@@ -89,7 +89,7 @@ def reserve(fd: int, nbytes: int) -> None:
 
 
 def write_at(fd: int, data: bytes | memoryview, offset: int) -> None:
-    """Write all of it. Raises OSError."""
+    """Write all the data. Raises OSError."""
     view = memoryview(data)
     while view:
         n = os.pwrite(fd, view, offset)
@@ -97,7 +97,7 @@ def write_at(fd: int, data: bytes | memoryview, offset: int) -> None:
 
 
 def read_at(fd: int, nbytes: int, offset: int) -> bytes:
-    """So many bytes, or those up to the file's end. Raises OSError."""
+    """Read `nbytes` bytes, or fewer if the file ends before. Raises OSError."""
     out = bytearray()
     while len(out) < nbytes:
         got = os.pread(fd, nbytes - len(out), offset + len(out))
@@ -108,7 +108,7 @@ def read_at(fd: int, nbytes: int, offset: int) -> bytes:
 
 
 def special(mode: int) -> str | None:
-    """What an `st_mode` is of that is neither a file nor a directory: 'a FIFO', 'a socket', 'a device'; else None."""
+    """Return 'a FIFO', 'a socket' or 'a device' for such an `st_mode`, else None."""
     if stat.S_ISFIFO(mode):
         return "a FIFO"
     if stat.S_ISSOCK(mode):
@@ -117,7 +117,7 @@ def special(mode: int) -> str | None:
 
 
 def open_regular(path: Path) -> int:
-    """A descriptor to read a regular file. Raises OSError, and at once for a pipe, which might never be written to."""
+    """Open a regular file for reading. Raises OSError, also for a pipe, without waiting for a writer."""
     fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
     what = special(os.fstat(fd).st_mode)
     if what is not None:
@@ -126,7 +126,7 @@ def open_regular(path: Path) -> int:
     return fd
 
 
-#: byte-order marks and what they stand for; UTF-32's little-endian one begins as UTF-16's does
+#: byte-order marks and their encodings; UTF-32's little-endian mark begins with UTF-16's, so it comes first
 _MARKS = (
     (codecs.BOM_UTF8, "utf-8-sig"),
     (codecs.BOM_UTF32_LE, "utf-32"),
@@ -137,10 +137,10 @@ _MARKS = (
 
 
 def text_within(path: Path, most: int) -> str | None:
-    """A small regular file's text, None where there are more than `most` bytes. UTF-8, or what a byte-order mark says,
-    which is no part of the text. Raises OSError, for what is a pointer or a page in its place too, and
+    """Return a small regular file's text, or None if it has more than `most` bytes. The encoding is UTF-8, or the one
+    of the byte-order mark, which is dropped. Raises OSError, also for a Git LFS pointer or a web page, and
     UnicodeDecodeError."""
-    if "\0" in str(path):  # which open() does not call an OSError
+    if "\0" in str(path):  # for this, open() raises no OSError
         raise OSError(errno.EINVAL, "a name cannot hold a NUL")
     with open(open_regular(path), "rb") as f:
         data = f.read(most + 1)
@@ -157,7 +157,7 @@ def text_within(path: Path, most: int) -> str | None:
 
 
 def file_sha256(path: str | os.PathLike[str]) -> str:
-    """SHA-256 of a file's content, 64 hex digits. Raises OSError."""
+    """Return the SHA-256 of a file's content, 64 hex digits. Raises OSError."""
     digest = hashlib.sha256()
     with open(path, "rb") as f:
         while piece := f.read(1 << 22):

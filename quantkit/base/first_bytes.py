@@ -1,18 +1,18 @@
-"""What a file is that is not what its name says, seen by its first bytes: a Git LFS pointer, a web page, text with a
+"""Recognizing, by its first bytes, a file that is not what its name says: a Git LFS pointer, a web page, text with a
 byte-order mark.
 
     version https://git-lfs.github.com/spec/v1
     oid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1258daaa5e2ca24d17e2393
     size 4302350824
 
-is all of a file that Git LFS keeps elsewhere, after a `git clone` without git-lfs.
+is the whole file that `git clone` without git-lfs leaves for a file kept in Git LFS.
 """
 
 from __future__ import annotations
 
 import re
 
-#: bytes that are enough to see it
+#: how many bytes suffice
 ENOUGH = 1024
 _POINTER = re.compile(rb"version https?://(?:git-lfs\.github\.com|hawser\.github\.com|git-media\.io)/\S+\s")
 _SIZE = re.compile(rb"^size ([0-9]{1,18})\s*$", re.MULTILINE)
@@ -21,8 +21,8 @@ _MARKS = {b"\xef\xbb\xbf": "UTF-8", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"
 
 
 def not_the_file(head: bytes) -> str | None:
-    """What a file is instead, and how to get the file itself, from its first `ENOUGH` bytes: a sentence to follow its
-    name and a colon. None where nothing is known against it."""
+    """Explain what a file is instead, and how to get the right one, from its first `ENOUGH` bytes: a sentence to follow
+    its name and a colon. None if nothing looks wrong."""
     if _POINTER.match(head):
         size = _SIZE.search(head)
         has = f"; the file itself has {int(size[1]):,} bytes" if size else ""
@@ -33,7 +33,7 @@ def not_the_file(head: bytes) -> str | None:
 
 
 def not_json(head: bytes) -> str | None:
-    """The same of a JSON file, which may begin with no byte-order mark either."""
+    """Do the same for a JSON file, which may not begin with a byte-order mark either."""
     for mark, encoding in _MARKS.items():
         if head.startswith(mark):
             return f"begins with the byte-order mark of {encoding}, which JSON has not; save it as UTF-8 without one"

@@ -1,10 +1,10 @@
 """Folders that others may be able to write to, held open by a descriptor.
 
-Whatever is opened, made, renamed or removed in such a folder is reached through the descriptor, so that the folder
-stays the same one whatever gets its name, and no link in it is followed. What somebody may have put there is looked at
-before it is used: a file must be a regular one (a FIFO would be waited for, a device would answer), where it
-matters one of our own, and with one name only where it is written to: another name, a hard link, is another's file.
-Before a file gets its final name, the name that it has is compared with what was written, by device and inode.
+Everything opened, created, renamed or removed in such a folder goes through the descriptor, so the folder
+stays the same even if another one gets its name, and no link in it is followed. What others may have put there is
+checked before use: a file must be a regular one (a FIFO would block, a device would answer) and, where it matters, our
+own. A file to be written to must have only one name: another one, a hard link, may belong to somebody else.
+Before a file gets its final name, the file under its current name is compared with what was written (device and inode).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .errors import OutputError
 
 _CLOSED = os.O_CLOEXEC | os.O_NOFOLLOW
 _MAX_DEPTH = 64
-#: of Linux: fail where the new name is taken
+#: a flag of Linux's renameat2: fail if the new name is taken
 _RENAME_NOREPLACE = 1
 _KINDS = (
     (stat.S_ISLNK, "a symbolic link"), (stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a FIFO"),
@@ -33,12 +33,12 @@ _KINDS = (
 
 
 def kind(info: os.stat_result) -> str:
-    """What a thing is, in words."""
+    """Return in words what kind of thing this is."""
     return next((words for test, words in _KINDS if test(info.st_mode)), "no regular file")
 
 
 def who(uid: int) -> str:
-    """A user, in words."""
+    """Return a user's name and number, for messages."""
     import pwd
 
     with suppress(KeyError):
@@ -47,20 +47,20 @@ def who(uid: int) -> str:
 
 
 def same(a: os.stat_result, b: os.stat_result) -> bool:
-    """Whether both are one file."""
+    """Whether both are the same file."""
     return (a.st_dev, a.st_ino) == (b.st_dev, b.st_ino)
 
 
 class Folder:
-    """A folder, held open. `path` is what messages call it."""
+    """A folder, held open. `path` is its name in messages."""
 
     def __init__(self, fd: int, path: Path) -> None:
         self.fd, self.path = fd, path
 
     @classmethod
     def hold(cls, path: Path, follow: bool = True) -> Folder:
-        """A folder by its name. A link in its last part is followed only with `follow`, and not where anyone may have
-        put it: one of another user, in a folder like /tmp that all may write to. Raises OSError, OutputError."""
+        """Open a folder by name. A link in the last part is followed only with `follow`, and never if anyone could have
+        put it there: another user's, in a folder such as /tmp that all may write to. Raises OSError, OutputError."""
         if follow:
             _check_link(path)
         flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW)
@@ -85,8 +85,8 @@ class Folder:
 
     @cached_property
     def own(self) -> int:
-        """The user whose files are ours here: us, but on some filesystems (a network's that takes root for nobody, one
-        with a single user for all) the one that the files have which we make."""
+        """The user id that our files have here: usually our own, but on some filesystems (a network's that maps root to
+        nobody, one with a single user for all) the one given to the files that we create."""
         if self.info.st_uid == os.geteuid():
             return os.geteuid()
         name = f".quantkit-{secrets.token_hex(8)}"
@@ -107,26 +107,26 @@ class Folder:
 
     @property
     def is_open_to_all(self) -> bool:
-        """Whether any user may make files in it."""
+        """Whether any user may create files in it."""
         return bool(self.info.st_mode & stat.S_IWOTH)
 
     def close_to_others(self) -> None:
-        """Take from all others the permission to write in it, where it is ours and the filesystem has permissions."""
+        """Remove all others' write permission, if the folder is ours and the filesystem has permissions."""
         mode = stat.S_IMODE(self.info.st_mode)
         if mode & 0o022:
             with suppress(OSError):
                 os.fchmod(self.fd, mode & ~0o022)
 
     def is_still(self, path: Path) -> bool:
-        """Whether this folder has that name."""
+        """Whether this folder still has that path."""
         try:
             return same(os.stat(path, follow_symlinks=False), self.info)
         except OSError:
             return False
 
     def for_a_program(self) -> Path:
-        """A name for another program, which must inherit `fd`: the folder's own, but one by its descriptor where
-        others could give its own name to another folder meanwhile."""
+        """Return a path for another program, which must inherit `fd`: normally the folder's own, but a path by the
+        descriptor if others could give the folder's path to another folder meanwhile."""
         ours = (0, os.geteuid(), self.own)
         for folder in self.path.absolute().parents:
             above = os.stat(folder)
@@ -140,15 +140,15 @@ class Folder:
         return os.listdir(self.fd)
 
     def look(self, name: str) -> os.stat_result | None:
-        """What has a name, links not followed; None where nothing has. Raises OSError."""
+        """Return the stat of a name, without following links; None if there is nothing. Raises OSError."""
         try:
             return os.stat(name, dir_fd=self.fd, follow_symlinks=False)
         except FileNotFoundError:
             return None
 
     def open(self, name: str, flags: int = os.O_RDONLY, *, owner: int | None = None, alone: bool = False) -> int:
-        """Open a regular file that is there: of user `owner` if given, `alone`: without another name. Raises OSError
-        (FileNotFoundError), and OutputError for anything else."""
+        """Open an existing regular file: `owner` must own it, if given; with `alone` it must have no other name.
+        Raises OSError (FileNotFoundError), and OutputError for anything else."""
         self.check(name, os.stat(name, dir_fd=self.fd, follow_symlinks=False), owner, alone)
         fd = os.open(name, flags | _CLOSED | os.O_NONBLOCK, dir_fd=self.fd)
         try:
@@ -159,7 +159,7 @@ class Folder:
         return fd
 
     def check(self, name: str, info: os.stat_result, owner: int | None = None, alone: bool = False) -> None:
-        """Raises OutputError unless that is a regular file, of the owner, with one name."""
+        """Raise OutputError unless this is a regular file, of the owner if given, with `alone` under one name only."""
         path = self.path / name
         if not stat.S_ISREG(info.st_mode):
             raise OutputError(f"{path}: is {kind(info)}, not a file that quantkit made; move it away and try again")
@@ -172,12 +172,12 @@ class Folder:
             )
 
     def create(self, name: str, mode: int = 0o666) -> int:
-        """A new file, open for reading and writing. Raises OSError (FileExistsError)."""
+        """Create a file, open for reading and writing. Raises OSError (FileExistsError)."""
         return os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | _CLOSED, mode, dir_fd=self.fd)
 
     def sub(self, name: str, mode: int | None = None) -> Folder:
-        """A folder in this one, made where it is not there and `mode` is given. Raises OSError (NotADirectoryError for
-        a link too)."""
+        """Open a folder in this one; create it if it does not exist and `mode` is given. Raises OSError
+        (NotADirectoryError also for a link)."""
         if mode is not None:
             with suppress(FileExistsError):
                 os.mkdir(name, mode, dir_fd=self.fd)
@@ -186,8 +186,8 @@ class Folder:
 
     @contextmanager
     def at(self, name: str, make: bool = False) -> Iterator[tuple[Folder, str]]:
-        """The folder that holds `name`, a relative path with slashes, and its last part; folders between are made on
-        request. Raises OSError."""
+        """Yield the folder that holds `name`, a relative path with slashes, and its last part; with `make`, missing
+        folders on the way are created. Raises OSError."""
         *above, last = name.split("/")
         held: list[Folder] = []
         try:
@@ -201,20 +201,20 @@ class Folder:
     # ------------------------------------------------------------ changing it
 
     def give_name(self, name: str, fd: int, to: Folder, new: str, replace: bool = True) -> None:
-        """Rename a file to what it is called in the end: `fd` is what was written, and it is what gets the name.
-        Raises OSError (FileExistsError where something has the new name, unless `replace`), OutputError."""
+        """Give a file its final name, checking before and after that it is the file written as `fd`.
+        Raises OSError (FileExistsError if the new name is taken, unless `replace`), OutputError."""
         self.require_same(name, fd)
         self.rename(name, to, new, replace)
         to.require_same(new, fd)
 
     def rename(self, name: str, to: Folder, new: str, replace: bool = True) -> None:
-        """Give a file in this folder another name, in this one or another. Without `replace` nothing is replaced, and
-        where the system can, that is one step. Raises OSError (FileExistsError)."""
+        """Rename a file in this folder, perhaps into another. Without `replace` nothing is replaced; where the system
+        supports it, check and rename are one step. Raises OSError (FileExistsError)."""
         give = os.replace if replace else rename_to_new
         give(name, new, src_dir_fd=self.fd, dst_dir_fd=to.fd)
 
     def require_same(self, name: str, fd: int) -> None:
-        """Raises OutputError unless an open file has that name."""
+        """Raise OutputError unless the name belongs to this open file."""
         info = self.look(name)
         if info is None or not same(info, os.fstat(fd)):
             what = "is gone" if info is None else f"is {kind(info)} that somebody else put there"
@@ -227,7 +227,7 @@ class Folder:
         os.unlink(name, dir_fd=self.fd)
 
     def remove(self, name: str, depth: int = 0) -> None:
-        """Remove a file, a link (not what it points to), or a folder with all that is in it. Raises OSError."""
+        """Remove a file, a link (not its target), or a folder with everything in it. Raises OSError."""
         info = self.look(name)
         if info is None:
             return
@@ -242,18 +242,18 @@ class Folder:
         os.rmdir(name, dir_fd=self.fd)
 
     def sync(self) -> None:
-        """Put the names in it on the disk. Raises OSError."""
+        """Sync the folder's names to disk. Raises OSError."""
         os.fsync(self.fd)
 
 
 def rename_to_new(name: str, new: str, *, src_dir_fd: int, dst_dir_fd: int) -> None:
-    """os.rename, but where something has the new name: then FileExistsError. Raises OSError."""
+    """Rename like os.rename, but raise FileExistsError if the new name is taken. Raises OSError."""
     libc = ctypes.CDLL(None, use_errno=True)
     if hasattr(libc, "renameat2"):
         if libc.renameat2(src_dir_fd, os.fsencode(name), dst_dir_fd, os.fsencode(new), _RENAME_NOREPLACE) == 0:
             return
         code = ctypes.get_errno()
-        if code not in (errno.EINVAL, errno.ENOSYS):  # which say that the filesystem or the kernel cannot
+        if code not in (errno.EINVAL, errno.ENOSYS):  # these mean that the filesystem or kernel does not support it
             raise OSError(code, os.strerror(code), new)
     with suppress(FileNotFoundError):
         os.stat(new, dir_fd=dst_dir_fd, follow_symlinks=False)
@@ -262,8 +262,8 @@ def rename_to_new(name: str, new: str, *, src_dir_fd: int, dst_dir_fd: int) -> N
 
 
 def _check_link(path: Path) -> None:
-    """Raises OutputError for a link of another user in a folder that all may write to, as Linux's
-    protected_symlinks has it."""
+    """Raise OutputError for another user's link in a folder that all may write to, like Linux's
+    protected_symlinks."""
     info = os.stat(path, follow_symlinks=False)
     if not stat.S_ISLNK(info.st_mode):
         return

@@ -1,16 +1,16 @@
-"""A journal of work that can be continued: what is being made, and which parts of it are on the disk for good.
+"""A journal of resumable work: what is being made, and which parts of it are safely on disk.
 
-    line 1  = JSON {"quantkit-journal": 3, "of": what writes it, … its own}, a space, its CRC-32 in 8 hex digits
+    line 1  = JSON {"quantkit-journal": 3, "of": what writes it, … further keys}, a space, its CRC-32 in 8 hex digits
     records = u32 part | u64 start | u64 n | 16 bytes digest | u32 CRC-32 of the record
 
-Little-endian but for the digest. A part is cut into units, of which `n` are there from `start` on; what parts and units
-are is the writer's to say (a build: rows of a tensor; dequant: bytes of a shard). The digest is XXH3-128 of their
-bytes, as it is printed, or whatever else the writer knows them again by. A record is appended only when what it names
-has been synced, so it never claims what the disk may not have. Reading stops at the first record whose CRC is wrong:
-what was being appended when the machine went down. The digest notices what a disk has lost or changed, at the speed of
-memory (benchmarks/checksums.py); that nobody else writes to the files is quantkit.base.folders' to see.
+Little-endian, except for the digest. A part consists of units; a record says that the `n` units from `start` on are
+there. The writer defines parts and units (a build: rows of a tensor; dequant: bytes of a shard). The digest is the
+XXH3-128 of their bytes, as usually printed, or anything else by which the writer recognizes them. A record is appended
+only after its units have been synced, so it never claims what the disk may not have. Reading stops at the first record
+with a wrong CRC: it was being appended when the machine went down. The digest detects what a disk lost or changed,
+at the speed of memory (benchmarks/checksums.py); quantkit.base.folders keeps others from writing to the files.
 
-A writer holds a lock (quantkit.base.lock), asks what was told before, and goes on from there:
+A writer takes a lock (quantkit.base.lock), reads what the journal has, and continues from there:
 
 >>> import os, tempfile
 >>> from pathlib import Path
@@ -35,7 +35,7 @@ A writer holds a lock (quantkit.base.lock), asks what was told before, and goes 
 ...             if not there.covers(i, 1):
 ...                 data = (i * i).to_bytes(8, "little")
 ...                 write_at(fd, data, 8 * i)
-...                 os.fdatasync(fd)                      # first the bytes, then what is said of them
+...                 os.fdatasync(fd)                      # first the bytes, then their record
 ...                 book.tell([Record(0, i, 1, digest(data))])
 ...                 made += 1
 ...         os.close(fd)
@@ -66,16 +66,16 @@ from .folders import Folder
 VERSION = 3
 _FIELDS = struct.Struct("<IQQ16s")
 _RECORD = struct.Struct("<IQQ16sI")
-#: bytes of the first line; a build of R1 names 163 source files in 20 KB
+#: most bytes of the first line; a build of R1 names 163 source files in 20 KB
 _MAX_HEAD = 1 << 24
-#: bytes that are read at all; a build of R1 has 25 MB
+#: most bytes that are read; a build of R1 has 25 MB
 _MAX_BYTES = 1 << 30
 
 HeadT = TypeVar("HeadT")
 
 
 class Record(NamedTuple):
-    """Units start… of a part, on the disk."""
+    """The `n` units from `start` on of a part are on disk."""
 
     part: int
     start: int
@@ -85,7 +85,7 @@ class Record(NamedTuple):
 
 @dataclass(frozen=True)
 class Told(Generic[HeadT]):
-    """What a journal says. `nbytes` of it are sound."""
+    """What a journal says. Its first `nbytes` bytes are sound."""
 
     head: HeadT
     records: list[Record]
@@ -93,17 +93,17 @@ class Told(Generic[HeadT]):
 
 
 def digest(data: bytes | memoryview) -> bytes:
-    """The checksum of some units' bytes."""
+    """Return the checksum of some units' bytes."""
     return xxhash.xxh3_128_digest(data)
 
 
 def is_there(fd: int, offset: int, nbytes: int, digest_: bytes) -> bool:
-    """Whether a file has the bytes that a record tells of. Raises OSError."""
+    """Whether a file has the bytes that a record describes. Raises OSError."""
     return digest(read_at(fd, nbytes, offset)) == digest_
 
 
 class Journal:
-    """A journal that is written to, by the process that holds the lock."""
+    """A journal open for writing, by the process that holds the lock."""
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
@@ -112,8 +112,8 @@ class Journal:
     def begin(
         cls, folder: Folder, name: str, of: str, head: Mapping[str, Any], records: Iterable[Record] = ()
     ) -> Journal:
-        """A new journal, in place of one that is there; whole and on the disk when this returns. Raises OSError,
-        OutputError."""
+        """Start a new journal, replacing an existing one; it is complete and on disk when this returns. Raises
+        OSError, OutputError."""
         text = json.dumps({"quantkit-journal": VERSION, "of": of, **head}).encode()
         line = b"%s %08x\n" % (text, zlib.crc32(text))
         with NewFile(folder, temporary_name(name)) as new:
@@ -123,7 +123,7 @@ class Journal:
 
     @classmethod
     def go_on(cls, folder: Folder, name: str, told: Told[Any]) -> Journal:
-        """One that is there, without what is not sound. Raises OSError, and OutputError for one that is another's."""
+        """Continue an existing journal, without its unsound end. Raises OSError, and OutputError for another's."""
         fd = _to_append(folder, name)
         try:
             os.ftruncate(fd, told.nbytes)
@@ -146,7 +146,7 @@ class Journal:
 
 
 def temporary_name(name: str) -> str:
-    """What a journal of that name is called while it is begun."""
+    """Return the temporary name under which a journal is started."""
     return f".{name.lstrip('.')}.new"
 
 
@@ -166,10 +166,10 @@ def read(
     folder: Folder, name: str, of: str, parse: Callable[[dict[str, Any]], HeadT], otherwise: str,
     owner: int | None = None, alone: bool = False,
 ) -> Told[HeadT] | None:  # fmt: skip
-    """The journal in a folder, or None where there is no file or its first line never was written whole. `parse` makes
-    a head of what the first line says, and raises KeyError, TypeError or ValueError where `of` writes no such thing;
-    `otherwise` is what to do about a journal that cannot be continued. Raises ResumeError for anything else that is
-    no journal, OutputError for what is no file of `owner`, or with `alone` has another name, and OSError."""
+    """Read the journal in a folder; None if there is no file or its first line was never written completely. `parse`
+    makes a head of the first line's values, and raises KeyError, TypeError or ValueError if `of` could not have written
+    them; `otherwise` says what to do if the journal cannot be continued. Raises ResumeError for any other invalid
+    journal, OutputError for a file that is not `owner`'s, or with `alone` has another name, and OSError."""
     path = folder.path / name
     try:
         with open(folder.open(name, owner=owner, alone=alone), "rb") as f:
@@ -204,12 +204,12 @@ def read(
 
 
 def is_file_name(name: str) -> bool:
-    """Whether a name that a journal tells is one of a file in a folder, and leads nowhere else."""
+    """Whether a name from a journal is a plain file name that cannot lead out of its folder."""
     return name not in ("", ".", "..") and "/" not in name and "\0" not in name and len(name) <= 255
 
 
 class Ranges:
-    """A set of units, as intervals."""
+    """A set of units, stored as intervals."""
 
     def __init__(self) -> None:
         self.starts: list[int] = []

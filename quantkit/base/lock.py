@@ -1,9 +1,9 @@
-"""A lock between processes: of a file that names its holder, or of a folder. The kernel lets go when a process dies.
+"""A lock between processes, on a file that names its holder, or on a folder. The kernel releases it if a process dies.
 
     with Folder.hold(path) as folder, Lock.of_file(folder, "lock"):
-        ...                     # nobody else who asks for it is here
+        ...                     # no other process that asks for the lock is here
 
-A filesystem that has no locks gives none, and the work goes on without.
+On a filesystem without locks, nothing is locked and the work continues.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from contextlib import suppress
 from .folders import Folder, same
 
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
-#: seconds between two tries
+#: seconds between two attempts
 _PAUSE = 0.02
 
 
 class HeldError(BlockingIOError):
-    """Another process has the lock; `by` is its number, 'unknown' where the lock does not say."""
+    """Another process has the lock; `by` is its process number, 'unknown' if the lock does not tell."""
 
     def __init__(self, fd: int) -> None:
         said = "" if os.path.isdir(fd) else os.pread(fd, 32, 0).decode("ascii", "replace").strip()
@@ -31,16 +31,16 @@ class HeldError(BlockingIOError):
 
 
 class Lock:
-    """A lock that this process holds until `close`."""
+    """A lock held by this process until `close`."""
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
 
     @classmethod
     def of_file(cls, folder: Folder, name: str, owner: int | None = None, patience: float = 0.0) -> Lock:
-        """The lock of a file in a folder, made where it is not there; so many seconds are waited for it. With `owner`
-        it must be that user's file, with one name, and will hold this process's number. Raises HeldError, OutputError
-        for what is no such file, and OSError: FileNotFoundError where the folder is gone."""
+        """Lock a file in a folder, creating it if needed, and waiting up to `patience` seconds. With `owner`, the file
+        must be that user's, with one name, and will hold this process's number. Raises HeldError, OutputError
+        for any other file, and OSError: FileNotFoundError if the folder is gone."""
         while True:
             fd = _open(folder, name, owner)
             try:
@@ -54,11 +54,11 @@ class Lock:
             except BaseException:
                 os.close(fd)
                 raise
-            os.close(fd)  # its owner has removed it: try again
+            os.close(fd)  # its owner removed it: try again
 
     @classmethod
     def of_folder(cls, folder: Folder) -> Lock:
-        """The lock of a folder itself. Raises HeldError, OSError."""
+        """Lock a folder itself. Raises HeldError, OSError."""
         fd = os.dup(folder.fd)
         try:
             _take(fd, 0.0)
@@ -80,7 +80,7 @@ class Lock:
 
 
 def holder(folder: Folder, name: str) -> int | None:
-    """The process that has the lock of a file, 0 where it cannot be told, None where there is none. Raises OSError,
+    """Return the process that holds the lock on a file; 0 if unknown, None if nobody does. Raises OSError,
     OutputError."""
     fd = folder.open(name)
     try:
@@ -100,7 +100,7 @@ def _open(folder: Folder, name: str, owner: int | None) -> int:
         try:
             try:
                 return folder.open(name, os.O_RDWR, owner=owner, alone=owner is not None)
-            except PermissionError:  # another user's; to be locked it need not be written
+            except PermissionError:  # another user's; locking needs no write permission
                 if owner is not None:
                     raise
                 return folder.open(name)

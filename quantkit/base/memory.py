@@ -1,4 +1,4 @@
-"""What memory this machine has, as Linux says it."""
+"""How much memory this machine has, according to Linux."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def memory_sizes() -> dict[str, int | None]:
-    """Bytes of memory: all, and what can be had without swapping; None where Linux does not say."""
+    """Return the bytes of memory, in total and available without swapping; None if Linux does not tell."""
     sizes: dict[str, int] = {}
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():

@@ -1,4 +1,4 @@
-"""Text for people: tables, and sizes. GiB is 2^30 bytes and GB 10^9, and every table says which."""
+"""Text for people: tables and sizes. GiB is 2^30 bytes and GB 10^9, and every table says which."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from enum import Enum
 
 GIB = 1 << 30
-#: what bytes are shown in, the largest first
+#: units for bytes, largest first
 _UNITS = {"GiB": GIB, "MiB": 1 << 20, "KiB": 1 << 10}
-#: what stands for them where powers of ten are wanted
+#: their counterparts in powers of ten
 DECIMAL = {"GiB": "GB", "MiB": "MB", "KiB": "kB"}
 _BYTES = {**_UNITS, "GB": 10**9, "MB": 10**6, "kB": 10**3}
-#: a column that is wrapped keeps so many characters at least
+#: fewest characters that a wrapped column keeps
 _NARROWEST = 12
 
 
 class TextEnum(str, Enum):
-    """One of a few words. It is that word: in comparisons, in messages and in JSON."""
+    """One of a few words. It equals its word in comparisons, messages and JSON."""
 
     def __str__(self) -> str:
         return str.__str__(self)
@@ -30,8 +30,8 @@ class TextEnum(str, Enum):
 def table(
     rows: Iterable[Sequence[str]], head: Sequence[str], right: Iterable[int] = (), width: int | None = None
 ) -> str:
-    """Columns aligned, those in `right` to the right. Where lines have more than `width` characters, the cells
-    of the first column go on in further lines."""
+    """Return a table with aligned columns, those in `right` to the right. If lines exceed `width` characters,
+    cells of the first column continue on further lines."""
     every = [head, *rows]
     over = 0 if width is None else table_width(every) - width
     if over > 0:
@@ -46,7 +46,7 @@ def fitting_table(
     rows: Sequence[Mapping[str, str]], choices: Sequence[Sequence[str]], right: Iterable[str], width: int | None,
     enough: int = 0,
 ) -> str:  # fmt: skip
-    """`fitting_columns` of rows whose cells have names, which are the heads too."""
+    """Return `fitting_columns` of rows whose cells are named; the names are also the headings."""
     names = list(dict.fromkeys(name for choice in choices for name in choice))
     ends = frozenset(right)
     return fitting_columns(
@@ -63,9 +63,9 @@ def fitting_columns(
     rows: Sequence[Sequence[str]], head: Sequence[str], choices: Sequence[Sequence[int]], right: Iterable[int],
     width: int | None, enough: int = 0,
 ) -> str:  # fmt: skip
-    """A table of as many columns as the width has room for. `choices`: which columns, the widest choice first; `right`:
-    columns that are aligned to the right. A choice of no more than `enough` columns, or the last, is taken even where
-    it is too wide: its first column is wrapped."""
+    """Return a table with as many columns as fit the width. `choices`: sets of columns, the widest first; `right`:
+    columns aligned to the right. The last choice, or one of at most `enough` columns, is taken even if it is too wide:
+    its first column is then wrapped."""
     ends = frozenset(right)
     for choice in choices:
         every = [[row[i] for i in choice] for row in (head, *rows)]
@@ -75,8 +75,8 @@ def fitting_columns(
 
 
 def command_lines(arguments: Sequence[str], width: int | None, indent: str = "  ") -> str:
-    """Arguments for a shell as lines of at most `width` characters where they can be broken: each but the last ends in
-    a backslash. An option stays with its value."""
+    """Return shell arguments as lines of at most `width` characters if they can be broken: each but the last ends with
+    a backslash. An option and its value stay together."""
     words: list[str] = []
     for argument in arguments:
         is_value = words and not argument.startswith("-") and words[-1].startswith("-") and " " not in words[-1]
@@ -94,14 +94,14 @@ def command_lines(arguments: Sequence[str], width: int | None, indent: str = "  
 
 
 def table_width(rows: Sequence[Sequence[str]]) -> int:
-    """How many characters the lines of a table have; the head is one of the rows."""
+    """Return how many characters the lines of a table have; the heading is one of the rows."""
     widths = _widths(rows, ())
     return sum(widths) + 2 * (len(widths) - 1)
 
 
 def _broken(row: Sequence[str], room: int) -> Iterator[Sequence[str]]:
-    """A row as several, of which the first column has at most `room` characters: broken behind a comma, dot, _ or
-    space where there is one."""
+    """Yield a row as several rows whose first cell has at most `room` characters: broken after a comma, dot, _ or
+    space if there is one."""
     first, rest = row[0], tuple(row[1:])
     while len(first) > room:
         cut = max(first.rfind(ch, 0, room) for ch in ",._ ") + 1 or room
@@ -111,7 +111,7 @@ def _broken(row: Sequence[str], room: int) -> Iterator[Sequence[str]]:
 
 
 def wrapped(text: str, width: int | None, indent: str = "    ") -> str:
-    """A line as several of at most `width` characters, those behind the first indented; words stay whole."""
+    """Wrap a line to at most `width` characters, with further lines indented; words stay whole."""
     if width is None or len(text) <= width:
         return text
     return "\n".join(
@@ -123,7 +123,7 @@ def wrapped(text: str, width: int | None, indent: str = "    ") -> str:
 
 
 def columns(rows: Iterable[Sequence[str]], right: Iterable[int] = (), least: Sequence[int] = ()) -> list[str]:
-    """The lines of a table without a head. `least`: how wide the first columns are at least."""
+    """Return the lines of a table without heading. `least`: the minimum widths of the first columns."""
     every = list(rows)
     widths, ends = _widths(every, least), frozenset(right)
     return [
@@ -140,29 +140,29 @@ def _widths(rows: Sequence[Sequence[str]], least: Sequence[int]) -> list[int]:
 
 
 def markdown_row(cells: Iterable[str]) -> str:
-    """A row of a Markdown table."""
+    """Return a row of a Markdown table."""
     return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
 
 
 def markdown_head(head: Sequence[str], right: Iterable[int] = ()) -> str:
-    """The first two lines of a Markdown table whose columns in `right` are aligned to the right."""
+    """Return the first two lines of a Markdown table whose columns in `right` are aligned to the right."""
     ends = frozenset(right)
     return f"{markdown_row(head)}\n|{'|'.join('--:' if i in ends else '---' for i in range(len(head)))}|"
 
 
 def markdown_table(rows: Iterable[Sequence[str]], head: Sequence[str], right: Iterable[int] = ()) -> str:
-    """As `table`, in Markdown."""
+    """Return a table in Markdown, like `table`."""
     return "\n".join([markdown_head(head, right), *map(markdown_row, rows)])
 
 
 def unit_of(nbytes: int) -> str:
-    """The unit in which so many bytes are read best: GiB, MiB or KiB."""
+    """Return the most readable unit for this many bytes: GiB, MiB or KiB."""
     return next((unit for unit, n in _UNITS.items() if abs(nbytes) >= n), "KiB")
 
 
 def in_unit(nbytes: int, unit: str, decimals: int = 3, sign: str = "") -> str:
-    """Bytes in that unit (GiB, GB and so on), `sign` being "+" for changes. What the decimals cannot show is "<0.001",
-    never zero."""
+    """Return bytes in a unit (GiB, GB and so on); `sign` is "+" for changes. A value too small for the decimals is
+    "<0.001", never zero."""
     text = f"{nbytes / _BYTES[unit]:{sign},.{decimals}f}"
     if nbytes and not any(ch in "123456789" for ch in text):
         return f"{'>-' if nbytes < 0 else '<' + sign}{10**-decimals:.{decimals}f}"
@@ -170,12 +170,12 @@ def in_unit(nbytes: int, unit: str, decimals: int = 3, sign: str = "") -> str:
 
 
 def gib(nbytes: int) -> str:
-    """Bytes in GiB, with three decimals."""
+    """Return bytes in GiB, with three decimals."""
     return in_unit(nbytes, "GiB")
 
 
 def short_size(nbytes: int) -> str:
-    """Bytes for a person: 130.71 GiB, 58.00 KiB, 512 B."""
+    """Return bytes for people: 130.71 GiB, 58.00 KiB, 512 B."""
     if abs(nbytes) < _UNITS["KiB"]:
         return f"{nbytes} B"
     unit = unit_of(nbytes)
@@ -183,7 +183,7 @@ def short_size(nbytes: int) -> str:
 
 
 def size(nbytes: int) -> str:
-    """Bytes exactly, with GiB and GB, or with smaller units where they are few."""
+    """Return the exact bytes, followed by GiB and GB, or smaller units for fewer bytes."""
     if nbytes < _UNITS["KiB"]:
         return f"{nbytes:,} bytes"
     unit = unit_of(nbytes)
@@ -192,11 +192,11 @@ def size(nbytes: int) -> str:
 
 
 def bar(share: float, width: int = 10) -> str:
-    """A share of 1 as a bar of at most `width` characters; what is more than nothing is seen."""
+    """Return a share (0 to 1) as a bar of at most `width` characters; any share above 0 is visible."""
     eighths = round(8 * width * min(max(share, 0.0), 1.0)) or int(share > 0)
     return "█" * (eighths // 8) + ("", "▏", "▎", "▍", "▌", "▋", "▊", "▉")[eighths % 8]
 
 
 def shape_text(shape: Sequence[int]) -> str:
-    """A shape as 7168x2048x256."""
+    """Return a shape as 7168x2048x256."""
     return "x".join(str(n) for n in shape)

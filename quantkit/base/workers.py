@@ -1,4 +1,4 @@
-"""Jobs done in order by several threads, so that an error or Ctrl-C ends all of them soon and leaves none running."""
+"""Running jobs in order on several threads. An error or Ctrl-C stops all of them soon and leaves none running."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 def default_threads() -> int:
-    """The processors this process may use."""
+    """Return the number of processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -24,12 +24,12 @@ def share_out(
     worker: Callable[[], Callable[[T], object]],
     on_stop: Callable[[], object] = lambda: None,
 ) -> None:
-    """Do every job. Each thread calls `worker` once for a function of its own, which has its buffers; jobs are made
-    and taken one at a time, in order, under one lock. `on_stop` is called when no more are to be begun, at the end,
-    after a failure, at Ctrl-C: where the making of a job waits for something, it must end that.
+    """Do every job. Each thread calls `worker` once for its own function, which has its own buffers. Jobs are generated
+    and taken one at a time, in order, under one lock. `on_stop` is called when no more jobs will be started: at the
+    end, after a failure, at Ctrl-C. If generating a job waits for something, `on_stop` must end that wait.
 
-    After a failure no job is begun, those begun are finished, and the first is raised: a QuantkitError before any
-    other, then by the order of the jobs.
+    After a failure no job is started, and those already started are finished. Then the first failure is raised: a
+    QuantkitError before any other, and among these by the order of the jobs.
     """
     numbered = enumerate(jobs)
     next_job, stop = threading.Lock(), threading.Event()
@@ -52,15 +52,15 @@ def share_out(
             on_stop()
             raise
 
-    # an executor, not bare threads: an interrupted Thread.join takes a running thread for a finished one
+    # an executor, not bare threads: an interrupted Thread.join takes a running thread for finished
     with ThreadPoolExecutor(n_threads, "quantkit") as pool:
         futures = [pool.submit(work) for _ in range(n_threads)]
         try:
             while wait(futures, timeout=0.2).not_done:
-                pass  # in short turns, so that Ctrl-C is heard
+                pass  # waits in short turns, so that Ctrl-C takes effect
         finally:
             stop.set()
             on_stop()
     if failures:
-        # jobs are taken in order and finished once taken, so the first bad one is the same whatever the threads
+        # jobs are taken in order and finished once taken, so the first bad job does not depend on the threads
         raise min(failures, key=lambda f: (not isinstance(f[1], QuantkitError), f[0]))[1]

@@ -1,7 +1,7 @@
-"""The files of a model folder that hold no weights, of which the output has copies: the tokenizer, code, a licence.
+"""The files of a model folder without weights, which are copied to the output: tokenizer, code, license.
 
-Only regular files inside the folder are copied: what a link points to elsewhere may be anything, and its content would
-go where the output goes. One kind of link is followed out of the folder: those of the cache of huggingface_hub, where
+Only regular files inside the folder are copied. A link could point to anything elsewhere, whose content would then be
+shared with the output. One kind of link out of the folder is followed: those of huggingface_hub's cache, where
 snapshots/REVISION/NAME points to blobs/HASH beside snapshots/.
 """
 
@@ -21,16 +21,16 @@ _BLOB = re.compile("[0-9a-f]{40}|[0-9a-f]{64}")
 
 
 class Beside(NamedTuple):
-    """What lies in a model folder, by its path in it with slashes."""
+    """A file in a model folder; `name` is its path in the folder, with slashes."""
 
     name: str
     nbytes: int
     refused: str
-    """why it is not copied, '' for what is"""
+    """why it is not copied; '' if it is"""
 
 
 def files(folder: Path) -> Iterator[Beside]:
-    """The files in a folder and those below, in order; hidden ones, which are git's and the downloader's, are left out.
+    """Yield the files in a folder and below, in order, without hidden ones, which belong to git or the downloader.
     Raises SourceError for what cannot be read."""
     root = os.path.realpath(folder)
     try:
@@ -50,7 +50,7 @@ def _raise(error: OSError) -> None:
 
 
 def _look(root: str, path: str, name: str) -> Beside:
-    """Raises OSError."""
+    """Return what `files` yields for a path. Raises OSError."""
     info = os.stat(path, follow_symlinks=False)
     if stat.S_ISLNK(info.st_mode):
         real = os.path.realpath(path)
@@ -65,7 +65,7 @@ def _look(root: str, path: str, name: str) -> Beside:
 
 
 def _is_allowed(root: str, real: str) -> bool:
-    """Whether a file, by its real path, is in the folder, or a blob of the snapshot that the folder is, or is in."""
+    """Whether a file, by its real path, is in the folder, or is a blob of the snapshot that the folder is or is in."""
     if real.startswith(root.rstrip("/") + "/"):
         return True
     if _BLOB.fullmatch(os.path.basename(real)) is None:
@@ -78,13 +78,13 @@ def _is_allowed(root: str, real: str) -> bool:
 
 
 def open_to_copy(folder: Path, name: str) -> int:
-    """A file of the folder for reading, if it still is one to copy. Raises SourceError."""
+    """Open a file of the folder for reading, if it may still be copied. Raises SourceError."""
     path = folder / name
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as e:
         raise SourceError(f"{path}: cannot be read: {e.strerror or e}; fix that, or move it away") from None
-    # of what was opened, whatever has its name by now
+    # check the opened file itself, whatever has its name by now
     real = os.path.realpath(f"/proc/self/fd/{fd}")
     if not stat.S_ISREG(os.fstat(fd).st_mode) or not _is_allowed(os.path.realpath(folder), real):
         os.close(fd)

@@ -1,7 +1,7 @@
-"""FP8 rows to rows of BF16, F16 or F32: float32(code) * scale of its block, then rounded to nearest even.
+"""FP8 rows to rows of BF16, F16 or F32: float32(code) * scale of its block, then rounded to nearest, ties to even.
 
-Two decoders, the same bytes and the same refusals: `Native` a few rows at a time in the nearest cache, and `Torch` on
-a torch device.
+There are two decoders with the same bytes and the same errors: `Native`, a few rows at a time in the nearest cache, and
+`Torch`, on a torch device.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ U8 = npt.NDArray[np.uint8]
 
 
 class Fp8Rows(NamedTuple):
-    """Rows row… of a weight of E4M3 codes."""
+    """Rows row… of a weight with E4M3 codes."""
 
     tensor: SourceTensor
     row: int
     stored: U8
     """the codes, [n_rows, n_cols]"""
     scale: F32
-    """of the whole weight, [ceil(rows/block[0]), ceil(n_cols/block[1])]"""
+    """scales of the whole weight, [ceil(rows/block[0]), ceil(n_cols/block[1])]"""
     block: tuple[int, int]
 
     def refusal(self, row: int, column: int, value: float, dtype: str) -> WeightError:
-        """What is wrong with a value, the float32 product in that row of these and that column, that is not finite in
-        the dtype."""
+        """Return the error for a value that is not finite in the dtype: the float32 product at that row of these rows
+        and that column."""
         code, s = self.stored[row, column], self.scale[(self.row + row) // self.block[0], column // self.block[1]]
         what = f"{self.tensor.file}: '{self.tensor.name}', row {self.row + row}, column {column}"
         if np.isfinite(value):
@@ -50,17 +50,17 @@ class Fp8Rows(NamedTuple):
 
 
 class Decoder(Protocol):
-    """Rows of an FP8 weight to a dtype: see `Native`."""
+    """Decodes rows of an FP8 weight to a dtype: see `Native`."""
 
     @property
     def slab_values(self) -> int:
-        """Values to give it at once."""
+        """How many values to pass at once."""
 
     def __call__(self, rows: Fp8Rows, dtype: str, out: U8) -> None: ...
 
 
 class Native:
-    """quantkit's own kernel where the processor can run it, else ggml."""
+    """Decodes with quantkit's own kernel if the processor can run it, else with ggml."""
 
     slab_values = 1 << 20
 
@@ -81,10 +81,10 @@ class Native:
 
 
 class Torch:
-    """torch on any of its devices, from the extra `lab`. Raises KernelError where there is no torch, or it has not
-    that device, or not the memory."""
+    """Decodes with torch, of the extra `lab`, on any of its devices. Raises KernelError if torch is missing, lacks the
+    device, or runs out of memory."""
 
-    #: an expert of R1 is 14.7 M values; larger than `Native`'s, for the calls
+    #: larger than `Native`'s, since each call costs more; an expert of R1 is 14.7 M values
     slab_values = 1 << 23
 
     def __init__(self, device: str) -> None:
@@ -103,7 +103,7 @@ class Torch:
         self.device = torch.device(device)
 
     def __call__(self, rows: Fp8Rows, dtype: str, out: U8) -> None:
-        """As `Native`."""
+        """Do what `Native` does."""
         import torch
 
         try:
@@ -120,7 +120,7 @@ class Torch:
             ) from None
 
     def _product(self, rows: Fp8Rows) -> torch.Tensor:
-        """float32 [n_rows, n_cols] on the device."""
+        """Return the products, float32 [n_rows, n_cols], on the device."""
         import torch
 
         (n_rows, n_cols), block = rows.stored.shape, rows.block

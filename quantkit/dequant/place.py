@@ -1,4 +1,4 @@
-"""The output directory and its files: reached without following a link, and given their names when they are whole."""
+"""The output directory and its files, reached without following links; a file gets its name once it is complete."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PART = ".quantkit-part"
 
 
 def hold(dst: Path) -> Folder | None:
-    """The output directory, None where there is none. Raises OSError, OutputError."""
+    """Hold the output directory open; None if it does not exist. Raises OSError, OutputError."""
     try:
         return Folder.hold(dst)
     except FileNotFoundError:
@@ -24,8 +24,8 @@ def hold(dst: Path) -> Folder | None:
 
 @contextmanager
 def place_of(folder: Folder, name: str, make: bool = False) -> Iterator[tuple[Folder, str]]:
-    """The folder of a file in the directory or below, and its last part; none of the folders between is a link or
-    another user's. Raises OSError, OutputError."""
+    """Yield the folder of a file in the directory or below, and the file's name in it. No folder on the way may be a
+    link or another user's. Raises OSError, OutputError."""
     with folder.at(name, make) as (inner, last):
         if inner is not folder and inner.info.st_uid != folder.own:
             raise OutputError(
@@ -37,7 +37,7 @@ def place_of(folder: Folder, name: str, make: bool = False) -> Iterator[tuple[Fo
 
 @contextmanager
 def replacing(folder: Folder, name: str) -> Iterator[int]:
-    """A new file under a temporary name, which gets its own when it is whole and on disk."""
+    """Yield the descriptor of a new file under a temporary name; it gets its own once it is complete and on disk."""
     with NewFile(folder, part_of(name)) as new:
         yield new.fd
         new.publish(folder, name)

@@ -1,8 +1,8 @@
-"""What a dequantized checkpoint is, to the byte: its shards, index, config.json, and the files carried over.
+"""The plan of a dequantized checkpoint, to the byte: shards, index, config.json, and files carried over.
 
-Shards are cut as Hugging Face's `save_pretrained` does: tensors in order, a new shard where the next one would
-exceed the size, `model.safetensors` alone where one is enough. Nothing is read here but the names and sizes of
-files that are carried over.
+Shards are cut as in Hugging Face's `save_pretrained`: tensors in order, a new shard where the next tensor would
+exceed the size, or just `model.safetensors` if one shard is enough. Planning reads only the names and sizes of the
+files that are carried over, and opens each once to see that it can be read.
 """
 
 from __future__ import annotations
@@ -30,28 +30,28 @@ DTYPES = {"bf16": ("BF16", "bfloat16"), "f16": ("F16", "float16"), "f32": ("F32"
 CONFIG = "config.json"
 
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
-#: files with weights, of which the output has its own
+#: files with weights: not copied, since the output has its own
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
 
 
 class DequantOptions(NamedTuple):
-    """What to make."""
+    """The options of a run."""
 
     dtype: str = "bf16"
-    """of what was FP8: one of DTYPES"""
+    """one of DTYPES, for what was FP8"""
     shard_size: int = 5 * 10**9
-    """most bytes of tensor data in a shard; a larger tensor has one of its own"""
+    """most bytes of tensor data in a shard; a larger tensor gets its own"""
     keep_mtp: bool = True
-    """keep the layers from num_hidden_layers on, which predict further tokens"""
+    """keep the layers from num_hidden_layers on (MTP), which predict further tokens"""
 
 
 class Moved(NamedTuple):
-    """A tensor of the output, and where it comes from."""
+    """A tensor of the output, and its source."""
 
     source: SourceTensor
     dtype: str
     offset: int
-    """of its first byte, from the start of the shard"""
+    """of its first byte, from the start of the shard file"""
     nbytes: int
 
 
@@ -65,7 +65,7 @@ class Shard(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """Of the whole file."""
+        """Size of the whole file."""
         return len(self.header) + self.tensor_bytes
 
     @property
@@ -75,7 +75,7 @@ class Shard(NamedTuple):
 
 @dataclass(frozen=True)
 class DequantPlan:
-    """The output directory."""
+    """The plan of the output directory."""
 
     options: DequantOptions
     shards: tuple[Shard, ...]
@@ -83,13 +83,13 @@ class DequantPlan:
     """None for a single shard"""
     config: bytes
     carried: tuple[tuple[str, int], ...]
-    """path inside the directory and size of each file that is copied"""
+    """path inside the directory, and size, of each file that is copied"""
     left_out: tuple[str, ...]
-    """files of weights that are neither read nor copied"""
+    """files with weights that are neither read nor copied"""
     refused: tuple[tuple[str, str], ...]
     """other files that are not copied, and why: links out of the folder, and what is not a regular file"""
     n_dropped: int
-    """weights of MTP layers that are not in the output"""
+    """how many weights of MTP layers are dropped from the output"""
 
     @property
     def tensors(self) -> Iterable[Moved]:
@@ -101,21 +101,21 @@ class DequantPlan:
 
     @property
     def nbytes(self) -> int:
-        """Of every file together."""
+        """Size of all files together."""
         own = sum(s.nbytes for s in self.shards) + len(self.index or b"") + len(self.config)
         return own + sum(size for _, size in self.carried)
 
 
 def plan_dequant(source: Checkpoint, options: DequantOptions) -> DequantPlan:
-    """Plan the output of a checkpoint. Raises SourceError where it has no FP8 weights, or says not how many
-    layers it has when those beyond are to be dropped."""
+    """Plan the output for a checkpoint. Raises SourceError if it has no FP8 weights, or if layers are to be dropped but
+    it does not state how many it has."""
     stored = list(source.tensors.values())
     if not any(t.dtype == FP8 for t in stored):
         dtypes = ", ".join(sorted({t.dtype for t in stored}))
         raise SourceError(f"{source.path}: there is nothing to dequantize, its tensors are {dtypes}; use it as it is")
     check_files(source.path)
     kept = stored if options.keep_mtp else _main_layers(source, stored)
-    # as readers meet them, who list a file's tensors by name
+    # the order in which readers go through them: files, and tensors by name
     kept.sort(key=lambda t: (t.file, t.name))
     dtype = DTYPES[options.dtype][0]
     shards = tuple(_lay_out([(t, dtype if t.dtype == FP8 else t.dtype) for t in kept], options.shard_size))
@@ -160,8 +160,8 @@ def _lay_out(tensors: Sequence[tuple[SourceTensor, str]], shard_size: int) -> It
 
 
 def _shard(name: str, tensors: list[tuple[SourceTensor, str, int]]) -> Shard:
-    """A shard of these tensors in their order; widest values first, as safetensors' own writers have it, where
-    else some would not be aligned: readers map the file."""
+    """Return a shard of these tensors, in their order, or, where that would misalign one (readers map the file),
+    with the widest dtypes first, as safetensors' own writers do."""
     begin = 0
     for _, dtype, nbytes in tensors:
         if begin % DTYPE_BYTES[dtype]:
@@ -184,9 +184,9 @@ def _shard(name: str, tensors: list[tuple[SourceTensor, str, int]]) -> Shard:
 
 
 def _config(config: Mapping[str, Any], options: DequantOptions) -> bytes:
-    """config.json of the output: without quantization_config, of the new dtype, the other keys as they were."""
+    """Return the output's config.json: without quantization_config, with the new dtype, other keys unchanged."""
     out = {k: v for k, v in config.items() if k != "quantization_config"}
-    # transformers renamed it: a config has the old key, the new one, or both
+    # transformers renamed the key: a config has the old one, the new one, or both
     for key in [k for k in ("dtype", "torch_dtype") if k in out] or ["torch_dtype"]:
         out[key] = DTYPES[options.dtype][1]
     if not options.keep_mtp and "num_nextn_predict_layers" in out:
@@ -205,8 +205,8 @@ class _Others(NamedTuple):
 
 
 def _other_files(source: Checkpoint) -> _Others:
-    """The files to copy, folders included, those of weights, which are not, and what is refused, with the reason.
-    Raises SourceError for a file that cannot be read: better now than when all else is done."""
+    """Return the files to copy (also in subfolders), the files with weights, and what is refused, with reasons.
+    Raises SourceError for a file that cannot be read: better now than at the end of the run."""
     carried, left_out, refused = [], [], []
     read = {os.path.normpath(p) for p in (*source.files, *(source.path / n for n in (CONFIG, INDEX, MODELOPT_CONFIG)))}
     for found in beside.files(source.path):

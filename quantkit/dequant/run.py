@@ -1,9 +1,9 @@
-"""The moving: from a checked plan to a finished directory, on several threads, in bounded memory, resumable.
+"""Moving the data: from a checked plan to a finished directory, with several threads, bounded memory, and resuming.
 
-Work is cut into slabs: a few rows of an FP8 weight, or a few MiB of any other tensor. A thread reads
-one, decodes it, and writes it at its own offset, so memory is threads x slab whatever the model's
-size. Who writes the last slab of a shard brings it to disk and gives it its name, while the others
-are at the next one. Each slab's checksum is taken as it is written; a run that goes on reads the finished shards back.
+Work is cut into slabs: a few rows of an FP8 weight, or a few MiB of any other tensor. A thread reads a slab,
+decodes it, and writes it at its own offset, so memory is threads x slab whatever the model's
+size. The thread that writes the last slab of a shard syncs and renames it while the others
+go on. Each slab's checksum is taken as it is written; a resumed run reads the finished shards back.
 """
 
 from __future__ import annotations
@@ -35,26 +35,26 @@ from .place import hold, part_of, place_of, replacing
 from .plan import CONFIG, FP8, DequantOptions, DequantPlan, Moved, Shard, plan_dequant
 from .state import OF, STATE, finished, leftovers, read_state, require_same, state_of
 
-#: called with the name of the tensor at work and the bytes written since the last call
+#: called with the name of the current tensor and the bytes written since the last call
 Progress = Callable[[str, int], None]
 
-#: bytes of a slab of what is carried over as it is
+#: bytes in a slab of a tensor that is copied unchanged
 _COPY_BYTES = 1 << 22
 
 
 @dataclass(frozen=True)
 class Job:
-    """A run that has been checked and can begin."""
+    """A run that has been checked and can start."""
 
     source: Checkpoint
     plan: DequantPlan
     dst: Path
     finished: Mapping[str, list[Record]]
-    """the shards that an earlier run has finished by name, and what its journal tells of them; `run` reads them back"""
+    """shards that an earlier run finished, by name, with their journal records; `run` reads them back"""
     state: dict[str, Any]
-    """what this run is of"""
+    """what identifies this run"""
     found: Told[dict[str, Any]] | None
-    """the journal of the run that was not finished"""
+    """the journal of the unfinished run"""
     restart: bool
 
     @property
@@ -67,13 +67,13 @@ class Job:
 
     @property
     def need_bytes(self) -> int:
-        """What is still to be written."""
+        """Bytes still to be written."""
         return self.plan.nbytes - sum(s.nbytes for s in self.done)
 
 
 def prepare(source: Checkpoint, dst: Path, options: DequantOptions, restart: bool = False) -> Job:
-    """Check everything that can be checked before the first byte; nothing is written. With `restart` what an
-    unfinished run left in `dst` does not count. Raises SourceError, OutputError, ResumeError."""
+    """Check everything that can be checked before the first byte; nothing is written. With `restart`, what an
+    unfinished run left in `dst` is ignored. Raises SourceError, OutputError, ResumeError."""
     plan = plan_dequant(source, options)
     state = state_of(source, plan)
     try:
@@ -119,11 +119,10 @@ def _check_place(src: Path, dst: Path) -> None:
 
 
 def run(job: Job, decoder: Decoder, n_threads: int, progress: Progress) -> tuple[str, ...]:
-    """Make the directory. Shards that an earlier run has finished are read back first; those that are not as they were
-    written are made again, and their names returned. `progress` counts the bytes read back too, and takes back those of
-    a damaged shard's tensors. Whatever ends it early, finished shards stay for the next run; where there are none,
-    nothing stays. Raises WeightError for a value that is not finite in the dtype, SourceError, OutputError,
-    ResumeError."""
+    """Make the directory. Shards that an earlier run finished are read back first; those that have changed are made
+    again, and their names returned. `progress` counts the bytes read back, too, and subtracts those of a damaged
+    shard's tensors. If the run ends early, finished shards stay for the next run; if there are none, nothing stays.
+    Raises WeightError for a value that is not finite in the dtype, SourceError, OutputError, ResumeError."""
     try:
         with _begun(job) as (folder, state):
             damaged = _damaged(job, folder, n_threads, progress)
@@ -152,7 +151,7 @@ def run(job: Job, decoder: Decoder, n_threads: int, progress: Progress) -> tuple
 
 @contextmanager
 def _begun(job: Job) -> Iterator[tuple[Folder, _State]]:
-    """The directory, held against other runs, with the journal in it and nothing unfinished."""
+    """Hold the directory against other runs, with the journal in it and unfinished files removed."""
     made = not job.dst.exists()
     job.dst.mkdir(exist_ok=True)
     with Folder.hold(job.dst) as folder:
@@ -184,7 +183,7 @@ def _undo(job: Job, folder: Folder, made: bool) -> None:
 
 
 def _copy(source: Path, name: str, to: Opened) -> None:
-    """Raises SourceError, OutputError."""
+    """Copy a file of the source folder. Raises SourceError, OutputError."""
     fd = open_to_copy(source, name)
     try:
         copy_range(Opened(fd, source / name), 0, to, 0, os.fstat(fd).st_size)
@@ -193,7 +192,7 @@ def _copy(source: Path, name: str, to: Opened) -> None:
 
 
 class _State:
-    """The journal, which tells of each shard when it is finished. Its methods raise OSError, OutputError."""
+    """The journal, which records each shard once it is finished. Its methods raise OSError, OutputError."""
 
     def __init__(self, folder: Folder) -> None:
         self.folder = folder
@@ -201,7 +200,7 @@ class _State:
         self._lock = threading.Lock()
 
     def begin(self, job: Job) -> None:
-        """Start it again, with the record of the shards that are finished."""
+        """Start the journal afresh with the records of the finished shards."""
         self.close()
         told = [record for records in job.finished.values() for record in records]
         self._journal = Journal.begin(self.folder, STATE, OF, job.state, told)
@@ -217,7 +216,7 @@ class _State:
 
 
 def _damaged(job: Job, folder: Folder, n_threads: int, progress: Progress) -> tuple[str, ...]:
-    """The finished shards whose bytes are not those that were written, or cannot be read."""
+    """Return the finished shards whose bytes have changed since they were written, or cannot be read."""
     damaged = set()
 
     def check(piece: tuple[Shard, Record]) -> None:
@@ -238,7 +237,7 @@ def _damaged(job: Job, folder: Folder, n_threads: int, progress: Progress) -> tu
 
 
 class _File:
-    """A shard that is being written, under its temporary name."""
+    """A shard being written under its temporary name."""
 
     def __init__(self, folder: Folder, number: int, shard: Shard, n_slabs: int) -> None:
         self.folder, self.number, self.name = folder, number, shard.name
@@ -271,7 +270,7 @@ class _File:
             ) from None
 
     def finish(self, state: _State) -> None:
-        """Bring it to disk, record it, then give it its name."""
+        """Sync the file, record it, then give it its name."""
         os.fsync(self.new.fd)
         state.tell(self.records)
         self.new.publish(self.folder, self.name)
@@ -285,12 +284,12 @@ class _Slab(NamedTuple):
     file: _File
     tensor: Moved
     start: int
-    """its first row of an FP8 weight, else its first byte of the tensor"""
+    """first row in an FP8 weight, else first byte in the tensor"""
     n: int
 
 
 class _Mover:
-    """The shards still to be made, as slabs in order, and the threads that take them."""
+    """The remaining shards, as slabs in order, and the threads that process them."""
 
     def __init__(self, job: Job, folder: Folder, decoder: Decoder, progress: Progress, state: _State) -> None:
         self.job, self.folder = job, folder
@@ -317,7 +316,7 @@ class _Mover:
         return do
 
     def _slabs(self) -> Iterator[_Slab]:
-        """Every slab; a shard's file is opened when its first one is taken."""
+        """Yield every slab; a shard's file is created when its first slab is taken."""
         for number, shard in enumerate(self.job.plan.shards):
             if shard.name in self.job.finished:
                 continue
@@ -349,7 +348,7 @@ class _Mover:
 
 
 class _Worker:
-    """A thread's buffers and the steps of a slab."""
+    """The buffers of one thread, and the steps for a slab."""
 
     def __init__(self, source: Checkpoint, decoder: Decoder) -> None:
         self.source = source
@@ -360,7 +359,7 @@ class _Worker:
         self.scale_of = ""
 
     def do(self, slab: _Slab) -> int:
-        """Make and write a slab; the bytes written."""
+        """Make and write a slab; return the bytes written."""
         tensor, source = slab.tensor, slab.tensor.source
         if source.dtype == FP8:
             n_cols = source.shape[1]

@@ -1,9 +1,9 @@
-"""What an unfinished output directory is: a journal in it says of what run, and is there until the run is whole.
+"""The state of an unfinished output directory: a journal in it describes the run, and stays until the run is complete.
 
-The journal's parts are the shards by number, their units are bytes. A shard under its own name is finished: it was
-renamed to it after its bytes were on disk and the journal recorded all of them. A run that goes on reads it back, and
-writes it again where it is damaged. config.json and the index come last, so that nothing takes an unfinished directory
-for a checkpoint.
+The journal's parts are the shards by number; its units are bytes. A shard under its own name is finished: it gets that
+name once its bytes are on disk and the journal has recorded them all. A resumed run reads it back, and writes it again
+if it is damaged. config.json and the index come last, so that an unfinished directory does not look like a
+checkpoint.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ from .place import PART, place_of
 from .plan import CONFIG, DequantPlan
 
 STATE, OF = ".quantkit-dequant.journal", "dequant"
-#: that of a quantkit which kept none
+#: state file of older versions, which had no journal
 _OLD = ".quantkit-dequant.json"
-#: folders in each other in which unfinished files are looked for
+#: deepest nesting of folders in which unfinished files are looked for
 _MAX_DEPTH = 64
-#: how to go on when one cannot
+#: what to do if the run cannot be continued
 _OTHERWISE = "start again with --restart, or choose another directory"
 
-#: keys of the journal's head that must be the same -> what they are called
+#: keys of the journal's head that must not differ -> their names in messages
 _SETTINGS = {"quantkit": "quantkit's version", "dtype": "--dtype", "shard_size": "--shard-size", "mtp": "--mtp"}
 
 
 def state_of(source: Checkpoint, plan: DequantPlan) -> dict[str, Any]:
-    """What a run is of: its settings, and size, modification time and SHA-256 of the header of each source file
-    (of config.json the whole), with the files that it makes. Raises SourceError."""
+    """Return what identifies a run: its settings; size, modification time and the header's SHA-256 of each source file
+    (for config.json of the whole file); and the files that it makes. Raises SourceError."""
     return {
         "quantkit": __version__,
         "dtype": plan.options.dtype,
@@ -64,8 +64,8 @@ def _print_of(path: Path) -> list[int | str]:
 
 
 def read_state(folder: Folder | None) -> Told[dict[str, Any]] | None:
-    """What the journal in a directory says, None where there is none. Raises ResumeError for one that is damaged,
-    OutputError for one that is another's, OSError."""
+    """Read the journal in a directory; None if there is none. Raises ResumeError if it is damaged, OutputError if it
+    belongs to another user, OSError."""
     if folder is None:
         return None
     otherwise = f"remove {folder.path} to start again"
@@ -78,7 +78,7 @@ def read_state(folder: Folder | None) -> Told[dict[str, Any]] | None:
 
 
 def _head(said: dict[str, Any]) -> dict[str, Any]:
-    """Raises KeyError or ValueError unless it is what a run writes."""
+    """Return the known keys of a journal's head. Raises KeyError or ValueError unless a run could have written it."""
     head = {key: said[key] for key in (*_SETTINGS, "source", "makes")}
     if not isinstance(head["source"], dict) or not isinstance(head["makes"], list):
         raise ValueError
@@ -88,7 +88,7 @@ def _head(said: dict[str, Any]) -> dict[str, Any]:
 
 
 def _is_inside(name: object) -> bool:
-    """Whether this is the name of a file in a directory or one below."""
+    """Whether this is a relative path to a file in a directory or below it."""
     if not isinstance(name, str) or not name:
         return False
     path = PurePosixPath(name)
@@ -96,7 +96,7 @@ def _is_inside(name: object) -> bool:
 
 
 def require_same(folder: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """Raise ResumeError, naming the first difference, where the state found is not that of the run wanted."""
+    """Raise ResumeError, naming the first difference, if the state found belongs to another run than the one wanted."""
     for key, what in _SETTINGS.items():
         if found.get(key) != wanted[key]:
             raise ResumeError(
@@ -115,8 +115,9 @@ def require_same(folder: Path, found: Mapping[str, Any], wanted: Mapping[str, An
 
 
 def finished(folder: Folder, plan: DequantPlan, records: Iterable[Record]) -> dict[str, list[Record]]:
-    """The shards that are finished, and what the journal tells of them: there, and recorded as whole, which is not
-    compared here. Raises ResumeError for one whose size or header is another, OutputError for one that is another's."""
+    """Return the finished shards with their journal records: those that exist and are recorded completely; their bytes
+    are not compared here. Raises ResumeError for a shard with another size or header, OutputError for one that belongs
+    to another user."""
     told: dict[int, list[Record]] = {}
     for record in records:
         told.setdefault(record.part, []).append(record)
@@ -140,7 +141,7 @@ def finished(folder: Folder, plan: DequantPlan, records: Iterable[Record]) -> di
 
 
 def _are_whole(records: Iterable[Record], nbytes: int) -> bool:
-    """Whether so many bytes are recorded, each once."""
+    """Whether the records cover this many bytes, each exactly once."""
     there, n = Ranges(), 0
     for r in records:
         there.add(r.start, r.n)
@@ -149,8 +150,8 @@ def _are_whole(records: Iterable[Record], nbytes: int) -> bool:
 
 
 def leftovers(folder: Folder | None, found: Told[dict[str, Any]] | None, restart: bool) -> list[tuple[str, int]]:
-    """The files in the directory that are to go before a run goes on, with the bytes they take: unfinished ones, and
-    where it starts again all that the journal says were made. Nothing behind a link. Raises OSError."""
+    """Return the files to delete before a run, with the bytes they occupy: unfinished ones, and with `restart` all
+    that the journal says the run makes. Links are not followed. Raises OSError."""
     if folder is None:
         return []
     out = list(_unfinished(folder, ""))

@@ -1,2 +1,2 @@
-"""The GGUF format: types and their blocks, headers, shards, and what splitting and merging make of them. May import
+"""The GGUF format: types and their blocks, headers, shards, splitting and merging. May import
 base; offers read_header, header_bytes and the table QTYPES."""

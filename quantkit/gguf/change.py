@@ -1,5 +1,5 @@
-"""One value of a GGUF's header changed: in its place, where it keeps its length, or in a copy of the file. The bytes of
-tensors stay as they are."""
+"""Change one value in a GGUF's header: in place if its length stays the same, or in a copy of the file. The tensors'
+bytes do not change."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from ..base.errors import InternalCheckError, OutputError, SourceError
 from ..base.outputs import making
 from .header import I32, KV, U32, Header, header_bytes, kv, read_header, read_header_of, string_bytes
 
-#: integers of four bytes
+#: integer types of four bytes
 _OF_FOUR = (U32, I32)
 
 
 def place_of(header: Header, key: str) -> int | None:
-    """Where the value of a key begins in the file; None where there is no such key."""
+    """Return where the value of a key begins in the file; None if there is no such key."""
     at = 24  # magic, version, two counts
     for item in header.kvs:
         at += len(string_bytes(item.key)) + 4
@@ -29,14 +29,14 @@ def place_of(header: Header, key: str) -> int | None:
 
 
 def fits_in_place(header: Header, key: str) -> bool:
-    """Whether a number of 32 bits can take the place of the key's value."""
+    """Whether the key's value can be replaced in place by a 32-bit number."""
     return any(item.key == key and item.type in _OF_FOUR for item in header.kvs)
 
 
 def set_in_place(path: Path, key: str, value: int) -> int:
-    """Change a number of 32 bits in the file itself: four bytes in one write, brought to the disk. Returns the value
-    that was there. Raises SourceError, OutputError for a file that is not to be written to: a link, one with several
-    names, one of somebody else."""
+    """Change a 32-bit number in the file itself, by one write of four bytes, and sync it to disk. Returns the old
+    value. Raises SourceError, and OutputError for a file that must not be changed: a symbolic link, one with several
+    names, or one without write permission."""
     try:
         fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError as e:
@@ -78,8 +78,8 @@ def set_in_place(path: Path, key: str, value: int) -> int:
 def copy_with(
     path: Path, out: Path, key: str, value: int, replace: bool = False, progress: Progress | None = None
 ) -> str:
-    """A copy of the file whose header has the number (u32), added behind the other keys if it was not there; whole or
-    not at all. Returns how the tensors' bytes went: "reflink", "copy_file_range" and so on. Raises SourceError,
+    """Copy the file with the number (u32) in its header; a new key goes after all others. The copy is complete or not
+    made at all. Returns how the tensors' bytes were copied: "reflink", "copy_file_range" and so on. Raises SourceError,
     OutputError."""
     header = read_header(path)
     infos = [(t.name, t.shape, t.type, t.offset - header.data_offset) for t in header.tensors]

@@ -1,15 +1,15 @@
-"""The GGUF file format, little-endian: headers of version 3 written, of 2 and 3 read with every claim checked. (What
-version 3 added is big-endian files.)
+"""The GGUF file format, little-endian: writes headers of version 3, and reads version 2 and 3, checking every claim.
+(Version 3 only added big-endian files.)
 
     "GGUF" | u32 version | u64 n_tensors | u64 n_kv
     n_kv      x  string key | u32 value type | value
     n_tensors x  string name | u32 n_dims | u64 ne[n_dims] | u32 ggml type | u64 offset
-    zero padding to the alignment, then the tensor data; offsets count from there, each
-    tensor's data (the last one's too) padded to the alignment with zeros
+    zero padding to the alignment, then the tensor data; offsets count from there, and the data of
+    each tensor (the last one's too) is padded to the alignment with zeros
 
 string = u64 length + bytes. An array is u32 element type | u64 count | elements.
-Source: ggml/src/gguf.cpp. Values are kept as the bytes they have in the file (`KV.payload`),
-so that what is copied from a source is copied exactly; `decode` reads one.
+Source: ggml/src/gguf.cpp. Values stay the bytes that the file has (`KV.payload`),
+so whatever is copied from a source is copied exactly; `decode` reads a value.
 """
 
 from __future__ import annotations
@@ -43,21 +43,21 @@ TYPE_NAMES = (
 )  # fmt: skip
 
 MAX_DIMS = 4
-#: bytes of a key; of a tensor's name (GGML_MAX_NAME, the end of the string counted)
+#: most bytes of a key; of a tensor's name (GGML_MAX_NAME, without the terminator)
 MAX_KEY, MAX_NAME = 65535, 63
 MAX_ARRAY_DEPTH = 4
-#: strings and arrays in arrays, of all keys together: the largest vocabularies and merges have less than a million
+#: most strings and nested arrays in all keys together: the largest vocabularies and merges have under a million
 MAX_ELEMENTS = 1 << 21
-#: keys; tensors, of which a model with every expert apart has some ten thousands
+#: most keys; most tensors: a model with a separate tensor for each expert has tens of thousands
 MAX_KEYS, MAX_TENSORS = 1 << 16, 1 << 18
-#: bytes of a header; R1's has 5 MB, and what claims more than this is no header
+#: most bytes of a header: R1's has 5 MB, and anything that claims more than this is not a header
 MAX_HEADER = 1 << 26
-#: bytes of a file that one cut short may have had
+#: assumed size of the whole file (bytes) when a truncated one is read
 _MAX_FILE = 1 << 46
 
 
 class KV(NamedTuple):
-    """A key with its value as the file has it: the value's type and its bytes."""
+    """A key with its value as stored in the file: the value's type and bytes."""
 
     key: str
     type: int
@@ -65,7 +65,7 @@ class KV(NamedTuple):
 
 
 class TensorInfo(NamedTuple):
-    """A tensor as a GGUF header describes it. `shape` in ne order, `offset` from the start of the file."""
+    """A tensor as described by a GGUF header. `shape` in ne order, `offset` from the start of the file."""
 
     name: str
     shape: tuple[int, ...]
@@ -75,7 +75,7 @@ class TensorInfo(NamedTuple):
 
 
 class Header(NamedTuple):
-    """What stands before the data of a GGUF file."""
+    """What a GGUF file holds before its data."""
 
     version: int
     kvs: tuple[KV, ...]
@@ -86,7 +86,7 @@ class Header(NamedTuple):
 
 
 def pad(n: int, alignment: int = ALIGNMENT) -> int:
-    """`n` rounded up to a multiple of the alignment."""
+    """Round `n` up to a multiple of the alignment."""
     return -(-n // alignment) * alignment
 
 
@@ -94,7 +94,7 @@ def pad(n: int, alignment: int = ALIGNMENT) -> int:
 
 
 def is_utf8(text: str) -> bool:
-    """Whether a text can be a string of a GGUF; a path that is not UTF-8 cannot."""
+    """Whether a text can be a string in a GGUF; a path that is not UTF-8 cannot."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -108,12 +108,12 @@ def string_bytes(text: str | bytes) -> bytes:
 
 
 def kv(key: str, type_: int, value: Any) -> KV:
-    """A scalar or string key/value."""
+    """Return a scalar or string key/value."""
     return KV(key, type_, string_bytes(value) if type_ == STRING else struct.pack(_SCALARS[type_], value))
 
 
 def kv_array(key: str, element: int, values: Iterable[Any]) -> KV:
-    """An array key/value of scalars or strings."""
+    """Return a key/value whose value is an array of scalars or strings."""
     items = list(values)
     head = struct.pack("<IQ", element, len(items))
     if element == STRING:
@@ -122,7 +122,7 @@ def kv_array(key: str, element: int, values: Iterable[Any]) -> KV:
 
 
 def decode(item: KV) -> Any:
-    """The Python value of a key. Strings that are not UTF-8 come with replacement characters."""
+    """Return the Python value of a key. Invalid UTF-8 in strings becomes replacement characters."""
     return _decode(item.type, item.payload, 0)[0]
 
 
@@ -146,13 +146,13 @@ def _decode(type_: int, buf: bytes, at: int) -> tuple[Any, int]:
 
 
 def array_head(item: KV) -> tuple[str, int]:
-    """Element type name and count of an array."""
+    """Return an array's element type name and count."""
     element, count = struct.unpack_from("<IQ", item.payload, 0)
     return TYPE_NAMES[element], count
 
 
 def is_other_alignment(item: KV) -> bool:
-    """Whether a key says that a file is aligned otherwise than those that llama.cpp and quantkit build."""
+    """Whether a key sets an alignment other than the one that llama.cpp and quantkit use for files they build."""
     return item.key == "general.alignment" and item.type == U32 and decode(item) != ALIGNMENT
 
 
@@ -160,14 +160,14 @@ def is_other_alignment(item: KV) -> bool:
 
 
 def n_dims(shape: Sequence[int]) -> int:
-    """Dimensions that a header states: ggml drops trailing ones (ggml_n_dims)."""
+    """Return how many dimensions a header states: ggml drops trailing ones (ggml_n_dims)."""
     return max((i + 1 for i, n in enumerate(shape) if n > 1), default=1)
 
 
 def header_bytes(
     kvs: Sequence[KV], tensors: Sequence[tuple[str, Sequence[int], str, int]], alignment: int = ALIGNMENT
 ) -> bytes:
-    """The header of a file with these keys and tensors (name, ne shape, type, offset from the data's
+    """Return the header of a file with these keys and tensors (name, ne shape, type, offset from the data's
     start), padded to the alignment."""
     out = io.BytesIO()
     out.write(MAGIC + struct.pack("<IQQ", VERSION, len(tensors), len(kvs)))
@@ -185,7 +185,7 @@ def header_bytes(
 
 
 class PrefixTooShortError(Exception):
-    """The first bytes of a file end before its header does; `needed` is where the reading stopped."""
+    """The given first bytes of a file end before its header does; `needed`: how many bytes are needed at least."""
 
     def __init__(self, needed: int) -> None:
         super().__init__(f"the header needs {needed:,} bytes or more")
@@ -193,8 +193,8 @@ class PrefixTooShortError(Exception):
 
 
 class _Cursor:
-    """Reads a header piece by piece and never past the end of its file, which has `size` bytes; of
-    those, `file` may hold the first ones only."""
+    """Reads a header piece by piece, never past the end of its file of `size` bytes. `file` may hold only the first
+    of these bytes."""
 
     def __init__(self, where: str | Path, file: BinaryIO, size: int, is_prefix: bool = False) -> None:
         self.where, self.file, self.size, self.is_prefix, self.at = where, file, size, is_prefix, 0
@@ -269,13 +269,13 @@ class _Cursor:
 
 
 def is_gguf(path: Path) -> bool:
-    """Whether a file begins with GGUF's magic. Raises OSError."""
+    """Whether a file starts with GGUF's magic. Raises OSError."""
     with open(path, "rb") as f:
         return f.read(4) == MAGIC
 
 
 def read_header(path: Path, cut: bool = False) -> Header:
-    """Read and check the header of a GGUF file; the data is not touched, and if `cut`, may be missing at the end.
+    """Read and check the header of a GGUF file. The data is not read; with `cut` its end may be missing.
 
     Raises SourceError for anything the format does not allow: wrong magic or version, counts and
     lengths beyond the file, duplicate names, unknown types, sizes that overflow, data that is
@@ -294,14 +294,14 @@ def read_header(path: Path, cut: bool = False) -> Header:
 
 
 def read_header_of(file: BinaryIO, where: Path) -> Header:
-    """The same of a file that is open, called `where` in messages. Raises SourceError, OSError."""
+    """Read the header of an open file, called `where` in messages. Raises SourceError, OSError."""
     file.seek(0)
     return _read(_Cursor(where, file, os.fstat(file.fileno()).st_size))
 
 
 def parse_header(where: str, prefix: bytes, file_bytes: int) -> Header:
-    """The header of a GGUF of `file_bytes` bytes of which `prefix` is the beginning, checked as `read_header`
-    does; `where` is for messages. Raises PrefixTooShortError where more is needed, else SourceError."""
+    """Parse the header of a GGUF of `file_bytes` bytes from its first bytes, `prefix`, with the checks of
+    `read_header`; `where` is for messages. Raises PrefixTooShortError if more bytes are needed, else SourceError."""
     return _read(_Cursor(where, io.BytesIO(prefix), file_bytes, is_prefix=True))
 
 

@@ -1,4 +1,4 @@
-"""The pre-tokenizers that the pinned llama.cpp knows: a file that names another as tokenizer.ggml.pre is not loaded
+"""The pre-tokenizers known to the pinned llama.cpp, which refuses to load a file with any other tokenizer.ggml.pre
 ("unknown pre-tokenizer type"). Source: src/llama-vocab.cpp, load."""
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ PRE_NAMES = frozenset((
 
 
 def unknown_pre(name: str) -> str | None:
-    """What to say of a name that llama.cpp does not know, to follow the place it is from; None of one it knows."""
+    """Explain that llama.cpp does not know this name, as the end of a message; None if it does."""
     if name in PRE_NAMES:
         return None
     near = did_you_mean(name, PRE_NAMES)

@@ -1,4 +1,4 @@
-"""Published GGUFs by what they are quantized as: the name that people give a quantization, in the names of files.
+"""Names of quantizations, found in the file names of published GGUFs.
 
 DeepSeek-R1-UD-IQ1_S/DeepSeek-R1-UD-IQ1_S-00001-of-00003.gguf    UD-IQ1_S
 Q4_K_M/model-00001-of-00009.gguf                                  Q4_K_M, by its folder
@@ -19,7 +19,7 @@ _QUANT = re.compile(
     r"(?![a-z0-9_])",
     re.IGNORECASE,
 )
-#: files beside models that are none
+#: files beside the models that are not models
 _NO_MODELS = re.compile(r"imatrix|mmproj|lora|vocab", re.IGNORECASE)
 
 
@@ -30,11 +30,11 @@ class Published(NamedTuple):
     files: tuple[str, ...]
     nbytes: int
     missing: int
-    """shards that a name of another promises, and that are not there"""
+    """shards that do not exist although the others' names count them"""
 
 
 def quant_name(path: str) -> str | None:
-    """What a file is quantized as, by its name or else by its folder's; None where neither says."""
+    """Return what a file is quantized as, from its name, else its folder's; None if neither tells."""
     parts = PurePosixPath(path).parts
     stem = re.sub(r"\.gguf$", "", _unsharded(parts[-1]), flags=re.IGNORECASE)
     for text in (stem, *reversed(parts[:-1])):
@@ -46,8 +46,8 @@ def quant_name(path: str) -> str | None:
 
 
 def published(files: Mapping[str, int]) -> list[Published]:
-    """The models among the files of a repository (path -> bytes), smallest first. Those of one quantization are
-    together; where several models of a repository are quantized alike, each is called by its file."""
+    """Return the models among the files of a repository (path -> bytes), smallest first, each with all its shards.
+    Where several models have the same quantization, each is named after its file."""
     sets: dict[tuple[str, int], list[str]] = {}
     for path in files:
         if not path.lower().endswith(".gguf") or _NO_MODELS.search(PurePosixPath(path).name):

@@ -1,4 +1,4 @@
-"""What the shards of a GGUF are, for all who read or make them: names, keys, where they end, and how a set is read.
+"""The shards of a GGUF, for everything that reads or makes them: names, keys, where to cut, how to read a set.
 
 Every shard has split.no, split.tensors.count and split.count; the first has all other keys. Source:
 tools/gguf-split/gguf-split.cpp, llama_split_path of src/llama.cpp.
@@ -32,15 +32,15 @@ SPLIT_KEYS = ("split.no", "split.tensors.count", "split.count")
 MAX_SHARDS = 65535
 DEFAULT_MAX_TENSORS = 128
 
-#: capitals too, as some downloads and file systems have them; llama.cpp itself wants small letters
+#: accepts capitals, which some downloads and file systems use; llama.cpp itself needs small letters
 _NAME = re.compile(r"(?P<prefix>.*)-(?P<no>\d{5,})-(?P<of>of)-(?P<count>\d{5,})(?P<end>\.gguf)", re.S | re.I)
-#: bytes of the header of a shard behind the first one that are read
+#: most bytes read of the header of a shard that follows the first one in the same file
 _LATER_HEADER = 1 << 22
 
 
 class Limits(NamedTuple):
-    """How to cut: at `max_bytes` of tensor data a shard if given (each tensor padded to 32, headers not
-    counted), else after every `max_tensors` tensors. `no_tensor_first` puts a shard with the keys only before."""
+    """Where to cut: at `max_bytes` of tensor data in a shard if given (tensors padded to 32, headers not
+    counted), else after every `max_tensors` tensors. `no_tensor_first` starts with a shard that has only the keys."""
 
     max_tensors: int = DEFAULT_MAX_TENSORS
     max_bytes: int | None = None
@@ -48,8 +48,8 @@ class Limits(NamedTuple):
 
 
 class Shard(NamedTuple):
-    """A file of a set, or the only one. `no`, from 0, and `n_shards` are by its name; `numbers` is what its split keys
-    say; `where` is its place for messages."""
+    """A file of a set, or the only file. `no`, from 0, and `n_shards` come from its name, `numbers` from its split
+    keys; `where` is its place for messages."""
 
     name: str
     where: str
@@ -70,7 +70,7 @@ class Shard(NamedTuple):
 
 
 class SplitName(NamedTuple):
-    """What a shard's name says: `no` from 1."""
+    """The parts of a shard's name; `no` counts from 1."""
 
     prefix: str
     no: int
@@ -78,13 +78,13 @@ class SplitName(NamedTuple):
 
 
 def split_name(name: str) -> SplitName | None:
-    """The parts of the name of a shard, PREFIX-00001-of-00003.gguf; None for any other name."""
+    """Parse the name of a shard, PREFIX-00001-of-00003.gguf; None for any other name."""
     m = _NAME.fullmatch(name)
     return SplitName(m["prefix"], int(m["no"]), int(m["count"])) if m else None
 
 
 def check_prefix(out: Path) -> None:
-    """Raise OutputError where the name that shards get theirs from is a shard's: they would be numbered twice."""
+    """Raise OutputError if the name from which shards get theirs is a shard's: they would be numbered twice."""
     stem = out.name.removesuffix(".gguf")
     given = split_name(f"{stem}.gguf")
     if given is not None:
@@ -93,18 +93,18 @@ def check_prefix(out: Path) -> None:
 
 
 def shard_name(prefix: str, no: int, count: int) -> str:
-    """llama.cpp's name of shard `no`, counted from 0 (llama_split_path)."""
+    """Return llama.cpp's name of shard `no`, counted from 0 (llama_split_path)."""
     return f"{prefix}-{no + 1:05d}-of-{count:05d}.gguf"
 
 
 def is_usual_name(name: str) -> bool:
-    """Whether llama.cpp finds the other shards by this name of the first."""
+    """Whether llama.cpp finds the other shards from this name of the first one."""
     m = _NAME.fullmatch(name)
     return m is not None and m["of"] == "of" and m["end"] == ".gguf"
 
 
 def split_kvs(no: int, n_shards: int, n_tensors: int) -> list[KV]:
-    """The keys of shard `no` of a model of so many tensors."""
+    """Return the split keys of shard `no`; `n_tensors`: tensors of the whole model."""
     return [
         kv("split.no", U16, no),
         kv("split.tensors.count", I32, n_tensors),
@@ -113,7 +113,7 @@ def split_kvs(no: int, n_shards: int, n_tensors: int) -> list[KV]:
 
 
 def groups(sizes: Sequence[int], limits: Limits) -> list[tuple[int, int]]:
-    """The shards of tensors of these sizes in bytes, each as the first index and the one after the last."""
+    """Divide tensors of these sizes in bytes into shards, each as (first index, index after the last)."""
     starts, current = [0], 0
     for i, nbytes in enumerate(sizes):
         n = pad(nbytes)
@@ -138,12 +138,12 @@ def read_set(
     read: Callable[[str], Header],
     called: Callable[[str], str] = lambda name: name,
 ) -> Iterator[Shard]:
-    """The files of a GGUF whose first or only one is called `first`, in order, each when its header has been read.
-    `where` gives the place of a file for messages; `read` gives its header, or raises FileNotFoundError; `called` gives
-    the name that a shard really has, which may differ in capitals.
+    """Yield the files of a GGUF in order, each once its header has been read. `first` is the name of the first or only
+    file. `where` returns the place of a file for messages; `read` its header, or raises FileNotFoundError; `called` the
+    name that a shard really has, which may differ in capitals.
 
-    Raises SourceError where `first` is not the first of its set or not named so, for a shard that is missing, and for
-    split keys that are no integers. Whether the shards fit together is for the caller to see.
+    Raises SourceError if `first` is not the first of its set or not named so, if a shard is missing, and for
+    split keys that are not integers. The caller must check that the shards fit together.
     """
     header = read(first)
     numbers = _numbers(where(first), header)
@@ -163,7 +163,7 @@ def read_set(
 
 
 def read_files(first: Path, read: Callable[[Path], Header]) -> Iterator[Shard]:
-    """`read_set` of files: the others lie beside the first."""
+    """Run `read_set` on files: the others lie beside the first."""
 
     def place(name: str) -> Path:
         return first if name == first.name else first.with_name(name)
@@ -181,14 +181,14 @@ def read_files(first: Path, read: Callable[[Path], Header]) -> Iterator[Shard]:
 
 
 def _called(folder: Path, name: str) -> str:
-    """The name in a folder, there as given or with other capitals."""
+    """Return a file's name in the folder: as given, or with other capitals."""
     if (folder / name).exists():
         return name
     return next((other for other in os.listdir(folder) if other.lower() == name.lower()), name)
 
 
 def _refuse_joined(path: Path, header: Header) -> None:
-    """Raise SourceError for shards that were put one behind the other in one file, as cat does."""
+    """Raise SourceError for a file that is several shards joined one after the other, as by cat."""
     count = _numbers(str(path), header).get("split.count", 0)
     if count < 2:
         return
@@ -212,7 +212,7 @@ def _refuse_joined(path: Path, header: Header) -> None:
 
 
 def _end(header: Header) -> int:
-    """Where a file ends by its header."""
+    """Return where a file ends according to its header."""
     end = max((t.offset + t.nbytes for t in header.tensors), default=header.data_offset)
     return header.data_offset + pad(end - header.data_offset, header.alignment)
 
@@ -228,8 +228,8 @@ def _numbers(where: str, header: Header) -> dict[str, int]:
 
 
 def _names(where: str, first: str, no: int, count: int) -> Callable[[int], str]:
-    """The names of a set by number, from 0, spelled as `first` is. Raises SourceError unless that is the name of the
-    first shard."""
+    """Return a function from a shard's number (from 0) to its name, spelled like `first`. Raises SourceError unless
+    `first` is the first shard's name."""
     if count > MAX_SHARDS:
         raise SourceError(f"{where}: split.count says {count:,} shards, more than {MAX_SHARDS:,}; get it again")
     m = _NAME.fullmatch(first)

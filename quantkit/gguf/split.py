@@ -1,13 +1,13 @@
-"""Shards of a GGUF: a set of them read and checked, and what splitting, splitting again and merging make of it.
+"""Shards of a GGUF: reading and checking a set, and planning how to split, re-split or merge it.
 
-Files are those of llama-gguf-split for the same options (tools/gguf-split/gguf-split.cpp), except where it
-is wrong: tensors above the limit have a shard of their own even when they come first, a set given by its
-first shard is split as the whole model, and a truncated or foreign shard is refused. Only headers, and
-the few bytes between tensors, are read here; split_writer.py moves the data.
+The files are those of llama-gguf-split for the same options (tools/gguf-split/gguf-split.cpp), except where it
+is wrong: tensors above the limit get their own shard even when they come first, a set given by its
+first shard is split as the whole model, and a truncated or foreign shard is refused. This module reads only headers and
+the few bytes between tensors; split_writer.py moves the data.
 
-Nothing but the split keys ties a set together. So a shard is known to be foreign by its name, its numbers, its tensors
-(twice or missing), or a key that the first has with another value. One of another build of the same model that holds
-the same tensors cannot be told from the right one.
+Only the split keys tie a set together. So a foreign shard is recognized by its name, its numbers, its tensors
+(duplicate or missing), or a key whose value differs in the first shard. A shard from another build of the same model
+with the same tensors cannot be told from the right one.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ from .shards import MAX_SHARDS, SPLIT_KEYS, Limits, Shard, check_prefix, groups,
 from .types import IK_TYPES
 
 _FIRST_READ = 1 << 20
-#: a header is parsed before the length of its file is judged, so that a truncated one can be told by its numbers
+#: file size assumed while a header is parsed; the length is checked later, for a message that gives exact numbers
 _ANY_LENGTH = 1 << 62
-#: bytes between two tensors that are looked at; there are fewer than the alignment
+#: most bytes read between two tensors; a regular gap is shorter than the alignment
 _MAX_GAP = 1 << 16
 
 
 class Input(NamedTuple):
-    """A file of a set, as it was when its header was read. `mtime_ns` and `inode` tell whether it still is."""
+    """A file of a set, as it was when its header was read. `mtime_ns` and `inode` show whether it has changed."""
 
     path: Path
     nbytes: int
@@ -54,7 +54,7 @@ class Input(NamedTuple):
 
 
 class Stored(NamedTuple):
-    """A tensor in a file of a set. `zeros` is how many bytes, all zero, lie between it and what comes next."""
+    """A tensor in a file of a set. `zeros`: bytes between its data and what comes next, if all are zero."""
 
     file: int
     info: TensorInfo
@@ -63,16 +63,16 @@ class Stored(NamedTuple):
 
 @dataclass(frozen=True)
 class ShardSet:
-    """A model in one file or in several, checked."""
+    """A model in one or several files, checked."""
 
     inputs: tuple[Input, ...]
     kvs: tuple[KV, ...]
-    """of the first file, the split keys too"""
+    """keys of the first file, including the split keys"""
     tensors: tuple[Stored, ...]
     alignment: int
-    """of the first file, which alone has general.alignment; the others have 32"""
+    """alignment of the first file, which alone has general.alignment; the others have 32"""
     notes: tuple[str, ...]
-    """why merging what this is split into will not give the same bytes; empty for shards"""
+    """why splitting this file and merging the result will not give the same bytes; empty for shards"""
 
     @property
     def own_kvs(self) -> tuple[KV, ...]:
@@ -81,7 +81,7 @@ class ShardSet:
 
 
 class Range(NamedTuple):
-    """Bytes to copy: from a file of the set to an offset of the output."""
+    """Bytes to copy from a file of the set to an offset in the output."""
 
     file: int
     src_offset: int
@@ -91,7 +91,7 @@ class Range(NamedTuple):
 
 @dataclass(frozen=True)
 class OutputFile:
-    """A file to make: the header, the data copied from elsewhere, zeros where nothing is copied."""
+    """A file to be written: its header, data copied from other files, and zeros elsewhere."""
 
     path: Path
     header: bytes
@@ -104,10 +104,10 @@ class OutputFile:
 
 
 def open_set(first: Path) -> ShardSet:
-    """Read the headers of a GGUF: of one file, or of all shards when the first of them is given.
+    """Read the headers of a GGUF: of a single file, or of all shards if given the first one.
 
-    Raises SourceError for what is missing, malformed or not the first shard, DamageError for a shard that is
-    truncated, too long, or of another set.
+    Raises SourceError if something is missing, malformed or not the first shard, DamageError for a shard that is
+    truncated, too long, or from another set.
     """
     inputs: list[Input] = []
     first_raw = b""
@@ -135,7 +135,7 @@ def open_set(first: Path) -> ShardSet:
 
 
 def _read(path: Path) -> tuple[Input, Header, bytes]:
-    """A file, its header, and the bytes of that."""
+    """Return a file, its header, and the header's bytes."""
     try:
         with open(path, "rb", opener=lambda p, flags: os.open(p, flags | os.O_NONBLOCK)) as file:
             info = os.fstat(file.fileno())
@@ -160,7 +160,7 @@ def _read(path: Path) -> tuple[Input, Header, bytes]:
 
 
 def _stored(file: int, opened: Input, header: Header) -> tuple[Stored, ...]:
-    """The tensors in the order of the header, each with the zeros that follow its data."""
+    """Return the tensors in the order of the header, each with the number of zeros after its data."""
     starts = sorted(t.offset for t in header.tensors)
     following = dict(zip(starts, [*starts[1:], opened.nbytes], strict=True)) if starts else {}
     gaps = {t.name: following[t.offset] - t.offset - t.nbytes for t in header.tensors}
@@ -187,8 +187,8 @@ def _stored(file: int, opened: Input, header: Header) -> tuple[Stored, ...]:
 
 
 def _check_length(opened: Input, shard: Shard) -> None:
-    """The file has all its data and, if it is one of several, nothing else; the padding after the last tensor may be
-    missing."""
+    """Check that the file has all its data and, if it is one of several, nothing more; the padding after the last
+    tensor may be missing. Raises DamageError."""
     header, is_one_of_several = shard.header, shard.n_shards > 1
     end = max((t.offset + t.nbytes for t in header.tensors), default=header.data_offset - header.alignment + 1)
     whole = header.data_offset + pad(max(end - header.data_offset, 0), header.alignment)
@@ -206,7 +206,7 @@ def _check_length(opened: Input, shard: Shard) -> None:
 
 
 def _check_same_set(first: Shard, shard: Shard) -> None:
-    """Everything by which the header of a later shard can contradict its name and the first shard."""
+    """Raise DamageError if the header of a later shard contradicts its name or the first shard."""
     if not shard.is_in_its_place:
         raise DamageError(
             f"{shard.where}: its name says shard {shard.no + 1} of {shard.n_shards} (split.no {shard.no}), but its "
@@ -246,7 +246,7 @@ def _check_tensors(inputs: Sequence[Input], tensors: Sequence[Stored], split: di
 
 
 def _notes(opened: Input, header: Header, raw: bytes, stored: Sequence[Stored], split: dict[str, int]) -> list[str]:
-    """What of a single file its shards cannot keep, nor llama-gguf-split's."""
+    """Explain what neither its shards nor llama-gguf-split's can preserve of a single file; [] if nothing is lost."""
     notes = []
     if split:
         keys = ", ".join(k for k in SPLIT_KEYS if k in split)
@@ -272,8 +272,8 @@ def _notes(opened: Input, header: Header, raw: bytes, stored: Sequence[Stored], 
 
 
 def plan_split(model: ShardSet, prefix: Path, limits: Limits) -> tuple[OutputFile, ...]:
-    """The shards of a model. Raises OutputError for more than can be numbered, and for a prefix that is a
-    shard's name already."""
+    """Plan the shards of a model. Raises OutputError if there are more than can be numbered, or if the prefix is
+    already a shard's name."""
     check_prefix(prefix)
     cut = groups([t.info.nbytes for t in model.tensors], limits)
     count = len(cut)
@@ -289,7 +289,7 @@ def plan_split(model: ShardSet, prefix: Path, limits: Limits) -> tuple[OutputFil
 
 
 def plan_merge(model: ShardSet, out: Path, gguf_split_compat: bool = False) -> OutputFile:
-    """The one file of a set: as it was before the split, or with the split keys as llama-gguf-split --merge
+    """Plan the merged file of a set: as it was before the split, or with the split keys as llama-gguf-split --merge
     leaves them (split.count last, and 0). Raises SourceError for a file that was never split."""
     if not any(item.key in SPLIT_KEYS for item in model.kvs):
         raise SourceError(f"{model.inputs[0].path}: is one whole file, not a shard: there is nothing to merge")
@@ -300,7 +300,7 @@ def plan_merge(model: ShardSet, out: Path, gguf_split_compat: bool = False) -> O
 
 
 def _file(path: Path, kvs: Sequence[KV], tensors: Sequence[Stored], alignment: int) -> OutputFile:
-    """A file of these keys and tensors. Tensors that follow each other here as there are one range."""
+    """Plan a file with these keys and tensors. Tensors that are adjacent in source and output share one range."""
     infos, at = [], 0
     for t in tensors:
         infos.append((t.info.name, t.info.shape, t.info.type, at))
@@ -319,7 +319,7 @@ def _file(path: Path, kvs: Sequence[KV], tensors: Sequence[Stored], alignment: i
 
 
 def _joined(a: Range, b: Range, zeros: int) -> Range | None:
-    """One range for two if the same bytes, all zero, lie between them in both files."""
+    """Join two ranges if the same number of bytes, all zero, lies between them in both files; else None."""
     gap = b.src_offset - a.src_offset - a.nbytes
     if a.file != b.file or gap < 0 or gap > zeros or gap != b.dst_offset - a.dst_offset - a.nbytes:
         return None

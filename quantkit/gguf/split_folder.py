@@ -1,12 +1,12 @@
-"""The hidden folder in which the files of a split or merge are made, beside the output, with what an earlier run left.
+"""The hidden folder beside the output in which a split or merge makes its files, and what an earlier run left there.
 
-.quantkit-shards-…/journal        what is made of what (quantkit.base.journal), and which files are on the disk
-.quantkit-shards-…/NAME.part      a file of the output, till it gets its name
-.quantkit-shards-…/replaced/      files of the output's names, while the new ones get them; done/ when all have
+.quantkit-shards-…/journal        what is made of what (quantkit.base.journal), and which files are on disk
+.quantkit-shards-…/NAME.part      a file of the output, until it gets its name
+.quantkit-shards-…/replaced/      existing files of the output's names, while the new ones get them; done/ afterwards
 
-It is named by the output's first file and locked, and only a process that is killed leaves it: then the same command
-goes on with the files that are whole, and any other starts again. Parts of the journal are files, of one unit each;
-they are known again by inode, size and time, since what was copied is not read.
+The folder is named after the output's first file, and locked. It outlives only a process that was killed: the same
+command then keeps the complete files, and any other starts afresh. Each file is one part of the journal, with one unit,
+and is recognized by inode, size and time, since copied data is not read.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _DAMAGED = "it starts again"
 
 
 class Made(NamedTuple):
-    """A file in the hidden folder. It keeps its name till it gets that of `path`, and is known again by `known`."""
+    """A file in the hidden folder, later moved to `path`. `known` identifies it (inode, size, time)."""
 
     temporary: str
     path: Path
@@ -39,8 +39,8 @@ class Made(NamedTuple):
 
 
 def known(info: os.stat_result) -> bytes:
-    """By what a file is known that was written: which it is, and as it was then, since the number of a removed file
-    may be given again."""
+    """Return a digest that identifies a written file: of its inode, and size and time too, since the inode number of a
+    removed file may be reused."""
     return journal.digest(f"{info.st_dev} {info.st_ino} {info.st_size} {info.st_mtime_ns}".encode())
 
 
@@ -53,12 +53,12 @@ def temporary_of(name: str) -> str:
 
 
 class SplitFolder:
-    """The hidden folder, held and locked, after what an earlier run left was put in order."""
+    """The hidden folder, held and locked, once the remains of an earlier run have been sorted out."""
 
     def __init__(self, scratch: Folder, head: Mapping[str, Any], told: Told[dict[str, Any]] | None) -> None:
         self.folder = scratch
         self.kept: dict[int, bytes] = {}
-        """files by number that an earlier run has made whole, and by what they are known"""
+        """number -> what identifies the file, for files that an earlier run completed"""
         if told is None or told.head != head:
             for name in scratch.names():
                 scratch.remove(name)
@@ -72,7 +72,7 @@ class SplitFolder:
             self._journal = Journal.go_on(scratch, JOURNAL, told)
 
     def tell(self, number: int, made: Made) -> None:
-        """A file is whole and on the disk. Raises OSError."""
+        """Record that a file is complete and on disk. Raises OSError."""
         self._journal.tell([Record(number, 0, 1, made.known)])
 
     def close(self) -> None:
@@ -81,8 +81,8 @@ class SplitFolder:
 
 @contextmanager
 def hidden_folder(folder: Folder, model: ShardSet, files: Sequence[OutputFile]) -> Iterator[SplitFolder]:
-    """The hidden folder of these files in the output's folder, which only this user may write to; gone in the end.
-    Raises ResumeError while another process has it, OutputError for one of another user, OSError."""
+    """Hold the hidden folder of these files, which only this user may write to; it is removed at the end.
+    Raises ResumeError while another process has it, OutputError if another user owns it, OSError."""
     name = name_of(files[0].path)
     scratch, lock = _held(folder, name, files[0].path)
     try:
@@ -96,7 +96,7 @@ def hidden_folder(folder: Folder, model: ShardSet, files: Sequence[OutputFile]) 
     finally:
         with suppress(OSError):
             for each in scratch.names():
-                if each == REPLACED:  # empty, unless what was in it could not be put back
+                if each == REPLACED:  # empty, unless a file could not be put back
                     os.rmdir(each, dir_fd=scratch.fd)
                 else:
                     scratch.remove(each)
@@ -110,7 +110,7 @@ def name_of(first: Path) -> str:
 
 
 def bytes_there(first: Path) -> int:
-    """What an earlier run has left in the hidden folder, which the next one needs no room for."""
+    """Return the bytes that an earlier run left in the hidden folder, for which the next run needs no more space."""
     with suppress(OSError, OutputError), Folder.hold(first.parent / name_of(first), follow=False) as scratch:
         if scratch.info.st_uid == os.geteuid():
             infos = [scratch.look(name) for name in scratch.names()]
@@ -137,12 +137,12 @@ def _held(folder: Folder, name: str, first: Path) -> tuple[Folder, Lock]:
         now = folder.look(name)
         if now is not None and os.path.samestat(now, scratch.info):
             return scratch, lock
-        lock.close()  # its owner has finished and removed it: try again
+        lock.close()  # its owner finished and removed it: try again
         scratch.close()
 
 
 def _head(model: ShardSet, files: Sequence[OutputFile]) -> dict[str, Any]:
-    """What is made of what."""
+    """Return the journal's head: what is made of what."""
     return {
         "quantkit": __version__,
         "inputs": [[str(path.absolute()), *facts] for path, *facts in model.inputs],
@@ -151,7 +151,7 @@ def _head(model: ShardSet, files: Sequence[OutputFile]) -> dict[str, Any]:
 
 
 def _told(scratch: Folder) -> Told[dict[str, Any]] | None:
-    """What an earlier run's journal tells. Nobody was promised it, so one that is damaged counts as none."""
+    """Read an earlier run's journal. No result depends on it, so a damaged one counts as none."""
     with suppress(ResumeError, OutputError):
         return journal.read(scratch, JOURNAL, OF, _parsed, _DAMAGED, scratch.own, alone=True)
     return None
@@ -165,7 +165,7 @@ def _parsed(said: dict[str, Any]) -> dict[str, Any]:
 
 
 def _put_back(scratch: Folder, folder: Folder, told: Told[dict[str, Any]] | None) -> None:
-    """Undo what a run that was killed had begun to rename. Raises OutputError where that cannot be told, OSError."""
+    """Undo the renames that a killed run had begun. Raises OutputError if that is impossible, OSError."""
     scratch.remove(DONE)
     if scratch.look(REPLACED) is None:
         return
@@ -191,8 +191,8 @@ def _put_back(scratch: Folder, folder: Folder, told: Told[dict[str, Any]] | None
 
 
 def take_back(made: Sequence[Made], scratch: Folder, folder: Folder) -> None:
-    """Take their names from files, and give them to those that had them before, the first shard's last: at no moment
-    do new and old shards look like one model. Raises OSError."""
+    """Move the new files back and restore the files they replaced, the first shard last, so that new and old
+    shards never look like one model. Raises OSError."""
     for each in made:
         if is_still(folder.look(each.path.name), each.known):
             folder.rename(each.path.name, scratch, each.temporary, replace=False)

@@ -1,8 +1,8 @@
-"""The files that split.py plans, made: checked against what is there, copied, and given their names together.
+"""Making the files that split.py plans: they are checked against what exists, copied, and renamed together.
 
-They are made in a hidden folder beside the output (quantkit.gguf.split_folder), under names that end in `.part`, and
-each gets its header last. When all are whole and on disk they get their own names, the first shard last: without it the
-others are not taken for a model. What ends the work before that leaves the output as it was.
+They are made in a hidden folder beside the output (quantkit.gguf.split_folder), under names that end in `.part`;
+each gets its header last. Once all are complete and on disk they get their own names, the first shard last, since
+without it the others do not look like a model. If the work stops earlier, the output stays as it was.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from .split_folder import (
 
 
 def check_output(model: ShardSet, files: Sequence[OutputFile], force: bool = False) -> None:
-    """Raises OutputError for a place that cannot be written to, names that are taken, or too little space."""
+    """Raise OutputError if the place is not writable, names are taken, or there is too little space."""
     folder = files[0].path.parent
     outputs = [Output(file.path, replace=force, suffix=".part") for file in files]
     check([source.path for source in model.inputs], outputs)
@@ -46,11 +46,11 @@ def check_output(model: ShardSet, files: Sequence[OutputFile], force: bool = Fal
 def write(
     model: ShardSet, files: Sequence[OutputFile], progress: Progress | None = None, force: bool = False
 ) -> dict[str, int]:
-    """Make the files and give them their names. Returns the bytes moved by each way of copying.
+    """Make the files and give them their names. Returns the bytes copied in each way.
 
-    Raises SourceError if a file of the set has changed since its header was read, OutputError for what cannot
-    be written, or if without `force` a name was taken meanwhile, ResumeError while another process makes the same. The
-    output is then as it was before.
+    Raises SourceError if a file of the set has changed since its header was read, OutputError if the output cannot
+    be written, or without `force` if a name was taken meanwhile, ResumeError while another process makes the same. The
+    output then stays as it was.
     """
     how: dict[str, int] = {}
     try:
@@ -69,7 +69,7 @@ def write(
 def _make(
     hidden: SplitFolder, files: Sequence[OutputFile], sources: _Sources, how: dict[str, int], progress: Progress | None
 ) -> list[Made]:
-    """All files whole, on the disk, and recorded; each is synced when the next is written."""
+    """Make all files complete, synced and recorded; each is synced while the next one is written."""
     made: list[Made] = []
     told = 0
     for number, file in enumerate(files):
@@ -93,7 +93,7 @@ def _write_file(
     scratch.remove(temporary)
     fd = scratch.create(temporary)
     try:
-        target = Opened(fd, file.path)  # messages name what was asked for
+        target = Opened(fd, file.path)  # so that messages name the requested path
         os.ftruncate(fd, file.nbytes)
         for piece in file.ranges:
             moved = _Moved(fd, piece.dst_offset, progress)
@@ -106,8 +106,8 @@ def _write_file(
 
 
 def _sync(hidden: SplitFolder, made: Sequence[Made], begin: int, end: int) -> int:
-    """Bring files from `begin` to before `end` to the disk and record them; `end`. Raises OutputError when one is not
-    the file that was written."""
+    """Sync the files from `begin` to before `end` and record them; return `end`. Raises OutputError if one is no
+    longer the file that was written."""
     for number in range(begin, end):
         each = made[number]
         fd = hidden.folder.open(each.temporary)
@@ -126,13 +126,13 @@ def _sync(hidden: SplitFolder, made: Sequence[Made], begin: int, end: int) -> in
 
 
 class _Moved:
-    """Progress of a range: has the kernel start to write what was copied, so that syncing has little left to do."""
+    """Progress of a range; also has the kernel start writing what was copied, so that syncing has little left to do."""
 
     def __init__(self, fd: int, offset: int, progress: Progress | None) -> None:
         self._fd, self._at, self._progress = fd, offset, progress
 
     def __call__(self, nbytes: int) -> None:
-        # on dirty pages this begins their writing and does not wait; only clean ones would be dropped
+        # for dirty pages this starts writing without waiting; it would drop only clean ones
         os.posix_fadvise(self._fd, self._at, nbytes, os.POSIX_FADV_DONTNEED)
         self._at += nbytes
         if self._progress is not None:
@@ -140,7 +140,8 @@ class _Moved:
 
 
 class _Sources:
-    """The files of a set, one open at a time. Each must be the one whose header was read, before and after."""
+    """The files of a set, one open at a time. Each is checked, before and after, to be unchanged since its header was
+    read."""
 
     def __init__(self, inputs: Sequence[Input]) -> None:
         self._inputs = inputs
@@ -167,7 +168,7 @@ class _Sources:
         return Opened(self._fd, source.path)
 
     def check_all(self) -> None:
-        """Raises SourceError if a file is not what it was when its header was read."""
+        """Raise SourceError if a file has changed since its header was read."""
         for source in self._inputs:
             try:
                 self._check(source, os.stat(source.path))
@@ -185,9 +186,10 @@ class _Sources:
 
 
 def _publish(made: Sequence[Made], scratch: Folder, folder: Folder, force: bool) -> None:
-    """Rename all, or none: files that are replaced are kept until the new ones have their names.
+    """Rename all files, or none: replaced files are kept until the new ones have their names.
 
-    The first shard goes first and comes last, so that at no moment new and old shards look like one model."""
+    The first shard's old file is moved away first and its new one arrives last, so that new and old shards never look
+    like one model."""
     os.mkdir(REPLACED, dir_fd=scratch.fd)
     with scratch.sub(REPLACED) as old:
         try:

@@ -1,4 +1,4 @@
-"""The one table of ggml types: name, id, values a block, bytes a block, fallback.
+"""The one table of ggml types: name, id, values per block, bytes per block, fallback.
 
 Every size in quantkit comes from here. The ids are those of `enum ggml_type`, the sizes
 those of ggml's type traits; a test compares the table with the installed ggml and gguf.
@@ -23,7 +23,7 @@ class QType(NamedTuple):
     block: int
     block_bytes: int
     fallback: str | None = None
-    """what rows that do not divide by `block` get instead; None: see `fit`"""
+    """the type of rows whose length `block` does not divide; None: see `fitting_type`"""
     needs_imatrix: bool = False
     """llama-quantize refuses it without weights (except for token_embd and output)"""
     uses_imatrix: bool = False
@@ -33,14 +33,14 @@ class QType(NamedTuple):
     """bytes before the blocks of each row (some types of ik_llama.cpp: the row's scale)"""
 
     def row_bytes(self, n_cols: int) -> int:
-        """Bytes of a row of `n_cols` values; `n_cols` must divide by the block."""
+        """Return the bytes of a row of `n_cols` values; `block` must divide `n_cols`."""
         if n_cols % self.block:
             raise KernelError(f"a row of {n_cols} values does not divide into {self.name} blocks of {self.block}")
         return n_cols // self.block * self.block_bytes + self.row_extra
 
     @property
     def bits(self) -> float:
-        """Bits a weight."""
+        """Bits per weight."""
         return 8 * self.block_bytes / self.block
 
 
@@ -82,7 +82,7 @@ _ROWS = (
 
 QTYPES: dict[str, QType] = {t.name: t for t in _ROWS}
 
-#: types that only ik_llama.cpp writes: enough is known of them to tell where tensors lie in a file, no more. Source:
+#: types that only ik_llama.cpp writes: enough is known to locate tensors in a file, no more. Source:
 #: github.com/ikawrakow/ik_llama.cpp, gguf-py/gguf/constants.py (ids, blocks; commit 00ded085) and ggml/src/ggml.c
 #: (row_meta_size; commit 96d1235f, and for IQ1_KT, IQ2_KL, IQ3_KS, IQ5_KS the rows that its kernels read)
 _IK_ROWS: tuple[tuple[str, int, int, int, int], ...] = (
@@ -106,10 +106,10 @@ _IK_ROWS: tuple[tuple[str, int, int, int, int], ...] = (
 IK_TYPES: dict[str, QType] = {
     name: QType(name, id_, block, nbytes, row_extra=extra) for name, id_, block, nbytes, extra in _IK_ROWS
 }
-#: what a tensor in a file may be, by name and by id
+#: all types that a tensor in a file may have, by name and by id
 STORED_TYPES: dict[str, QType] = QTYPES | IK_TYPES
 STORED_BY_ID: dict[int, QType] = {t.id: t for t in STORED_TYPES.values()}
-#: ids whose types llama.cpp has given up
+#: ids of types that llama.cpp no longer supports
 REMOVED_TYPES: dict[int, str] = {
     4: "Q4_2", 5: "Q4_3", 31: "Q4_0_4_4", 32: "Q4_0_4_8", 33: "Q4_0_8_8", 36: "IQ4_NL_4_4", 37: "IQ4_NL_4_8",
     38: "IQ4_NL_8_8",
@@ -118,8 +118,8 @@ REMOVED_TYPES: dict[int, str] = {
 #: stored in GGUF files but never a target of quantization
 INTEGER_TYPES = frozenset({"I8", "I16", "I32", "I64", "F64"})
 
-#: what ggml's quantizer makes of a block whose importance is all zeros, in types that use it: weights of 0 (in
-#: LOST_BY_32 already where 32 columns in a row have none), or ones far from what they were; the others keep theirs
+#: types that use importances, by what ggml's quantizer does to a block whose importances are all zeros: its weights
+#: become 0 (in LOST_BY_32, 32 columns in a row are enough), or are far off; all other types keep them
 LOST_WITHOUT_WEIGHTS = frozenset(
     {"Q4_0", "Q5_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ2_XXS", "IQ1_S", "IQ1_M", "IQ4_NL", "IQ4_XS"}
 )
@@ -129,7 +129,7 @@ SPOILED_WITHOUT_WEIGHTS = frozenset({"IQ2_XS", "IQ2_S", "IQ3_XXS"})
 #: ggml aborts the process when asked for these without weights (ggml_quantize_requires_imatrix)
 ABORT_WITHOUT_IMATRIX = frozenset({"IQ2_XXS", "IQ2_XS", "IQ1_S"})
 
-#: general.file_type (enum llama_ftype) of the names llama-quantize takes as its last argument
+#: general.file_type (enum llama_ftype) for the names that llama-quantize takes as its last argument
 FILE_TYPES: dict[str, int] = {
     "F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q2_K": 10,
     "Q3_K_S": 11, "Q3_K_M": 12, "Q3_K_L": 13, "Q4_K_S": 14, "Q4_K_M": 15, "Q5_K_S": 16,
@@ -139,12 +139,12 @@ FILE_TYPES: dict[str, int] = {
     "MXFP4_MOE": 38,
 }  # fmt: skip
 
-#: other names that llama-quantize takes for some of them (QUANT_OPTIONS of tools/quantize/quantize.cpp)
+#: other names for some of them that llama-quantize takes (QUANT_OPTIONS of tools/quantize/quantize.cpp)
 FILE_TYPE_ALIASES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}
 
 
 def file_type(name: str) -> str | None:
-    """The file type that llama-quantize understands by a name (any case, aliases) or a number; None for none."""
+    """Return llama-quantize's file type for a name (any case, aliases) or a number; None if there is none."""
     upper = name.upper()
     if upper.isascii() and upper.isdecimal() and len(upper) < 4:
         return next((known for known, number in FILE_TYPES.items() if number == int(upper)), None)
@@ -153,22 +153,22 @@ def file_type(name: str) -> str | None:
 
 
 def qtype(name: str) -> QType:
-    """The type of that name (any case). Raises KernelError, with a suggestion, for an unknown one."""
+    """Return the type with this name (any case). Raises KernelError with a suggestion if there is none."""
     found = QTYPES.get(name) or QTYPES.get(name.upper())
     if found is None:
         raise KernelError(f"unknown type '{name}'{did_you_mean(name, QTYPES)}")
     return found
 
 
-#: whose choices are followed: those of the pinned llama.cpp, or those from January 2025 to March 2026
+#: whose choices to follow: the pinned llama.cpp's, or those from January 2025 to March 2026
 VERSIONS = ("current", "2025")
 
 
 @lru_cache(maxsize=1 << 12)
 def fitting_type(asked: QType, n_cols: int, version: str = VERSIONS[0]) -> QType:
-    """The type that rows of `n_cols` values get when `asked` was asked for: itself, else its
-    fallback, else F16. Raises KernelError for types that llama-quantize has no fallback for: those
-    of blocks above 32 that name none. Source: src/llama-quant.cpp, tensor_type_fallback."""
+    """Return the type for rows of `n_cols` values when `asked` was asked for: `asked` itself, else its
+    fallback, else F16. Raises KernelError for types without a fallback in llama-quantize: those with
+    blocks above 32 that name none. Source: src/llama-quant.cpp, tensor_type_fallback."""
     if n_cols % asked.block == 0:
         return asked
     if version == "2025" and asked.name in ("Q2_K", "Q3_K") and n_cols % 32 == 0:

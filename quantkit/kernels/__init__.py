@@ -1,18 +1,18 @@
-"""Kernels by name: rows to blocks, and stored rows to float32. The only importer of _native and of ggml.
+"""Kernels by name: rows to blocks, and stored rows to float32. Only this room imports _native and ggml.
 
-May import llama_cpp (which says where the toolchain's ggml is), gguf and base. Offers `quantize` and `dequantize` of
-whole rows, `quantize_stored` of rows as a source stores them, what decodes and checks rows, and the native part of
-rounding/ (`feedback_*`), which makes bytes of its own and not ggml's.
+May import llama_cpp (to find the toolchain's ggml), gguf and base. Offers `quantize` and `dequantize` for
+whole rows, `quantize_stored` for rows as a source stores them, functions that decode and check rows, and the native
+part of rounding/ (`feedback_*`), which makes quantkit's own bytes, not ggml's.
 
-ggml defines the bytes; the contract is the ggml 0.25.3 of llama-cpp-python 0.3.36. quantkit's own
-kernels (native/) give them many times sooner, for the types they have and on processors that have
-the instructions; everything else goes to ggml's own functions (`ggml_quantize_chunk` of the
+ggml defines the bytes; the contract is ggml 0.25.3 of llama-cpp-python 0.3.36. quantkit's own
+kernels (native/) make them many times faster, for some types and on processors that have
+the instructions; everything else uses ggml's own functions (`ggml_quantize_chunk` of the
 libggml-python wheel). The wheel's 0.20.2 gives the same bytes for every type but IQ1_M, whose search
-was rewritten since: where quantkit has no kernel for it, the `ggml-base` library of the installed
-toolchain is used, and without that quantizing to IQ1_M is refused rather than done differently.
+was rewritten later. Where quantkit has no kernel for IQ1_M, the `ggml-base` library of the installed
+toolchain is used; without it, quantizing to IQ1_M is refused so that no other bytes are made.
 
 Kernel names, best first: `avx512`, `avx2`, `neon` (quantkit's own), `ggml` (the wheel's),
-`ggml-pinned` (the toolchain's). QUANTKIT_KERNELS forces one; types it has no kernel for go to ggml.
+`ggml-pinned` (the toolchain's). QUANTKIT_KERNELS forces one; types for which it has no kernel use ggml.
 """
 
 from .arrays import F32, U8

@@ -22,10 +22,10 @@ def quantize(
     rows: float32 [n_rows, n_cols], C order, all finite; n_cols a multiple of the type's block.
     imatrix: float32 [n_cols], the mean squared activation of each column, finite and not negative.
     kernel: force one by name (see `select`).
-    out: uint8 [n_rows, row_bytes] to write to; a new array if None. Returned.
+    out: uint8 [n_rows, row_bytes] to write to; None for a new array. Returned.
 
-    Raises KernelError for wrong shapes or an unknown type, UnfitWeightError (a WeightError) for NaN, Inf and what
-    becomes Inf in a type of floats, WeightError when ggml finds the blocks it made not valid, or would abort the
+    Raises KernelError for wrong shapes or an unknown type, UnfitWeightError (a WeightError) for NaN, Inf and values
+    that become Inf in a float type, WeightError if ggml finds the resulting blocks invalid, or would abort the
     process (weights out of the type's range).
     """
     qt = qtype(qtype_name)
@@ -58,7 +58,7 @@ def quantize(
 
 
 def dequantize(blocks: U8, qtype_name: str, n_cols: int, out: F32 | None = None) -> F32:
-    """ggml blocks uint8 [n_rows, row_bytes] to float32 [n_rows, n_cols], with ggml's own function."""
+    """Decode ggml blocks uint8 [n_rows, row_bytes] to float32 [n_rows, n_cols], with ggml's own function."""
     qt = qtype(qtype_name)
     n_rows = blocks.shape[0] if blocks.ndim == 2 else -1
     require("blocks", blocks, np.uint8, (n_rows, qt.row_bytes(n_cols)))
@@ -73,5 +73,5 @@ def dequantize(blocks: U8, qtype_name: str, n_cols: int, out: F32 | None = None)
 
 
 def is_valid(blocks: U8, qtype_name: str) -> bool:
-    """Whether uint8 [n_rows, row_bytes] are blocks ggml accepts: no scale that is NaN or Inf."""
+    """Whether ggml accepts these blocks, uint8 [n_rows, row_bytes]: no scale is NaN or Inf."""
     return bool(library("ggml").validate(qtype(qtype_name).id, blocks.ctypes.data, blocks.nbytes))

@@ -1,4 +1,4 @@
-"""Which kernel is used for a type: the best that keeps the byte contract, or the one that is asked for."""
+"""Choosing the kernel for a type: the best that keeps the byte contract, or the one asked for."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from ..gguf.types import INTEGER_TYPES, QTYPES, QType
 from . import ggml, own
 
 KERNELS = ("avx512", "avx2", "neon", "ggml", "ggml-pinned")
-#: types whose bytes differ between the wheel's ggml and the contract's
+#: types for which the wheel's ggml gives other bytes than the contract
 DIFFERS_IN_WHEEL = frozenset({"IQ1_M"})
 _X86, _ARM = ("x86_64", "amd64"), ("aarch64", "arm64")
 _ARCHITECTURES: Mapping[str, tuple[str, ...]] = {"avx512": _X86, "avx2": _X86, "neon": _ARM}
 
 
 def select(qt: QType, kernel: str | None = None) -> str:
-    """The name of the kernel that quantizes to this type: the one asked for, else the best that keeps
-    the byte contract; where QUANTKIT_KERNELS names one, that if it has the type. Raises KernelError."""
+    """Return the name of the kernel that quantizes to this type: the one asked for; else the one in QUANTKIT_KERNELS,
+    if it has the type; else the best that keeps the byte contract. Raises KernelError."""
     if kernel is not None:
         _require_known(kernel)
         if kernel not in ("ggml", "ggml-pinned") and qt.name not in own.OWN[kernel]:
@@ -44,7 +44,7 @@ def select(qt: QType, kernel: str | None = None) -> str:
 
 
 def check_choice() -> None:
-    """Raise KernelError, before any work, when QUANTKIT_KERNELS names kernels that are not to be had here."""
+    """Raise KernelError, before any work, if QUANTKIT_KERNELS names kernels that are not available here."""
     forced = os.environ.get("QUANTKIT_KERNELS") or None
     if forced is not None:
         try:
@@ -71,7 +71,7 @@ def _require_known(kernel: str) -> None:
 
 
 def active() -> dict[str, str]:
-    """Type name -> the kernel that is used for it now, with its version; 'none: …' where there is none."""
+    """Return type name -> the kernel now used for it, with its version; 'none: …' if there is none."""
     out = {}
     for name, qt in QTYPES.items():
         if name in INTEGER_TYPES:

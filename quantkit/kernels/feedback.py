@@ -1,5 +1,5 @@
-"""Rounding with error feedback, as native/feedback.h has it: arrays checked, and handed on. quantkit/rounding/ is what
-people use."""
+"""Rounding with error feedback as in native/feedback.h: checks arrays and passes them on. quantkit/rounding/ is the
+interface for users."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from ..gguf.types import QType
 from . import own
 from .arrays import F32, U8, require
 
-#: sets that this processor can run, best first -> the types each has a kernel for. All give the same bytes.
+#: kernel sets that this processor can run, best first -> the types of each. All sets give the same bytes.
 FEEDBACK: Mapping[str, frozenset[str]] = {name: frozenset(types) for name, types in _native.feedback_sets()}
 
 
 def feedback_set(kernel: str | None = None) -> str:
-    """The set that is used: the one asked for, else the one that QUANTKIT_KERNELS names if it is one, else the best.
-    Raises KernelError for one that there is not."""
+    """Return the kernel set to use: the one asked for, else the one in QUANTKIT_KERNELS if it is available, else the
+    best. Raises KernelError for a set that is not available."""
     if kernel is None:
         forced = os.environ.get("QUANTKIT_KERNELS", "")
         return forced if forced in FEEDBACK else next(iter(FEEDBACK))
@@ -31,9 +31,9 @@ def feedback_set(kernel: str | None = None) -> str:
 
 
 def feedback_quantize(rows: F32, qt: QType, u: F32, importance: F32, search: bool, kernel: str | None = None) -> U8:
-    """Blocks uint8 [n_rows, row_bytes] of float32 rows [n_rows, n_cols], with u [n_cols, n_cols] and the importance
-    [n_cols] of the factor. Raises KernelError where there is no kernel for the type or a shape is wrong,
-    WeightError where errors grow beyond float32."""
+    """Return blocks uint8 [n_rows, row_bytes] of float32 rows [n_rows, n_cols]. `u` [n_cols, n_cols] and `importance`
+    [n_cols] come from the factor. Raises KernelError if there is no kernel for the type or a shape is wrong,
+    WeightError if errors grow beyond float32."""
     name = feedback_set(kernel)
     if qt.name not in FEEDBACK[name]:
         raise KernelError(f"there is no error feedback for {qt.name}")
@@ -49,26 +49,26 @@ def feedback_quantize(rows: F32, qt: QType, u: F32, importance: F32, search: boo
 
 
 def feedback_pass_on(rows: F32, column: int, values: F32, u: F32, kernel: str | None = None) -> None:
-    """Columns from `column` of float32 rows [n_rows, n_cols] have got `values` [n_rows, width]: their errors to the
-    columns after them, in place. Columns are counted in multiples of 32."""
+    """Pass errors on, in place: the columns of float32 rows [n_rows, n_cols] from `column` on are rounded to `values`
+    [n_rows, width], and the columns after them take up the errors. `column` and width are multiples of 32."""
     _native.feedback_pass_on(feedback_set(kernel), rows, column, values, u)
 
 
 def feedback_factor(h: F32, damp: float, exponent: int, kernel: str | None = None) -> F32 | int:
-    """U, float32 [n, n] upper triangular with U^T U the inverse of 2^exponent * h + damp * I; or the column at which
-    that is not positive definite."""
+    """Return U, float32 [n, n], upper triangular with U^T U the inverse of 2^exponent * h + damp * I; or the column at
+    which that matrix turns out not to be positive definite."""
     u = np.empty(h.shape, np.float32)
     at = _native.feedback_factor(feedback_set(kernel), h, damp, exponent, u)
     return u if at == len(h) else at
 
 
 def feedback_products(w: F32, q: F32, h: F32, kernel: str | None = None) -> npt.NDArray[np.float64]:
-    """float64 [n_rows, 2]: w h w^T and w h q^T of each row of float32 w and q [n_rows, n]."""
+    """Return float64 [n_rows, 2]: w h w^T and w h q^T for each row of float32 w and q [n_rows, n]."""
     out = np.empty((len(w), 2), np.float64)
     _native.feedback_products(feedback_set(kernel), w, q, h, out)
     return out
 
 
 def grown(qt: QType) -> WeightError:
-    """What is wrong with weights whose errors become Inf or NaN on their way."""
+    """Return the error for weights whose errors became Inf or NaN as they were passed on."""
     return WeightError(f"the errors of {qt.name} grow beyond float32 as they are passed on; take a larger damping")

@@ -1,4 +1,4 @@
-"""Stored floats, FP8 among them, to float32; and the first value that is none."""
+"""Stored floats, including FP8, to float32; and finding the first value that is not finite."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ _FLOATS = {"F32": np.float32, "F16": np.uint16, "BF16": np.uint16}
 
 
 def first_nonfinite(rows: F32) -> tuple[int, int] | None:
-    """(row, column) of the first NaN or Inf of float32 [n_rows, n_cols], or None."""
+    """Return (row, column) of the first NaN or Inf in float32 [n_rows, n_cols], or None."""
     at = _native.first_nonfinite(rows.reshape(-1))
     return None if at == rows.size else divmod(at, rows.shape[1])
 
 
 def e4m3_to_f32(src: U8, scale: F32, row0: int, block: tuple[int, int], out: F32, round_bf16: bool) -> None:
-    """Block-scaled FP8 (E4M3) to float32: out = float32(src) * scale of its block.
+    """Decode block-scaled FP8 (E4M3) to float32: out = float32(src) * scale of its block.
 
     src: uint8 [n_rows, n_cols], rows row0… of the matrix; scale: float32 [ceil(rows/block[0]),
     ceil(n_cols/block[1])] of the whole matrix; out: float32 [n_rows, n_cols]. With `round_bf16`
-    each product is rounded to the nearest even bfloat16, as on the way through a BF16 file.
+    each product is rounded to the nearest bfloat16, ties to even, as in a BF16 file.
     """
     if src.ndim != 2 or scale.ndim != 2 or min(row0, block[0] - 1, block[1] - 1) < 0:
         raise KernelError(
@@ -40,7 +40,7 @@ def e4m3_to_f32(src: U8, scale: F32, row0: int, block: tuple[int, int], out: F32
 
 
 def float_to_f32(src: U8, dtype: str, out: F32, round_bf16: bool) -> None:
-    """Stored F32, F16 or BF16 values (as bytes [n_rows, row_bytes]) to float32 `out` [n_rows, n_cols],
+    """Decode stored F32, F16 or BF16 values (bytes [n_rows, row_bytes]) to float32 `out` [n_rows, n_cols],
     rounded to bfloat16 if asked."""
     if dtype not in _FLOATS:
         raise KernelError(f"{dtype} is not a float type")

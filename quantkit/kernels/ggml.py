@@ -1,4 +1,4 @@
-"""ggml's own functions, of the libggml-python wheel and of the installed toolchain, by ctypes."""
+"""ggml's own functions, from the libggml-python wheel or the installed toolchain, called by ctypes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class _TypeTraits(ctypes.Structure):
 
 
 class Ggml:
-    """A libggml-base: every call releases the GIL. Raises KernelError for a file that is none."""
+    """A libggml-base library; every call releases the GIL. Raises KernelError if the file is not one."""
 
     def __init__(self, path: Path) -> None:
         try:
@@ -55,7 +55,7 @@ def load(path: Path) -> Ggml:
 
 
 def wheel_library() -> Path:
-    """The libggml-base of the libggml-python wheel."""
+    """Return the path of the libggml-base in the libggml-python wheel."""
     spec = find_spec("libggml")
     if spec is None or spec.origin is None:
         raise KernelError("the package libggml-python is not installed; run: pip install libggml-python")
@@ -68,7 +68,7 @@ def wheel_library() -> Path:
 
 
 def pinned_library() -> Path:
-    """The libggml-base of the installed toolchain. Raises KernelError where there is none."""
+    """Return the path of the libggml-base in the installed toolchain. Raises KernelError if there is none."""
     path = ggml_library()
     if path is None:
         raise KernelError("the kernel 'ggml-pinned' needs the toolchain; run: quantkit toolchain install")
@@ -85,5 +85,5 @@ def wheel() -> Ggml:
 
 
 def library(kernel: str) -> Ggml:
-    """The ggml that a kernel of that name is of, or that stands beside it."""
+    """Return the ggml that a kernel belongs to, or for quantkit's own kernels the one used beside them."""
     return load(pinned_library()) if kernel == "ggml-pinned" else wheel()

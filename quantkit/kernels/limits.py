@@ -1,4 +1,4 @@
-"""Which weights and importances a type takes: what ggml would abort on, or store as Inf, is refused."""
+"""Which weights and importances a type accepts: those on which ggml would abort, or store Inf, are refused."""
 
 from __future__ import annotations
 
@@ -11,37 +11,37 @@ from ..gguf.types import ABORT_WITHOUT_IMATRIX, QType
 from .arrays import F32
 from .floats import first_nonfinite
 
-#: types whose search ggml ends with abort() when its sums overflow
+#: types whose search makes ggml abort() when its sums overflow
 ABORT_ON_OVERFLOW = frozenset({"IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"})
-#: above what any of them can store with a float16 scale (65504 * 31 * 15), with room
+#: comfortably above what any of them can store with a float16 scale (65504 * 31 * 15)
 LARGEST_WEIGHT = 3e8
-#: of importance, weight, and weight squared: what still leaves the sums of a block far from 3.4e38
+#: importance x weight x weight squared: keeps the sums of a block far below 3.4e38
 LARGEST_PRODUCT = 1e33
-#: of the types that store floats, the smallest magnitude that becomes infinite: half a step above the largest finite
+#: for float types, the smallest magnitude that becomes infinite: half a step above the largest finite value
 OVERFLOW: Mapping[str, float] = {"F32": np.inf, "F16": 65520.0, "BF16": 2.0**128 - 2.0**119}
 
 
 class UnfitWeightError(WeightError):
-    """A weight that is NaN or infinite, or becomes infinite in a type of floats: the first one of its rows."""
+    """The first weight in its rows that is NaN or infinite, or becomes infinite in a float type."""
 
     def __init__(self, message: str, row: int, column: int, value: float) -> None:
         super().__init__(message)
         self.row, self.column = row, column
-        """counted in the rows that were to be quantized"""
+        """counted within the rows passed to the quantizer"""
         self.value = value
-        """as float32 has it"""
+        """its value in float32"""
 
 
 def limits_of(qt: QType) -> tuple[float, float]:
-    """The largest weight that the type takes, and the largest product of importance, weight and weight squared."""
+    """Return the largest weight that the type accepts, and the largest product importance x weight x weight squared."""
     if qt.name in ABORT_ON_OVERFLOW:
         return LARGEST_WEIGHT, LARGEST_PRODUCT
-    # above the largest finite value and below OVERFLOW
+    # the largest float32 below OVERFLOW, which is above the largest finite value
     return float(np.nextafter(np.float32(OVERFLOW.get(qt.name, np.inf)), np.float32(0))), np.inf
 
 
 def require_importance(imatrix: F32 | None, qt: QType) -> None:
-    """Raise KernelError for importances that are none, and for none at all where the type must have them."""
+    """Raise KernelError for invalid importances, and for missing ones if the type must have them."""
     if imatrix is not None:
         if not (np.isfinite(imatrix).all() and (imatrix >= 0).all()):
             raise KernelError("the imatrix holds values that are NaN, Inf or negative")
@@ -50,8 +50,8 @@ def require_importance(imatrix: F32 | None, qt: QType) -> None:
 
 
 def require_fit(rows: F32, qt: QType, imatrix: F32 | None) -> None:
-    """Raise WeightError for float32 [n_rows, n_cols] that are not to be quantized to the type: UnfitWeightError for NaN
-    and Inf, and for what would overflow the sums of ggml's grid searches, which abort on NaN."""
+    """Raise WeightError if float32 [n_rows, n_cols] cannot be quantized to the type: UnfitWeightError for NaN and Inf,
+    WeightError for values that would overflow the sums of ggml's grid searches, which abort on NaN."""
     if first_nonfinite(rows) is not None and (unfit := first_unfit(rows, qt)):
         raise unfit
     if rows.size == 0 or qt.name not in ABORT_ON_OVERFLOW:
@@ -68,8 +68,8 @@ def require_fit(rows: F32, qt: QType, imatrix: F32 | None) -> None:
 
 
 def first_unfit(rows: F32, qt: QType) -> UnfitWeightError | None:
-    """The first value of float32 [n_rows, n_cols] that is NaN or infinite, or would be once it is stored as a float of
-    that type; None where there is none."""
+    """Return the first value of float32 [n_rows, n_cols] that is NaN or infinite, or would become so when stored as a
+    float of this type; None if there is none."""
     unfit = ~(np.abs(rows) < OVERFLOW.get(qt.name, np.inf))
     if not unfit.any():
         return None
@@ -82,5 +82,5 @@ def first_unfit(rows: F32, qt: QType) -> UnfitWeightError | None:
 
 
 def invalid_blocks(qt: QType) -> WeightError:
-    """What is wrong with rows of finite weights of which ggml does not accept the blocks."""
+    """Return the error for rows of finite weights whose blocks ggml does not accept."""
     return WeightError(f"weights out of the range of {qt.name}: a block's scale is not valid")

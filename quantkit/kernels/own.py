@@ -1,4 +1,4 @@
-"""quantkit's own kernels, of the extension module: which there are, and the tables that they are handed."""
+"""quantkit's own kernels, in the extension module: which exist, and the tables they need."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from .. import _native
 from ..base.version import __version__
 from ..gguf.types import QType
 
-#: quantkit's own sets that this processor can run, best first -> the types each has
+#: quantkit's own kernel sets that this processor can run, best first -> the types of each
 OWN: Mapping[str, frozenset[str]] = {name: frozenset(types) for name, types in _native.kernel_sets()}
 
-#: types whose levels come from a table -> the class of gguf.quants that has it
+#: types whose levels come from a table -> the class of gguf.quants that holds it
 CODEBOOKS: Mapping[str, str] = {
     "IQ1_S": "IQ1_S", "IQ1_M": "IQ1_S", "IQ2_XXS": "IQ2_XXS", "IQ2_XS": "IQ2_XS", "IQ2_S": "IQ2_S",
     "IQ3_XXS": "IQ3_XXS", "IQ3_S": "IQ3_S", "IQ4_NL": "IQ4_NL", "IQ4_XS": "IQ4_NL",
@@ -26,7 +26,7 @@ CODEBOOKS: Mapping[str, str] = {
 
 @cache
 def version() -> str:
-    """quantkit's version with a digest of its compiled kernels: equal versions make equal bytes."""
+    """Return quantkit's version with a digest of its compiled kernels: equal versions make equal bytes."""
     assert _native.__file__ is not None
     digest = hashlib.sha256(Path(_native.__file__).read_bytes()).hexdigest()[:12]
     return f"quantkit {__version__}, kernels {digest}"
@@ -34,7 +34,7 @@ def version() -> str:
 
 @cache
 def set_codebook(name: str) -> None:
-    """Hand quantkit's own kernels a table of levels: int8 [entries, values an entry], in ggml's order."""
+    """Pass a table of levels to quantkit's own kernels: int8 [entries, values per entry], in ggml's order."""
     table = getattr(import_module("gguf.quants"), name)
     if hasattr(table, "kvalues"):
         values = np.array([table.kvalues], np.int8)
@@ -45,6 +45,6 @@ def set_codebook(name: str) -> None:
 
 
 def prepare(qt: QType) -> None:
-    """What quantkit's own kernels need once before the first use of a type."""
+    """Set up what quantkit's own kernels need before the first use of a type."""
     if qt.name in CODEBOOKS:
         set_codebook(CODEBOOKS[qt.name])

@@ -1,4 +1,4 @@
-"""Rows as a source stores them, to blocks in one pass: a few rows at a time become float32, in the nearest cache."""
+"""Quantizing rows as a source stores them, in one pass: a few rows at a time become float32 in the nearest cache."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from .choose import select
 from .floats import e4m3_to_f32, float_to_f32
 from .limits import OVERFLOW, first_unfit, invalid_blocks, limits_of, require_fit, require_importance
 
-#: what quantize_stored can start from
+#: dtypes that quantize_stored can read
 FUSED = frozenset({"F8_E4M3", "BF16", "F16", "F32"})
 
 
 class StoredRows(NamedTuple):
-    """Rows as a source stores them, uint8 [n_rows, row_bytes]. They may have been dealt in turn from k runs
-    of consecutive rows of the source's matrix (row i is number i // k of run i % k): `stored` holds the
-    runs one after the other, and `first_rows`, uint64 [k], their first rows in the matrix."""
+    """Rows as a source stores them, uint8 [n_rows, row_bytes]. They may be interleaved from k runs
+    of consecutive rows of the source's matrix (row i is number i // k of run i % k): `stored` then holds the
+    runs one after the other, and `first_rows`, uint64 [k], the first row of each in the matrix."""
 
     stored: U8
     dtype: str
@@ -32,13 +32,13 @@ class StoredRows(NamedTuple):
     n_cols: int
     first_rows: npt.NDArray[np.uint64]
     scale: F32 | None
-    """FP8's, of the whole matrix, one for each `block`"""
+    """FP8 scales of the whole matrix, one for each `block`"""
     block: tuple[int, int]
     round_bf16: bool
-    """round each value to bfloat16 first, as on the way through a BF16 file"""
+    """round each value to bfloat16 first, as in a BF16 file"""
 
     def decode(self) -> F32:
-        """The rows as float32 [n_rows, n_cols], in the order in which they were dealt."""
+        """Return the rows as float32 [n_rows, n_cols], interleaved."""
         n_runs = len(self.first_rows)
         out = np.empty((len(self.stored), self.n_cols), np.float32)
         at = 0
@@ -55,8 +55,8 @@ class StoredRows(NamedTuple):
 
 
 def can_quantize_stored(dtype: str, qtype_name: str) -> bool:
-    """Whether `quantize_stored` takes rows of that dtype to that type: whether quantkit has a kernel of its own for it,
-    and that one is chosen."""
+    """Whether `quantize_stored` can quantize rows of this dtype to this type: quantkit has its own kernel for them,
+    and that kernel is chosen."""
     try:
         return dtype in FUSED and select(qtype(qtype_name)) in own.OWN
     except KernelError:
@@ -64,9 +64,9 @@ def can_quantize_stored(dtype: str, qtype_name: str) -> bool:
 
 
 def quantize_stored(rows: StoredRows, qtype_name: str, imatrix: F32 | None, out: U8) -> None:
-    """Quantize stored rows in one pass, a few rows at a time: what decoding them to float32 and `quantize`
-    give, without the float32 in between. `imatrix` and `out` are those of `quantize`, and so is what is raised for
-    weights that are not fit; `out` is then unfinished. Raises KernelError where `can_quantize_stored` is False."""
+    """Quantize stored rows in one pass, a few rows at a time: the result is that of decoding them to float32 and
+    calling `quantize`, without holding the float32. `imatrix`, `out` and the errors for unfit weights are as for
+    `quantize`; after an error `out` is incomplete. Raises KernelError if `can_quantize_stored` is False."""
     qt = qtype(qtype_name)
     if not can_quantize_stored(rows.dtype, qt.name):
         raise KernelError(f"no kernel takes stored {rows.dtype} to {qt.name} in one pass; decode the rows first")

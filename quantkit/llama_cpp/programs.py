@@ -1,4 +1,4 @@
-"""llama.cpp's programs run to their end: killed with the process that waits for them, and quoted when they fail."""
+"""Running llama.cpp's programs: killed along with the process that waits for them, and quoted when they fail."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from typing import IO
 
 from ..base.errors import ToolError
 
-#: seconds between two looks at a program that is at work
+#: seconds between two checks on a running program
 _POLL = 0.1
-#: of its last lines that are quoted
+#: how many of its last lines are quoted
 _LINES = 12
 
 
 def run(command: Sequence[str], model: Path, look: Callable[[], None] = lambda: None) -> bytes:
-    """Run a program on a model; `look` is called while it is at work. Returns its standard output. Raises ToolError,
-    with the last lines of its standard error, or of its output where it is silent there."""
-    # options that the environment gives llama.cpp would change what is compared
+    """Run a program on a model, calling `look` while it runs. Returns its standard output. Raises ToolError with the
+    last lines of its standard error, or of its output if standard error is empty."""
+    # llama.cpp's options in the environment would change what is compared
     env = {key: value for key, value in os.environ.items() if not key.startswith("LLAMA_ARG_")}
     with tempfile.TemporaryFile() as said, tempfile.TemporaryFile() as log:
         try:
@@ -52,12 +52,12 @@ def _last_lines(file: IO[bytes]) -> list[str]:
 
 
 def cannot_run(binary: str | Path, e: OSError) -> ToolError:
-    """That a program does not even start."""
+    """Return the error for a program that does not even start."""
     return ToolError(f"{binary}: cannot be run: {e.strerror or e}")
 
 
 def failure(binary: Path, code: int, last: Iterable[str], made: bool = True) -> ToolError:
-    """How a program ended, with its last words; `made` is whether it made the file it should."""
+    """Return the error for how a program ended, with its last words; `made`: whether it made the file it should."""
     if code < 0:
         how = f"was ended by {signal.Signals(-code).name}"
     else:

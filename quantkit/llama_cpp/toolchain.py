@@ -1,14 +1,14 @@
-"""Finds the llama.cpp tools: on PATH, or in the cache, where install.py puts the pinned version of them.
+"""Finds the llama.cpp tools: on PATH, or in the cache, where install.py puts the pinned version.
 
-The pin is the sdist of `llama-cpp-python` (see `SDIST`): it carries the whole of llama.cpp, so one file
-with one sha256 fixes the quantizer, the converter and the ggml whose bytes are the contract. What is
-installed for it, all under `root()`:
+The pin is the sdist of `llama-cpp-python` (see `SDIST`). It contains all of llama.cpp, so one file
+with one sha256 fixes the quantizer, the converter and the ggml whose bytes are the contract. Installed
+from it, all under `root()`:
 
     bin/             the executables in `TOOLS` and their shared libraries, side by side (rpath $ORIGIN)
     src/             convert_hf_to_gguf.py with the `conversion` and `gguf` packages it imports
-    python/<tag>/    the converter's own Python packages, for one Python (`cpython-311`); torch is not among
-                     them, the converter takes it from the environment quantkit runs in
-    installed.json   the stamp: there is no `root()` without it
+    python/<tag>/    the converter's own Python packages, for one Python (`cpython-311`), without torch, which
+                     the converter takes from the environment that quantkit runs in
+    installed.json   the stamp, without which `root()` does not exist
 """
 
 from __future__ import annotations
@@ -49,13 +49,13 @@ INSTALL_COMMAND = "quantkit toolchain install"
 STAMP = "installed.json"
 CONVERTER = "convert_hf_to_gguf.py"
 _OTHER = f"give --llama-quantize the path of another, or run: {INSTALL_COMMAND}"
-#: bytes and seconds of a program's answer
+#: most bytes and seconds of a program's answer
 _MOST_SAID, _PATIENCE = 1 << 16, 20
 _VERSION_LINE = re.compile(r"^(?:version:|main: build =)\s*(.+)$", re.MULTILINE)
 
 
 class Located(NamedTuple):
-    """An executable, and which of the two places it was found in."""
+    """An executable, and where it was found."""
 
     path: Path
     origin: Literal["PATH", "cache"]
@@ -65,8 +65,8 @@ class Located(NamedTuple):
 
 
 def cache_dir() -> Path:
-    """quantkit's cache: $QUANTKIT_CACHE, else $XDG_CACHE_HOME/quantkit, else ~/.cache/quantkit. Raises ToolError when
-    no home folder is known to start from."""
+    """Return quantkit's cache: $QUANTKIT_CACHE, else $XDG_CACHE_HOME/quantkit, else ~/.cache/quantkit. Raises
+    ToolError if the home folder is needed but unknown."""
     try:
         if own := os.environ.get("QUANTKIT_CACHE"):
             return Path(own).expanduser().absolute()
@@ -80,14 +80,14 @@ def cache_dir() -> Path:
 
 
 def root() -> Path:
-    """The folder of the installed toolchain; it exists only when complete. Raises ToolError as `cache_dir`."""
+    """Return the folder of the installed toolchain; it exists only when complete. Raises ToolError as `cache_dir`."""
     return cache_dir() / "toolchain" / f"{PACKAGE}-{PACKAGE_VERSION}"
 
 
 def find(tool: str, explicit: Path | str | None = None) -> Path:
-    """The executable to run for `tool`: `explicit` if given, else the first of PATH and the cache.
+    """Return the executable to run for `tool`: `explicit` if given, else the one on PATH, else the one in the cache.
 
-    Raises ToolError when `explicit` is not an executable file, or when the tool is nowhere.
+    Raises ToolError if `explicit` is not an executable file, or if the tool is found nowhere.
     """
     _check_name(tool)
     if explicit is not None:
@@ -105,8 +105,8 @@ def find(tool: str, explicit: Path | str | None = None) -> Path:
 
 
 def find_quantize(explicit: Path | str | None = None) -> Path:
-    """The llama-quantize to drive. Raises ToolError when there is none, and for a binary whose --help does not name
-    the option by which quantkit tells it the types: another program, or one of before 2025."""
+    """Return the llama-quantize to run. Raises ToolError if there is none, or if its --help does not name
+    the option with which quantkit passes the types: then it is another program, or older than 2025."""
     path = find("llama-quantize", explicit)
     option = "--tensor-type-file"
     try:
@@ -119,7 +119,7 @@ def find_quantize(explicit: Path | str | None = None) -> Path:
 
 
 def _said(command: Sequence[str]) -> str:
-    """What a program prints, up to a limit of bytes and seconds. Raises OSError when it cannot be run."""
+    """Return what a program prints, up to a limit of bytes and seconds. Raises OSError if it cannot be run."""
     with subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
     ) as process:
@@ -139,7 +139,7 @@ def _said(command: Sequence[str]) -> str:
 
 
 def locate(tool: str) -> Located | None:
-    """Where `find` gets a tool from when it is told no path, or None when it is nowhere."""
+    """Return the tool that `find` would take without an explicit path, or None if it is found nowhere."""
     _check_name(tool)
     if on_path := shutil.which(tool):
         return Located(Path(on_path).absolute(), "PATH")
@@ -148,14 +148,14 @@ def locate(tool: str) -> Located | None:
 
 
 def find_in_cache(tool: str) -> Path | None:
-    """The installed executable of `tool`, or None."""
+    """Return the installed executable of `tool`, or None."""
     _check_name(tool)
     path = _in_cache("bin", tool)
     return path if path is not None and os.access(path, os.X_OK) else None
 
 
 def _in_cache(*names: str) -> Path | None:
-    """An installed file; None where there is none, or the cache cannot be looked into (`trouble` says why)."""
+    """Return an installed file; None if there is none, or the cache cannot be accessed (`trouble` tells why)."""
     try:
         path = root().joinpath(*names)
     except ToolError:
@@ -164,7 +164,7 @@ def _in_cache(*names: str) -> Path | None:
 
 
 def trouble() -> str | None:
-    """Why the cache cannot be used, if it cannot; one that is not there yet can be made."""
+    """Explain why the cache cannot be used, or return None. A cache that does not exist yet is fine."""
     try:
         folder = cache_dir()
     except ToolError as e:
@@ -190,15 +190,16 @@ def _check_name(tool: str) -> None:
 
 
 def ggml_library() -> Path | None:
-    """The installed libggml-base.so (ggml `GGML_VERSION`, the byte contract), or None."""
+    """Return the installed libggml-base.so (ggml `GGML_VERSION`, the byte contract), or None."""
     return _in_cache("bin", "libggml-base.so")
 
 
 def converter_command() -> tuple[list[str], dict[str, str]]:
-    """How to run llama.cpp's converter: the first arguments, and what to add to the environment.
+    """Return how to run llama.cpp's converter: its first arguments, and what to add to the environment. Raises
+    ToolError.
 
-    The environment lets the converter's own packages (transformers, and what it needs) go before those of
-    the environment quantkit runs in, which keeps its own.
+    The environment puts the converter's own packages (transformers, and what it needs) before those of
+    the environment that quantkit runs in, which stays unchanged.
     """
     script = root() / "src" / CONVERTER
     if not os.path.isfile(script):
@@ -214,15 +215,15 @@ def converter_command() -> tuple[list[str], dict[str, str]]:
 
 
 def converter_packages(base: Path) -> Path:
-    """Where the converter's own packages for this Python are, below `base`."""
+    """Return the folder below `base` with the converter's own packages for this Python."""
     return base / "python" / str(sys.implementation.cache_tag)
 
 
 def version(path: Path) -> str:
-    """What the tool at `path` says its version is, in one line; 'unknown version' if it does not say.
+    """Return the version that the tool at `path` prints, in one line; 'unknown version' if it prints none.
 
-    llama-quantize knows no `--version`; it says it when it starts on a file, and one below an executable
-    cannot exist.
+    llama-quantize has no `--version`; it prints its version when it starts on a file, here one that
+    cannot exist, since its path is below an executable.
     """
     for arguments in (["--version"], ["--dry-run", f"{path}/none.gguf", "Q8_0"]):
         try:
@@ -240,7 +241,7 @@ def version(path: Path) -> str:
 
 
 def stamp() -> dict[str, object] | None:
-    """What `install` noted about what it built, or None when there is no (readable) installation."""
+    """Return what `install` recorded about its build, or None if there is no (readable) installation."""
     try:
         read = json.loads((root() / STAMP).read_text())
     except (OSError, ValueError, RecursionError, ToolError):
@@ -249,12 +250,12 @@ def stamp() -> dict[str, object] | None:
 
 
 def missing() -> list[str]:
-    """The tools that an installation lacks, as one of an earlier quantkit does; none where there is no installation."""
+    """Return the tools missing from an installation, such as an earlier quantkit's; [] if there is no installation."""
     return [] if stamp() is None else [tool for tool in TOOLS if find_in_cache(tool) is None]
 
 
 def whole() -> bool:
-    """Whether all that was built is in the cache still: the tools, their ggml, and the converter."""
+    """Whether everything that was built is still in the cache: the tools, their ggml, and the converter."""
     files = (("src", CONVERTER), ("bin", "libggml-base.so"))
     return stamp() is not None and not missing() and all(_in_cache(*names) for names in files)
 
@@ -265,7 +266,7 @@ def installed() -> bool:
 
 
 def cpu_flags() -> frozenset[str]:
-    """The CPU's feature flags as Linux names them ('avx2', 'f16c'; on ARM 'asimd'), empty if unknown."""
+    """Return the CPU's feature flags as Linux names them ('avx2', 'f16c'; on ARM 'asimd'), empty if unknown."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             name, _, value = line.partition(":")

@@ -1,8 +1,8 @@
-"""What the output holds: its tensors by GGUF name, and the source rows each is made from. Pure data.
+"""What the output holds: its tensors by GGUF name, and the source rows that each is made from. Pure data.
 
-A `Catalogue` is built from headers or from config.json alone (quantkit.model.families), so a 671 B model
-is planned with no weights on disk. Shapes of output tensors are in GGUF (ne) order, fastest
-dimension first; shapes of source tensors are row-major, as their files have them.
+A `Catalogue` is built from headers, or from config.json alone (quantkit.model.families), so a 671 B model
+can be planned without its weights. Shapes of output tensors are in GGUF (ne) order, fastest
+dimension first; shapes of source tensors are row-major, as stored in their files.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ class MlaLayout(TextEnum):
     """How the tensors of multi-head latent attention are stored."""
 
     K_B_V_B = "k_b+v_b"
-    """attn_k_b and attn_v_b: llama.cpp's of today"""
+    """attn_k_b and attn_v_b: llama.cpp's current layout"""
     KV_B = "kv_b"
-    """attn_kv_b: of early 2025"""
+    """attn_kv_b: the layout of early 2025"""
     AS_IS = "as is"
     """neither: no MLA, or not known"""
 
 
 class Role(TextEnum):
-    """What a tensor does in the model, in the order tables show them."""
+    """What a tensor does in the model; tables list roles in this order."""
 
     EMBEDDING = "embedding"
     OUTPUT = "output"
@@ -50,10 +50,10 @@ ROLES = tuple(Role)
 
 
 class Part(NamedTuple):
-    """Consecutive rows of an output tensor, and where they come from: `n_rows` rows of the 2-D (or
-    1-D) source tensor `source`, beginning at row `row`; if `transposed`, the output rows are the
-    columns of that rectangle. If `interleave` is k > 1, the rows are dealt in turn from k equal
-    runs of source rows: the first of each run, then the second of each, and so on."""
+    """Consecutive rows of an output tensor, and their source: `n_rows` rows of the 2-D (or
+    1-D) source tensor `source`, from row `row` on. If `transposed`, the output rows are the
+    columns of that rectangle. If `interleave` is k > 1, the rows are interleaved from k equal
+    runs of source rows: the first row of each run, then the second of each, and so on."""
 
     source: str
     shape: tuple[int, ...]
@@ -64,11 +64,11 @@ class Part(NamedTuple):
 
     @property
     def out_rows(self) -> int:
-        """How many rows of the output tensor this part makes."""
+        """How many rows of the output tensor this part provides."""
         return self.shape[-1] if self.transposed else self.n_rows
 
     def source_row(self, row: int) -> int:
-        """The row of the source that becomes row `row` of a part that is not transposed."""
+        """Return the source row that becomes row `row` of a part that is not transposed."""
         run, at = row % self.interleave, row // self.interleave
         return self.row + run * (self.n_rows // self.interleave) + at
 
@@ -78,17 +78,17 @@ class Tensor(NamedTuple):
 
     name: str
     shape: tuple[int, ...]
-    """ne order: shape[0] values a row"""
+    """ne order: shape[0] values in a row"""
     role: Role
     layer: int | None
     quantizable: bool
-    """False for norms, router, biases: they keep `source_type`, as llama-quantize has it"""
+    """False for norms, router, biases: like llama-quantize, a build keeps their `source_type`"""
     source_type: str
-    """the ggml type it has before quantization: in the source GGUF, or in the BF16 file a converter would write"""
+    """the ggml type before quantization: the source GGUF's, or that of the BF16 file a converter would write"""
     parts: tuple[Part, ...] = ()
 
     def __repr__(self) -> str:
-        """Without the parts: there are hundreds of some."""
+        """Leave out the parts, of which some tensors have hundreds."""
         shape = "x".join(map(str, self.shape))
         return f"Tensor({self.name!r}, {shape}, {self.role}, {self.source_type}, {len(self.parts)} parts)"
 
@@ -106,25 +106,25 @@ class Tensor(NamedTuple):
 
 
 class SourceTensor(NamedTuple):
-    """A tensor as a checkpoint file stores it."""
+    """A tensor as stored in a checkpoint file."""
 
     name: str
     dtype: str
-    """safetensors' names (F8_E4M3, BF16, F16, F32, …) or a ggml type's"""
+    """safetensors' name (F8_E4M3, BF16, F16, F32, …) or a ggml type's"""
     shape: tuple[int, ...]
     """row-major"""
     file: Path
     offset: int
-    """of its first byte, from the start of the file"""
+    """offset of its first byte from the start of the file"""
     nbytes: int
 
 
-#: the dtype of a tensor that an index names and whose header is not here; its shape is ()
+#: the dtype of a tensor that an index lists but whose header is not available; its shape is ()
 UNREAD = "unread"
 
 
 class Source(Protocol):
-    """Where the weights are: their stored bytes, and the scales that FP8 weights have."""
+    """Where the weights are: their stored bytes, and the scales of FP8 weights."""
 
     @property
     def path(self) -> Path: ...
@@ -140,7 +140,7 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class Catalogue:
-    """The output's tensors, sorted as llama-quantize sorts them, with what the model is."""
+    """The output's tensors, sorted as llama-quantize sorts them, and facts about the model."""
 
     model: str
     arch: str
@@ -151,22 +151,22 @@ class Catalogue:
     moe_layers: tuple[int, ...]
     tensors: tuple[Tensor, ...]
     kvs: tuple[KV, ...]
-    """metadata as a BF16 GGUF of the model has it, general.file_type included"""
+    """metadata of a BF16 GGUF of the model, including general.file_type"""
     kvs_complete: bool
-    """False when planned from a config alone: the tokenizer is not known, file sizes lack it"""
+    """False when built from a config alone: the tokenizer is unknown, and missing from file sizes"""
     source: Source | None = None
     notes: tuple[str, ...] = field(default=())
     headers: Source | None = None
-    """in place of `source` where headers are known and weights cannot be read"""
+    """set instead of `source` if headers are known but weights cannot be read"""
     lacks: str = ""
-    """why they cannot: a sentence with what to do"""
+    """why they cannot be read, and what to do: one sentence"""
     partial: str = ""
-    """what is not here of what was given: the same as one of the notes"""
+    """which parts of the given source are missing; also one of the notes"""
 
     def layer_groups(self) -> Mapping[str, tuple[int, ...]]:
-        """The layer numbers of each named group that a recipe's `layers` may slice."""
+        """Return the layer numbers of each named group that a recipe's `layers` may slice."""
         n = self.n_layers
-        # use_more_bits of src/llama-quant.cpp, integer division included
+        # use_more_bits of src/llama-quant.cpp, with its integer division
         more = tuple(i for i in range(n) if i < n // 8 or i >= 7 * n // 8 or (i - n // 8) % 3 == 2)
         every = tuple(range(n))
         return {"all": every, "dense": self.dense_layers, "moe": self.moe_layers, "more_bits": more}
@@ -177,18 +177,18 @@ _BLOCK = re.compile(r"blk\.\s*([+-]?\d+)\.")
 
 
 def layer_of(name: str) -> int | None:
-    """The layer number in a GGUF tensor name (blk.N.…), or None."""
+    """Return the layer number in a GGUF tensor name (blk.N.…), or None."""
     m = _BLOCK.match(name)
     return int(m.group(1)) if m else None
 
 
 def family_of(name: str) -> str:
-    """A tensor's name with * for its layer: blk.*.attn_q_a.weight."""
+    """Return a tensor's name with * for its layer: blk.*.attn_q_a.weight."""
     return _FAMILY.sub("blk.*.", name)
 
 
 def ranges(numbers: Iterable[int]) -> str:
-    """3,4,5,8 as '3-5,8'."""
+    """Return 3,4,5,8 as '3-5,8'."""
     out: list[list[int]] = []
     for n in sorted(numbers):
         if out and n == out[-1][1] + 1:
@@ -199,13 +199,13 @@ def ranges(numbers: Iterable[int]) -> str:
 
 
 def output_order(name: str) -> tuple[int, bytes]:
-    """The sort key of llama-quantize's output: layer (none first), then the name's bytes.
+    """Return the sort key of llama-quantize's output order: layer (none first), then the name's bytes.
     Source: src/llama-model-loader.h, weight_name_comparer."""
     layer = layer_of(name)
     return (-1 if layer is None else layer, name.encode())
 
 
-#: parts of names that llama-quantize never quantizes (src/llama-quant.cpp, tensor_allows_quantization)
+#: name parts of tensors that llama-quantize never quantizes (src/llama-quant.cpp, tensor_allows_quantization)
 _NEVER = (
     "_norm.weight",
     "ffn_gate_inp.weight",
@@ -245,7 +245,7 @@ _NEVER = (
 )
 
 
-#: and of those of glm5-next
+#: further ones in glm5-next
 _NEVER_IN_GLM5_NEXT = (
     "hc_",
     "indexer.attn_q_b",
@@ -265,7 +265,7 @@ _NEVER_IN_GLM5_NEXT = (
 
 
 def is_quantizable(name: str, shape: tuple[int, ...], arch: str = "") -> bool:
-    """Whether llama-quantize would quantize a tensor of that name and (ne) shape at all, in a model of that arch."""
+    """Whether llama-quantize would quantize a tensor with this name and (ne) shape at all, in a model of this arch."""
     n_dims = max((i + 1 for i, n in enumerate(shape) if n > 1), default=1)
     if n_dims < 2 or not name.endswith("weight"):
         return False
@@ -287,5 +287,5 @@ _ROLE_OF = (
 
 
 def role_of(name: str) -> Role:
-    """What a tensor does, from its GGUF name."""
+    """Return what a tensor does, judged by its GGUF name."""
     return next((role for pattern, role in _ROLE_OF if pattern.match(name)), Role.OTHER)

@@ -1,7 +1,7 @@
-"""A small checkpoint in the exact DeepSeek-V3 layout and FP8 format, with a tokenizer and a matching imatrix.
+"""A small checkpoint in the exact layout and FP8 format of DeepSeek-V3, with a tokenizer and a matching imatrix.
 
-Seeded random weights, so it says nothing clever, but every step of a real run happens on it: FP8 with
-128x128 scales (partial ones at an edge), stacked experts, a split kv_b, an MTP layer to leave out.
+The weights are seeded random numbers, so the model is useless, but it exercises every step of a real run: FP8 with
+128x128 scales (partial blocks at an edge), stacked experts, a split kv_b, an MTP layer to leave out.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from ..base.errors import OutputError
 from ..gguf.header import STRING, U32, header_bytes, is_utf8, kv, kv_array, pad
 
 SEED = 20250127
-#: a folder the demo made may be made again; any other is left alone
+#: marks a folder that the demo made, and may make again; any other is left alone
 MARKER = ".quantkit-demo"
 PRE = "deepseek-v3"
-#: the checkpoint's folder, from which the model takes its name
+#: the checkpoint's folder, which gives the model its name
 NAME = "DeepSeek-V3-Demo"
 
 CONFIG: dict[str, Any] = {
@@ -92,13 +92,13 @@ _SPECIAL = (
 
 
 def make_checkpoint(folder: Path, config: Mapping[str, Any] | None = None, seed: int = SEED, n_shards: int = 3) -> None:
-    """Write a checkpoint to an existing empty folder: config.json, shards with index, tokenizer. One shard is in
+    """Write a checkpoint to an existing empty folder: config.json, shards with index, tokenizer. Only one shard is in
     memory at a time. Raises OutputError."""
     from safetensors import SafetensorError
 
     try:
         _write_checkpoint(folder, config, seed, n_shards)
-    except (OSError, SafetensorError) as e:  # the latter's words have the system's
+    except (OSError, SafetensorError) as e:  # SafetensorError's message includes the system's
         why = e.strerror if isinstance(e, OSError) and e.strerror else e
         raise OutputError(f"{folder}: the checkpoint cannot be written: {why}") from None
 
@@ -133,7 +133,7 @@ def _shard(i: int, n_shards: int) -> str:
 
 
 def checkpoint_tensors(c: Mapping[str, Any]) -> Iterator[tuple[str, tuple[int, ...], str]]:
-    """Names, row-major shapes and kinds (fp8, bf16, norm, bias) of a DeepSeek-V2/V3 checkpoint's tensors."""
+    """Yield names, row-major shapes and kinds (fp8, bf16, norm, bias) of a DeepSeek-V2/V3 checkpoint's tensors."""
     linear = "fp8" if "quantization_config" in c else "bf16"
     hidden, heads = c["hidden_size"], c["num_attention_heads"]
     yield "model.embed_tokens.weight", (c["vocab_size"], hidden), "bf16"
@@ -185,10 +185,10 @@ def _ffn(prefix: str, hidden: int, ffn: int, kind: str) -> Iterator[tuple[str, t
 
 
 def _tensor(name: str, shape: tuple[int, ...], kind: str, seed: int, c: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """The stored tensors of a weight, contiguous as save_file takes them: itself and, for FP8, its scales."""
+    """Yield what is stored of a weight, contiguous as save_file needs it: the tensor and, for FP8, its scales."""
     from ml_dtypes import bfloat16, float8_e4m3fn
 
-    # a generator of its own for each name, so that a weight does not depend on the others
+    # each name has its own generator, so that a weight does not depend on the others
     rng = np.random.default_rng([seed, *name.encode()])
     if kind == "norm":
         yield name, (1 + 0.1 * rng.standard_normal(shape, np.float32)).astype(bfloat16)
@@ -196,7 +196,7 @@ def _tensor(name: str, shape: tuple[int, ...], kind: str, seed: int, c: Mapping[
         yield name, 0.1 * rng.standard_normal(shape, np.float32)
     else:
         values = rng.standard_normal(shape, np.float32) * np.float32(0.7 / math.sqrt(shape[-1]))
-        # outliers in a few columns, as real weights have them
+        # outliers in a few columns, as in real weights
         values[:, rng.integers(0, shape[1], max(1, shape[1] // 128))] *= 6
         if kind == "bf16":
             yield name, values.astype(bfloat16)
@@ -211,7 +211,7 @@ def _tensor(name: str, shape: tuple[int, ...], kind: str, seed: int, c: Mapping[
 
 
 def make_tokenizer(folder: Path, vocab_size: int) -> None:
-    """A small byte-level BPE with DeepSeek-V3's special tokens and a chat template."""
+    """Write a small byte-level BPE tokenizer with DeepSeek-V3's special tokens and a chat template."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -245,8 +245,8 @@ def make_tokenizer(folder: Path, vocab_size: int) -> None:
 
 
 def make_imatrix(path: Path, tensors: Mapping[str, tuple[int, ...]], seed: int = SEED) -> None:
-    """An importance matrix, as llama-imatrix writes it, for tensors of these (ne) shapes: lognormal
-    activations, experts used unevenly. Stacked experts have a count each, other 3-D tensors one. Raises OutputError."""
+    """Write an importance matrix as llama-imatrix does, for tensors of these (ne) shapes: lognormal activations,
+    experts used unevenly. Stacked experts have one count each, other 3-D tensors a single one. Raises OutputError."""
     infos, blobs, at = [], [], 0
     for name in sorted(tensors):
         shape = tensors[name]
@@ -272,7 +272,7 @@ def make_imatrix(path: Path, tensors: Mapping[str, tuple[int, ...]], seed: int =
 
 
 def prepare_folder(folder: Path) -> None:
-    """An empty folder for the demo. Raises OutputError when there is something that is not the demo's."""
+    """Make an empty folder for the demo. Raises OutputError if it holds anything that the demo did not make."""
     try:
         others = os.path.lexists(folder) and any(folder.iterdir()) and not os.path.exists(folder / MARKER)
     except NotADirectoryError:

@@ -1,7 +1,7 @@
-"""SOURCE on the command line, whatever it is, to a Catalogue.
+"""From SOURCE on the command line, whatever it is, to a Catalogue.
 
-A checkpoint directory or a GGUF file, here or elsewhere (hf://org/repo, hf://… or https://… of a GGUF: by their
-headers only), a config.json, the name of a known model, or the id of a repository that `hf download` has brought here.
+SOURCE is a checkpoint directory or a GGUF file, local or remote (hf://org/repo, hf://… or https://… of a GGUF: only
+headers are read), a config.json, the name of a known model, or the id of a repository downloaded by `hf download`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _MAX_TITLE = 200
 
 
 def open_model(source: str, options: Options | None = None) -> Catalogue:
-    """The catalogue of whatever `source` names. Raises SourceError, with what was perhaps meant."""
+    """Return the catalogue of whatever `source` names. Raises SourceError that suggests a similar name."""
     opts = options or Options()
     if opts.pre is not None and not opts.recognize and (says := unknown_pre(opts.pre)):
         raise SourceError(f"--pre: {says}")
@@ -79,7 +79,7 @@ def open_model(source: str, options: Options | None = None) -> Catalogue:
 def _expand(source: str) -> Path:
     try:
         return Path(source).expanduser()
-    except RuntimeError:  # ~name of nobody
+    except RuntimeError:  # ~name of an unknown user
         return Path(source)
 
 
@@ -100,7 +100,7 @@ def _from_directory(path: Path, options: Options) -> Catalogue:
 
 
 def _of_checkpoint(checkpoint: Checkpoint, options: Options) -> Catalogue:
-    """The catalogue of a checkpoint; where its weights cannot be read, `headers` has it and not `source`."""
+    """Return a checkpoint's catalogue; if its weights cannot be read, `headers` is set instead of `source`."""
     made = families.build(folder_name(checkpoint.path), checkpoint.config, options, checkpoint, checkpoint.named)
     if not checkpoint.lacks:
         return made
@@ -114,13 +114,13 @@ def _from_elsewhere(source: str, options: Options) -> Catalogue:
 
 
 def _folder_of(file: Path) -> Path:
-    """The folder a file is in; a file that is a link, as in Hugging Face's cache, is not followed."""
+    """Return the folder of a file. If the file is a link, as in Hugging Face's cache, the link is not followed."""
     return Path(os.path.realpath(file.parent))
 
 
 def from_gguf(file: GgufHeaders, options: Options | None = None) -> Catalogue:
-    """The catalogue of a GGUF: its tensors as they are, sorted as llama-quantize sorts them. Raises SourceError for
-    what is no model, and for options that a GGUF cannot have."""
+    """Return the catalogue of a GGUF: its tensors unchanged, sorted as llama-quantize sorts them. Raises SourceError
+    for a file that is not a model, and for options that do not apply to a GGUF."""
     kvs = {item.key: item for item in file.kvs}
 
     def text(key: str) -> str | None:
@@ -180,7 +180,7 @@ def from_gguf(file: GgufHeaders, options: Options | None = None) -> Catalogue:
 
 
 def _with_options(file: GgufHeaders, kvs: dict[str, KV], options: Options) -> tuple[tuple[KV, ...], tuple[str, ...]]:
-    """The keys of a GGUF with --pre and --pad-token, and notes. Raises SourceError where they mean nothing."""
+    """Return a GGUF's keys with --pre and --pad-token applied, and notes. Raises SourceError if they do not apply."""
 
     def text(key: str) -> str | None:
         return str(decode(kvs[key])) if key in kvs and kvs[key].type == STRING else None
@@ -209,7 +209,7 @@ def _with_options(file: GgufHeaders, kvs: dict[str, KV], options: Options) -> tu
 
 
 def _notes(file: GgufHeaders) -> Iterator[str]:
-    """What is unusual about a GGUF that can be read all the same."""
+    """Yield what is unusual about a readable GGUF."""
     foreign = Counter(info.type for info in file.infos if info.type in IK_TYPES)
     if foreign:
         n, kinds = sum(foreign.values()), ", ".join(sorted(foreign))
@@ -223,10 +223,10 @@ def _notes(file: GgufHeaders) -> Iterator[str]:
 
 
 def describe_stored(catalogue: Catalogue) -> dict[str, tuple[int, int]]:
-    """How a source stores its tensors, scales and left-out layers too: dtype -> (tensors, bytes)."""
+    """Return how a source stores its tensors, including scales and left-out layers: dtype -> (tensors, bytes)."""
     source = catalogue.source or catalogue.headers
     counts: dict[str, tuple[int, int]] = {}
-    if source is None and catalogue.kvs_complete:  # a GGUF elsewhere
+    if source is None and catalogue.kvs_complete:  # a remote GGUF
         for t in catalogue.tensors:
             n, nbytes = counts.get(t.source_type, (0, 0))
             counts[t.source_type] = (n + 1, nbytes + STORED_TYPES[t.source_type].row_bytes(t.n_cols) * t.n_rows)

@@ -1,4 +1,4 @@
-"""Rows of the output, as float32, from the bytes of a source. One reader a thread: it owns its buffers."""
+"""Rows of the output as float32, from a source's bytes. Each thread needs its own reader, which owns its buffers."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ _SCALES_KEPT = 16
 
 
 def stored_row_bytes(dtype: str, n_cols: int) -> int:
-    """Bytes of a row of `n_cols` values as a source stores them (FP8 and ggml types alike)."""
+    """Return the bytes of a row of `n_cols` values as stored in a source (FP8 or a ggml type)."""
     return n_cols if dtype == "F8_E4M3" else QTYPES[dtype].row_bytes(n_cols)
 
 
 def _rounds(tensor: Tensor, st: SourceTensor) -> bool:
-    """Whether values pass through bfloat16, as on the way through a converter's BF16 file."""
+    """Whether values are rounded to bfloat16, as in a converter's BF16 file."""
     return tensor.source_type == "BF16" and st.dtype != "BF16"
 
 
 def _runs(part: Part, row: int, n_rows: int) -> Iterator[tuple[int, slice, int]]:
-    """The runs of consecutive source rows that rows row… of a part are dealt from, as (first source row,
-    which of the n_rows it fills, how many those are)."""
+    """Yield the runs of consecutive source rows that make up rows row… of a part: (first source row, which of the
+    n_rows it fills, number of rows)."""
     for i in range(min(part.interleave, n_rows)):
         every = slice(i, None, part.interleave)
         yield part.source_row(row + i), every, len(range(n_rows)[every])
@@ -47,9 +47,9 @@ class RowReader:
     def rows(self, tensor: Tensor, part: Part, row: int, out: npt.NDArray[np.float32]) -> None:
         """Fill float32 `out` [n_rows, n_cols] with rows row… of a part (counted from its first row).
 
-        Values of a quantizable tensor pass through bfloat16, as on the way through a converter's
-        BF16 file; a GGUF source's are taken as they are. Raises WeightError when one is NaN or Inf,
-        naming the tensor, and its row and column in the source.
+        Values of a quantizable tensor are rounded to bfloat16, as in a converter's BF16 file; a GGUF source's
+        are taken unchanged. Raises WeightError if one is NaN or Inf, naming the tensor and the row and column
+        in the source.
         """
         self._fill(tensor, part, row, out)
         at = kernels.first_nonfinite(out)
@@ -57,7 +57,7 @@ class RowReader:
             raise self._damaged(tensor, part, row, at, float(out[at]))
 
     def _fill(self, tensor: Tensor, part: Part, row: int, out: npt.NDArray[np.float32]) -> None:
-        """`rows` without the look at the values."""
+        """Do what `rows` does without checking the values."""
         st = self.source.tensor(part.source)
         round_bf16 = _rounds(tensor, st)
         if part.transposed:
@@ -73,7 +73,7 @@ class RowReader:
             self._decode(st, part.row + row, out, round_bf16)
 
     def _damaged(self, tensor: Tensor, part: Part, row: int, at: tuple[int, int], value: float) -> WeightError:
-        """What is wrong with rows row… of a part of which the value at (row, column) is NaN or Inf."""
+        """Return the error for rows row… of a part whose value at (row, column) is NaN or Inf."""
         st = self.source.tensor(part.source)
         place = (part.row + at[1], row + at[0]) if part.transposed else (part.source_row(row + at[0]), at[1])
         return WeightError(
@@ -86,10 +86,10 @@ class RowReader:
         imatrix: npt.NDArray[np.float32] | None, out: npt.NDArray[np.uint8],
     ) -> None:  # fmt: skip
         """Quantize rows row… of a part, which are rows out_row… of the tensor, to blocks `out` [n_rows, row_bytes].
-        Where quantkit has a kernel of its own that is one pass, without the float32 rows in memory.
+        Where quantkit has its own kernel this is one pass, without the float32 rows in memory.
 
-        Raises WeightError, as `rows` for NaN and Inf, and with the rows for weights that the type does not take;
-        KernelError where the type has no kernel, or the importances are none.
+        Raises WeightError for NaN and Inf as `rows` does, and, naming the rows, for weights that the type cannot hold;
+        KernelError if the type has no kernel or the importances are invalid.
         """
         in_one_pass = not part.transposed and kernels.can_quantize_stored(self.source.tensor(part.source).dtype, qtype)
         rows = (self._stored_rows if in_one_pass else self._float_rows)(tensor, part, row, len(out))
@@ -105,9 +105,9 @@ class RowReader:
             raise wrong(f"'{tensor.name}', rows {out_row} to {out_row + len(out) - 1}: {e}") from None
 
     def will_need(self, tensor: Tensor, part: Part, row: int, n_rows: int) -> int:
-        """Tell the system that rows row… of a part are read soon; how many stored bytes that is."""
+        """Tell the system that rows row… of a part will be read soon; return their number of stored bytes."""
         st = self.source.tensor(part.source)
-        if part.transposed:  # every row of the output is a column: the rectangle is read as a whole
+        if part.transposed:  # each output row is a source column, so the whole rectangle is read
             row_bytes = stored_row_bytes(st.dtype, part.shape[-1])
             if row == 0:
                 self.source.will_need(st, part.row * row_bytes, part.n_rows * row_bytes)
@@ -118,7 +118,7 @@ class RowReader:
         return n_rows * row_bytes
 
     def raw(self, part: Part, row: int, out: npt.NDArray[np.uint8]) -> None:
-        """Fill uint8 `out` [n_rows, row_bytes] with the same rows as they are stored."""
+        """Fill uint8 `out` [n_rows, row_bytes] with rows row… of a part as they are stored."""
         st = self.source.tensor(part.source)
         for first, every, n in _runs(part, row, len(out)):
             run = out if part.interleave == 1 else np.empty((n, out.shape[1]), np.uint8)
@@ -127,7 +127,7 @@ class RowReader:
                 out[every] = run
 
     def _stored_rows(self, tensor: Tensor, part: Part, row: int, n_rows: int) -> kernels.StoredRows:
-        """Rows row… of a part as they are stored."""
+        """Return rows row… of a part as they are stored."""
         st = self.source.tensor(part.source)
         row_bytes = stored_row_bytes(st.dtype, tensor.n_cols)
         stored = self._stored(n_rows, row_bytes)
@@ -142,7 +142,7 @@ class RowReader:
         )  # fmt: skip
 
     def _float_rows(self, tensor: Tensor, part: Part, row: int, n_rows: int) -> npt.NDArray[np.float32]:
-        """Rows row… of a part as float32, whatever their values."""
+        """Return rows row… of a part as float32, without checking the values."""
         n = n_rows * tensor.n_cols
         if self._floats.size < n:
             self._floats = np.empty(n, np.float32)

@@ -1,7 +1,7 @@
 """Model families: names, shapes, expert stacking, metadata and tokenizer, from config.json and headers.
 
-`build(config, …)` picks the family by config.json's architectures and gives its Catalogue.
-Adding a family is a module like dense.py and a row in `FAMILIES`.
+`build(config, …)` picks the family by config.json's architectures and returns its Catalogue.
+To add a family, write a module like dense.py and add a row to `FAMILIES`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .options import Options
 
 
 class Family(Protocol):
-    """What a family's module offers."""
+    """What a family's module provides."""
 
     def build(
         self,
@@ -45,10 +45,10 @@ def build(
     source: Source | None = None,
     stored: Mapping[str, SourceTensor] | None = None,
 ) -> Catalogue:
-    """The catalogue of a checkpoint, or, without `source` and `stored`, of a config alone.
+    """Build the catalogue of a checkpoint, or, without `source` and `stored`, of a config alone.
 
-    Raises UnsupportedError for an architecture no family knows, SourceError when config or headers
-    do not hold together.
+    Raises UnsupportedError for an architecture of no known family, SourceError if config and headers
+    contradict each other or themselves.
     """
     names = config.get("architectures")
     name = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else None

@@ -1,6 +1,6 @@
 """Tokens that stand beside tokenizer.json: in tokenizer_config.json, special_tokens_map.json, added_tokens.json.
 
-They are added to the tokenizer as transformers adds them when it loads a fast one, in its order, which gives them their
+They are added to the tokenizer as transformers does when it loads a fast one, in its order, which determines their
 ids. Source: transformers 4.57, tokenization_utils_base._from_pretrained and tokenization_utils_fast.__init__.
 """
 
@@ -19,20 +19,20 @@ if TYPE_CHECKING:
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _MORE = "additional_special_tokens"
 _END = "<|endoftext|>"
-#: tokens that a class of transformers has where tokenizer_config.json names none
+#: tokens that a tokenizer class of transformers adds if tokenizer_config.json names none
 _OF_CLASS: dict[str, dict[str, str]] = {
     "LlamaTokenizer": {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"},
     "Qwen2Tokenizer": {"unk_token": _END, "eos_token": _END, "pad_token": _END},
     "GPT2Tokenizer": {"unk_token": _END, "bos_token": _END, "eos_token": _END},
 }
-#: config.json's model_type -> the class where no file names one
+#: config.json's model_type -> the tokenizer class, if no file names one
 _OF_MODEL = {"deepseek_v2": "LlamaTokenizer", "deepseek_v3": "LlamaTokenizer", "llama": "LlamaTokenizer"}
 _OF_MODEL["qwen2"] = "Qwen2Tokenizer"
 
 
 def add_tokens(folder: Path, tokenizer: Tokenizer, n_vocab: int) -> None:
-    """Add the tokens of the files beside tokenizer.json, and give those it has the flags they have there. Raises
-    SourceError for a file that cannot be read so, and for a token of the tokenizer's class beyond the vocabulary."""
+    """Add the tokens in the files beside tokenizer.json, and apply the flags given there to existing tokens. Raises
+    SourceError for a file that cannot be read, and for a token of the tokenizer's class beyond the vocabulary."""
     config = folder / "tokenizer_config.json"
     written = _object(config)
     name = _class_name(folder, written)
@@ -78,7 +78,7 @@ def _add(folder: Path, tokenizer: Tokenizer, said: dict[str, Any]) -> None:
             wanted.append(by_text.get(str(token), token))
     wanted += [_token(t) for t in _special({k: v for k, v in said.items() if k not in _NAMED})]
     present = tokenizer.get_added_tokens_decoder()
-    # those that tokenizer.json has too: some of them become special
+    # includes tokens that tokenizer.json has too: some of them become special
     missing: list[AddedToken | str] = [t for _, t in sorted(by_id.items())]
     texts = [str(t) for _, t in sorted(present.items())] + [str(t) for t in missing]
     seen: set[str] = set()
@@ -86,7 +86,7 @@ def _add(folder: Path, tokenizer: Tokenizer, said: dict[str, Any]) -> None:
         if str(candidate) in seen:
             continue
         seen.add(str(candidate))
-        # a text that is there is not added again, a token is, for its flags
+        # a plain text that exists is not added again; an AddedToken is, because of its flags
         if not (isinstance(candidate, str) and candidate in texts) and candidate not in missing:
             missing.append(candidate)
     special = {str(t) for t in wanted}
@@ -101,7 +101,7 @@ def _add(folder: Path, tokenizer: Tokenizer, said: dict[str, Any]) -> None:
 
 
 def _special_tokens_map(folder: Path, said: Mapping[str, Any]) -> dict[str, Any]:
-    """special_tokens_map.json: what it says goes before tokenizer_config.json, and its tokens are special."""
+    """Return special_tokens_map.json: it overrides tokenizer_config.json, and its tokens are special."""
     out: dict[str, Any] = {}
     for key, value in _object(folder / "special_tokens_map.json").items():
         if isinstance(value, dict):
@@ -119,7 +119,7 @@ def _special_tokens_map(folder: Path, said: Mapping[str, Any]) -> dict[str, Any]
 
 
 def _special(said: Mapping[str, Any]) -> Iterable[Any]:
-    """Every special token that is named: by a role, in the list of more, and by a name of the model's own."""
+    """Yield every named special token: by a role, in the list of additional ones, or under the model's own names."""
     for key in _NAMED:
         if said.get(key) is not None:
             yield said[key]
@@ -139,7 +139,7 @@ def _token(value: Any) -> AddedToken | str:
 
 
 def _fields(token: Any) -> dict[str, Any]:
-    """The fields of a token as the files have them, which may have more: an id, a type."""
+    """Return the fields of a token, without further ones that files may have, such as an id or type."""
     if not isinstance(token, dict):
         raise TypeError(f"{token!r:.60} is no token")
     names = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
@@ -147,7 +147,7 @@ def _fields(token: Any) -> dict[str, Any]:
 
 
 def _class_name(folder: Path, config: Mapping[str, Any]) -> str:
-    """The class of transformers that a converter loads the tokenizer with."""
+    """Return the class of transformers with which a converter loads the tokenizer."""
     name = config.get("tokenizer_class")
     if name is None:
         model = _object(folder / "config.json")

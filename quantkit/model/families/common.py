@@ -1,4 +1,4 @@
-"""The keys that a converter writes for the archs of all families, in its order, from config.json.
+"""The keys that a converter writes for archs of all families, in its order, from config.json.
 
 Source: llama.cpp's conversion/base.py, TextModel.set_gguf_parameters.
 """
@@ -24,7 +24,7 @@ _GATING = {"softmax": 1, "sigmoid": 2}
 
 
 class Common(NamedTuple):
-    """The numbers of these keys that a family has checked or computed."""
+    """Numbers for these keys that a family has checked or computed."""
 
     n_layers: int
     hidden: int
@@ -32,13 +32,13 @@ class Common(NamedTuple):
     n_heads: int
     n_kv_heads: int
     n_experts: int | None
-    """None: no key"""
+    """None: the key is not written"""
     lengths: tuple[int, int] | None
-    """values of a key and of a value of the attention; None: no keys here"""
+    """lengths of a key and of a value in attention; None: the keys are not written here"""
 
 
 def common_kvs(c: Config, arch: str, s: Common, rope: Rope) -> list[KV]:
-    """The keys from block_count to general.file_type. Raises SourceError, UnsupportedError."""
+    """Return the keys from block_count to general.file_type. Raises SourceError, UnsupportedError."""
     out: list[KV] = []
 
     def u32(key: str, value: int | None) -> None:
@@ -51,7 +51,7 @@ def common_kvs(c: Config, arch: str, s: Common, rope: Rope) -> list[KV]:
     u32("feed_forward_length", s.ffn)
     u32("attention.head_count", s.n_heads)
     u32("attention.head_count_kv", s.n_kv_heads)
-    if c.values.get("is_causal") is False:  # of models that embed texts
+    if c.values.get("is_causal") is False:  # text embedding models
         out.append(kv(f"{arch}.attention.causal", BOOL, False))
     out += rope.kvs(arch)
     out.append(kv(f"{arch}.attention.layer_norm_rms_epsilon", F32, c.float_("rms_norm_eps", 1e-6)))
@@ -71,7 +71,7 @@ def common_kvs(c: Config, arch: str, s: Common, rope: Rope) -> list[KV]:
 
 
 def _gating(c: Config) -> int | None:
-    """llama.cpp's number of the function that makes weights of the router's scores."""
+    """Return llama.cpp's number of the function that turns router scores into weights; None if there is no key."""
     key = c.first(_SCORING)
     if key is None:
         return None

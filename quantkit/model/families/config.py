@@ -1,4 +1,4 @@
-"""Values out of config.json, each checked for its type and range, with the model's name in every error."""
+"""Values from config.json, each checked for type and range, with the model's name in every error."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _LARGEST_FLOAT = 3.4e38
 
 
 class Config:
-    """A config.json. `int_`, `float_`, … raise SourceError when a value is missing or senseless."""
+    """A config.json. `int_`, `float_`, … raise SourceError if a value is missing or invalid."""
 
     def __init__(self, model: str, values: Mapping[str, Any], prefix: str = "") -> None:
         self.model = model
@@ -20,7 +20,7 @@ class Config:
         self.prefix = prefix
 
     def fail(self, key: str, why: str) -> SourceError:
-        """The error for a senseless value."""
+        """Return the error for an invalid value."""
         return SourceError(f"{self.model}: config.json: {self.prefix}{key} {why}; get the model's own config.json")
 
     def int_(self, key: str, default: int | None = None, least: int = 1) -> int:
@@ -37,7 +37,7 @@ class Config:
         return None if self.values.get(key) is None else self.int_(key)
 
     def first(self, keys: Sequence[str]) -> str | None:
-        """The first of some spellings of a key that is there, unless its value is null."""
+        """Return the first of several spellings of a key that exists; None if none does or its value is null."""
         key = next((k for k in keys if k in self.values), None)
         return None if key is None or self.values[key] is None else key
 
@@ -51,7 +51,7 @@ class Config:
             if default is None:
                 raise self.fail(key, "is missing")
             return default
-        # not <=, rather than >: so NaN is refused too
+        # `not <=` instead of `>`, so that NaN is refused too
         if type(value) not in (int, float) or not abs(value) <= _LARGEST_FLOAT:
             raise self.fail(key, f"is {value!r:.60}, not a number that float32 holds")
         return float(value)

@@ -1,9 +1,9 @@
 """llama.cpp's arch `deepseek2`: DeepSeek-V2, V2-Lite, V2.5, V3, R1 and their later releases.
 
-What a converter does, and this module describes: routed experts are stacked into one 3-D tensor a
-projection; kv_b_proj [heads*(nope+v), kv_lora] is split per head into attn_k_b (transposed) and
+This module describes what a converter does: routed experts are stacked into one 3-D tensor per
+projection; kv_b_proj [heads*(nope+v), kv_lora] is split by heads into attn_k_b (transposed) and
 attn_v_b, or kept whole as attn_kv_b in the layout of early 2025; router, its bias and norms are F32;
-the multi-token-prediction layers behind the last one are left out. Source: llama.cpp's
+the multi-token-prediction layers after the last main layer are left out. Source: llama.cpp's
 conversion/deepseek.py, and conversion/base.py for the order of the keys.
 """
 
@@ -29,7 +29,7 @@ _MOST = {"num_hidden_layers": MAX_LAYERS, "n_routed_experts": 4096, "num_attenti
 
 
 class Shape(NamedTuple):
-    """The numbers of config.json that tensor shapes follow from."""
+    """The numbers of config.json that determine tensor shapes."""
 
     n_layers: int
     first_dense: int
@@ -55,7 +55,7 @@ class Shape(NamedTuple):
 
 
 def read_shape(c: Config) -> Shape:
-    """Check and take the shape from config.json."""
+    """Read the shape from config.json and check it. Raises SourceError, UnsupportedError."""
     if c.flag("attention_bias"):
         raise UnsupportedError(f"{c.model}: config.json: attention_bias is true; no released DeepSeek has biases there")
     n_layers, n_experts = c.int_("num_hidden_layers"), c.int_("n_routed_experts", 0, least=0)
@@ -91,7 +91,7 @@ def read_shape(c: Config) -> Shape:
 
 
 def tensors(s: Shape, layout: MlaLayout) -> Iterator[Tensor]:
-    """The tensors of the output, in no particular order, with the parts they are made from."""
+    """Yield the tensors of the output, in no particular order, with the parts they are made from."""
     yield whole("token_embd.weight", "model.embed_tokens.weight", s.vocab, s.hidden)
     yield whole("output_norm.weight", "model.norm.weight", s.hidden)
     if not s.tied:
@@ -150,7 +150,7 @@ def _kv_b(s: Shape, blk: str, source: str, layout: MlaLayout) -> Iterator[Tensor
 
 
 def arch_kvs(c: Config, s: Shape, rope: Rope, layout: MlaLayout) -> list[KV]:
-    """The deepseek2.* keys, in the order the converter writes them."""
+    """Return the deepseek2.* keys in the converter's order."""
 
     def u32(key: str, value: int | None) -> None:
         if value is not None:
@@ -163,8 +163,8 @@ def arch_kvs(c: Config, s: Shape, rope: Rope, layout: MlaLayout) -> list[KV]:
     # MLA runs as attention with one key/value head of the compressed width
     n_kv_heads = 1 if mla else c.int_("num_key_value_heads", s.n_heads)
     lengths = (s.kv_lora + s.rope, s.kv_lora) if mla else (s.nope + s.rope, s.v_head)
-    # the configs that transformers has a class for have a head_dim, which makes the converter begin
-    # these two among the common keys; Kimi-K2's has not
+    # configs with a class in transformers get a head_dim, which makes the converter write
+    # these two early, among the common keys; Kimi-K2's has no head_dim
     early = has_class(c) or c.values.get("head_dim") is not None
     common = Common(s.n_layers, s.hidden, s.ffn, s.n_heads, n_kv_heads, s.n_experts or None, lengths if early else None)
     out = common_kvs(c, ARCH, common, rope)
@@ -205,7 +205,7 @@ def build(
     c = Config(model, with_defaults(config))
     s = read_shape(c)
     if stored is not None and not s.router_bias:
-        # V3's bias is known by topk_method; a checkpoint that has it anyway is believed
+        # topk_method tells that V3 has the bias; if a checkpoint has it anyway, it is used
         s = s._replace(router_bias=any(n.endswith(".mlp.gate.e_score_correction_bias") for n in stored))
     out = in_order(model, tensors(s, layout))
     rope = read_rope(c, ARCH, ("linear", "yarn"), default_theta(c))
@@ -238,7 +238,7 @@ def build(
 
 
 def _left_out(layers: list[int], s: Shape) -> str:
-    """The note on tensors that are left out, from the layer of each."""
+    """Return the note on tensors that are left out; `layers`: the layer of each."""
     n = len(layers)
     if max(layers) < s.n_layers + s.n_mtp:
         return f"left out: {n} tensors of the multi-token-prediction layer (MTP), as llama.cpp does"

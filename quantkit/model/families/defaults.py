@@ -1,8 +1,8 @@
-"""What a config.json means that leaves a key out: the default of the model's class in transformers, which the converter
-reads it with.
+"""Defaults for keys that config.json leaves out: those of the model's class in transformers, with which the converter
+reads it.
 
-Only keys that have a meaning of their own when they are missing are here. Those without which no model can be described
-(hidden_size, …) stay required: a class's numbers for them are those of one model.
+Listed are only keys whose absence has a meaning. Keys without which no model can be described
+(hidden_size, …) stay required, since a class's defaults for them describe just one model.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 from .config import Config
 
 DEFAULT_THETA = 10000.0
-#: config.json's model_type -> its keys that may be left out (transformers 4.57, configuration_*.py)
+#: config.json's model_type -> keys that may be left out, with defaults (transformers 4.57, configuration_*.py)
 DEFAULTS: dict[str, dict[str, Any]] = {
     "deepseek_v3": {
         "first_k_dense_replace": 3,
@@ -27,7 +27,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "rms_norm_eps": 1e-6,
         "routed_scaling_factor": 2.5,
         "topk_group": 4,
-        "topk_method": "noaux_tc",  # of the model itself: the class has no other
+        "topk_method": "noaux_tc",  # from the model's code: the class knows no other
     },
     "deepseek_v2": {
         "first_k_dense_replace": 0,
@@ -44,18 +44,18 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 
 
 def has_class(c: Config) -> bool:
-    """Whether transformers has a class for the config's model_type; else the converter takes config.json as it is."""
+    """Whether transformers has a class for the config's model_type; if not, the converter adds no defaults."""
     kind = c.values.get("model_type")
     return isinstance(kind, str) and kind in DEFAULTS
 
 
 def with_defaults(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The config with what its class adds, and what is in text_config on top. A null stays one."""
+    """Return the config on top of its class's defaults, with the keys of text_config on top. A null stays null."""
     kind, inner = config.get("model_type"), config.get("text_config")
     defaults = DEFAULTS.get(kind, {}) if isinstance(kind, str) else {}
     return {**defaults, **config, **(inner if isinstance(inner, dict) else {})}
 
 
 def default_theta(c: Config) -> float | None:
-    """The base of the rope where config.json has none."""
+    """Return the rope's base for a config.json without one."""
     return DEFAULT_THETA if has_class(c) else None

@@ -1,6 +1,6 @@
 """llama.cpp's archs `llama` and `qwen2`: dense models with plain attention, R1's distills among them.
 
-What a converter does, and this module describes: the rows of llama's q and k are reordered, since ggml
+This module describes what a converter does: the rows of llama's q and k are reordered, since ggml
 rotates neighbouring values where Hugging Face rotates the halves of a head; Llama 3's rope scaling
 becomes a tensor, rope_freqs; qwen2's q, k and v have biases. Source: llama.cpp's conversion/llama.py
 and conversion/qwen.py, and conversion/base.py for the order of the keys.
@@ -24,17 +24,17 @@ from .synthetic import SyntheticTensors
 from .tensors import MAX_HEADS, MAX_LAYERS, MAX_PARTS, assembled, check_stored, in_order, whole
 from .tokenizer import flag, refuse_sentencepiece, tokenizer_kvs
 
-#: config.json's architectures[0] -> llama.cpp's
+#: config.json's architectures[0] -> llama.cpp's arch
 ARCHS = {"LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2"}
-#: these have one layout only, so `Options.layout` does not matter
+#: these archs have only one layout, so `Options.layout` does not matter
 LAYOUT = MlaLayout.AS_IS
 _ROPE_FREQS = "rope_freqs.weight"
-#: vocabulary sizes by which the converter knows a family
+#: vocabulary sizes by which the converter recognizes a family
 _CODELLAMA_VOCAB, _GRANITE_VOCAB = 32016, 49152
 
 
 class Shape(NamedTuple):
-    """The numbers of config.json that tensor shapes follow from."""
+    """The numbers of config.json that determine tensor shapes."""
 
     arch: str
     n_layers: int
@@ -43,7 +43,7 @@ class Shape(NamedTuple):
     n_heads: int
     n_kv_heads: int
     head: int
-    """values of a head"""
+    """values in a head"""
     vocab: int
     tied: bool
     rope: Rope
@@ -51,9 +51,9 @@ class Shape(NamedTuple):
 
 
 def read_shape(c: Config, arch: str) -> Shape:
-    """Check and take the shape from config.json."""
+    """Read the shape from config.json and check it. Raises SourceError, UnsupportedError."""
     n_layers, hidden, n_heads = c.int_("num_hidden_layers"), c.int_("hidden_size"), c.int_("num_attention_heads")
-    # missing: a head each for llama, while Qwen2Config has a number of its own that fits no small model
+    # if missing, llama has one key/value head per head; Qwen2Config's default fits no small model
     n_kv_heads = c.int_("num_key_value_heads", n_heads if arch == "llama" else None)
     for key, n, most in (("num_hidden_layers", n_layers, MAX_LAYERS), ("num_attention_heads", n_heads, MAX_HEADS)):
         if n > most:
@@ -95,7 +95,7 @@ def read_shape(c: Config, arch: str) -> Shape:
 
 
 def tensors(s: Shape) -> Iterator[Tensor]:
-    """The tensors of the output, in no particular order, with the parts they are made from."""
+    """Yield the tensors of the output, in no particular order, with the parts they are made from."""
     yield whole("token_embd.weight", "model.embed_tokens.weight", s.vocab, s.hidden)
     yield whole("output_norm.weight", "model.norm.weight", s.hidden)
     if not s.tied:
@@ -123,15 +123,15 @@ def tensors(s: Shape) -> Iterator[Tensor]:
 
 
 def _rotated(name: str, source: str, shape: tuple[int, int], head: int) -> Tensor:
-    """q or k of llama: in each head the rows of the second half go between those of the first."""
+    """Return llama's q or k: in each head, rows of the second half are interleaved with those of the first."""
     parts = tuple(Part(source, shape, row, head, interleave=2) for row in range(0, shape[0], head))
     return assembled(name, (shape[1], shape[0]), parts)
 
 
 def arch_kvs(c: Config, s: Shape) -> list[KV]:
-    """The keys of the arch, in the order the converter writes them."""
+    """Return the keys of the arch in the converter's order."""
 
-    # LlamaConfig always has a head_dim, Qwen2Config only what config.json says
+    # LlamaConfig always has a head_dim, Qwen2Config only if config.json has one
     has_lengths = s.arch == "llama" or c.optional_int("head_dim") is not None
     lengths = (s.head, s.head) if has_lengths else None
     common = Common(s.n_layers, s.hidden, s.ffn, s.n_heads, s.n_kv_heads, c.first_int(EXPERTS, least=0), lengths)
@@ -159,7 +159,7 @@ def build(
     c = Config(model, with_defaults(config))
     s = read_shape(c, arch)
     if stored is not None and "lm_head.weight" in stored:
-        s = s._replace(tied=False)  # the converter keeps one that is stored all the same
+        s = s._replace(tied=False)  # the converter keeps a stored one even if config.json says tied
     out = in_order(model, tensors(s))
     if stored is not None:
         read = [t for t in out if t.name != _ROPE_FREQS]

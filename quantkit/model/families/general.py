@@ -1,6 +1,6 @@
-"""The general.* keys of a GGUF: name, sampling defaults, size label, licence, from a checkpoint's files.
+"""The general.* keys of a GGUF: name, sampling defaults, size label, license, from a checkpoint's files.
 
-Found by the `gguf` package, by which the converter finds them too.
+They are found by the `gguf` package, as in the converter.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from .beside import check_files, folder_name
 
 
 def general_kvs(arch: str, model: str, tensors: Iterable[Tensor], source: Source | None) -> list[KV]:
-    """general.architecture, .type, sampling defaults, name, size label, licence… from the checkpoint's files."""
+    """Return general.architecture, .type, sampling defaults, name, size label, license… from the checkpoint's files.
+    Raises SourceError."""
     head = [kv("general.architecture", STRING, arch), kv("general.type", STRING, "model")]
     if source is None:
         return [*head, kv("general.name", STRING, model)]
@@ -32,7 +33,7 @@ def general_kvs(arch: str, model: str, tensors: Iterable[Tensor], source: Source
         metadata = _metadata(source.path, total)
         repetition = gguf.Metadata.load_generation_config(source.path).get("repetition_penalty")
         if metadata.sampling_penalty_repeat is None and repetition is not None:
-            metadata.sampling_penalty_repeat = repetition  # the package on PyPI does not read this name yet
+            metadata.sampling_penalty_repeat = repetition  # the package on PyPI does not yet read this name
         if metadata.name is None:
             metadata.name = folder_name(source.path) or model
         if metadata.size_label is None:
@@ -40,7 +41,7 @@ def general_kvs(arch: str, model: str, tensors: Iterable[Tensor], source: Source
         writer = gguf.GGUFWriter(None, arch)
         metadata.set_gguf_meta_model(writer)
         return head + [item for item in from_writer(writer) if item.key != "general.architecture"]
-    except Exception as e:  # whatever a model card of any shape makes the package and struct raise
+    except Exception as e:  # a malformed model card can make the package and struct raise anything
         raise SourceError(
             f"{source.path}: README.md or generation_config.json cannot be taken into the metadata: {one_line(e)}; "
             "mend or remove it"
@@ -48,7 +49,7 @@ def general_kvs(arch: str, model: str, tensors: Iterable[Tensor], source: Source
 
 
 def _metadata(folder: Path, total: int) -> Any:
-    """A gguf.Metadata of a folder and its files."""
+    """Return the gguf.Metadata of a folder and its files."""
     import gguf
 
     metadata = gguf.Metadata.load(None, folder, None, total)
@@ -64,12 +65,12 @@ def _metadata(folder: Path, total: int) -> Any:
 
 
 def one_line(error: Exception) -> str:
-    """The message of a foreign error, fit to be part of ours."""
+    """Return the message of another library's error, shortened to one line."""
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def _count(tensors: Iterable[Tensor]) -> tuple[int, int, int, int]:
-    """Parameters in all, outside routed experts, in one expert of each, and experts: for the size label."""
+    """Count for the size label: all parameters, those outside routed experts, those of one expert, and experts."""
     total = shared = expert = n_sum = n = 0
     for t in tensors:
         total += t.n_elements
@@ -83,7 +84,7 @@ def _count(tensors: Iterable[Tensor]) -> tuple[int, int, int, int]:
 
 
 def from_writer(writer: Any) -> list[KV]:
-    """What a gguf.GGUFWriter has collected, as our key/values."""
+    """Return what a gguf.GGUFWriter has collected, as quantkit's key/values."""
     out = []
     for key, value in writer.kv_data[0].items():
         try:

@@ -1,4 +1,4 @@
-"""Models by name, for planning with nothing downloaded: their config.json, shipped with quantkit."""
+"""Models known by name, for planning without a download: their config.json is shipped with quantkit."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from importlib.resources import files
 from typing import Any
 
-#: name -> the config it has; releases of one shape share it
+#: name -> name of its config; releases of the same shape share one
 MODELS = {
     "deepseek-r1": "deepseek-r1",
     "deepseek-r1-zero": "deepseek-r1",
@@ -28,13 +28,13 @@ MODELS = {
 
 
 def config(name: str) -> dict[str, Any]:
-    """config.json of a known model."""
+    """Return the config.json of a known model."""
     text = files("quantkit.model.families").joinpath("configs").joinpath(f"{MODELS[name]}.json").read_text("utf-8")
     value: dict[str, Any] = json.loads(text)
     return value
 
 
-#: general.architecture -> the model on which recipes for it are tried
+#: general.architecture -> the model on which recipes for this arch are tried
 REFERENCES = {
     "deepseek2": "deepseek-r1",
     "llama": "deepseek-r1-distill-llama-8b",

@@ -1,7 +1,7 @@
-"""The rope: where config.json says it, its scaling as keys (linear, yarn) and as a tensor (llama3).
+"""The rope: where config.json defines it, and its scaling as keys (linear, yarn) or as a tensor (llama3).
 
     rope_scaling, rope_theta                          until transformers 4
-    rope_parameters, with rope_theta inside           since transformers 5; it counts where both are there
+    rope_parameters, with rope_theta inside           since transformers 5; preferred if both exist
     rope_parameters.full_attention, .sliding_attention, each with a rope_theta
 
 Source: llama.cpp's conversion/base.py, TextModel.__init__ and set_gguf_parameters, and conversion/llama.py,
@@ -32,23 +32,23 @@ _CONTEXT = "original_max_position_embeddings"
 
 
 class Rope(NamedTuple):
-    """What config.json says of the rope."""
+    """What config.json says about the rope."""
 
     kind: str | None
-    """linear, yarn or llama3; None where nothing is scaled"""
+    """linear, yarn or llama3; None without scaling"""
     scaling: Config
-    """the section with the numbers of the scaling; empty where there is none"""
+    """the section with the scaling's numbers; empty if there is none"""
     theta: float | None
-    """the base of the frequencies; None where neither config.json nor its class has one"""
+    """the base of the frequencies; None if neither config.json nor its class has one"""
     local_theta: float | None
-    """of layers with a sliding window"""
+    """the base for layers with a sliding window"""
     sections: tuple[int, ...]
-    """values of a head that each of up to four coordinates rotates"""
+    """how many values of a head each of up to four coordinates rotates"""
     mscale_all_dim: float | None
     notes: tuple[str, ...]
 
     def kvs(self, arch: str) -> Iterator[KV]:
-        """The rope keys in the middle of an arch's keys: scaling, sections, bases."""
+        """Yield the rope keys in the middle of an arch's keys: scaling, sections, bases."""
         if self.kind in ("linear", "yarn"):
             yield from _scaling_kvs(arch, self.kind, self.scaling)
         if self.sections:
@@ -60,13 +60,13 @@ class Rope(NamedTuple):
 
 
 def read_rope(c: Config, arch: str, kinds: tuple[str, ...], theta: float | None) -> Rope:
-    """The rope of a config. `kinds` are those of scaling that llama.cpp has for the arch, `theta` is the base where
-    config.json has none. Raises SourceError, UnsupportedError for another kind or heads rotated in part."""
+    """Read the rope of a config. `kinds`: the scalings that llama.cpp supports for the arch; `theta`: the base if
+    config.json has none. Raises SourceError; UnsupportedError for another kind, or partly rotated heads."""
     notes = (_BOTH,) if _differ(c.values) else ()
     new = "rope_parameters" in c.values
     outer = c.section("rope_parameters" if new else "rope_scaling") or Config(c.model, {})
     nested = any(key in outer.values for key in _NESTED)
-    # the layers with a window of attention have a section beside that of the others
+    # layers with windowed attention have their own section beside that of the other layers
     inner = outer.section("full_attention") if "full_attention" in outer.values else outer
     inner = inner or Config(c.model, {})
     if not nested and _CONTEXT in c.values:
@@ -84,13 +84,13 @@ def read_rope(c: Config, arch: str, kinds: tuple[str, ...], theta: float | None)
         local_theta: float | None = c.positive(local_key)
     else:
         local_theta = None if local is None or local.values.get("rope_theta") is None else local.positive("rope_theta")
-    # a null is the word that there is none
+    # null means explicitly none
     if nested or "rope_theta" in inner.values:
         theta = None if inner.values.get("rope_theta") is None else inner.positive("rope_theta")
     elif any(key in c.values for key in _THETAS):
         theta_key = c.first(_THETAS)
         theta = None if theta_key is None else c.positive(theta_key)
-    # transformers 4 let the old name win in rope_scaling
+    # in rope_scaling, transformers 4 preferred the old name
     names = ("rope_type", "type") if new else ("type", "rope_type")
     kind = next((inner.values[key] for key in names if inner.values.get(key) is not None), None)
     if kind == "default":
@@ -113,7 +113,7 @@ def read_rope(c: Config, arch: str, kinds: tuple[str, ...], theta: float | None)
 
 
 def _differ(values: Mapping[str, Any]) -> bool:
-    """Whether a config says two things of its rope, in the old spelling and in the new one."""
+    """Whether a config's old and new spellings contradict each other about the rope."""
     new, old = values.get("rope_parameters"), values.get("rope_scaling")
     if "rope_parameters" not in values or not isinstance(old, dict):
         return False
@@ -136,7 +136,7 @@ def _sections(outer: Config) -> tuple[int, ...]:
 
 
 def _scaling_kvs(arch: str, kind: str, scaling: Config) -> Iterator[KV]:
-    """The rope.scaling.* keys of a linear or yarn section."""
+    """Yield the rope.scaling.* keys of a linear or yarn section."""
     prefix = f"{arch}.rope.scaling."
     yield kv(prefix + "type", STRING, kind)
     yield kv(prefix + "factor", F32, scaling.float_("factor"))
@@ -155,37 +155,37 @@ def _scaling_kvs(arch: str, kind: str, scaling: Config) -> Iterator[KV]:
 
 
 class Llama3Scaling(NamedTuple):
-    """The llama3 kind: each frequency of the rope is divided by a factor of its own."""
+    """The llama3 kind of scaling: each frequency of the rope is divided by its own factor."""
 
     theta: float
     head: int
-    """values of a head, all of them rotated"""
+    """values in a head, all rotated"""
     factor: float
     low: float
     high: float
     context: int
-    """of the training before the stretch"""
+    """context length of the training before the scaling"""
 
     def factors(self) -> npt.NDArray[np.float32]:
-        """float32 [head / 2]: rope_freqs.weight. 1 where waves are short, `factor` where they are long,
-        between the two in the middle. Bit for bit what a converter gets of torch, where the powers are."""
+        """Return float32 [head / 2], rope_freqs.weight: 1 for short waves, `factor` for long ones, something between
+        for the rest. Bit for bit what a converter gets from torch, provided that the powers agree."""
         return self.factors_of(self.powers())
 
     def powers(self) -> npt.NDArray[np.float32]:
-        """float32 [head / 2]: theta to the powers 0, 2 / head, 4 / head, …, each the float32 nearest to the exact one.
+        """Return float32 [head / 2]: theta to the powers 0, 2 / head, 4 / head, …, each rounded to the nearest float32.
 
         torch's are the same for a theta of 500000 and heads of 64 and 128, as in every published Llama 3. Its powf is
-        not correctly rounded, and not the same on every processor: of other shapes a few of its powers are the float32
-        beside ours, and since `factors_of` subtracts, a factor made of one can differ in its last bits.
+        not correctly rounded, and differs between processors: for other shapes a few of its powers are the float32
+        next to ours, and since `factors_of` subtracts, the last bits of a factor can then differ.
         """
         exponents = np.arange(0, self.head, 2, dtype=np.float32) / np.float32(self.head)
-        with np.errstate(over="ignore"):  # to infinity, as in torch: the factor is then `factor`
+        with np.errstate(over="ignore"):  # to infinity, as in torch: the factor then becomes `factor`
             base = float(np.float32(self.theta))
         return np.array([base ** float(e) for e in exponents], np.float32)
 
     def factors_of(self, powers: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        """float32 [head / 2]: the factors of these powers of theta, in float32 and in torch's order of operations,
-        which divides a number by a tensor as the tensor's reciprocal times the number."""
+        """Return float32 [head / 2]: the factors for these powers of theta, in float32 and torch's order of operations,
+        in which number / tensor is the tensor's reciprocal times the number."""
         one, low, factor = (np.float32(x) for x in (1, self.low, self.factor))
         with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
             frequencies = one / powers
@@ -198,7 +198,7 @@ class Llama3Scaling(NamedTuple):
 
 
 def llama3(scaling: Config, theta: float, head: int) -> Llama3Scaling:
-    """A llama3 section, checked. Raises SourceError when a value is missing or makes no wavelengths."""
+    """Read a llama3 section and check it. Raises SourceError if a value is missing or invalid."""
     out = Llama3Scaling(
         theta,
         head,

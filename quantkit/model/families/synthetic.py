@@ -1,4 +1,4 @@
-"""A source with tensors that no file stores: they are computed from config.json when first read."""
+"""A source with additional tensors that no file stores: they are computed from config.json when first read."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..catalogue import Source, SourceTensor
 
 
 class SyntheticTensors:
-    """A `Source` that is another one, and has 1-D float32 tensors beside: name -> (values, how to make them)."""
+    """A `Source` that wraps another and adds 1-D float32 tensors: name -> (values, function that computes them)."""
 
     def __init__(self, source: Source, made: Mapping[str, tuple[int, Callable[[], npt.NDArray[np.float32]]]]) -> None:
         self._source = source
@@ -22,7 +22,7 @@ class SyntheticTensors:
         self._make = {name: make for name, (_, make) in made.items()}
         self._bytes: dict[str, npt.NDArray[np.uint8]] = {}
 
-    def __getattr__(self, name: str) -> Any:  # what is not here is the other's: tensors, scales, config
+    def __getattr__(self, name: str) -> Any:  # everything else comes from the wrapped source: tensors, scales, config
         return getattr(self._source, name)
 
     @property
@@ -46,7 +46,7 @@ class SyntheticTensors:
             self._source.read(tensor, start, out)
             return
         raw = self._bytes.get(tensor.name)
-        if raw is None:  # two threads may both make it: the bytes are the same
+        if raw is None:  # two threads may both compute it, with the same bytes
             raw = self._bytes[tensor.name] = self._make[tensor.name]().view(np.uint8)
         out.reshape(-1)[:] = raw[start : start + out.size]
 

@@ -9,29 +9,29 @@ from ...base.errors import SourceError, UnsupportedError
 from ..catalogue import UNREAD, Part, SourceTensor, Tensor, is_quantizable, layer_of, output_order, role_of
 
 FILE_TYPE_BF16 = 32
-#: far beyond any model; what config.json may claim before a catalogue of it is made
+#: limits on what config.json may claim, checked before a catalogue is made of it; far beyond any model
 MAX_LAYERS, MAX_HEADS, MAX_PARTS = 1024, 4096, 1 << 17
 _MAX_WEIGHTS = 1 << 50
 _DTYPES = ("F8_E4M3", "BF16", "F16", "F32")
-#: buffers of old checkpoints that a converter drops as well
+#: buffers in old checkpoints that a converter drops, too
 _DROPPED = (".rotary_emb.inv_freq", ".attention.masked_bias", ".attention.bias")
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 _IS_IT = "is this config.json the one of the checkpoint?"
 
 
 def assembled(name: str, ne: tuple[int, ...], parts: tuple[Part, ...]) -> Tensor:
-    """A tensor of the output of (ne) shape, from its parts; BF16 or, if never quantized, F32, as a converter has it."""
+    """Return an output tensor of (ne) shape from its parts: BF16, or F32 if never quantized, as a converter has it."""
     quantizable = is_quantizable(name, ne)
     return Tensor(name, ne, role_of(name), layer_of(name), quantizable, "BF16" if quantizable else "F32", parts)
 
 
 def whole(name: str, source: str, *shape: int) -> Tensor:
-    """One source tensor, of row-major `shape`, taken as it is."""
+    """Return one source tensor, of row-major `shape`, unchanged."""
     return assembled(name, tuple(reversed(shape)), (Part(source, shape, 0, shape[0] if len(shape) > 1 else 1),))
 
 
 def in_order(model: str, tensors: Iterable[Tensor]) -> list[Tensor]:
-    """Sorted as llama-quantize sorts them. Raises SourceError when they are more than any model has."""
+    """Sort tensors as llama-quantize does. Raises SourceError if they have more weights than any model."""
     out = sorted(tensors, key=lambda t: output_order(t.name))
     total = sum(t.n_elements for t in out)
     if total > _MAX_WEIGHTS:
@@ -47,9 +47,9 @@ def check_stored(
     unused: Collection[str] = (),
     beyond: int | None = None,
 ) -> list[int]:
-    """Check that the checkpoint has what the config promises, nothing else, in the promised shapes.
-    `what` says what the model is, for messages; tensors named in `unused` may be there, and those of the
-    layers from `beyond` on, if any may. Returns the layer of each of the latter."""
+    """Check that the checkpoint has what the config promises, in the promised shapes, and nothing else. Raises
+    SourceError, UnsupportedError. `what` describes the model in messages. Tensors named in `unused` may exist, and
+    those of layers from `beyond` on, if given. Returns the layer of each of the latter."""
     needed: dict[str, tuple[int, ...]] = {p.source: p.shape for t in wanted for p in t.parts}
     for name, shape in needed.items():
         st = stored.get(name)

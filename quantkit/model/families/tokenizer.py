@@ -1,7 +1,7 @@
-"""The tokenizer.* keys of a GGUF, for a byte-level BPE tokenizer in Hugging Face's files.
+"""The tokenizer.* keys of a GGUF, for byte-level BPE tokenizers in Hugging Face's files.
 
-The vocabulary and its types follow the converter's rules (conversion/base.py, get_vocab_base), read
-with the `tokenizers` package; merges, special tokens and the chat template are found by `gguf`.
+The vocabulary and its types follow the converter's rules (conversion/base.py, get_vocab_base), and are read
+with the `tokenizers` package; `gguf` finds merges, special tokens and the chat template.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .added_tokens import add_tokens
 from .general import from_writer, one_line
 from .options import Options
 
-#: sha256 of the token ids of `_PROBE` -> tokenizer.ggml.pre, as llama.cpp publishes them
+#: sha256 of the token ids of `_PROBE` -> tokenizer.ggml.pre, as published by llama.cpp
 #: (conversion/base.py, get_vocab_base_pre)
 PRE_TOKENIZERS = {
     "877081d19cf6996e2c4ff0e1236341e9b7bde288f5311a56a937f0afbbb3aeb5": "deepseek-v3",
@@ -32,7 +32,7 @@ PRE_TOKENIZERS = {
     "d4540891389ea895b53b399da6ac824becc30f2fba0e9ddbb98f92e55ca0e97c": "qwen2",
 }
 
-#: the text whose tokens identify a pre-tokenizer: a fact of llama.cpp's convert_hf_to_gguf_update.py
+#: the text whose tokens identify a pre-tokenizer, from llama.cpp's convert_hf_to_gguf_update.py
 _PROBE = (
     "\n \n\n \n\n\n \t \t\t \t\n  \n   \n    \n     \n\U0001f680 (normal) \U0001f636\u200d\U0001f32b\ufe0f "
     "(multiple emojis concatenated) \u2705 \U0001f999\U0001f999 3 33 333 3333 33333 333333 3333333 33333333 "
@@ -51,13 +51,14 @@ _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
 
 
 def refuse_sentencepiece(path: Path) -> None:
-    """Raise UnsupportedError for a checkpoint whose tokenizer.model a converter would prefer to tokenizer.json."""
+    """Raise UnsupportedError for a checkpoint with a tokenizer.model, which a converter would prefer to
+    tokenizer.json."""
     if (path / "tokenizer.model").is_file():
         raise UnsupportedError(f"{path}: has a SentencePiece tokenizer (tokenizer.model), {_ONLY_JSON}")
 
 
 def flag(path: Path, key: str) -> bool | None:
-    """What tokenizer_config.json says of `key`, or None where it says nothing. Raises SourceError."""
+    """Return the flag `key` of tokenizer_config.json, or None if it is not there. Raises SourceError."""
     file = path / "tokenizer_config.json"
     if not file.is_file():
         return None
@@ -71,10 +72,10 @@ def flag(path: Path, key: str) -> bool | None:
 
 
 def tokenizer_kvs(path: Path, n_vocab: int, options: Options) -> tuple[list[KV], list[str]]:
-    """The tokenizer.* keys of a checkpoint directory, and notes for the user.
+    """Return the tokenizer.* keys of a checkpoint directory, and notes for the user.
 
-    Raises SourceError when the tokenizer is missing, has ids beyond the vocabulary, or is not one of
-    the known ones and no --pre was given.
+    Raises SourceError if the tokenizer is missing, has ids beyond the vocabulary, or is not one of
+    the known ones and --pre was not given; UnsupportedError if it is not a byte-level BPE tokenizer.
     """
     import gguf
     from tokenizers import Tokenizer
@@ -95,7 +96,7 @@ def tokenizer_kvs(path: Path, n_vocab: int, options: Options) -> tuple[list[KV],
         tokens, types = _vocabulary(file, tokenizer, n_vocab)
     except SourceError:
         raise
-    except Exception as e:  # the package raises nothing narrower
+    except Exception as e:  # the package raises nothing more specific
         raise SourceError(f"{file}: not a usable tokenizer: {one_line(e)}; download it again") from None
     logging.getLogger("gguf.vocab").setLevel(logging.ERROR)
     try:
@@ -104,7 +105,7 @@ def tokenizer_kvs(path: Path, n_vocab: int, options: Options) -> tuple[list[KV],
         writer = gguf.GGUFWriter(None, "none")
         special.add_to_gguf(writer, quiet=True)
         collected = [item for item in from_writer(writer) if item.key != "general.architecture"]
-    except Exception as e:  # whatever files of any shape make the package and struct raise
+    except Exception as e:  # malformed files can make the package and struct raise anything
         raise SourceError(
             f"{path}: the special tokens or chat template in tokenizer_config.json cannot be read: {one_line(e)}; "
             "download it again"
@@ -128,8 +129,8 @@ def tokenizer_kvs(path: Path, n_vocab: int, options: Options) -> tuple[list[KV],
 
 
 def _added_automatically(path: Path, special: Any) -> dict[str, bool]:
-    """Whether a tokenizer puts bos, eos, sep around a text by itself: what the post-processor of
-    tokenizer.json does, else what tokenizer_config.json says. The rules of llama.cpp's gguf-py, newer
+    """Return whether a tokenizer adds bos, eos, sep to a text by itself: what tokenizer.json's post-processor
+    does, else what tokenizer_config.json says. These are the rules of llama.cpp's gguf-py, newer
     than those of the package on PyPI, where the config has the last word."""
 
     def load(name: str) -> dict[str, Any]:
@@ -177,7 +178,7 @@ def _added_by_template(step: Mapping[str, Any], said: Mapping[str, Any]) -> dict
     if ends == ["A", "B"] and len(inner) > 2:
         separators = {text("sep_token"), last or text("eos_token")} - {None}
         between = [special(item) for item in inner[1:-1]]
-        # either right after the first text, or after the end-of-text token that closes it
+        # either directly after the first text, or after the end-of-text token that closes it
         out["sep"] = (not last and between[0] in separators) or (len(between) == 2 and between[1] in separators)
     return out
 
@@ -214,7 +215,7 @@ def _vocabulary(file: Path, tokenizer: Any, n_vocab: int) -> tuple[list[str], li
 
 
 def _looks_special(token: str) -> bool:
-    """Tokens that are control tokens though their tokenizer does not say so."""
+    """Whether a token is a control token even if its tokenizer does not mark it as one."""
     if token in ("<pad>", "<mask>", "<2mass>", "[@BOS@]"):
         return True
     pairs = (("<|", "|>"), ("<\uff5c", "\uff5c>"), ("<unused", ">"))
@@ -222,16 +223,16 @@ def _looks_special(token: str) -> bool:
 
 
 def _pre(file: Path, tokenizer: Any, bos: int | None, options: Options) -> str:
-    """The pre-tokenizer's name: as the user said, else by the published hashes. Raises SourceError."""
+    """Return the pre-tokenizer's name: the user's, else by the published hashes. Raises SourceError."""
     if options.pre is not None and not options.recognize:
         return options.pre
     try:
         whole, plain = tokenizer.encode(_PROBE).ids, tokenizer.encode(_PROBE, add_special_tokens=False).ids
-    except Exception as e:  # the package raises nothing narrower
+    except Exception as e:  # the package raises nothing more specific
         raise SourceError(f"{file}: not a usable tokenizer: {one_line(e)}; download it again") from None
-    # the published hashes are of what transformers returns: bos in front for a tokenizer that says
-    # add_bos_token, else what the post-processor does. In this order, since without its bos the
-    # tokenizer of R1's Qwen distills is Qwen2's
+    # the published hashes are of what transformers returns: bos first if the tokenizer sets
+    # add_bos_token, else what the post-processor does. The order matters: without its bos, the
+    # tokenizer of R1's Qwen distills equals Qwen2's
     variants = [whole, plain]
     if bos is not None:
         variants.insert(0 if flag(file.parent, "add_bos_token") else 2, [bos, *plain])
@@ -269,7 +270,7 @@ def _pad_token(
 
 
 def token_id(where: str, tokens: Sequence[str], asked: str) -> int:
-    """The id that --pad-token names, as a number or by its text. Raises SourceError."""
+    """Return the id that --pad-token names, as a number or as a text. Raises SourceError."""
     if asked.isascii() and asked.isdecimal() and len(asked) < 20 and int(asked) < len(tokens):
         return int(asked)
     if asked in tokens:
