@@ -1,9 +1,9 @@
-"""The types of a model's tensors as a compact recipe, and the proof that the recipe gives them back.
+"""Writes the types of a model's tensors as a compact recipe, and proves that the recipe reproduces them.
 
-Tensors are taken by family (`blk.*.NAME`). A family's commonest type is a rule over all its layers;
-each of its other types is one rule before that, on a slice of a list of layers where one fits
-(`moe[:6]`, `all[-1]`, `more_bits`), else on the layers' numbers (`blk.{3,[7-9]}.NAME`). Families of
-one role that share type and layers share a rule (`ffn_{gate,up}_exps`).
+Tensors are grouped by family (`blk.*.NAME`). A family's most common type is a rule over all its layers. Each of its
+other types is a rule before that one: on a slice of a list of layers if one fits (`moe[:6]`, `all[-1]`, `more_bits`),
+else on the layers' numbers (`blk.{3,[7-9]}.NAME`). Families of one role that share type and layers share a rule
+(`ffn_{gate,up}_exps`).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _MOST_ALTERNATIVES = 200
 
 
 class Head(NamedTuple):
-    """What a recipe says before its rules."""
+    """The part of a recipe before its rules."""
 
     name: str
     file_type: str
@@ -43,13 +43,13 @@ class Head(NamedTuple):
     title: str = ""
     description: str = ""
     comment: str = ""
-    """the first line of the file: where the recipe comes from"""
+    """the first line of the file, which says where the recipe comes from"""
     verb: str = "cloned"
-    """how every rule's `why` begins"""
+    """the first word of every rule's `why`"""
 
 
 class RoundTrip(NamedTuple):
-    """What was compared: all of it was equal."""
+    """The extent of a comparison in which everything was equal."""
 
     n_tensors: int
     nbytes: int
@@ -59,7 +59,7 @@ class RoundTrip(NamedTuple):
 
 
 class Cloned(NamedTuple):
-    """A recipe, and what has to be said with it."""
+    """A recipe, with its proof and notes."""
 
     text: str
     proof: RoundTrip
@@ -67,8 +67,8 @@ class Cloned(NamedTuple):
 
 
 def clone(catalogue: Catalogue, source: str, stem: str, name: str | None = None) -> Cloned:
-    """The recipe of a GGUF's own types. `source` is what the file was given as, `stem` its name without
-    .gguf. Raises RecipeError for types that a recipe cannot ask for."""
+    """Make the recipe of a GGUF's own types. `source` is the file as the user gave it, `stem` its name without .gguf.
+    Raises RecipeError for types that a recipe cannot ask for; UnsupportedError for types of ik_llama.cpp."""
     types = {t.name: t.source_type for t in catalogue.tensors if t.quantizable}
     if not types:
         raise RecipeError(f"{source}: of its {count(len(catalogue.tensors))} none can be quantized")
@@ -104,17 +104,17 @@ def count(n: int) -> str:
 
 
 def slug(text: str) -> str:
-    """A recipe's name, which becomes part of file names."""
+    """Make a recipe's name that is safe in file names."""
     return re.sub(r"[^\w.+-]+", "-", text).strip("-.") or "cloned"
 
 
 def needs_imatrix(types: Types, file_type: str) -> bool:
-    """Whether llama-quantize refuses one of these without an importance matrix."""
+    """Whether llama-quantize refuses any of these types without an importance matrix."""
     return any(must_have_weights(name, given, file_type) for name, given in types.items())
 
 
 def common_file_type(catalogue: Catalogue, types: Types) -> str:
-    """The file type of the commonest quantized type, by elements; Q8_0 where there is none."""
+    """The file type of the most common quantized type, by elements; Q8_0 if there is none."""
     counts: Counter[str] = Counter()
     for t in catalogue.tensors:
         if t.name in types and not QTYPES[types[t.name]].is_float:
@@ -125,8 +125,8 @@ def common_file_type(catalogue: Catalogue, types: Types) -> str:
 
 
 def _file_type(catalogue: Catalogue, types: Types) -> tuple[str, list[str]]:
-    """general.file_type by name; another, with a note, where that one is no name or its recipe could
-    not have these types."""
+    """Return general.file_type by name. Return another one, with a note, if it has no name or its recipe could not have
+    these types."""
     number = next((int(decode(i)) for i in catalogue.kvs if i.key == "general.file_type" and i.type in INTEGERS), None)
     stated = next((name for name, n in FILE_TYPES.items() if n == number), None)
     if stated is not None and not (QTYPES.get(stated, QTYPES["Q8_0"]).is_float and set(types.values()) != {stated}):
@@ -151,7 +151,7 @@ def _never_quantized_notes(catalogue: Catalogue) -> Iterator[str]:
 
 
 def _mixture(catalogue: Catalogue, types: Types, file_type: str, imatrix: bool) -> str | None:
-    """The mixture of llama.cpp that gives exactly these types, the file's own first."""
+    """The mixture of llama.cpp that gives exactly these types; the file's own is tried first. None if there is none."""
     quantizable = [t for t in catalogue.tensors if t.quantizable]
     wanted = [types[t.name] for t in quantizable]
     for name in sorted(BASE_TYPES, key=lambda n: n != file_type):
@@ -171,18 +171,18 @@ def _mixture(catalogue: Catalogue, types: Types, file_type: str, imatrix: bool) 
 
 class _Rule(NamedTuple):
     names: tuple[str, ...]
-    """of the families: what stands after blk.N., or whole names"""
+    """of the families: the part after blk.N., or whole names"""
     layered: bool
     layers: tuple[int, ...] | None
-    """None: all the family has"""
+    """None: all layers of the family"""
     selector: str | None
     type: str
     role: str
 
 
 def write(catalogue: Catalogue, types: Types, head: Head) -> str:
-    """The text of a recipe that gives each tensor its type in `types`. Raises RecipeError for a type
-    that is none to quantize to."""
+    """Write a recipe that gives each tensor its type in `types`. Raises RecipeError for a type that cannot be quantized
+    to."""
     for name, given in types.items():
         if given in INTEGER_TYPES:
             raise RecipeError(f"'{name}' is {given}, which is not a type to quantize to; a recipe cannot ask for it")
@@ -209,7 +209,7 @@ def write(catalogue: Catalogue, types: Types, head: Head) -> str:
 
 
 def families(tensors: Iterable[Tensor]) -> dict[str, list[Tensor]]:
-    """Tensors by `blk.*.NAME`, or by their whole name, in the order of their first."""
+    """Group tensors by `blk.*.NAME`, or by their whole name, in order of first occurrence."""
     found: dict[str, list[Tensor]] = {}
     for t in tensors:
         found.setdefault(_family(t), []).append(t)
@@ -221,7 +221,7 @@ def _family(t: Tensor) -> str:
 
 
 def _rules(catalogue: Catalogue, types: Types) -> Iterator[_Rule]:
-    """Each family's exceptions, then its commonest type."""
+    """Yield each family's exceptions, then its most common type."""
     groups = catalogue.layer_groups()
     for family, tensors in families(t for t in catalogue.tensors if t.quantizable).items():
         layered, name = family.startswith("blk.*."), family.removeprefix("blk.*.")
@@ -238,14 +238,15 @@ def _rules(catalogue: Catalogue, types: Types) -> Iterator[_Rule]:
 
 
 def _selector(wanted: Sequence[int], every: Sequence[int], groups: Mapping[str, Sequence[int]]) -> str | None:
-    """The simplest `layers` that takes of a family's layers `every` just the wanted ones."""
+    """The simplest `layers` that selects exactly the wanted ones of a family's layers `every`; None if there is
+    none."""
     mine, want = frozenset(every), frozenset(wanted)
 
     def takes(text: str) -> bool:
         return pick_layers(text, groups) & mine == want
 
     usable = [g for g in LAYER_GROUPS if want <= frozenset(groups[g])]
-    # the list that is most nearly the family's own: `moe` for routed experts
+    # prefer the list closest to the family's own layers: `moe` for routed experts
     usable.sort(key=lambda g: (len(frozenset(groups[g]) ^ mine), g != "all"))
     for group in sorted(usable, key=lambda g: g == "all"):
         if takes(group):
@@ -266,7 +267,7 @@ def _selector(wanted: Sequence[int], every: Sequence[int], groups: Mapping[str, 
 
 
 def _merge(rules: Iterable[_Rule]) -> Iterator[_Rule]:
-    """One rule for families of one role with the same type and layers: exceptions first, by role."""
+    """Merge rules for families of one role with the same type and layers; order them by role, exceptions first."""
 
     def key(r: _Rule) -> tuple[object, ...]:
         where = r.selector or ",".join(map(str, r.layers or ()))
@@ -278,14 +279,14 @@ def _merge(rules: Iterable[_Rule]) -> Iterator[_Rule]:
 
 
 def _globs(rule: _Rule, others: Sequence[str]) -> Iterator[str]:
-    """The rule's families as globs that match no other tensor; more than one where one would be too long."""
+    """Write the rule's families as globs that match no other tensor; several if one would be too long."""
     layers = None if rule.selector or rule.layers is None else rule.layers
     parts = [alternatives(layers)] if layers is not None else [["*"]]
     if rule.layered and layers is None:
         own = re.compile("|".join(_BLOCK.pattern + re.escape(n) + r"\Z" for n in rule.names))
         glob = re.compile("|".join(glob_regex(f"blk.*.{_escape(n)}") for n in rule.names))
         if any(glob.match(n) and not own.match(n) for n in others):
-            # the star of blk.*.NAME takes dots too, and here other names end alike
+            # the star in blk.*.NAME also matches dots, and other names here end the same
             digits = max(len(_BLOCK.match(n)[1]) for n in others if own.match(n))  # type: ignore[index]
             parts = [["[0-9]" * k for k in range(1, digits + 1)]]
     for piece in _pieces(parts[0]) if rule.layered else [None]:
@@ -301,14 +302,14 @@ def _globs(rule: _Rule, others: Sequence[str]) -> Iterator[str]:
 
 
 def _pieces(layers: Sequence[str]) -> Iterator[Sequence[str]]:
-    """The alternatives, in lists short enough for a pattern."""
+    """Split the alternatives into lists short enough for a pattern."""
     for i in range(0, len(layers), 60):
         yield layers[i : i + 60]
 
 
 def alternatives(numbers: Iterable[int]) -> list[str]:
-    """Numbers as patterns of digits and sets, the same for globs and regular expressions: 3-12, 60 as
-    [3-9], 1[0-2], 60."""
+    """Write numbers as patterns of digits and sets, valid in globs and in regular expressions: 3-12, 60 as [3-9],
+    1[0-2], 60."""
     return _digits({str(n) for n in numbers})
 
 
@@ -328,7 +329,7 @@ def _digits(words: set[str]) -> list[str]:
 
 
 def _set(digits: set[str]) -> str:
-    """Digits as a set: 3, [37], [3-9], [0-24]."""
+    """Write digits as a set: 3, [37], [3-9], [0-24]."""
     runs: list[str] = []
     for digit in sorted(digits):
         if runs and int(runs[-1][-1]) == int(digit) - 1:
@@ -344,7 +345,7 @@ def _braces(words: Sequence[str]) -> str:
 
 
 def _factored(names: Sequence[str]) -> str:
-    """ffn_gate_exps, ffn_up_exps as ffn_{gate,up}_exps; cut at dots and underlines."""
+    """Factor names: ffn_gate_exps, ffn_up_exps as ffn_{gate,up}_exps; cut at dots and underscores only."""
     if len(names) == 1:
         return names[0]
     before = re.sub(r"[^._]*$", "", _common(names))
@@ -358,12 +359,12 @@ def _factored(names: Sequence[str]) -> str:
 
 
 def _common(words: Sequence[str]) -> str:
-    """What all begin with."""
+    """The longest common prefix."""
     return "".join(same[0] for same in takewhile(lambda c: len(set(c)) == 1, zip(*words, strict=False)))
 
 
 def _escape(name: str) -> str:
-    """A name in a glob and in double quotes: what would have a meaning there becomes a ?."""
+    """Escape a name for a glob in double quotes: special characters become ?."""
     return re.sub(r'[*?\[\]{},"\\]', "?", name)
 
 
@@ -371,8 +372,8 @@ def _escape(name: str) -> str:
 
 
 def prove(text: str, catalogue: Catalogue, types: Types) -> RoundTrip:
-    """Plan the model with the written recipe, as if none of its weights were quantized yet, and compare
-    every tensor's type and bytes. Raises RecipeError for the first difference."""
+    """Plan the model with the written recipe, as if none of its weights were quantized yet, and compare every tensor's
+    type and bytes. Raises RecipeError for the first difference."""
     plain = replace(
         catalogue, tensors=tuple(t._replace(source_type="BF16") if t.quantizable else t for t in catalogue.tensors)
     )

@@ -1,16 +1,16 @@
-"""Finished tensors kept from build to build, by what they are made of: another recipe re-quantizes only what differs.
+"""Keeps finished tensors between builds, keyed by what they are made of: another recipe quantizes only what differs.
 
-    DIR/objects/ab/KEY        a tensor's data, then SHA-256 of it and of KEY | u64 its bytes | "qkcache2"
-    DIR/sources/FILE.json     digests of source tensors, for a file of that path, inode, size and time, and of these
-    DIR/tmp/                  what is being written
-    DIR/lock                  held while entries are removed
+DIR/objects/ab/KEY        a tensor's data, then SHA-256 of it and of KEY | u64 its bytes | "qkcache2"
+DIR/sources/FILE.json     digests of source tensors, for a file of that path, inode, size and time, and of these
+DIR/tmp/                  files being written
+DIR/lock                  held while entries are removed
 
 KEY is SHA-256 over the type, the shape, the source's rows by content (dtype, scales, and how the rows are dealt), the
-importance values, and the version of the kernels; the tensor's name is not in it, but where it is rounded otherwise
-than by ggml: then it tells with the covariance what it is rounded by. Reading a source for its digests is
-done once for each of its files. Any number of processes may use one folder: entries appear whole by rename, are read
-through an open file that outlives its removal, and what arrived is compared with their digest before it is used.
-quantkit.building.cache_folder says whose entries are believed.
+importance values, and the version of the kernels. It does not contain the tensor's name, except through a rounding
+other than ggml's, which it identifies together with the covariance. Each source file is read once for its digests. Any
+number of processes may use one folder: entries appear complete by rename, are read through an open file that outlives
+their removal, and copied data is compared with their digest before use. quantkit.building.cache_folder decides whose
+entries are trusted.
 """
 
 from __future__ import annotations
@@ -44,26 +44,26 @@ from .sink import RowSink
 MAGIC = b"qkcache2"
 _TRAILER = struct.Struct("<32sQ8s")
 _CHUNK = 1 << 22
-#: the entries are listed again after a share of the size has been added: others may add to the same folder
+#: after this fraction of the size has been added, the entries are listed again: others may add to the same folder
 _LOOKS = 16
-#: bytes of a memo that are read at all; one of R1's files names 600 tensors
+#: most bytes read from a memo; that of one of R1's files names 600 tensors
 _MAX_MEMO = 1 << 26
 
 
 class Cache:
-    """See the module. Raises OutputError, which says why, when the folder cannot be used; without `make` also when it
-    is not there."""
+    """A cache (see the module). Raises OutputError if the folder cannot be used; without `make`, also if it does not
+    exist."""
 
     def __init__(self, folder: Path, max_bytes: int, make: bool = True) -> None:
         self.folder, self.max_bytes = folder, max_bytes
         self.n_found = self.n_kept = self.n_corrupt = 0
-        """tensors that came from here, that were put here, that were here but not as they should be"""
+        """tensors taken from the cache, put into it, and found damaged in it"""
         self.bytes_found = 0
         self._counting = threading.Lock()
         self.failure = ""
-        """the first reason why something could not be read or kept; the build does not end for it"""
+        """the first reason why something could not be read or kept; it does not end the build"""
         self._room = 0
-        """bytes that may be added before the entries are listed again"""
+        """bytes that may still be added before the entries are listed again"""
         self._disk = CacheFolder(folder, make)
 
     def _failed(self, what: Path, e: Exception) -> None:
@@ -79,7 +79,7 @@ class Cache:
         self, plan: Plan, wanted: Iterable[str], weights: ImportanceValues | None, n_threads: int,
         progress: Callable[[str, int], None] = lambda _name, _n: None,
     ) -> dict[str, str]:  # fmt: skip
-        """The keys of the tensors named. Reads those source tensors whose digest is not known yet; `progress` is
+        """Return the keys of the named tensors. Reads the source tensors whose digests are not known yet; `progress` is
         called with names and bytes."""
         source = plan.catalogue.source
         assert source is not None
@@ -114,7 +114,7 @@ class Cache:
         fresh: dict[Path, dict[str, str]] = {}
         for st in missing:
             fresh.setdefault(st.file, {})[st.name] = known[st.name]
-        try:  # without its memo the next build reads the source again, no more
+        try:  # without its memo, the next build only has to read the source again
             for file, found_there in fresh.items():
                 if identity.stat_of(file) == before[file]:
                     self._write_memo(memos[file], {**self._read_memo(memos[file]), **found_there})
@@ -123,7 +123,7 @@ class Cache:
         return known
 
     def _read_memo(self, name: str) -> dict[str, str]:
-        """The digests that a memo holds, none when it is not there, damaged or another's."""
+        """The digests in a memo; empty if it is missing, damaged or not trusted."""
         path = self.folder / "sources" / name
         try:
             with open(self._disk.sources.open(name), "rb") as f:
@@ -141,7 +141,7 @@ class Cache:
         return {k: v for k, v in digests.items() if isinstance(k, str) and isinstance(v, str)}
 
     def _write_memo(self, name: str, digests: dict[str, str]) -> None:
-        """Raises OSError, OutputError."""
+        """Write a memo. Raises OSError, OutputError."""
         with self._disk.made() as new:
             write_at(new.fd, json.dumps({"digests": digests, "check": _memo_check(name, digests)}).encode(), 0)
             new.publish(self._disk.sources, name, durable=False)
@@ -149,7 +149,7 @@ class Cache:
     # ------------------------------------------------------------ entries
 
     def fill(self, key: str, name: str, sink: RowSink) -> bool:
-        """Put a tensor from the cache into an unfinished build, if it is here and sound."""
+        """Copy a tensor from the cache into an unfinished build; returns whether it was there and sound."""
         path = self._disk.path_of(key)
         try:
             fd = self._disk.open_entry(key)
@@ -167,7 +167,7 @@ class Cache:
                     self._disk.drop(key)
                 return False
             with suppress(OSError):
-                os.utime(fd)  # used now: the last to be evicted
+                os.utime(fd)  # marks it as used now, so that it is evicted last
         except (OSError, SourceError) as e:
             self._failed(path, e)
             return False
@@ -181,8 +181,8 @@ class Cache:
         return True
 
     def _copied(self, fd: int, key: str, name: str, sink: RowSink) -> list[tuple[int, int, bytes]] | None:
-        """Copy an entry to its place: row, number and digest of the rows; None where it is not sound. What is compared
-        is what has arrived, since the entry's owner may write to it meanwhile. Raises OSError, QuantkitError."""
+        """Copy an entry to its place; returns row, count and digest of the rows, or None if it is not sound. The check
+        reads the copy, since the entry's owner may write to it meanwhile. Raises OSError, QuantkitError."""
         fd_out, place = sink.target(name)
         nbytes = place.n_rows * place.row_bytes
         if os.fstat(fd).st_size != nbytes + _TRAILER.size:
@@ -199,7 +199,7 @@ class Cache:
         return rows if read_at(fd, _TRAILER.size, nbytes) == _TRAILER.pack(digest.digest(), nbytes, MAGIC) else None
 
     def keep(self, key: str, name: str, sink: RowSink) -> None:
-        """Keep a tensor that a build has on the disk."""
+        """Add a tensor that is durable in a build."""
         fd, place = sink.target(name)
         nbytes = place.n_rows * place.row_bytes
         if nbytes + _TRAILER.size > self.max_bytes:
@@ -215,11 +215,11 @@ class Cache:
             self._failed(self.folder, e)
 
     def _publish(self, new: NewFile, key: str, nbytes: int) -> None:
-        """Make an entry of a file that has a tensor's data. Raises OSError, OutputError."""
+        """Make an entry from a file with a tensor's data. Raises OSError, OutputError."""
         digest = hashlib.sha256()
         for at in range(0, nbytes, _CHUNK):
             digest.update(read_at(new.fd, min(_CHUNK, nbytes - at), at))
-        digest.update(key.encode())  # so that no entry is taken for another
+        digest.update(key.encode())  # so that no entry passes for another
         write_at(new.fd, _TRAILER.pack(digest.digest(), nbytes, MAGIC), nbytes)
         self._disk.put(new, key)
         with self._counting:
@@ -231,7 +231,7 @@ class Cache:
     # ------------------------------------------------------------ without a build
 
     def has(self, key: str) -> bool:
-        """Whether there is an entry, sound or not."""
+        """Whether an entry exists, sound or not."""
         try:
             return self._disk.has(key)
         except OSError as e:
@@ -239,16 +239,16 @@ class Cache:
             return False
 
     def begin(self) -> NewFile:
-        """A file for a tensor's data, which `end` makes an entry. Raises OSError."""
+        """Create a file for a tensor's data, which `end` turns into an entry. Raises OSError."""
         return self._disk.made()
 
     def end(self, new: NewFile, key: str, nbytes: int) -> None:
-        """See `begin`. Raises OSError, OutputError."""
+        """Turn a file from `begin` into an entry. Raises OSError, OutputError."""
         self._publish(new, key, nbytes)
 
     def pieces(self, key: str, sizes: Sequence[int]) -> list[bytes] | None:
-        """Digests (quantkit.base.journal's) of the pieces of an entry, which have these bytes together; None where it
-        is not here, or not sound."""
+        """Digests (quantkit.base.journal's) of an entry's pieces, which have these sizes in bytes; None if the entry is
+        missing or not sound."""
         try:
             fd = self._disk.open_entry(key)
         except (OSError, OutputError) as e:
@@ -267,7 +267,7 @@ class Cache:
                 whole.update(key.encode())
                 if read_at(fd, _TRAILER.size, nbytes) == _TRAILER.pack(whole.digest(), nbytes, MAGIC):
                     with suppress(OSError):
-                        os.utime(fd)  # used now: the last to be evicted
+                        os.utime(fd)  # marks it as used now, so that it is evicted last
                     with self._counting:
                         self.n_found += 1
                         self.bytes_found += nbytes
@@ -283,7 +283,7 @@ class Cache:
         return None
 
     def read(self, key: str, at: int, nbytes: int) -> bytes | None:
-        """Some bytes of an entry; None where it is gone."""
+        """Read bytes of an entry; None if it is gone."""
         try:
             fd = self._disk.open_entry(key)
             if fd is None:
@@ -300,7 +300,7 @@ class Cache:
     # ------------------------------------------------------------ its size
 
     def settle(self) -> None:
-        """At the end of a build that kept something: the size is kept exactly, whatever others have added meanwhile."""
+        """At the end of a build that added entries, enforce the size limit, including what others added meanwhile."""
         if self.n_kept:
             try:
                 self.evict()
@@ -308,11 +308,11 @@ class Cache:
                 self._failed(self.folder, e)
 
     def entries(self) -> list[tuple[float, int, Path]]:
-        """When each was used last, its bytes, its path; the longest unused first."""
+        """(last use, bytes, path) of each entry, least recently used first."""
         return self._disk.entries()
 
     def evict(self) -> None:
-        """Remove what was not used longest until the size is kept. Raises OSError, OutputError."""
+        """Remove the least recently used entries until the size limit is met. Raises OSError, OutputError."""
         self._room = min(self.max_bytes - self._disk.evict(self.max_bytes), self.max_bytes // _LOOKS)
 
 

@@ -1,9 +1,9 @@
-"""The folder of a cache on disk (quantkit.building.cache says what is in it), which several users may share on purpose.
+"""The folder of a cache on disk (content: quantkit.building.cache), which several users may share deliberately.
 
-Nothing in it is written through: what is made is a new file, which gets its name by rename. What is read is a regular
-file, and what it says is checked. Whose it may be goes by who may write there: in a folder that its owner shares with
-a group anyone's of that group, in one that is open to all only one's own, root's and the owner's. Folders and files get
-their permissions by the umask; in a cache that its group may write to, folders that are made in it are so too.
+Existing files are never written to: every file is new, and gets its name by rename. Only regular files are read, and
+their content is checked. Which owners are trusted depends on who may write to the folder: if its owner shares it with a
+group, everyone in that group; if it is open to all, only the user, root and the folder's owner. Folders and files get
+their permissions from the umask; in a cache that is group-writable, new folders are too.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from ..base.lock import HeldError, Lock
 
 _SUBS = ("objects", "sources", "tmp")
 _SHELF, _KEY = re.compile("[0-9a-f]{2}"), re.compile("[0-9a-f]{64}")
-#: an unfinished file of a process that is gone is removed after so many seconds
+#: age in seconds at which an unfinished file of a vanished process is removed
 _STALE = 86_400
-#: so long is waited for another process that removes entries
+#: seconds to wait for another process that removes entries
 _PATIENCE = 10.0
 
 
@@ -36,7 +36,7 @@ def _no_cache(path: Path) -> str:
 
 
 class CacheFolder:
-    """See the module. With `make` it is made where it is not there. Raises OutputError, which says why it cannot be
+    """The folder (see the module). With `make` it is created if it does not exist. Raises OutputError if it cannot be
     used."""
 
     def __init__(self, path: Path, make: bool) -> None:
@@ -70,7 +70,7 @@ class CacheFolder:
         self.close()
 
     def _check_owner(self) -> None:
-        """Raises OutputError for a folder of another user where anyone could have made it, such as in /tmp."""
+        """Raise OutputError for another user's folder in a place where anyone could have made it, such as /tmp."""
         above = os.stat(self.path.resolve().parent)
         by = self.folder.info.st_uid
         if above.st_mode & stat.S_IWOTH and by not in (0, os.geteuid()) and not self.folder.is_own:
@@ -95,7 +95,7 @@ class CacheFolder:
         return found
 
     def shelf(self, above: Folder, name: str) -> Folder:
-        """A folder in one of the cache's, made where it is not there. Raises OSError."""
+        """Open a folder in one of the cache's folders, or make it. Raises OSError."""
         with suppress(FileExistsError):
             os.mkdir(name, dir_fd=above.fd)
             made = above.sub(name)
@@ -107,13 +107,13 @@ class CacheFolder:
         return above.sub(name)
 
     def is_believed(self, info: os.stat_result) -> bool:
-        """Whether what a file says may be taken for what a build of somebody trusted has made."""
+        """Whether a file's owner is trusted to have made its content by a build."""
         if not (self.folder.is_open_to_all or any(f.is_open_to_all for f in self._held)):
             return True
         return info.st_uid in (0, os.geteuid(), self.folder.info.st_uid, self.folder.own)
 
     def require_believed(self, fd: int, path: Path) -> None:
-        """Raises OutputError."""
+        """Raise OutputError if a file's owner is not trusted."""
         info = os.fstat(fd)
         if not self.is_believed(info):
             raise OutputError(
@@ -126,7 +126,7 @@ class CacheFolder:
         return self.objects.path / key[:2] / key
 
     def open_entry(self, key: str) -> int | None:
-        """An entry for reading, None where there is none. Raises OSError, OutputError."""
+        """Open an entry for reading; None if there is none. Raises OSError, OutputError."""
         try:
             with self.objects.sub(key[:2]) as shelf:
                 fd = shelf.open(key)
@@ -140,7 +140,7 @@ class CacheFolder:
         return fd
 
     def has(self, key: str) -> bool:
-        """Whether there is a file of that key. Raises OSError."""
+        """Whether a file for that key exists. Raises OSError."""
         try:
             with self.objects.sub(key[:2]) as shelf:
                 info = shelf.look(key)
@@ -154,7 +154,7 @@ class CacheFolder:
             shelf.unlink(key)
 
     def entries(self) -> list[tuple[float, int, Path]]:
-        """When each was used last, its bytes, its path; the longest unused first."""
+        """(last use, bytes, path) of each entry, least recently used first."""
         out = []
         for name in self.objects.names():
             if not _SHELF.fullmatch(name):
@@ -167,7 +167,8 @@ class CacheFolder:
         return sorted(out)
 
     def evict(self, max_bytes: int) -> int:
-        """Remove what was not used longest until no more bytes are left; how many are. Raises OSError, OutputError."""
+        """Remove the least recently used entries until at most `max_bytes` are left; returns how many are. Raises
+        OSError, OutputError."""
         with self._locked():
             entries = self.entries()
             total = sum(n for _, n, _ in entries)
@@ -187,7 +188,7 @@ class CacheFolder:
     # ------------------------------------------------------------ making files
 
     def made(self) -> NewFile:
-        """A new file in tmp/, removed in the end unless it has been given another name. Raises OSError."""
+        """Create a file in tmp/, which is removed at the end unless it was given another name. Raises OSError."""
         try:
             return NewFile(self.tmp, f"new-{secrets.token_hex(8)}")
         except OSError as e:
@@ -195,13 +196,13 @@ class CacheFolder:
             raise OSError(e.errno, f"{e.strerror}{whose}", str(self.tmp.path)) from None
 
     def put(self, new: NewFile, key: str) -> None:
-        """Give a file of `made` the name of an entry. Raises OSError, OutputError."""
+        """Give a file from `made` the name of an entry. Raises OSError, OutputError."""
         with self.shelf(self.objects, key[:2]) as shelf:
             new.publish(shelf, key, durable=False)
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        """Held against others who remove entries. Raises OSError, OutputError."""
+        """Hold the lock against others who remove entries. Raises OSError, OutputError."""
         try:
             lock = Lock.of_file(self.folder, "lock", patience=_PATIENCE)
         except HeldError:

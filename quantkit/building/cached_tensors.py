@@ -1,6 +1,6 @@
-"""Quantized tensors of plans without a file: made once into a cache, and read from there matrix by matrix.
+"""Quantized tensors of plans that have no file: made once into a cache, and read from there matrix by matrix.
 
-What is in the cache is what a build would write, and a build takes it from there.
+The cache holds what a build would write, so builds can use it too.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .engines import Progress, Work
 from .engines.native import NativeEngine
 
 U8 = npt.NDArray[np.uint8]
-#: bytes of a piece of a tensor at most, of which each has a digest
+#: most bytes in a piece of a tensor; each piece has a digest
 _PIECE = 1 << 24
 
 
@@ -42,9 +42,9 @@ class CachedTensor:
     _checking: threading.Lock = field(default_factory=threading.Lock)
 
     def rows(self, first: int, n_rows: int) -> U8 | None:
-        """uint8 [n_rows, row_bytes]: blocks of rows first…; None where the cache has them no longer, or damaged. The
-        entry is compared with its digest when it is read for the first time, and what is read later with what was there
-        then."""
+        """uint8 [n_rows, row_bytes]: the blocks of rows from `first` on; None if the cache no longer has them, or they
+        are damaged. The first read compares the whole entry with its digest, and later reads compare their pieces with
+        that first read."""
         row_bytes, step = QTYPES[self.type].row_bytes(self.tensor.n_cols), self._step
         with self._checking:
             if not self._is_checked:
@@ -67,13 +67,13 @@ class CachedTensor:
 
     @property
     def _step(self) -> int:
-        """Rows of a piece: a matrix, if it is not too large."""
+        """Rows per piece: one matrix, unless it is too large."""
         per_mat = self.tensor.shape[1] if len(self.tensor.shape) > 1 else 1
         return max(1, min(per_mat, _PIECE // QTYPES[self.type].row_bytes(self.tensor.n_cols)))
 
 
 class CachedTensors:
-    """Tensors by what they are made of, over all plans of a model. See the module."""
+    """The cached tensors of all plans of a model, by their content's key. See the module."""
 
     def __init__(self, cache: Cache, n_threads: int) -> None:
         self.cache, self.n_threads = cache, n_threads
@@ -83,8 +83,8 @@ class CachedTensors:
     def of(
         self, plan: Plan, wanted: Iterable[str], progress: Progress = lambda name, n: None
     ) -> Mapping[str, CachedTensor]:
-        """Of a plan those of the `wanted` tensors that the cache can hold, by name, made where it has them not. Raises
-        what reading and quantizing raise; a cache that cannot be written has less, and says so in `failure`."""
+        """Return the `wanted` tensors of a plan that the cache can hold, by name; missing ones are made now. Raises
+        what reading and quantizing raise. A cache that cannot be written holds fewer, and `failure` says why."""
         names = set(wanted)
         keys = self.cache.keys(plan, names, plan.weights, self.n_threads)
         planned = [t for t in plan.tensors if t.tensor.name in names]
@@ -122,7 +122,7 @@ class CachedTensors:
 
 
 class _Sink:
-    """Where the engine puts rows: files of the cache, each an entry when all of its rows are there."""
+    """Receives an engine's rows: files of the cache, each of which becomes an entry when its rows are complete."""
 
     whole_file_accepted = False
     is_empty = True
@@ -139,7 +139,7 @@ class _Sink:
         return False
 
     def commit(self) -> None:
-        """An entry is durable when it is whole."""
+        """Do nothing: entries become durable when complete."""
 
     def put(self, name: str, row: int, data: U8) -> None:
         t = self._planned[name]
@@ -172,7 +172,7 @@ class _Sink:
         raise AssertionError("the native engine writes rows")
 
     def close(self) -> None:
-        """Remove what is not whole."""
+        """Remove incomplete files."""
         for new in self._open.values():
             new.close()
         self._open.clear()

@@ -1,10 +1,9 @@
-"""Which rows of an unfinished build are on the disk for good, and in which order they get there.
+"""Tracks which rows of an unfinished build are durable, and orders the writes to disk.
 
-Every few seconds the files are synced, the sources are looked at, and then the journal tells of the rows that were
-written before; a file gets its name in the output's folder when all its rows are durable, or, where that would replace
-older files, together with all others at the end. What was told before is read back and compared when a build goes on.
-What is done with a whole tensor (its copy into the cache) is done in a thread of its own, and nothing here waits for it
-but the end.
+Every few seconds the files are synced, the sources are checked, and then the journal records the rows written before. A
+file gets its name in the output's folder when all its rows are durable, or, if that would replace older files, together
+with all others at the end. When a build resumes, recorded rows are read back and compared. Work on complete tensors
+(copying them to the cache) runs in its own thread; only the end waits for it.
 """
 
 from __future__ import annotations
@@ -22,15 +21,15 @@ from ..base.journal import Journal, Ranges, Record, is_there
 from ..base.workers import share_out
 from .unfinished_files import Files
 
-#: between syncs: the most work that a crash can cost, besides what is at work; QUANTKIT_COMMIT_SECONDS sets another
+#: seconds between syncs: the most finished work that a crash can cost; QUANTKIT_COMMIT_SECONDS overrides it
 COMMIT_SECONDS = 5.0
 
 
 class Durability:
-    """The journal of a build, and the order in which files, journal and names get to the disk. Safe for threads."""
+    """A build's journal, and the order in which files, journal and names reach the disk. Thread-safe."""
 
     def __init__(self, out: Path, files: Files, journal: Journal, check_sources: Callable[[], None]) -> None:
-        """`check_sources` raises when a source has changed: then no rows are recorded and no file gets its name."""
+        """`check_sources` raises if a source has changed; then no rows are recorded and no file gets its name."""
         self.out, self.files, self.check_sources = out, files, check_sources
         self._journal = journal
         self._places = list(files.places.values())
@@ -40,10 +39,9 @@ class Durability:
         self._pending: list[Record] = []
         self._pending_lock, self._commit_lock = threading.Lock(), threading.Lock()
         self.failure: BaseException | None = None
-        """why nothing more may be recorded; raised by the next `put`, and by `finish`"""
+        """the reason why nothing more may be recorded; raised by the next `put`, and by `finish`"""
         self.on_whole: Callable[[str], object] | None = None
-        """called once for each tensor whose rows are all on the disk for good, one at a time, while the files are
-        open"""
+        """called once per tensor when all its rows are durable, one at a time, while the files are open"""
         self._after = ThreadPoolExecutor(1, "quantkit-whole")
         self._at_work: list[Future[None]] = []
 
@@ -52,8 +50,8 @@ class Durability:
     def read_back(
         self, records: Sequence[Record], n_threads: int, progress: Callable[[str, int], None]
     ) -> list[Ranges]:
-        """Compare what the journal tells of with what is on the disk; the rows of each tensor that are there.
-        `progress` is called with names and values. Raises OSError, OutputError."""
+        """Compare the journal's records with the disk; returns the rows of each tensor that match. `progress` is called
+        with names and elements. Raises OSError, OutputError."""
         kept = [Ranges() for _ in self._places]
         lock = threading.Lock()
 
@@ -87,13 +85,13 @@ class Durability:
     # ------------------------------------------------------------ while the engine is at work
 
     def note(self, record: Record) -> None:
-        """Rows have been written; they are recorded after the next sync."""
+        """Note rows that were written; the journal records them after the next sync."""
         with self._pending_lock:
             self._pending.append(record)
 
     @contextmanager
     def committing(self) -> Iterator[None]:
-        """Sync and tell the journal every COMMIT_SECONDS, in a thread of its own."""
+        """Commit every COMMIT_SECONDS in a separate thread."""
         stop, seconds = threading.Event(), _commit_seconds()
 
         def commit_in_turn() -> None:
@@ -113,7 +111,7 @@ class Durability:
             thread.join()
 
     def commit(self) -> None:
-        """Sync what was written, then tell the journal; a file whose rows are all durable gets its name.
+        """Sync the written rows, then record them in the journal; a file whose rows are all durable gets its name.
         Raises OutputError, and what check_sources raises."""
         with self._commit_lock:
             with self._pending_lock:
@@ -123,10 +121,10 @@ class Durability:
             try:
                 for file in sorted({self._places[r.part].file for r in records}):
                     os.fdatasync(self.files.fds[file])
-                self.check_sources()  # before the rows are recorded: they are good for as long as the journal is
+                self.check_sources()  # before recording: recorded rows stay valid as long as the journal does
                 self._journal.tell(records)
             except OSError as e:
-                # what a failed sync has lost cannot be told: nothing more may be claimed of this run
+                # a failed sync may have lost anything: this run may record nothing more
                 self.failure = os_error(self.out, e)
                 raise self.failure from None
             except QuantkitError as e:
@@ -158,7 +156,7 @@ class Durability:
             self.files.publish(i)
 
     def is_durable(self, name: str) -> bool:
-        """Whether all rows of a tensor are on the disk."""
+        """Whether all rows of a tensor are durable."""
         place = self.files.places[name]
         return len(self._durable[place.number]) == place.n_rows
 
@@ -169,8 +167,8 @@ class Durability:
     # ------------------------------------------------------------ the end
 
     def finish(self, whole_file: bool) -> None:
-        """Everything is written: sync, and give every file its name. `whole_file`: the one file was not written row by
-        row. Raises OutputError, InternalCheckError, and what went wrong before."""
+        """End a complete build: sync, and give every file its name. `whole_file`: the one file was not written row by
+        row. Raises OutputError, InternalCheckError, and any earlier failure."""
         self._raise_failure()
         self.commit()
         self.settle()
@@ -190,12 +188,12 @@ class Durability:
             raise self.failure
 
     def settle(self) -> None:
-        """Wait for what is done with whole tensors."""
+        """Wait for the work on complete tensors."""
         while wait(self._at_work, timeout=0.2).not_done:
-            pass  # in short turns, so that Ctrl-C is heard
+            pass  # waits in short turns, so that Ctrl-C works
 
     def close(self) -> None:
-        """Let go, when all that is done with whole tensors is done: it reads the files."""
+        """Release the journal, after the work on complete tensors, which reads the files."""
         self.settle()
         self._after.shutdown()
         with suppress(OSError):
@@ -218,5 +216,5 @@ def os_error(path: Path, e: OSError) -> OutputError:
 
 
 def mend(e: OSError) -> str:
-    """What to do about it, in words."""
+    """The remedy, in words."""
     return "free some space" if e.errno in (errno.ENOSPC, errno.EDQUOT) else "mend that"

@@ -1,14 +1,14 @@
 """The folder of an unfinished build: OUT.partial, beside the output.
 
-OUT.partial/lock        held by the process at work, with its number
-OUT.partial/journal     what the build is, and the rows that are on the disk for good (quantkit.building.journal)
-OUT.partial/NAME.gguf   a file of the output: header first, full length, rows at their place as they come
-OUT.partial/scratch/    of an engine; emptied
-OUT.partial/source/     shards of a source on the Hub, as long as they are needed (quantkit.model.sources.shard_store)
-OUT.partial/pass/       of an engine, where it goes on with what it has computed
+OUT.partial/lock        held by the working process, with its number
+OUT.partial/journal     what is being built, and the rows that are durable (quantkit.building.journal)
+OUT.partial/NAME.gguf   a file of the output: header first, full length, rows in place as they are made
+OUT.partial/scratch/    an engine's; emptied
+OUT.partial/source/     shards of a source on the Hub, while they are needed (quantkit.model.sources.shard_store)
+OUT.partial/pass/       an engine's computed results, with which it resumes
 
-The folder and all in it belong to the user who builds, and only that user writes in it: what is found there decides
-which bytes the output gets. Others may read it (`quantkit status`).
+The folder and its content belong to the user who builds, and only that user writes to it: the content decides which
+bytes the output gets. Others may read it (`quantkit status`).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from . import journal
 from .journal import ToldBuild
 
 LOCK, SCRATCH, SOURCE, LASTING = "lock", "scratch", "source", "pass"
-#: nobody but the owner may put anything into it, whatever the umask
+#: only the owner may write to it, whatever the umask
 _MODE = 0o755
 _ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)
 
@@ -38,8 +38,8 @@ def folder_of(out: Path) -> Path:
 
 
 def held_folder(out: Path, own: bool) -> Folder | None:
-    """The folder of an unfinished build of `out`, if there is one; `own`: of this user. Raises OutputError for a link
-    under its name, or another user's folder, and OSError."""
+    """Hold the folder of an unfinished build of `out`, if there is one; `own`: it must be this user's. Raises
+    OutputError for a symbolic link of its name, or another user's folder, and OSError."""
     path = folder_of(out)
     try:
         folder = Folder.hold(path, follow=False)
@@ -61,8 +61,8 @@ def _no_build(path: Path, what: str) -> str:
 
 
 def read_journal(out: Path, own: bool = False) -> ToldBuild | None:
-    """The journal of an unfinished build of `out`, if there is one; `own`: of this user. Raises ResumeError, and
-    OutputError for a folder that cannot be an unfinished build."""
+    """Read the journal of an unfinished build of `out`, if there is one; `own`: it must be this user's. Raises
+    ResumeError; OutputError for a folder that cannot be an unfinished build."""
     try:
         folder = held_folder(out, own)
     except OSError as e:
@@ -74,7 +74,7 @@ def read_journal(out: Path, own: bool = False) -> ToldBuild | None:
 
 
 def owner(out: Path) -> int | None:
-    """The process that is building `out` now, 0 when it cannot be told, None when there is none."""
+    """The process that is building `out` now; 0 if unknown, None if there is none."""
     try:
         with Folder.hold(folder_of(out), follow=False) as folder:
             return holder(folder, LOCK)
@@ -83,7 +83,7 @@ def owner(out: Path) -> int | None:
 
 
 class Taken(NamedTuple):
-    """The folder of an unfinished build, held by this process against others."""
+    """The folder of an unfinished build, locked by this process."""
 
     folder: Folder
     lock: Lock
@@ -94,9 +94,9 @@ class Taken(NamedTuple):
 
 
 def take(out: Path, ours: Collection[str]) -> Taken:
-    """Make the folder if it is not there, and take its lock. `ours` are the names of files of the build that may be in
-    it. Raises ResumeError while another process has it, OutputError for a folder that cannot be made or is another's,
-    and OSError."""
+    """Make the folder if it does not exist, and take its lock. `ours` are names of the build's files that may be in it.
+    Raises ResumeError while another process holds it, OutputError for a folder that cannot be made or belongs to
+    another user, and OSError."""
     path = folder_of(out)
     while True:
         try:
@@ -108,7 +108,7 @@ def take(out: Path, ours: Collection[str]) -> Taken:
         if folder is None:
             info = os.stat(path, follow_symlinks=False) if os.path.lexists(path) else None
             if info is None:
-                continue  # its owner has finished
+                continue  # its owner has just removed it
             raise OutputError(f"{path}: is {kind(info)}; move it away, or give another output")
         try:
             lock = _locked(out, folder, ours)
@@ -121,7 +121,7 @@ def take(out: Path, ours: Collection[str]) -> Taken:
 
 
 def _locked(out: Path, folder: Folder, ours: Collection[str]) -> Lock | None:
-    """The lock of a folder, None where the folder is no longer there."""
+    """Take the lock of a folder; None if the folder no longer exists."""
     _check_ours(folder, {LOCK, journal.NAME, SCRATCH, SOURCE, *ours})
     folder.close_to_others()
     try:
@@ -137,21 +137,21 @@ def _locked(out: Path, folder: Folder, ours: Collection[str]) -> Lock | None:
 
 
 def _check_ours(folder: Folder, ours: set[str]) -> None:
-    """Raises OutputError when what has the folder's name is another's: it would be emptied."""
+    """Raise OutputError if the folder is not a build's: it would be emptied."""
     there = set(folder.names())
     if there - ours and not there & {LOCK, journal.NAME}:
         raise OutputError(_no_build(folder.path, f"holds '{min(there - ours)}'"))
 
 
 def clear(folder: Folder, but: Collection[str] = ()) -> None:
-    """Remove everything but the lock and what else is named, the journal last. Raises OSError."""
+    """Remove everything except the lock and the names in `but`; the journal goes last. Raises OSError."""
     for name in sorted(folder.names(), key=lambda n: n == journal.NAME):
         if name not in (LOCK, *but):
             folder.remove(name)
 
 
 def fetched(folder: Folder) -> int:
-    """The bytes of shards of the source that have come. Raises OSError."""
+    """Size of the source's shards fetched so far, in bytes. Raises OSError."""
     try:
         source = folder.sub(SOURCE)
     except FileNotFoundError:

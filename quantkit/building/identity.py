@@ -1,7 +1,7 @@
-"""What a build is made of, in words that can be compared: a build goes on only with the same of everything.
+"""Describes everything a build is made of, in comparable words: a build resumes only if all of it is the same.
 
-Each entry is a name and a line for a person, with a short digest where a name says too little. Sources are known by
-size, time and header, not by their content: reading 688 GB to go on would cost what going on is to save.
+Each entry is a name and a readable line, with a short digest where the line alone would not be enough. Sources are
+identified by size, time and header, not by content: reading 688 GB to resume would cost as much as resuming saves.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from ..rounding.options import VERSION as ROUNDING_VERSION
 from .supply import check_not_moved, identity_of_source
 
 _HEAD_BYTES = 1 << 16
-#: before the names of metadata keys
+#: prefix of the entries for metadata keys
 _KEY = "metadata "
 _MAX_VALUE = 80
 
 
 class FileStat(NamedTuple):
-    """By what a change of a file is noticed."""
+    """The properties by which a change of a file is detected."""
 
     nbytes: int
     mtime_ns: int
@@ -46,7 +46,7 @@ def short(*parts: bytes | str) -> str:
 
 
 def stat_of(path: Path) -> FileStat:
-    """Raises SourceError when the file is gone."""
+    """Stat a file. Raises SourceError if it is gone."""
     try:
         s = os.stat(path)
     except OSError as e:
@@ -55,7 +55,7 @@ def stat_of(path: Path) -> FileStat:
 
 
 def check_unchanged(before: Mapping[Path, FileStat]) -> None:
-    """Raises SourceError when a file is not what it was."""
+    """Raise SourceError if a file has changed."""
     for path, was in before.items():
         now = stat_of(path)
         if now != was:
@@ -66,7 +66,7 @@ def check_unchanged(before: Mapping[Path, FileStat]) -> None:
 
 
 def identity_of(plan: Plan, kvs: Iterable[KV], split_max_size: int | None, imatrix: Path | None) -> dict[str, str]:
-    """Everything that the bytes of a build depend on. Raises SourceError or OSError for files that are gone."""
+    """Return everything that the bytes of a build depend on. Raises SourceError or OSError for files that are gone."""
     catalogue = plan.catalogue
     assert catalogue.source is not None
     items = list(kvs)
@@ -96,7 +96,7 @@ def identity_of(plan: Plan, kvs: Iterable[KV], split_max_size: int | None, imatr
 
 
 def _rounding(plan: Plan) -> dict[str, str]:
-    """What rounds otherwise than ggml, with what; nothing where nothing does."""
+    """Entries for roundings other than ggml's; empty if there are none."""
     rounding = plan.rounding
     if rounding is None or rounding.covariance is None:
         return {}
@@ -114,7 +114,7 @@ def _rounding(plan: Plan) -> dict[str, str]:
 
 
 def _value(item: KV) -> str:
-    """A key's value: itself where it is short, else how it begins or how much it is, and a digest."""
+    """A key's value: itself if it is short, else its beginning or its length, and a digest."""
     digest = short(item.payload)
     if item.type == ARRAY:
         return f"{array_head(item)[1]:,} values ({digest})"
@@ -123,10 +123,10 @@ def _value(item: KV) -> str:
 
 
 def difference(was: Mapping[str, str], now: Mapping[str, str]) -> str:
-    """What differs, in words, '' when nothing does. Metadata is named key by key where both sides have the keys."""
+    """The differences in words; '' if there are none. Metadata is listed key by key if both sides have the keys."""
     names = [n for n in {**was, **now} if was.get(n) != now.get(n)]
     keys = [n for n in names if n.startswith(_KEY)]
-    if len(keys) == len(names):  # the keys are only to say where `metadata` differs
+    if len(keys) == len(names):  # `metadata` is equal; the keys only show where it differs
         return ""
     by_key = keys and all(any(n.startswith(_KEY) for n in side) for side in (was, now))
     names = [n for n in names if (n != "metadata" if by_key else n not in keys)]
@@ -135,7 +135,7 @@ def difference(was: Mapping[str, str], now: Mapping[str, str]) -> str:
 
 
 def require_same(folder: Path, was: Mapping[str, str], now: Mapping[str, str]) -> None:
-    """Raises ResumeError, which says what differs, unless the unfinished build in a folder is one of the same."""
+    """Raise ResumeError with the differences, unless the unfinished build in a folder is made of the same."""
     check_not_moved(was, now)
     differs = difference(was, now)
     if differs:

@@ -1,5 +1,5 @@
-"""The journal of an unfinished build (quantkit.base.journal): what it is a build of, and which rows of the output are
-on the disk for good. Its parts are the plan's tensors by number, their units are rows."""
+"""The journal of an unfinished build (quantkit.base.journal): what is being built, and which rows of the output are
+durable. Its parts are the plan's tensors, by number; its units are rows."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ _OTHERWISE = "start again with --restart"
 
 
 class Head(NamedTuple):
-    """What is being made: when it was begun, what it is made of (quantkit.building.identity), and of which files and
-    tensors it consists."""
+    """The first line: when the build began, what it is made of (quantkit.building.identity), and its files and
+    tensors."""
 
     started: str
     identity: dict[str, str]
     files: list[tuple[str, int]]
     """name, bytes"""
     tensors: list[tuple[str, int, int, int]]
-    """name, rows, bytes a row, number of the file"""
+    """name, rows, bytes per row, number of the file"""
 
 
 ToldBuild = Told[Head]
-"""what a build's journal says"""
+"""the content of a build's journal"""
 
 
 def begin(folder: Folder, head: Head) -> journal.Journal:
-    """A new journal without records, on the disk when this returns. Raises OSError, OutputError."""
+    """Create a journal without records; it is durable on return. Raises OSError, OutputError."""
     return journal.Journal.begin(folder, NAME, OF, head._asdict())
 
 
 def read(folder: Folder, owner: int | None = None) -> ToldBuild | None:
-    """The journal in a folder, or None where there is no file or its first line never was written whole. Raises
-    ResumeError for anything else that is no journal, or with `owner` for one of another user."""
+    """Read the journal in a folder; None if there is no file, or its first line was never completely written. Raises
+    ResumeError for any other file that is no journal, and with `owner` for another user's."""
     try:
         return journal.read(folder, NAME, OF, _head, _OTHERWISE, owner)
     except OutputError as e:
@@ -47,7 +47,7 @@ def read(folder: Folder, owner: int | None = None) -> ToldBuild | None:
 
 
 def _head(said: dict[str, Any]) -> Head:
-    """What a first line says. Raises KeyError, TypeError or ValueError unless it is what a build writes."""
+    """Parse a first line. Raises KeyError, TypeError or ValueError unless a build wrote it."""
     started, identity = said["started"], said["identity"]
     files = [(name, nbytes) for name, nbytes in said["files"]]
     tensors = [(name, n_rows, row_bytes, file) for name, n_rows, row_bytes, file in said["tensors"]]
@@ -61,12 +61,12 @@ def _head(said: dict[str, Any]) -> Head:
 
 
 def durable(told: ToldBuild) -> list[int]:
-    """For each tensor, how many of its rows are on the disk by what the journal tells."""
+    """For each tensor, the number of rows that are durable according to the journal."""
     return [len(rows) for rows in _rows(told)]
 
 
 def rows_of(told: ToldBuild) -> dict[str, Ranges]:
-    """Which rows of each tensor, by its name."""
+    """The durable rows of each tensor, by name."""
     return {tensor[0]: rows for tensor, rows in zip(told.head.tensors, _rows(told), strict=True)}
 
 

@@ -1,7 +1,8 @@
-"""The shards that an unfinished build has finished, when another starts again in its place with other names.
+"""Removes the finished shards of an unfinished build when another build with other file names replaces it.
 
-They have their names in the output's folder already, and the new build would leave them there: half a model that
-nothing tells of any more. So they go, but only what that build's own journal shows to be its own.
+These shards already have their names in the output's folder, and the new build would leave them there: half a model
+that no journal mentions any more. They are removed, but only if the old build's own journal proves that they are its
+own.
 """
 
 from __future__ import annotations
@@ -20,16 +21,16 @@ from .journal import ToldBuild, durable, read
 
 
 def whole_files(journal: ToldBuild) -> set[str]:
-    """The names of the files all of whose rows are on the disk by what the journal tells."""
+    """The names of the files whose rows are all durable according to the journal."""
     there = zip(durable(journal), journal.head.tensors, strict=True)
     short = {file for n, (_, n_rows, _, file) in there if n < n_rows}
     return {name for i, (name, _) in enumerate(journal.head.files) if i not in short}
 
 
 def finished_shards(out: Path, kept: Collection[Path] = ()) -> list[Path]:
-    """The shards, but for `kept`, that the unfinished build of `out` has finished: named as its shards are, whole by
-    its journal, of the tensors and length that it tells of, and with the bytes of the most rows that it tells of at
-    once. None when all of its shards are there: they are a model."""
+    """The shards, except `kept`, that the unfinished build of `out` has finished. They must have the names of its
+    shards, be complete in its journal, have the tensors and length that it states, and match its record with the most
+    bytes. Empty if all shards exist: then they are a model."""
     try:
         with Folder.hold(out.absolute().parent) as above:
             return [out.with_name(name) for name, _ in _finished(out, above, kept)]
@@ -38,7 +39,7 @@ def finished_shards(out: Path, kept: Collection[Path] = ()) -> list[Path]:
 
 
 def _finished(out: Path, above: Folder, kept: Collection[Path]) -> list[tuple[str, os.stat_result]]:
-    """Their names in the output's folder, and which files they are. Raises ResumeError, OutputError, OSError."""
+    """The same, as names in the output's folder with their stats. Raises ResumeError, OutputError, OSError."""
     folder = held_folder(out, own=True)
     if folder is None:
         return []
@@ -59,7 +60,7 @@ def _finished(out: Path, above: Folder, kept: Collection[Path]) -> list[tuple[st
 
 
 def _if_its(above: Folder, name: str, owner: int, journal: ToldBuild, file: int) -> os.stat_result | None:
-    """Which file has a name, if it has what a journal tells of it."""
+    """The stat of a file, if the file matches the journal; else None."""
     tensors = {i: t for i, t in enumerate(journal.head.tensors) if t[3] == file}
     records = [r for r in journal.records if r.part in tensors]
     try:
@@ -83,14 +84,14 @@ def _if_its(above: Folder, name: str, owner: int, journal: ToldBuild, file: int)
 
 
 def remove(out: Path, kept: Collection[Path]) -> None:
-    """Remove the finished shards of the unfinished build of `out`, but for `kept`, while no other process has it.
+    """Remove the finished shards of the unfinished build of `out`, except `kept`, if no other process holds the build.
     Raises ResumeError, OutputError, OSError."""
     if not finished_shards(out, kept):
         return
     taken = take(out, ())
     try:
         with Folder.hold(out.absolute().parent) as above:
-            for name, info in _finished(out, above, kept):  # of the journal that is there now
+            for name, info in _finished(out, above, kept):  # by the journal that exists now
                 now = above.look(name)
                 if now is not None and same(now, info):
                     above.unlink(name)

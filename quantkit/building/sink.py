@@ -1,4 +1,4 @@
-"""The sink of an unfinished build: where an engine, and the cache, put the rows of tensors."""
+"""The sink of an unfinished build, to which engines and the cache write rows of tensors."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from .unfinished_files import Files, Place
 
 
 class RowSink:
-    """See quantkit.building.engines.Sink. Safe for threads."""
+    """The sink of quantkit.building.engines.Sink. Thread-safe."""
 
     def __init__(self, files: Files, durability: Durability, scratch: Folder, kept: Sequence[Ranges]) -> None:
-        """`kept`: for each tensor of the plan, the rows that an earlier run has written."""
+        """`kept`: for each tensor of the plan, the rows that an earlier run wrote."""
         self._files, self._durability, self._scratch, self._kept = files, durability, scratch, kept
         self.folder = files.inside.path
         self.whole_file_accepted = False
@@ -52,16 +52,17 @@ class RowSink:
         self._durability.commit()
 
     def note(self, name: str, row: int, n_rows: int, digest: bytes) -> None:
-        """Rows have been written by other means; `digest` is quantkit.base.journal's of their bytes."""
+        """Record rows that were written by other means; `digest` is quantkit.base.journal's of their bytes."""
         self._durability.note(Record(self._files.places[name].number, row, n_rows, digest))
 
     def have_whole(self, name: str) -> None:
-        """All rows of a tensor have been written and recorded with `note`: no engine need make them."""
+        """Mark a tensor as complete: all its rows were written and recorded with `note`, and no engine need make
+        them."""
         place = self._files.places[name]
         self._kept[place.number].add(0, place.n_rows)
 
     def target(self, name: str) -> tuple[int, Place]:
-        """The descriptor and place of a tensor, for writing by other means; tell with `note`."""
+        """The file descriptor and place of a tensor, for writing by other means; record the rows with `note`."""
         place = self._files.places[name]
         return self._files.fds[place.file], place
 

@@ -1,8 +1,8 @@
-"""An unfinished build on disk: the files being made, at their place in OUT.partial, and their journal.
+"""An unfinished build on disk: its files in OUT.partial, and their journal.
 
-Here it is begun, continued, and ended. quantkit.building.unfinished_files has its files, .durability says when they
-are on the disk and what the journal tells, .sink is what an engine sees. What gets a name is the file that was written:
-both folders are held open (quantkit.base.folders), and all in them is reached that way.
+Begins, resumes and ends a build. quantkit.building.unfinished_files manages its files, .durability decides when they
+are durable and what the journal records, .sink is the engine's view. Names are given only to the files that were
+written: both folders are held open (quantkit.base.folders), and everything in them is accessed through these handles.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ class UnfinishedBuild:
         check_sources: Callable[[], None],
         replace: Collection[Path] = (),
     ) -> None:
-        """`files` are the names and layouts of the output; `check_sources` raises when a source has changed: then
-        no rows are recorded and no file gets its name. `replace`: the names under which a file may be replaced. Nothing
-        is done before `start`."""
+        """`files` are the names and layouts of the output. `check_sources` raises if a source has changed; then no rows
+        are recorded and no file gets its name. `replace`: names under which an existing file may be replaced. Does
+        nothing before `start`."""
         self.out, self.folder = out, folder_of(out)
         self.names = [name for name, _ in files]
         self.file_layouts = [file_layout for _, file_layout in files]
@@ -54,7 +54,7 @@ class UnfinishedBuild:
         self.check_sources = check_sources
         self._replace = replace
         self.n_kept = 0
-        """values of tensors that an earlier run made"""
+        """elements of tensors that an earlier run made"""
         self._lock: Lock | None = None
         self._held: list[_Held] = []
         self._durability: Durability | None = None
@@ -63,7 +63,7 @@ class UnfinishedBuild:
     # ------------------------------------------------------------ beginning
 
     def start(self, restart: bool, n_threads: int, progress: Callable[[str, int], None]) -> None:
-        """Take the lock, and go on with what is there or begin. Raises ResumeError, OutputError."""
+        """Take the lock, and resume what exists, or begin. Raises ResumeError, OutputError."""
         try:
             self.above = self._hold_above()
             taken = take(self.out, {path.name for path in self.names})
@@ -96,12 +96,12 @@ class UnfinishedBuild:
 
     @property
     def durability(self) -> Durability:
-        """There after `start`."""
+        """Available after `start`."""
         assert self._durability is not None
         return self._durability
 
     def source_folder(self) -> Path:
-        """Where shards of the source are kept, made if need be. Raises OSError."""
+        """The folder for shards of the source, made if necessary. Raises OSError."""
         with self.inside.sub(SOURCE, 0o700) as folder:
             if not folder.is_own:
                 raise OutputError(f"{folder.path}: belongs to another user; have it moved away")
@@ -115,7 +115,7 @@ class UnfinishedBuild:
         return above
 
     def _journal(self, found: ToldBuild | None) -> Journal:
-        """To go on with one that has rows, or a new one in an empty folder. Raises ResumeError, OSError."""
+        """Resume a journal that has rows, or begin one in an emptied folder. Raises ResumeError, OSError."""
         if found is not None and found.records:
             require_same(self.folder, found.head.identity, self.identity)
             return Journal.go_on(self.inside, journal.NAME, found)
@@ -129,20 +129,20 @@ class UnfinishedBuild:
         return journal.begin(self.inside, Head(now, dict(self.identity), files, tensors))
 
     def lasting(self) -> Path:
-        """A folder inside, for what an engine goes on with after it was stopped."""
+        """The folder inside for results with which an engine resumes."""
         with self.inside.sub(LASTING, 0o700) as folder:
             return folder.path
 
     # ------------------------------------------------------------ the end
 
     def finish(self) -> None:
-        """Everything is written: sync, give every file its name, remove the folder. Raises OutputError,
+        """End a complete build: sync, give every file its name, remove the folder. Raises OutputError,
         InternalCheckError."""
         self.durability.finish(self.sink.whole_file_accepted)
         self._remove()
 
     def abort(self, keep: bool) -> str | None:
-        """The build ends early: what was written is kept for the next run, if there is any and `keep`. Says so."""
+        """End a build early. With `keep`, anything written is kept for the next run; returns a note that says so."""
         if self._lock is None:
             self.close()
             return None
@@ -168,8 +168,8 @@ class UnfinishedBuild:
         )
 
     def _remove(self) -> None:
-        """Remove the folder and let go. The lock is held to the end, and goes last: who gets it next finds nothing of
-        ours, and who is ended between finds the journal as long as there is anything else."""
+        """Remove the folder and release it. The lock is held to the end and removed last, so the next holder finds
+        nothing of this build, and after a crash the journal exists as long as anything else does."""
         with suppress(OSError):
             clear(self.inside)
             self.inside.unlink(LOCK)
@@ -180,7 +180,7 @@ class UnfinishedBuild:
         self.close()
 
     def close(self) -> None:
-        """Let go of files, lock and folders."""
+        """Release files, lock and folders."""
         while self._held:
             with suppress(OSError):
                 self._held.pop().close()

@@ -1,7 +1,7 @@
-"""The files of an unfinished build, open, in OUT.partial or already under their names beside it, and where in them
-each tensor's rows go.
+"""The open files of an unfinished build, in OUT.partial or already under their final names beside it, and the place of
+each tensor's rows in them.
 
-What is found is taken for ours only if it is: a regular file of this user, without another name where it is written to.
+A file that exists is accepted only if it is a regular file of this user; to be written to, it must have no other link.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from ..planning.file_layout import FileLayout
 
 
 class Place(NamedTuple):
-    """Where a tensor's rows go. `number` counts the plan's tensors, `file` the output's files."""
+    """The place of a tensor's rows. `number` is the tensor's number in the plan, `file` the number of the output
+    file."""
 
     number: int
     file: int
@@ -35,7 +36,7 @@ class Place(NamedTuple):
 
 
 def places(file_layouts: Sequence[FileLayout]) -> dict[str, Place]:
-    """The place of every tensor by name."""
+    """The place of every tensor, by name."""
     out: dict[str, Place] = {}
     for file, file_layout in enumerate(file_layouts):
         for p in file_layout.tensors:
@@ -46,21 +47,21 @@ def places(file_layouts: Sequence[FileLayout]) -> dict[str, Place]:
 
 
 class Files:
-    """The files of a build by number. `inside` is OUT.partial, `above` the output's folder."""
+    """A build's files, by number. `inside` is OUT.partial, `above` the output's folder."""
 
     def __init__(
         self, inside: Folder, above: Folder, names: Sequence[Path], file_layouts: Sequence[FileLayout],
         replace: Collection[Path],
     ) -> None:  # fmt: skip
-        """`replace`: the names under which a file may be replaced."""
+        """`replace`: final names under which an existing file may be replaced."""
         self.inside, self.above, self.names, self.file_layouts = inside, above, names, file_layouts
         self.places = places(file_layouts)
         self._replace = replace
         self.together = False
-        """none gets its name before all do, since older files have the names"""
+        """whether all files get their names at the end together, since older files have these names"""
         self.fds: list[int] = []
         self.final = [False] * len(names)
-        """which have their names"""
+        """which files have their final names"""
 
     def close(self) -> None:
         for fd in self.fds:
@@ -69,8 +70,8 @@ class Files:
         self.fds = []
 
     def open(self, resumed: bool, together: bool) -> None:
-        """Open all, with their headers and full lengths; one that is not there, or not ours, is made. Raises OSError,
-        OutputError."""
+        """Open all files, with headers and full lengths. A missing file, or one that is not the build's, is created.
+        Raises OSError, OutputError."""
         self.together = together
         for i, (path, file_layout) in enumerate(zip(self.names, self.file_layouts, strict=True)):
             fd = None
@@ -85,7 +86,7 @@ class Files:
                 self._write_padding(i)
 
     def _open_made(self, name: str, file_layout: FileLayout) -> int | None:
-        """An unfinished file for writing; None where it is not ours, or not as it should be."""
+        """Open an unfinished file for writing; None if it is not the build's, or not as expected."""
         with suppress(OutputError):
             fd = self.inside.open(name, os.O_RDWR, owner=self.inside.own, alone=True)
             if _begins_with(fd, file_layout):
@@ -94,7 +95,7 @@ class Files:
         return None
 
     def _open_named(self, i: int) -> int | None:
-        """A file that has its name already, for reading only; None where it is not of this build."""
+        """Open a file with its final name, for reading only; None if it is not this build's."""
         name = self.names[i].name
         info = self.above.look(name)
         if info is None or not stat.S_ISREG(info.st_mode):
@@ -107,7 +108,7 @@ class Files:
         return fd
 
     def _padding(self, i: int) -> Iterator[tuple[int, int]]:
-        """Begin and end of what is between the tensors of a file."""
+        """Begin and end of each gap between the tensors of a file."""
         for p in self.file_layouts[i].tensors:
             end = p.offset + p.planned.nbytes
             yield end, pad(end)
@@ -117,14 +118,14 @@ class Files:
             write_at(self.fds[i], bytes(end - begin), begin)
 
     def is_framed(self, i: int) -> bool:
-        """Whether everything but the tensors' rows is as it should be. Raises OSError."""
+        """Whether everything except the tensors' rows is as planned. Raises OSError."""
         return _begins_with(self.fds[i], self.file_layouts[i]) and not any(
             any(read_at(self.fds[i], end - begin, begin)) for begin, end in self._padding(i)
         )
 
     def take_back(self, i: int) -> None:
-        """A file that has its name but is not whole goes back to the unfinished ones, open for writing; where it must
-        stay as it is, a copy of it. Raises OSError, OutputError."""
+        """Move an incomplete file with its final name back to the unfinished ones, open for writing; copy it if it must
+        stay as it is. Raises OSError, OutputError."""
         name, file_layout, fd = self.names[i].name, self.file_layouts[i], self.fds[i]
         if self.together or os.fstat(fd).st_nlink > 1:
             self.fds[i] = create(self.inside, name, file_layout.header, file_layout.nbytes)
@@ -142,13 +143,13 @@ class Files:
         self._write_padding(i)
 
     def replace(self, i: int, fd: int, scratch: Folder, name: str) -> None:
-        """Take a whole file of a scratch folder, open as `fd`, for file `i`. Raises OSError, OutputError."""
+        """Use a whole file from a scratch folder, open as `fd`, as file `i`. Raises OSError, OutputError."""
         os.close(self.fds[i])
         self.fds[i] = fd
         scratch.give_name(name, fd, self.inside, self.names[i].name)
 
     def sync(self) -> None:
-        """Bring all to the disk. Raises OSError, and InternalCheckError for one that is not as long as planned."""
+        """Sync all files. Raises OSError; InternalCheckError for a file whose length is not as planned."""
         for fd, name, file_layout in zip(self.fds, self.names, self.file_layouts, strict=True):
             size = os.fstat(fd).st_size
             if size != file_layout.nbytes:
@@ -156,23 +157,23 @@ class Files:
             os.fsync(fd)
 
     def publish(self, i: int) -> None:
-        """Bring a file and its name to the disk. Raises OSError, OutputError."""
+        """Sync a file, give it its final name, and sync that. Raises OSError, OutputError."""
         os.fsync(self.fds[i])
         self._give_name(i)
         self.above.sync()
         self.inside.sync()
 
     def publish_all(self) -> None:
-        """Give those their names that have none yet, the first shard last: without it the others are not taken for a
-        model. Raises OSError, OutputError."""
+        """Give all other files their final names, the first shard last: without it the rest is not taken for a model.
+        Raises OSError, OutputError."""
         for i in reversed(range(len(self.names))):
             if not self.final[i]:
                 self._give_name(i)
         self.above.sync()
 
     def _give_name(self, i: int) -> None:
-        """A file gets its final name, if it is still the one that was written. Raises OSError, and OutputError where
-        something else has the name, which it had not when the build began."""
+        """Give a file its final name, if it is still the file that was written. Raises OSError; OutputError if
+        something took the name since the build began."""
         path = self.names[i]
         outputs.give_name(self.inside, path.name, self.fds[i], self.above, path, path in self._replace)
         self.final[i] = True

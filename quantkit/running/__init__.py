@@ -1,2 +1,2 @@
-"""A finished GGUF at work: the command lines of programs that run it, and a Modelfile for Ollama. May import planning,
+"""For running finished GGUFs: command lines of programs that run them, and Modelfiles for Ollama. May import planning,
 text and what is below."""

@@ -1,8 +1,8 @@
-"""Published advice for running a model: how tokens are chosen, and of which type the KV cache is.
+"""Published advice for running a model: how to sample tokens, and the type of the KV cache.
 
 For DeepSeek-R1's dynamic quantizations (January 2025): temperature 0.6, min-p 0.05, a K cache of q4_0, seed 3407.
-Today's llama.cpp keeps no V cache for MLA models (attn_k_b + attn_v_b), refuses them with K and V of two types, and
-quantizes V with flash attention only (src/llama-context.cpp). Under attn_kv_b there is a V cache, which stays f16 as
+Today's llama.cpp keeps no V cache for MLA models (attn_k_b + attn_v_b), refuses different types for their K and V, and
+quantizes V only with flash attention (src/llama-context.cpp). With attn_kv_b there is a V cache, which stays f16 as
 published.
 """
 
@@ -24,7 +24,7 @@ _R1_TEMP = 0.6
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen. `temp` None leaves it to the program."""
+    """How to sample tokens. `temp` None leaves it to the program."""
 
     temp: float | None
     min_p: float
@@ -34,14 +34,14 @@ class Sampling:
 
 @dataclass(frozen=True)
 class CacheTypes:
-    """Types of the KV cache. `value` None: V is a view of K, which has no bytes of its own."""
+    """Types of the KV cache. `value` None: V is a view of K and has no bytes of its own."""
 
     key: str
     value: str | None
 
     @property
     def flags(self) -> tuple[str, ...]:
-        """Of llama.cpp's tools: -ctk, -ctv, and -fa where V is quantized, which needs it."""
+        """The flags of llama.cpp's tools: -ctk, -ctv, and -fa if V is quantized, which requires it."""
         out: list[str] = [] if self.key == "f16" else ["-ctk", self.key]
         value = self.key if self.value is None else self.value
         if value != "f16":
@@ -52,18 +52,18 @@ class CacheTypes:
 
 
 def is_quantized(cache_type: str) -> bool:
-    """Whether values of that type are kept in blocks."""
+    """Whether values of that type are stored in blocks."""
     return QTYPES[cache_type.upper()].block > 1
 
 
 def is_deepseek(catalogue: Catalogue) -> bool:
-    """Whether the published advice on R1's cache is for this model."""
+    """Whether the published advice on R1's cache applies to this model."""
     return catalogue.arch == "deepseek2"
 
 
 def cache_types(catalogue: Catalogue, key: str | None, value: str | None) -> tuple[CacheTypes, str]:
-    """The types of a KV cache, as asked for or else as published, and a note. Raises UnsupportedError for two types of
-    which llama.cpp takes only one, and for blocks that do not divide a head."""
+    """Return the types of the KV cache, as asked for or else as published, and a note. Raises UnsupportedError for two
+    types where llama.cpp takes only one, and for blocks that do not divide a head."""
     note = ""
     if key is None:
         key = "q4_0" if is_deepseek(catalogue) else "f16"
@@ -84,8 +84,8 @@ def cache_types(catalogue: Catalogue, key: str | None, value: str | None) -> tup
 
 
 def sampling(catalogue: Catalogue, thinks: bool, temp: float | None, seed: int) -> Sampling:
-    """How tokens are chosen: as asked for, as the file says (general.sampling.*), or as published for R1, and for its
-    distills, which think too."""
+    """Return the sampling: as asked for, else from the file (general.sampling.*), else as published for R1, also for
+    its distills, which think too."""
     kvs = {item.key: item for item in catalogue.kvs}
     own, min_p = _float(kvs, "general.sampling.temp"), _float(kvs, "general.sampling.min_p")
     low = _MIN_P if min_p is None else min_p

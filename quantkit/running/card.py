@@ -1,4 +1,4 @@
-"""All that is worth knowing to run a GGUF, from its headers only."""
+"""Collects everything needed to run a GGUF, from its headers alone."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from .advice import CacheTypes, Sampling, cache_types, is_deepseek, sampling
 from .placement import Placement, total
 from .programs import Line, Run, lines
 
-#: what stands for the user's text in the prompt format
+#: placeholder for the user's text in the prompt format
 _PROMPT = "{prompt}"
 
 
 @dataclass(frozen=True)
 class Wishes:
-    """What was asked for; None leaves it to the published advice."""
+    """The user's requests; None leaves a choice to the published advice."""
 
     context: int
     cache_type: str | None
@@ -36,29 +36,29 @@ class Wishes:
 
 @dataclass(frozen=True)
 class Prompt:
-    """How a prompt is written for programs that do not apply the template themselves."""
+    """The prompt format, for programs that do not apply the template themselves."""
 
     text: str
-    """with {prompt} where the user's text goes, and without the beginning-of-text token if programs add it"""
+    """with {prompt} for the user's text; without the beginning-of-text token if programs add it"""
     adds_bos: bool
-    """programs put the beginning-of-text token in front (tokenizer.ggml.add_bos_token)"""
+    """programs add the beginning-of-text token themselves (tokenizer.ggml.add_bos_token)"""
     bos: str
     note: str
 
 
 @dataclass(frozen=True)
 class Setup:
-    """A choice of hardware, and the command lines for it."""
+    """One choice of hardware, and the command lines for it."""
 
     placement: Placement
     lines: tuple[Line, ...]
     fits_ram: bool | None
-    """None where it was not said how much there is"""
+    """None if the amount of RAM is unknown"""
 
 
 @dataclass(frozen=True)
 class Card:
-    """What `quantkit run-card` says."""
+    """The content of `quantkit run-card`."""
 
     weights: PlacedBytes
     context: int
@@ -72,7 +72,7 @@ class Card:
 def make_card(
     catalogue: Catalogue, path: str, wishes: Wishes, places: Sequence[Callable[[PlacedBytes], Placement]]
 ) -> Card:
-    """The card of a GGUF that is called `path`, for each choice of hardware. Raises UnsupportedError."""
+    """Make the card of the GGUF at `path`, for each choice of hardware. Raises UnsupportedError."""
     notes = list(catalogue.notes)
     cache, note = cache_types(catalogue, wishes.cache_type, wishes.value_type)
     notes += [note] if note else []
@@ -96,7 +96,7 @@ def make_card(
 
 
 def _prompt(tokenizer: Tokenizer) -> Prompt:
-    """The prompt format by the model's own template. Raises TextError."""
+    """Find the prompt format by the model's own template. Raises TextError."""
     text = render(tokenizer, [Chat("a prompt", [{"role": "user", "content": _PROMPT}], None)], reply=True)[0]
     bos = tokenizer.vocabulary.tokens[tokenizer.bos] if tokenizer.bos is not None else ""
     if not (tokenizer.add_bos and bos and text.startswith(bos)):
@@ -112,7 +112,7 @@ def _prompt(tokenizer: Tokenizer) -> Prompt:
 
 
 def card_text(card: Card, ram: int | None) -> str:
-    """A card for people."""
+    """A card as readable text."""
     w, c, s = card.weights, card.cache, card.sampling
     value = "V is a view of K" if c.value is None else f"V in {c.value}"
     cache_bytes = sum(x.cache for x in w.layers)

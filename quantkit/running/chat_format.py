@@ -1,8 +1,8 @@
-"""What a model's chat template puts around what is said, found by rendering conversations, checked by rendering more.
+"""Finds the fixed texts that a model's chat template puts around messages, by rendering conversations.
 
-A template is a program; but those of DeepSeek-V3 and R1, its distills, ChatML, Qwen2 and Llama 3 write fixed texts
-around each message. `find` takes those texts out of the template's own output, and gives them only if they make the
-very same text of every one of `PROBES`. So a template that does anything else is not mistaken for one of these.
+A template is a program, but those of DeepSeek-V3 and R1, its distills, ChatML, Qwen2 and Llama 3 write fixed texts
+around each message. `find` extracts those texts from the template's own output, and returns them only if they reproduce
+the rendered text of every one of `PROBES`. So a template that does anything else is not mistaken for one of these.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def _talk(*said: str, system: str | None = None) -> list[Message]:
     return [*first, *({"role": roles[i % 2], "content": text} for i, text in enumerate(said))]
 
 
-#: ten conversations, each ended by the user
+#: ten conversations, each ending with the user
 PROBES: tuple[list[Message], ...] = (
     _talk("Hello"),
     _talk("Hello", system="You are brief."),
@@ -38,28 +38,28 @@ PROBES: tuple[list[Message], ...] = (
     _talk("Why?", "<think>\nsince it\nis\n</think>So.", "Sure?"),
     _talk("Why?", "<think>a</think>So.", "Sure?", "<think>\n\n</think>Yes.", "Then go.", system="Think."),
 )
-#: conversations whose texts are taken apart
+#: conversations whose texts are taken apart to find the format
 _PARTS = (_talk(_U), _talk(_U, _A), _talk(_U, _A, _V), _talk(_U, system=_S))
 
 
 @dataclass(frozen=True)
 class ChatFormat:
-    """The texts around what is said."""
+    """The fixed texts around messages."""
 
     bos: str
-    """the beginning-of-text token, where the template writes it; the other texts are without it"""
+    """the beginning-of-text token if the template writes it; not part of the other texts"""
     no_system: str
-    """at the start, without a system message"""
+    """at the start of a conversation without a system message"""
     system: tuple[str, str]
     user: tuple[str, str]
     reply: tuple[str, str]
     generation: str
-    """where the model's reply begins"""
+    """before the model's reply"""
     drops_thinking: bool = False
-    """earlier replies are without what precedes </think>"""
+    """earlier replies lose everything up to </think>"""
 
     def text(self, messages: Sequence[Message]) -> str:
-        """A conversation that the model is to go on with, without the beginning-of-text token."""
+        """Render a conversation for the model to continue, without the beginning-of-text token."""
         system = [m["content"] for m in messages if m["role"] == "system"]
         out = self.system[0] + system[0] + self.system[1] if system else self.no_system
         for m in messages:
@@ -72,15 +72,15 @@ class ChatFormat:
 
 
 def find(tokenizer: Tokenizer) -> ChatFormat | None:
-    """The format of a model's chat template; None where it is no fixed texts around messages. Raises TextError where
-    there is no template, no jinja2, or it fails."""
+    """Find the format of a model's chat template; None if it is not made of fixed texts around messages. Raises
+    TextError if there is no template or no jinja2, or if the template fails."""
     template = tokenizer.vocabulary.chat_template or ""
     parts = _rendered(tokenizer, _PARTS)
-    if "strftime_now" in template:  # today's date would be every day's
+    if "strftime_now" in template:  # today's date would be kept for good
         return None
     try:
         with_reply, *texts = _rendered(tokenizer, (_PARTS[0], *PROBES), reply=True)
-    except TextError:  # it refuses one of them
+    except TextError:  # the template refuses one of them
         return None
     try:
         found = _taken_apart(tokenizer, parts, with_reply)
@@ -98,7 +98,7 @@ def _rendered(tokenizer: Tokenizer, talks: Sequence[list[Message]], reply: bool 
 
 
 def _taken_apart(tokenizer: Tokenizer, texts: Sequence[str], with_reply: str) -> ChatFormat:
-    """The texts of the format, out of those of `_PARTS`. Raises ValueError where they are not there."""
+    """Extract the texts of the format from the texts of `_PARTS`. Raises ValueError if they are not found."""
     start, user_end = _parts(texts[0], _U)
     _, _, reply_end = _parts(texts[1], _U, _A)
     start_again, between, and_then, _ = _parts(texts[2], _U, _A, _V)
@@ -115,7 +115,7 @@ def _taken_apart(tokenizer: Tokenizer, texts: Sequence[str], with_reply: str) ->
 
 
 def _parts(text: str, *marks: str) -> list[str]:
-    """What is before, between and behind marks, each of which must be there once."""
+    """Split a text at marks, each of which must occur once. Raises ValueError."""
     out: list[str] = []
     for mark in marks:
         if text.count(mark) != 1:

@@ -1,4 +1,4 @@
-"""A GGUF by its file, by any name of its set of shards, or by the folder that it is in."""
+"""Finds a GGUF by its file, by any shard of its set, or by its folder."""
 
 from __future__ import annotations
 

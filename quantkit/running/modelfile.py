@@ -1,9 +1,9 @@
-"""A Modelfile for Ollama: the file, its chat template as a Go template, parameters and stop tokens.
+"""Writes a Modelfile for Ollama: the model's file, its chat template as a Go template, parameters and stop tokens.
 
-Ollama (template/template.go, parser/parser.go; read, not run here) puts the beginning-of-text token in front itself,
-gives a template all system messages as .System, and takes the thinking out of replies where the template names
-.Thinking. A value in triple quotes ends at the next three; what is not printable is lost in it. So texts that have
-quotes, braces or control characters are written as Go strings inside of {{ }}.
+Ollama (template/template.go, parser/parser.go; read, not run here) adds the beginning-of-text token itself, gives a
+template all system messages as .System, and removes thinking from replies if the template names .Thinking. A value in
+triple quotes ends at the next triple quotes, and cannot hold unprintable characters. So texts with quotes, braces or
+control characters are written as Go strings inside {{ }}.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from ..text.encoding import Tokenizer
 from .advice import Sampling
 from .chat_format import ChatFormat
 
-#: names that `ollama create` takes: host/namespace/model:tag
+#: names that `ollama create` accepts: host/namespace/model:tag
 _NAME = re.compile(r"(?:[A-Za-z0-9_][\w.:-]*/){0,2}[A-Za-z0-9_][\w.-]*(?::[A-Za-z0-9_][\w.-]*)?", re.ASCII)
 _MOST = 256
 
 
 @dataclass(frozen=True)
 class Modelfile:
-    """What a Modelfile says. `template` None: none is written, and Ollama looks for one like the file's among its
-    own."""
+    """The content of a Modelfile. `template` None: none is written, and Ollama looks among its own templates for one
+    like the file's."""
 
     model: str
     template: str | None
@@ -35,7 +35,7 @@ class Modelfile:
     license: str
 
     def text(self) -> str:
-        """As Ollama reads it. Raises OutputError for a model's name that cannot be written there."""
+        """Format it for Ollama. Raises OutputError for a model's name that cannot be written there."""
         try:
             out = [f"FROM {_value(self.model)}"]
         except ValueError:
@@ -52,13 +52,13 @@ class Modelfile:
 
 
 def check_model_name(name: str) -> None:
-    """Raise OutputError for what `ollama create` would not take as a name."""
+    """Raise OutputError for a name that `ollama create` would refuse."""
     if len(name) > _MOST or not _NAME.fullmatch(name):
         raise OutputError(f"{name!a:.100}: is no name of a model for Ollama; give one such as r1 or me/r1:iq1_s")
 
 
 def _value(text: str) -> str:
-    """A value of a Modelfile. Raises ValueError for one that it cannot hold."""
+    """Format a value of a Modelfile. Raises ValueError for one that it cannot hold."""
     if not is_holdable(text):
         raise ValueError
     bare = text.isprintable() and text == text.strip() and not text.startswith('"')
@@ -86,10 +86,10 @@ def stops(f: ChatFormat | None, tokenizer: Tokenizer) -> tuple[str, ...]:
 
 
 def go_template(f: ChatFormat, add_bos: bool) -> str:
-    """The format in Go's template language, with what Ollama gives it. With `add_bos` the beginning-of-text token is
-    left to Ollama."""
+    """Write the format in Go's template language, for Ollama's variables. With `add_bos`, Ollama adds the
+    beginning-of-text token."""
     reply = _go(f.reply[0])
-    if f.drops_thinking:  # tells Ollama which tags there are; only a reply to be continued keeps it
+    if f.drops_thinking:  # tells Ollama the tags; only a reply to be continued keeps its thinking
         reply += "{{ if and $last .Thinking }}<think>\n{{ .Thinking }}\n</think>\n{{ end }}"
     system = f"{_go(f.system[0])}{{{{ .System }}}}{_go(f.system[1])}"
     return "".join((
@@ -104,7 +104,7 @@ def go_template(f: ChatFormat, add_bos: bool) -> str:
 
 
 def _go(text: str) -> str:
-    """A text of a template that comes out as it is."""
+    """Write a text so that Go's template language reproduces it."""
     if all((ch.isprintable() and ch not in '{}"`') or ch == "\n" for ch in text):
         return text
     return f'{{{{ "{"".join(map(_in_go_string, text))}" }}}}'
@@ -117,7 +117,7 @@ def _in_go_string(ch: str) -> str:
 
 
 def license_text(values: Iterable[str]) -> str:
-    """general.license and its link as one line."""
+    """general.license and its link on one line."""
     lines: Sequence[str] = [" ".join(v.split()) for v in values if v.strip()]
     text = " ".join(lines)
     return text if is_holdable(text) else ""

@@ -1,4 +1,4 @@
-"""Where a model's bytes go, as the flags that run-card prints: by quantkit.planning.fit, whose answer is taken."""
+"""Places a model's bytes on GPUs and in RAM by quantkit.planning.fit, as the flags that run-card prints."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from ..planning.fit import Answer, Fit, PlacedBytes, answer
 from ..planning.gpus import Gpus
 
-#: of unified memory, what Metal gives the GPU unless told otherwise (iogpu.wired_limit_mb)
+#: share of unified memory that Metal gives the GPU by default (iogpu.wired_limit_mb)
 _METAL_SHARE = (3, 4)
 _GIB = 1 << 30
 
@@ -23,18 +23,18 @@ class Placement:
     n_gpu_layers: int
     tensor_split: tuple[int, ...]
     n_cpu_moe: int
-    """experts of the first so many layers stay in RAM; 0 where `override` says it, or all are on GPUs"""
+    """number of first layers whose experts stay in RAM; 0 if `override` is used, or if all experts are on GPUs"""
     override: str
-    """-ot's REGEX=CPU where the layers whose experts stay in RAM are not the first ones"""
+    """-ot's REGEX=CPU, if the layers whose experts stay in RAM are not the first ones"""
     used: tuple[int, ...]
-    """bytes on each GPU, the reserve not counted"""
+    """bytes on each GPU, without the reserve"""
     ram: int
     said: str
     note: str = ""
 
     @property
     def flags(self) -> tuple[str, ...]:
-        """Of llama.cpp's tools."""
+        """The flags of llama.cpp's tools."""
         out = ["-ngl", str(self.n_gpu_layers)]
         if self.tensor_split:
             out += ["-ts", ",".join(map(str, self.tensor_split))]
@@ -46,14 +46,14 @@ class Placement:
 
 
 def without_gpus(w: PlacedBytes) -> Placement:
-    """All of it in RAM."""
+    """Place everything in RAM."""
     ram = w.input + sum(x.total for x in w.layers)
     return Placement("no GPU", None, 0, (), 0, "", (), ram, "all in RAM; --vram places layers on GPUs")
 
 
 def on_gpus(w: PlacedBytes, gpus: Gpus, reserve: int) -> Placement:
-    """On these GPUs: whole where it fits; else all but routed experts there, and the experts of as many layers as fit;
-    else as many whole layers as fit."""
+    """Place a model on GPUs: completely if it fits; else all but routed experts, plus the experts of as many layers as
+    fit; else as many whole layers as fit."""
     found = answer(w, gpus, reserve, ())
     n_experts = sum(1 for x in w.layers if x.experts)
     whole = found.whole
@@ -67,7 +67,7 @@ def on_gpus(w: PlacedBytes, gpus: Gpus, reserve: int) -> Placement:
 
 
 def in_unified_memory(w: PlacedBytes, nbytes: int, reserve: int) -> Placement:
-    """In memory that the processor and the GPU share, of which Metal gives the GPU three quarters."""
+    """Place a model in memory shared by processor and GPU, of which Metal gives the GPU three quarters."""
     share = nbytes * _METAL_SHARE[0] // _METAL_SHARE[1] // _GIB
     title = f"{nbytes / _GIB:.4g} GiB of unified memory"
     found = answer(w, Gpus(str(share), (share,)), min(reserve, share * _GIB), ())
@@ -94,7 +94,7 @@ def _placed(w: PlacedBytes, title: str, found: Answer, fit: Fit, said: str) -> P
 
 
 def _first_layers(w: PlacedBytes, override: str) -> int | None:
-    """So many first layers have all the experts that an -ot keeps in RAM; None where they are not the first."""
+    """The number of first layers whose experts an -ot keeps in RAM; None if they are not the first ones."""
     if not override:
         return None
     pattern = re.compile(override.removesuffix("=CPU"))

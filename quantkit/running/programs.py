@@ -1,5 +1,5 @@
-"""Command lines of the programs that run a GGUF. llama.cpp's are checked against its own tools; those of ik_llama.cpp
-and KoboldCpp are by their documentation, and were not run."""
+"""Command lines of the programs that run a GGUF. llama.cpp's are tested with its own tools; those of ik_llama.cpp and
+KoboldCpp follow their documentation and were not run."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ _QUANTKV = {"f16": "0", "q8_0": "1", "q4_0": "2"}
 
 @dataclass(frozen=True)
 class Line:
-    """A program with its arguments. `program` is its name for people."""
+    """A program with its arguments. `program` is its display name."""
 
     program: str
     argv: tuple[str, ...]
 
     @property
     def shell(self) -> str:
-        """As it is typed into a shell."""
+        """The line as typed into a shell."""
         return " ".join(map(shell_word, self.argv))
 
 
 @dataclass(frozen=True)
 class Run:
-    """What every program is told, in its own words."""
+    """The settings that every program gets, in its own flags."""
 
     model: str
     context: int
@@ -41,7 +41,8 @@ class Run:
 
 
 def lines(run: Run) -> tuple[Line, ...]:
-    """llama-cli, llama-server, ik_llama.cpp's llama-server, KoboldCpp; the order in which --exec looks for them."""
+    """Lines for llama-cli, llama-server, ik_llama.cpp's llama-server and KoboldCpp; --exec looks for them in this
+    order."""
     server = ("--host", HOST, "--port", PORT)
     common = ("-m", run.model, "-c", str(run.context), *run.cache.flags, *run.placement.flags, *_sampling(run.sampling))
     return (
@@ -58,8 +59,8 @@ def _sampling(s: Sampling) -> tuple[str, ...]:
 
 
 def _ik(run: Run) -> tuple[str, ...]:
-    """Its MLA keeps one K cache whatever the layout, of f16 or q8_0; flash attention and fused experts are its
-    defaults."""
+    """Arguments for ik_llama.cpp. Its MLA keeps one K cache for any layout, of f16 or q8_0; flash attention and fused
+    experts are its defaults."""
     cache = run.cache.flags
     if run.is_deepseek:
         key = "q8_0" if is_quantized(run.cache.key) else run.cache.key
@@ -86,7 +87,7 @@ def _koboldcpp(run: Run) -> tuple[str, ...]:
 
 
 def shell_word(word: str) -> str:
-    """A word that a shell takes for itself, whatever is in it; bash and zsh where it has what is not printable."""
+    """Quote a word for a shell, whatever it contains. Unprintable characters need bash or zsh."""
     if word.isprintable():
         return shlex.quote(word)
     escaped = "".join(ch if ch.isprintable() and ch not in "\\'" else _as_bytes(ch) for ch in word)

@@ -1,7 +1,7 @@
-"""Text made into tokens and chunks, as llama.cpp's tools make them, for checkpoints and GGUFs. May import model and
+"""Turns text into tokens and chunks, exactly as llama.cpp's tools do, for checkpoints and GGUFs. May import model and
 what is below.
 
-A checkpoint's tokenizer is read as the GGUF that is converted from it has it, so its tokens are llama-tokenize's too.
+A checkpoint's tokenizer is read in the form of the GGUF converted from it, so its tokens equal llama-tokenize's too.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ Name = str | os.PathLike[str]
 
 
 def tokenizer(model: Catalogue | Name) -> Tokenizer:
-    """The tokenizer of a model, for many texts: `encode(text)` gives their tokens. A model is what
-    `quantkit.open_model` takes or returns; with its `pre` it opens a checkpoint whose tokenizer is not recognized.
-    Raises SourceError, UnsupportedError."""
+    """Return the tokenizer of a model; `encode(text)` gives the tokens of a text. `model` is an argument or result of
+    `quantkit.open_model`, whose `pre` opens a checkpoint with an unrecognized tokenizer. Raises SourceError,
+    UnsupportedError."""
     from ..model.open import open_model
     from .encoding import Tokenizer
     from .vocabulary import vocabulary_of
@@ -34,8 +34,8 @@ def tokenizer(model: Catalogue | Name) -> Tokenizer:
 def tokenize(
     model: Catalogue | Name, text: str, *, add_special: bool = True, parse_special: bool = False
 ) -> Ids:  # fmt: skip
-    """The tokens of a text, those that llama-tokenize prints: [n] i32. `add_special` puts a beginning-of-text token in
-    front for a model that wants it; with `parse_special` the text of a control token is that token. Raises SourceError,
+    """Return the tokens of a text, as llama-tokenize prints them: [n] i32. `add_special` adds a beginning-of-text token
+    if the model wants one. With `parse_special`, the text of a control token becomes that token. Raises SourceError,
     UnsupportedError."""
     return tokenizer(model).encode(text, add_special=add_special, parse_special=parse_special)
 
@@ -44,9 +44,9 @@ def chunks(
     model: Catalogue | Name, texts: Name | Sequence[Name], n_ctx: int = 512, n_chunks: int | None = None, *,
     chat: bool = False, parse_special: bool = False,
 ) -> Chunks:  # fmt: skip
-    """Texts as chunks of `n_ctx` tokens, at most `n_chunks`, as llama-imatrix and llama-perplexity process them.
-    `texts` are files, folders, .jsonl files and '-', one or several. With `chat` they are conversations, to which the
-    model's own chat template is applied. Raises TextError, SourceError, UnsupportedError."""
+    """Cut texts into chunks of `n_ctx` tokens, at most `n_chunks`, as llama-imatrix and llama-perplexity process them.
+    `texts` is one or several of: files, folders, .jsonl files and '-'. With `chat` they hold conversations, which the
+    model's own chat template renders. Raises TextError, SourceError, UnsupportedError."""
     from .chunking import make_chunks
 
     several = [texts] if isinstance(texts, str | os.PathLike) else texts

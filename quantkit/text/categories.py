@@ -1,8 +1,9 @@
-"""The general categories of Unicode 15.1, which llama.cpp splits texts by: what is a letter, a number, punctuation, a
-symbol or a mark for it is one for quantkit, whatever Unicode this Python or the `tokenizers` package knows.
+"""The general categories of Unicode 15.1, by which llama.cpp splits texts. quantkit has its own table so that its
+letters, numbers, punctuation, symbols and marks are llama.cpp's, whatever Unicode this Python or `tokenizers` knows.
 
-A text is *collapsed*: one byte for each code point. ASCII stays, other white space is a vertical tab, and all else
-stands for its category. Source: src/unicode.cpp, unicode_regex_split; the table is the Unicode Character Database's.
+A text is *collapsed* to one byte per code point. ASCII stays, other white space becomes a vertical tab, and everything
+else becomes its category's byte. Source: src/unicode.cpp, unicode_regex_split; the table is from the Unicode Character
+Database.
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ import numpy as np
 import numpy.typing as npt
 
 LETTER, NUMBER, PUNCTUATION, MARK, SYMBOL, OTHER = 0xD2, 0xD1, 0xD3, 0xD4, 0xD5, 0xD0
-#: code points of Han: letters, and those that Unicode 15.1 has not assigned
+#: Han code points: letters, and those that Unicode 15.1 does not assign
 HAN_LETTER, HAN_OTHER = 0xD6, 0xD7
 _SPACE = 0x0B
 
-#: runs of code points from 0 on: the letter of their category (Z for all others) and how many they are, in base 36
+#: runs of code points from 0 on: the letter of their category (Z for all others) and their number, in base 36
 _RUNS = (
     "ZxP3S1P6S1P4NaP2S3P2LqP3S1P1S1LqP1S1P1S1ZyP1S5P1S2L1P1S1Z1S4N2S1L1P2S1N1L1P1N3P1LnS1LvS1LcqS4LcSeL5S7L1S1L1ShM34"
     "L5S1L2Z2L4P1L1Z4S2L1P1L3Z1L1Z1LkZ1L2bS1L3vS1M7L4mZ1L12Z2L1P6L15P2Z2S3Z1M19P1M1P1M2P1M2P1M1Z8LrZ4L4P2ZhS3P2S1P2S2"
@@ -77,7 +78,7 @@ Table = npt.NDArray[np.uint8]
 
 @cache
 def categories() -> Table:
-    """The byte of every code point's category, ASCII's and white space's too: [0x110000] u8."""
+    """The category's byte of every code point, also for ASCII and white space: [0x110000] u8."""
     found = re.findall(r"([A-Z])([0-9a-z]+)", _RUNS)
     kinds = np.array([_BYTES[kind] for kind, _ in found], np.uint8)
     table: Table = np.repeat(kinds, [int(n, 36) for _, n in found])
@@ -86,7 +87,7 @@ def categories() -> Table:
 
 @cache
 def table(han: bool = False) -> Table:
-    """The byte that stands for every code point in a collapsed text: [0x110000] u8. `han` tells Han from others."""
+    """The byte of every code point in a collapsed text: [0x110000] u8. `han` separates Han from other letters."""
     out: Table = categories().copy()
     if han:
         for first, last in _HAN:
@@ -98,11 +99,11 @@ def table(han: bool = False) -> Table:
 
 
 def collapsed(text: str, han: bool = False) -> bytes:
-    """A byte for each code point of the text."""
+    """Collapse a text: one byte per code point."""
     points = np.frombuffer(text.encode("utf-32-le"), np.uint32)
     return table(han)[points].tobytes()
 
 
 def with_plain_spaces(text: str) -> str:
-    """The text with white space above ASCII as vertical tabs, as it is split where no category is asked for."""
+    """Replace white space above ASCII by vertical tabs, for expressions without categories."""
     return text.translate(dict.fromkeys(SPACES, chr(_SPACE)))

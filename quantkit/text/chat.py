@@ -1,4 +1,4 @@
-"""Conversations made into tokens by the model's own chat template."""
+"""Turns conversations into tokens by the model's own chat template."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from .sources import Chat, Texts, read_chats
 def encode_chats(
     tokenizer: Tokenizer, sources: Iterable[str | os.PathLike[str]], limit: int | None = None
 ) -> tuple[Ids, Texts]:
-    """The tokens of conversations (see `read_chats`), at most `limit`, one conversation after the other, each as
-    `chat_tokens` has it; and their texts. Raises TextError."""
+    """Return the tokens of conversations (see `read_chats`), concatenated, at most `limit`, each conversation made by
+    `chat_tokens`; and their texts. Raises TextError."""
     names, chats = read_chats(sources)
     found: list[Ids] = []
     texts: list[str] = []
@@ -39,8 +39,8 @@ def encode_chats(
 
 
 def chat_tokens(tokenizer: Tokenizer, text: str) -> Ids:
-    """The tokens of a conversation that a template has made a text of: [n] i32. Special tokens are parsed, and the
-    beginning-of-text token goes in front where the model wants it and the template has not put it there."""
+    """Return the tokens of a conversation that a template has rendered: [n] i32. Special tokens are parsed. The
+    beginning-of-text token is added if the model wants one and the template has not written it."""
     ids = tokenizer.encode(text, add_special=False, parse_special=True)
     if tokenizer.add_bos and tokenizer.bos is not None and (not len(ids) or ids[0] != tokenizer.bos):
         return np.concatenate([np.array([tokenizer.bos], np.int32), ids])
@@ -48,9 +48,8 @@ def chat_tokens(tokenizer: Tokenizer, text: str) -> Ids:
 
 
 def render(tokenizer: Tokenizer, chats: Sequence[Chat], reply: bool = False) -> list[str]:
-    """The text that the model's chat template makes of each conversation; with `reply`, up to where the model's reply
-    begins. Raises TextError where there is no template, or it fails, refuses a conversation, or does not come to an
-    end."""
+    """Render each conversation by the model's chat template; with `reply`, up to where the model's reply begins. Raises
+    TextError if there is no template, or it fails, refuses a conversation, or does not terminate."""
     v = tokenizer.vocabulary
     if not v.chat_template:
         raise TextError(

@@ -1,9 +1,10 @@
-"""Tokens in chunks of one context, with the beginning-of-text token where llama-imatrix and llama-perplexity put it.
+"""Cuts tokens into chunks of one context, with the beginning-of-text token where llama-imatrix and llama-perplexity put
+it.
 
-The whole text is made into tokens once, with the beginning-of-text token in front if the model wants one, and cut into
-chunks of n_ctx; what is left at the end is not used. In each chunk the first token is then processed as the
-beginning-of-text token, if the model wants one; as the token to be predicted it is never asked for. Sources:
-tools/imatrix/imatrix.cpp, compute_imatrix; tools/perplexity/perplexity.cpp, perplexity.
+The whole text is tokenized once, with a beginning-of-text token in front if the model wants one, and cut into chunks of
+n_ctx; a remainder at the end is dropped. If the model wants a beginning-of-text token, it then replaces the first token
+of each chunk as input; that position is never predicted. Sources: tools/imatrix/imatrix.cpp, compute_imatrix;
+tools/perplexity/perplexity.cpp, perplexity.
 """
 
 from __future__ import annotations
@@ -23,20 +24,20 @@ Name = str | os.PathLike[str]
 
 @dataclass(frozen=True)
 class Chunks:
-    """The tokens of some texts, as a model processes them."""
+    """The tokens of texts, as a model processes them."""
 
     tokens: Ids
-    """[n_chunks, n_ctx] i32, the first of each chunk being the beginning-of-text token if the model wants it"""
+    """[n_chunks, n_ctx] i32; each chunk begins with the beginning-of-text token if the model wants one"""
     text_tokens: Ids
-    """[n_chunks, n_ctx] i32, as the text has them: what is predicted, and what llama-perplexity keeps in its files"""
+    """[n_chunks, n_ctx] i32, as in the text: the tokens to predict, which llama-perplexity stores in its files"""
     names: tuple[str, ...]
-    """of the texts, as they were given"""
+    """of the texts, as the user gave them"""
     nbytes: int
     """of the texts"""
     n_tokens: int
-    """that were made; with a limit on chunks, not all of the text's"""
+    """number of tokens made; with a limit on chunks, not the whole text's"""
     bos: int | None
-    """the beginning-of-text token if the model wants it, else None"""
+    """the beginning-of-text token if the model wants one, else None"""
     fingerprint: str
     """of the vocabulary"""
     notes: tuple[str, ...] = ()
@@ -64,14 +65,14 @@ def make_chunks(
     tokenizer: Tokenizer, sources: Iterable[Name], n_ctx: int = 512, n_chunks: int | None = None, *,
     chat: bool = False, parse_special: bool = False,
 ) -> Chunks:  # fmt: skip
-    """The chunks of texts, or with `chat` of conversations, at most `n_chunks`. Raises TextError for a text that is
-    shorter than one chunk and for chunks that are none, UnsupportedError for a model that wants an end-of-text token,
-    with which llama.cpp's tools do not run."""
+    """Make chunks of texts, or with `chat` of conversations, at most `n_chunks`. Raises TextError for a text shorter
+    than one chunk and for an invalid number or size of chunks; UnsupportedError for a model that wants an end-of-text
+    token, which llama.cpp's tools do not support."""
     if n_ctx < 1:
         raise TextError(f"chunks of {n_ctx:,} tokens are none; give at least 1, such as 512")
     if n_chunks is not None and n_chunks < 1:
         raise TextError(f"{n_chunks:,} chunks were asked for; give at least 1, or None for the whole text")
-    # one chunk more tells whether there is more
+    # one extra chunk shows whether there is more text
     limit = None if n_chunks is None else (n_chunks + 1) * n_ctx
     ids, texts = encode_sources(tokenizer, sources, chat=chat, parse_special=parse_special, limit=limit)
     return cut(tokenizer, ids, texts, n_ctx, n_chunks)
@@ -81,8 +82,8 @@ def encode_sources(
     tokenizer: Tokenizer, sources: Iterable[Name], *, chat: bool = False, parse_special: bool = False,
     limit: int | None = None,
 ) -> tuple[Ids, Texts]:  # fmt: skip
-    """The tokens of texts (see `read_texts`), made into one, or with `chat` of conversations (see `encode_chats`), at
-    most `limit`; and the texts. Raises TextError."""
+    """Return the tokens of texts (see `read_texts`), joined into one, or with `chat` of conversations (see
+    `encode_chats`), at most `limit`; and the texts. Raises TextError."""
     if chat:
         from .chat import encode_chats
 
@@ -92,7 +93,7 @@ def encode_sources(
 
 
 def cut(tokenizer: Tokenizer, ids: Ids, texts: Texts, n_ctx: int, n_chunks: int | None = None) -> Chunks:
-    """Tokens to chunks. Raises as `make_chunks`."""
+    """Cut tokens into chunks. Raises what `make_chunks` raises."""
     if tokenizer.add_eos:
         raise UnsupportedError(
             f"{tokenizer.vocabulary.where}: needs the end-of-text token after every text "

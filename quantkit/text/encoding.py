@@ -1,4 +1,4 @@
-"""Texts to token ids, the same that llama-tokenize prints."""
+"""Converts texts to token ids, the same ones that llama-tokenize prints."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from .spm import SPACE, SpmWords
 from .vocabulary import Special, Vocabulary
 
 Ids = npt.NDArray[np.int32]
-#: words whose tokens are kept, of all words seen
+#: words whose tokens are cached at once
 _MOST_WORDS = 1 << 19
 _SPM = Pre((), adds_bos=True)
 
 
 class Words(Protocol):
-    """What cuts a text into words, and makes tokens of a word."""
+    """Cuts a text into words, and a word into tokens."""
 
     def words(self, text: str) -> Iterator[str]: ...
 
@@ -30,7 +30,7 @@ class Words(Protocol):
 
 
 class Tokenizer:
-    """Makes texts into tokens with one vocabulary.
+    """Converts texts to tokens of one vocabulary.
 
     Raises UnsupportedError for a pre-tokenizer or a vocabulary that cannot be rebuilt, SourceError for one that
     llama.cpp would not load.
@@ -58,12 +58,12 @@ class Tokenizer:
     def encode(
         self, text: str, *, add_special: bool = True, parse_special: bool = False, limit: int | None = None
     ) -> Ids:
-        """The tokens of a text: [n] i32, at most `limit` (the first ones).
+        """Return the tokens of a text: [n] i32, the first `limit` at most.
 
-        With `add_special` a beginning-of-text token comes first and an end-of-text token last where the vocabulary
-        wants them. With `parse_special` the text of a control token (<|im_start|>) is that token; without, only
-        user-defined tokens are. Raises TextError for a text that no bytes stand for. Source: src/llama-vocab.cpp,
-        tokenize.
+        With `add_special`, a beginning-of-text token comes first and an end-of-text token last, if the vocabulary wants
+        them. With `parse_special`, the text of a control token (<|im_start|>) becomes that token; without, only
+        user-defined tokens are recognized. Raises TextError for a text that cannot be UTF-8. Source:
+        src/llama-vocab.cpp, tokenize.
         """
         try:
             text.encode()
@@ -92,7 +92,7 @@ class Tokenizer:
         return np.array(out, np.int32)
 
     def _encode_words(self, text: str, out: array[int], limit: int | None) -> None:
-        """Append the tokens of a text without special ones, until there are `limit`."""
+        """Append the tokens of a text without special tokens; stop at `limit` tokens."""
         kept, most = self._kept, limit if limit is not None else 1 << 62
         for word in self._words.words(text):
             ids = kept.get(word)
@@ -121,7 +121,7 @@ def _token(vocabulary: Vocabulary, said: int | None, default: int | None) -> int
 
 
 def _partition(text: str, specials: tuple[Special, ...], parse_special: bool) -> list[str | int]:
-    """The text cut at its special tokens, longer ones first: pieces of text and ids."""
+    """Cut a text at its special tokens, longer ones first, into pieces of text and ids."""
     pieces: list[str | int] = [text] if text else []
     starts: dict[str, bool] = {}  # hundreds of tokens begin alike
     for special in specials:
@@ -147,16 +147,15 @@ def _cut(piece: str | int, special: Special) -> Iterator[str | int]:
 
 
 def _byte_letters() -> str:
-    """The letter that stands for each byte in a byte-level vocabulary: printable ones for themselves."""
+    """The letter for each byte in a byte-level vocabulary; printable bytes stand for themselves."""
     plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     rest = iter(range(0x100, 0x200))
     return "".join(chr(b) if b in plain else chr(next(rest)) for b in range(256))
 
 
 class ByteLevelWords:
-    """The words of texts, and their tokens, by byte-level BPE. The `tokenizers` package merges. What it does not allow,
-    symbols that are no tokens, has ids beyond the vocabulary here, and becomes what llama.cpp makes of it in the end.
-    """
+    """Words and their tokens by byte-level BPE; the `tokenizers` package does the merges. It does not allow symbols
+    that are no tokens, so these get ids beyond the vocabulary here, and are replaced at the end as in llama.cpp."""
 
     def __init__(self, vocabulary: Vocabulary, pre: Pre) -> None:
         from tokenizers.models import BPE
@@ -175,11 +174,11 @@ class ByteLevelWords:
             known.setdefault(symbol, len(known))
         self._beyond = {i: self._of_unknown(symbol) for symbol, i in known.items() if i >= self._n}
         self._letters = {i: letter for i, letter in enumerate(letters)}
-        # the package refuses an empty half
+        # the package does not accept an empty half
         self._bpe = BPE(known, [pair for pair in merges if all(pair)], cache_capacity=0)
 
     def _of_unknown(self, symbol: str) -> tuple[int, ...]:
-        """A symbol that is no token is the tokens of its single bytes, which only ASCII's can be."""
+        """The tokens of a symbol that is no token: those of its single bytes. Only ASCII bytes can have any."""
         return tuple(self._ids[ch] for ch in symbol if ch in self._ids and ch.isascii())
 
     def of(self, word: str) -> tuple[int, ...]:

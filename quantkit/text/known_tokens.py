@@ -1,8 +1,8 @@
-"""The special tokens of DeepSeek-R1 and of its distills: which ids they have, and which token pads.
+"""The special tokens of DeepSeek-R1 and its distills: their ids, and the token for padding.
 
-Ids of R1: its tokenizer. Of the distills: their tokenizers, as Unsloth's guide of January 2025 has them in a table, the
-padding tokens too (R1 2, Distill-Qwen 151654, Distill-Llama 128004). All of these models name the end-of-text token as
-the padding token in their tokenizer_config.json, which is the fault that the guide mends.
+Sources: R1's tokenizer; the distills' tokenizers, as tabulated in Unsloth's guide of January 2025, which also gives the
+padding tokens (R1 2, Distill-Qwen 151654, Distill-Llama 128004). The tokenizer_config.json of all these models names
+the end-of-text token as the padding token; the guide corrects this fault.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import NamedTuple
 BOS, EOS = "<\uff5cbegin\u2581of\u2581sentence\uff5c>", "<\uff5cend\u2581of\u2581sentence\uff5c>"
 USER, ASSISTANT = "<\uff5cUser\uff5c>", "<\uff5cAssistant\uff5c>"
 THINK, END_THINK = "<think>", "</think>"
-#: tokens that are for padding only, in the order in which they are taken where the family is not known
+#: tokens meant only for padding; if the family is unknown, the first one present is used
 PADS = (
     "<\uff5c\u2581pad\u2581\uff5c>", "<|PAD_TOKEN|>", "<\uff5cPAD\u2581TOKEN\uff5c>", "<|finetune_right_pad_id|>",
     "<|vision_pad|>", "<pad>", "<|pad|>",
@@ -21,7 +21,7 @@ PADS = (
 
 
 class Family(NamedTuple):
-    """A vocabulary."""
+    """A known vocabulary."""
 
     name: str
     pre: str
@@ -49,8 +49,8 @@ FAMILIES = (
 
 
 def family_of(tokens: Sequence[str]) -> Family | None:
-    """The family of a vocabulary: that whose beginning- and end-of-text tokens, and User, are where the family has
-    them."""
+    """Recognize the family of a vocabulary by the positions of its beginning- and end-of-text and User tokens; None if
+    it is unknown."""
     for family in FAMILIES:
         marks = [(family.ids[text], text) for text in (BOS, EOS, USER)]
         if all(i < len(tokens) and tokens[i] == text for i, text in marks):
@@ -59,7 +59,7 @@ def family_of(tokens: Sequence[str]) -> Family | None:
 
 
 def pad_for(tokens: Sequence[str], family: Family | None) -> int | None:
-    """The id of the token that should pad: the family's, or the first of PADS that there is."""
+    """The id of the token that should pad: the family's, or the first of PADS that exists."""
     wanted = (*((family.pad,) if family is not None else ()), *PADS)
     there = set(tokens)
     return next((tokens.index(text) for text in wanted if text in there), None)

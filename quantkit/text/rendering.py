@@ -1,6 +1,6 @@
-"""Chat templates applied to conversations, in a process of its own: a template is a program by the model's author.
+"""Applies chat templates to conversations, in its own process: a template is a program by the model's author.
 
-It runs in jinja2's sandbox, with limits on its time and memory. `main` is that process; it reads one JSON object from
+It runs in jinja2's sandbox, with limits on time and memory. `main` runs in that process. It reads one JSON object from
 standard input and writes one: `texts`, up to the first conversation that has an `error`. The environment is that of
 transformers' apply_chat_template.
 """
@@ -14,20 +14,20 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
-#: seconds of processor time: for the template, and for each conversation; bytes of memory; characters of a conversation
+#: limits: seconds of processor time for the template and per conversation; bytes of memory; characters per conversation
 SECONDS, SECONDS_EACH, MEMORY, LONGEST = 3, 0.02, 2 << 30, 1 << 26
-#: names under which models' templates look for a reply's reasoning
+#: keys for a reply's reasoning that models' templates use
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
 def command() -> list[str]:
-    """How to start it, with the modules that this process finds."""
+    """The command that starts it with this process's module path."""
     code = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from quantkit.text.rendering import main; main()"
     return [sys.executable, "-c", code, json.dumps(sys.path)]
 
 
 def main() -> None:
-    """Render what standard input asks for."""
+    """Render the request on standard input."""
     asked = json.load(sys.stdin)
     seconds = int(SECONDS + SECONDS_EACH * len(asked["chats"]))
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
@@ -39,7 +39,7 @@ def _render(asked: Mapping[str, Any]) -> dict[str, Any]:
     texts: list[str] = []
     try:
         template = _environment().from_string(asked["template"])
-    except Exception as e:  # of a program of somebody else's, anything
+    except Exception as e:  # somebody else's program may raise anything
         return {"texts": texts, "unreadable": _said(e)}
     for chat in asked["chats"]:
         try:
@@ -61,7 +61,7 @@ def _render(asked: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _message(message: Mapping[str, Any]) -> dict[str, Any]:
-    """A message as templates expect it: without what is null, and with its reasoning under each usual name."""
+    """Prepare a message for templates: drop null values, and give its reasoning under each usual key."""
     out = {key: value for key, value in message.items() if value is not None}
     reasoning = next((out[key] for key in _REASONING if key in out), None)
     return out if reasoning is None else {"thinking": reasoning, **out, "reasoning_content": reasoning}
@@ -76,14 +76,14 @@ def _said(e: Exception) -> str:
 
 
 def _environment() -> Any:
-    """jinja2's sandbox with what chat templates use besides."""
+    """jinja2's sandbox with the extensions that chat templates use."""
     from jinja2 import nodes
     from jinja2.exceptions import TemplateError
     from jinja2.ext import Extension, loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(Extension):
-        """{% generation %} … {% endgeneration %}, which marks a reply and is no text."""
+        """{% generation %} … {% endgeneration %}, which marks a reply and produces no text."""
 
         tags = {"generation"}  # noqa: RUF012
 

@@ -1,4 +1,4 @@
-"""Where texts come from: files, folders, JSONL and standard input, in UTF-8."""
+"""Reads texts from files, folders, JSONL and standard input, in UTF-8."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from ..base.first_bytes import ENOUGH, not_the_file
 
 STDIN = "-"
 JSONL = (".jsonl", ".ndjson")
-#: what is read in a folder
+#: suffixes of the files that are read in a folder
 SUFFIXES = (".txt", ".text", ".md", ".markdown", ".rst", ".raw", *JSONL)
-#: bytes of all texts together: llama_tokenize counts them, and tokens, in 32 bits
+#: limit on the bytes of all texts together: llama_tokenize counts bytes and tokens in 32 bits
 MOST = 2**31 - 1
 _MARKS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
 _BOM = b"\xef\xbb\xbf"
@@ -26,10 +26,10 @@ _BOM = b"\xef\xbb\xbf"
 
 @dataclass(frozen=True)
 class Texts:
-    """What was read, in the order it was named."""
+    """The texts that were read, in the order given."""
 
     names: tuple[str, ...]
-    """as they were given"""
+    """as the user gave them"""
     documents: tuple[str, ...]
     nbytes: int
     """of the documents, in UTF-8"""
@@ -37,14 +37,14 @@ class Texts:
 
     @property
     def joined(self) -> str:
-        """All of it as one text: each document without its last line's end, and a line's end between two. Of one file
-        it is what llama.cpp's tools make of it with -f, and of several what they make of these after `cat`."""
+        """All documents as one text, without their final line ends, joined by line ends. For one file this equals what
+        llama.cpp's tools read with -f; for several, what they read from these files after `cat`."""
         return "\n".join(document.removesuffix("\n") for document in self.documents)
 
 
 @dataclass(frozen=True)
 class Chat:
-    """A conversation: the messages of a line of JSONL, and its tools if it names some."""
+    """A conversation: the messages of a line of JSONL, and its tools, if any."""
 
     where: str
     messages: Sequence[Mapping[str, Any]]
@@ -52,9 +52,9 @@ class Chat:
 
 
 def read_texts(sources: Iterable[str | os.PathLike[str]]) -> Texts:
-    """The texts of files, of folders (their text files, sorted, with those of inner folders; hidden ones are left out)
-    and of standard input ('-'). Each line of a .jsonl file is an object whose `text` is a document. A byte-order mark
-    of UTF-8 is no part of a text. Raises TextError."""
+    """Read the texts of files, of folders (all text files in them and their subfolders, sorted; hidden ones are left
+    out), and of standard input ('-'). Each line of a .jsonl file is an object whose `text` is a document. A UTF-8
+    byte-order mark is removed. Raises TextError."""
     names = tuple(os.fspath(s) for s in sources)
     documents: list[str] = []
     notes: list[str] = []
@@ -72,8 +72,8 @@ def read_texts(sources: Iterable[str | os.PathLike[str]]) -> Texts:
 
 
 def read_chats(sources: Iterable[str | os.PathLike[str]]) -> tuple[tuple[str, ...], list[Chat]]:
-    """The names, and the conversations of JSONL files, folders and standard input, one a line: an object with
-    `messages`. Raises TextError."""
+    """Read conversations from JSONL files, folders and standard input, one object with `messages` per line; returns the
+    names and the conversations. Raises TextError."""
     names = tuple(os.fspath(s) for s in sources)
     chats: list[Chat] = []
     for where, data in _read_all(names):
@@ -89,7 +89,7 @@ def read_chats(sources: Iterable[str | os.PathLike[str]]) -> tuple[tuple[str, ..
 
 
 def _read_all(names: Sequence[str]) -> Iterator[tuple[str, bytes]]:
-    """Every file behind the names, with its bytes."""
+    """Read every file that the names stand for."""
     if names.count(STDIN) > 1:
         raise TextError(f"standard input ({STDIN}) is given {names.count(STDIN)} times; it can be read once")
     room = MOST
@@ -101,7 +101,7 @@ def _read_all(names: Sequence[str]) -> Iterator[tuple[str, bytes]]:
 
 
 def files_of(name: str) -> list[str]:
-    """The files that a name stands for: itself, or the text files of a folder; none for standard input. Raises
+    """List the files that a name stands for: itself, or the text files of a folder; none for standard input. Raises
     TextError for a folder without text files."""
     if name == STDIN:
         return []
@@ -176,7 +176,7 @@ def _decode(where: str, data: bytes, notes: list[str]) -> str:
 
 
 def _lines(where: str, text: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """The objects of a text, one a line, each with its place."""
+    """Yield the object of each line, with its place."""
     for n, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
@@ -211,7 +211,7 @@ def _chat_of(at: str, value: Mapping[str, Any]) -> Chat:
 
 
 def _whole(at: str, text: str) -> str:
-    """The text. Raises TextError for half of a surrogate pair, which no UTF-8 has."""
+    """Check a text and return it. Raises TextError for half of a surrogate pair, which UTF-8 cannot encode."""
     try:
         text.encode()
     except UnicodeEncodeError as e:

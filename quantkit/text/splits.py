@@ -1,10 +1,10 @@
 """How llama.cpp cuts a text into words before byte-pair encoding, by the name of its pre-tokenizer.
 
-A pre-tokenizer is a list of regular expressions. The first cuts the text into its matches and what lies between them,
-and each further one cuts all those pieces again. Expressions with categories (\\p{L}) see the collapsed text
-(categories.py), the others the code points; \\s is ASCII's white space, to which all other white space is mapped.
-Expressions and names are facts of llama.cpp: src/llama-vocab.cpp, llm_tokenizer_bpe and load; where it has a loop in
-place of an expression (src/unicode.cpp), this is the expression that does the same.
+A pre-tokenizer is a list of regular expressions. The first one cuts the text into its matches and the pieces between
+them; each further one cuts all those pieces again. Expressions with categories (\\p{L}) see the collapsed text
+(categories.py), the others the code points; \\s is ASCII white space, to which all other white space is mapped.
+Expressions and names come from llama.cpp: src/llama-vocab.cpp, llm_tokenizer_bpe and load. Where it has a loop instead
+of an expression (src/unicode.cpp), this is the equivalent expression.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def _class(kind: int, ascii_: bytes) -> bytes:
 
 
 _LETTERS = _class(LETTER, b"A-Za-z")
-#: a category in an expression -> what stands for it in a class of bytes; llama.cpp takes all letters for one category
+#: category in an expression -> its members in a class of bytes; to llama.cpp all letters are one category
 _CLASSES = {
     "N": _class(NUMBER, b"0-9"),
     "P": _class(PUNCTUATION, rb"!-#%-*,-/:;?@\[-\]_{}"),
@@ -55,17 +55,17 @@ _LLM_LETTERS = (
 
 
 class Pre(NamedTuple):
-    """A pre-tokenizer: its expressions, and what its name says of a vocabulary besides."""
+    """A pre-tokenizer: its expressions, and the settings that its name implies."""
 
     expressions: tuple[str, ...]
     ignores_merges: bool = False
-    """a word that is a token is that token, whatever the merges make of it"""
+    """a word that is itself a token stays one, whatever the merges would make of it"""
     adds_bos: bool = False
-    """unless tokenizer.ggml.add_bos_token says otherwise"""
+    """default of tokenizer.ggml.add_bos_token"""
     has_bos: bool = True
-    """it has a beginning-of-text token where the file names none"""
+    """has a beginning-of-text token even if the file names none"""
     han: bool = False
-    """its expressions tell Han from other letters"""
+    """its expressions distinguish Han from other letters"""
 
 
 _KINDS = {
@@ -105,7 +105,7 @@ PRES = {name: pre for names, pre in _KINDS.items() for name in names.split()}
 
 
 def cannot_be_rebuilt(name: str) -> str:
-    """What to say of a pre-tokenizer that is not among PRES, to follow the place it is from."""
+    """The message for a pre-tokenizer that is not in PRES; it follows the place's name."""
     return (
         f"its pre-tokenizer, {name!r:.60}, is not one that quantkit can rebuild{did_you_mean(name, PRES)}; it rebuilds "
         + ", ".join(sorted(PRES))
@@ -113,7 +113,7 @@ def cannot_be_rebuilt(name: str) -> str:
 
 
 class _Step(NamedTuple):
-    """An expression, for the collapsed text or for the code points."""
+    """An expression, for either the collapsed text or the code points."""
 
     on_bytes: re.Pattern[bytes] | None
     on_text: re.Pattern[str] | None
@@ -146,13 +146,13 @@ Span = tuple[int, int]
 
 
 class Splitter:
-    """Cuts texts into words as one pre-tokenizer does."""
+    """Cuts texts into words by one pre-tokenizer."""
 
     def __init__(self, pre: Pre) -> None:
         self._steps, self._han = [_step(e) for e in pre.expressions], pre.han
 
     def words(self, text: str) -> Iterator[str]:
-        """The words of a text, which together are the text."""
+        """Yield the words of a text; concatenated, they are the text."""
         as_bytes = collapsed(text, self._han) if any(s.on_bytes for s in self._steps) else b""
         as_text = with_plain_spaces(text) if any(s.on_text for s in self._steps) else ""
         for start, end in self._cut(self._steps, as_bytes, as_text, len(text)):
@@ -170,7 +170,7 @@ class Splitter:
 
 
 def _cut(pattern: re.Pattern[AnyStr], text: AnyStr, spans: Iterator[Span]) -> Iterator[Span]:
-    """What the pattern finds within each span, and what is between."""
+    """Yield the pattern's matches within each span, and the pieces between them."""
     for start, end in spans:
         at = start
         for match in pattern.finditer(text, start, end):

@@ -1,9 +1,9 @@
-"""Words to tokens by a SentencePiece vocabulary, as llama.cpp does it (src/llama-vocab.cpp, llm_tokenizer_spm_session):
-of all pairs of neighbours that are a token together, the one of the highest score is joined, the leftmost of equals,
-until there is none; what is no token then is its bytes.
+"""Words to tokens by a SentencePiece vocabulary, as in llama.cpp (src/llama-vocab.cpp, llm_tokenizer_spm_session). Of
+all adjacent pairs that form a token, the one with the highest score is joined, the leftmost of equals, until there is
+none. Symbols that are no tokens then become byte tokens.
 
-llama.cpp takes a whole text for one word. Nothing is ever joined over two characters that no token has side by side, so
-the text is cut there: the tokens are the same, and words come again.
+llama.cpp treats a whole text as one word. No join ever crosses two characters that no token has side by side, so the
+text is cut there: the tokens are the same, and words repeat, so they can be cached.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from heapq import heapify, heappop, heappush
 from ..base.errors import UnsupportedError
 from .vocabulary import Vocabulary
 
-#: what stands for a space
+#: stands for a space
 SPACE = "▁"
 
 
@@ -37,7 +37,7 @@ class SpmWords:
             self._bytes.append(i)
 
     def words(self, text: str) -> Iterator[str]:
-        """The text, cut where no token goes on."""
+        """Cut the text between characters that no token has side by side."""
         beside, start = self._beside, 0
         for i in range(1, len(text)):
             if text[i - 1 : i + 1] not in beside:
@@ -49,7 +49,7 @@ class SpmWords:
     def of(self, word: str) -> tuple[int, ...]:
         """The tokens of a word."""
         n, ids, scores = len(word), self._ids, self._scores
-        ends = [i + 1 for i in range(n)]  # of the symbol that begins here; 0 for one that was joined
+        ends = [i + 1 for i in range(n)]  # end of the symbol that begins here; 0 if it was joined to its left
         before = [i - 1 for i in range(n)]  # where the symbol to the left begins
         queue: list[tuple[float, int, int, int]] = []
 

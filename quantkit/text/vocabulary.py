@@ -1,5 +1,5 @@
-"""A model's vocabulary, from the tokenizer.* keys of a GGUF or from those that a checkpoint's GGUF would have, as
-llama.cpp reads them (src/llama-vocab.cpp, load)."""
+"""A model's vocabulary, read as llama.cpp does (src/llama-vocab.cpp, load) from the tokenizer.* keys of a GGUF, or from
+the keys that a checkpoint's GGUF would have."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from ..model.catalogue import Catalogue
 #: tokenizer.ggml.token_type
 UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4
 _P = "tokenizer.ggml."
-#: tokens that end a text and so are control tokens, whatever their type is said to be
+#: tokens that end a text; they count as control tokens, whatever their stated type
 ENDS = frozenset((
     "<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>", "<end_of_turn>",
     "<|endoftext|>", "</s>", "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<|end_of_text|>",
     "<end_of_utterance>", "<eos>", "<turn|>", "<|tool_response>", "<｜end▁of▁sentence｜>", "[e~[",
 ))  # fmt: skip
-#: tokens for filling in the middle, control tokens too where no key names another: the keys, and the texts
+#: tokens for filling in the middle: the keys, and the texts that count as control tokens if none of these keys is set
 _FILLS = (
     (("fim_pre_token_id", "prefix_token_id"), ("<|fim_prefix|>", "<fim-prefix>", "<fim_prefix>", "<｜fim▁begin｜>",
         "<PRE>", "▁<PRE>", "<|code_prefix|>", "<|prefix|>")),
@@ -33,31 +33,31 @@ _FILLS = (
     (("fim_rep_token_id",), ("<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>")),
     (("fim_sep_token_id",), ("<|file_sep|>",)),
 )  # fmt: skip
-#: always written out, so no control tokens
+#: always shown in output, so not control tokens
 _SHOWN = ("<|channel|>", "<|message|>", "<|start|>", "<|constrain|>")
-#: models whose special tokens swallow white space beside them
+#: models whose special tokens strip adjacent white space
 _STRIPPING = ("phi-3", "phi3", "modern-bert")
 
 
 @dataclass(frozen=True)
 class Special:
-    """A token that is looked for in a text before it is cut into words."""
+    """A token that is searched for in a text before the text is cut into words."""
 
     id: int
     text: str
     only_parsed: bool
-    """it is a control or unknown token, and plain text unless special tokens are parsed"""
+    """a control or unknown token: plain text unless special tokens are parsed"""
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What a tokenizer is made from. `where` names the model in messages."""
+    """The data of a tokenizer. `where` names the model in messages."""
 
     where: str
     model: str
     """tokenizer.ggml.model: 'gpt2' (byte-level BPE) or 'llama' (SentencePiece)"""
     pre: str
-    """tokenizer.ggml.pre, 'default' where there is none; '' for 'llama'"""
+    """tokenizer.ggml.pre, or 'default' if it is missing; '' for 'llama'"""
     tokens: tuple[str, ...]
     types: tuple[int, ...]
     scores: tuple[float, ...]
@@ -66,7 +66,7 @@ class Vocabulary:
     specials: tuple[Special, ...]
     """the longest first"""
     bos: int | None
-    """as the file says it; None where it does not"""
+    """as in the file; None if it is not stated"""
     eos: int | None
     unk: int | None
     pad: int | None
@@ -77,13 +77,13 @@ class Vocabulary:
 
     @property
     def fingerprint(self) -> str:
-        """Alike for models in which every text is the same tokens, as far as a file can say it: 64 hex digits."""
+        """64 hex digits; equal for models that tokenize every text alike, as far as their files can tell."""
         parts = (self.model, self.pre, self.tokens, self.types, self.scores, self.merges, self.bos, self.add_bos)
         return sha256(repr(parts).encode("utf-8", "surrogatepass")).hexdigest()
 
 
 class _Keys:
-    """The tokenizer's keys of a file, each of the type it must have."""
+    """A file's tokenizer keys, checked for their types."""
 
     def __init__(self, kvs: Iterable[KV], where: str) -> None:
         self.of, self.where = {item.key: item for item in kvs}, where
@@ -92,7 +92,7 @@ class _Keys:
         return SourceError(f"{self.where}: {key} {what}; the file is damaged: get it again")
 
     def value(self, key: str, what: str, types: Iterable[int]) -> Any:
-        """The value, None where there is none. Raises SourceError for one of another type."""
+        """The value; None if the key is missing. Raises SourceError for a value of another type."""
         item = self.of.get(key)
         if item is None:
             return None
@@ -109,7 +109,7 @@ class _Keys:
         return None if value is None else bool(value)
 
     def token(self, kind: str, n: int) -> int | None:
-        """A token's id; one that is beyond the vocabulary counts as not given."""
+        """A token's id; None if it is missing or beyond the vocabulary."""
         value = self.value(_P + kind, "number", INTEGERS)
         return int(value) if value is not None and 0 <= value < n else None
 
@@ -125,8 +125,7 @@ class _Keys:
 
 
 def vocabulary_of(model: Catalogue) -> Vocabulary:
-    """The vocabulary of a model that was opened. Raises SourceError, and UnsupportedError for a kind of tokenizer that
-    is not known here."""
+    """Read the vocabulary of an open model. Raises SourceError; UnsupportedError for an unknown kind of tokenizer."""
     if model.source is None and not model.kvs_complete:
         raise SourceError(
             f"{model.model}: config.json alone has no tokenizer; give the checkpoint's folder or a GGUF of the model"
@@ -136,7 +135,7 @@ def vocabulary_of(model: Catalogue) -> Vocabulary:
 
 
 def read_vocabulary(kvs: Iterable[KV], where: str) -> Vocabulary:
-    """The vocabulary that these keys describe. Raises SourceError, UnsupportedError."""
+    """Read the vocabulary from these keys. Raises SourceError, UnsupportedError."""
     keys = _Keys(kvs, where)
     kind = keys.text(_P + "model")
     if kind is None or _P + "tokens" not in keys.of:
@@ -152,7 +151,7 @@ def read_vocabulary(kvs: Iterable[KV], where: str) -> Vocabulary:
             f"{where}: is called {name!r:.60}, for which llama.cpp strips white space beside special tokens; "
             "quantkit does not tokenize for such models"
         )
-    # an empty one has a name of its own in llama.cpp
+    # llama.cpp gives an empty token its own name
     tokens = [t or f"[EMPTY_{i}]" for i, t in enumerate(keys.array(_P + "tokens", ("str",), 1) or [])]
     n = len(tokens)
     ids = {token: i for i, token in enumerate(tokens)}
@@ -177,7 +176,7 @@ def read_vocabulary(kvs: Iterable[KV], where: str) -> Vocabulary:
 
 
 def _specials(keys: _Keys, tokens: Sequence[str], types: Sequence[int], ids: dict[str, int]) -> tuple[Special, ...]:
-    """The tokens that a text is searched for, with llama.cpp's corrections of their types."""
+    """The tokens to search for in a text, with llama.cpp's corrections of their types."""
     control = {i for i, t in enumerate(types) if t in (CONTROL, UNKNOWN)}
     found = control | {i for i, t in enumerate(types) if t == USER_DEFINED}
     made = {ids[t] for t in ENDS if t in ids}

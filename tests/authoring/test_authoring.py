@@ -1,4 +1,4 @@
-"""What an author asks of a recipe: lint in whole messages, explain rule by rule, diff in bytes, schema, starters."""
+"""A recipe author's tools: lint with whole messages, explain rule by rule, diff in bytes, schema, starters."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def lint(name: str | Path, *models: Catalogue) -> list[str]:
 
 @pytest.mark.parametrize("file", sorted(BROKEN.glob("*.yaml")), ids=lambda p: p.stem)
 def test_broken_recipes(file: Path, r1: Catalogue) -> None:
-    """A file a mistake; expected.txt has what lint says of each, whole."""
+    """One mistake per file; expected.txt has lint's complete output for each."""
     assert sorted(lint(file, r1)) == [line for line in EXPECTED if line.split(": ")[1].startswith(f"{file.name}:")]
 
 
@@ -60,7 +60,7 @@ def test_lint_of_what_cannot_be_read(tmp_path: Path) -> None:
 
 
 def test_lint_exits(quantkit: Run) -> None:
-    """Errors 3; warnings alone 0, or 1 with --strict; one bad file does not hide the next."""
+    """Errors give 3; warnings alone 0, or 1 with --strict; one bad file does not hide the next."""
     warned = BROKEN / "changes-nothing.yaml"
     assert quantkit("recipe", "lint", warned).returncode == 0
     assert quantkit("recipe", "lint", warned, "--strict").returncode == 1
@@ -124,7 +124,7 @@ def test_explain_walks_every_rule(r1: Catalogue) -> None:
 
 
 def test_explain_agrees_with_the_plan(r1: Catalogue) -> None:
-    """For every tensor: at most one rule takes it, and that is the plan's."""
+    """For every tensor, at most one rule takes it, and it is the plan's."""
     for recipe in ("UD-IQ1_S", "Q2_K_L"):
         plan = make_plan(r1, load(recipe))
         for t in plan.tensors[::7]:
@@ -252,7 +252,7 @@ def test_the_page_tells_the_truth_of_r1(r1: Catalogue) -> None:
 
 @pytest.mark.parametrize("base", shipped())
 def test_starters_are_sound(base: str, tmp_path: Path, r1: Catalogue) -> None:
-    """A starter on any recipe, and a copy of any, lint without an error; the copy plans as its origin."""
+    """A starter on any recipe, and a copy of any recipe, lint without an error; the copy plans like the original."""
     if load(base).file_type in ("F32", "F16", "BF16"):
         return
     path = tmp_path / "mine.yaml"
@@ -296,7 +296,7 @@ def test_list_and_show(quantkit: Run) -> None:
 
 
 def test_new_lint_explain_diff_plan(quantkit: Run, tmp_path: Path) -> None:
-    """As a first-time author would."""
+    """The steps of a first-time author."""
     done = quantkit("recipe", "new", "mine.yaml", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (0, "mine.yaml written; next: quantkit recipe lint mine.yaml\n")
     first = (tmp_path / "mine.yaml").read_text("utf-8").splitlines()[0]
@@ -322,7 +322,7 @@ def new(*args: str | Path) -> None:
 
 
 def test_new_writes_no_absolute_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The recipe goes into a repository that others check out elsewhere."""
+    """The recipe goes into a repository that others check out in other places."""
     home = tmp_path / "home"
     for folder in ("mine", "theirs"):
         (home / folder).mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""What is published, and its model card."""
+"""Publishing: which files are published, and the model card."""
 
 from __future__ import annotations
 

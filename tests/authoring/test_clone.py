@@ -1,4 +1,4 @@
-"""Recipes cloned from files: compact, and giving every tensor's type and bytes back."""
+"""Recipes cloned from files: compact, and reproducing every tensor's type and bytes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ LITE = open_model("deepseek-v2-lite")
 
 
 def as_file(c: Catalogue, types: dict[str, str], file_type: int | None = 15) -> Catalogue:
-    """The model as a GGUF with these types has it."""
+    """The model as a GGUF with these types."""
     kvs = tuple(i for i in c.kvs if i.key != "general.file_type")
     if file_type is not None:
         kvs = (*kvs, kv("general.file_type", U32, file_type))
@@ -167,7 +167,7 @@ NAMES = [t.name for t in LITE.tensors if t.quantizable]
 @settings(max_examples=15, deadline=None)
 @given(types=st.lists(st.sampled_from(ANY), min_size=len(NAMES), max_size=len(NAMES)))
 def test_any_types_come_back(types: list[str]) -> None:
-    """However little sense they make: each tensor its own."""
+    """Even senseless types, different for each tensor."""
     made = clone(as_file(LITE, dict(zip(NAMES, types, strict=True))), "x.gguf", "x")
     assert made.proof.n_tensors == len(LITE.tensors)
     recipe = parse(made.text, "x.yaml")
@@ -179,7 +179,7 @@ def test_any_types_come_back(types: list[str]) -> None:
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
 def test_types_of_families_with_exceptions_come_back(data: st.DataObject) -> None:
-    """As people make them: a type a family, and other types in slices of layers."""
+    """Realistic types: one per family, with other types in slices of layers."""
     types = {n: data.draw(st.sampled_from(ANY[:8])) for n in {re.sub(r"\d+", "*", n) for n in NAMES}}
     given_ = {n: types[re.sub(r"\d+", "*", n)] for n in NAMES}
     for _ in range(data.draw(st.integers(0, 4))):
@@ -202,7 +202,7 @@ def tiny(names: Sequence[str], types: Sequence[str]) -> Catalogue:
 
 
 def test_names_that_end_alike_are_kept_apart() -> None:
-    """The star of a glob takes dots too: blk.*.b.weight must not take blk.0.a.b.weight."""
+    """A glob's star also matches dots: blk.*.b.weight must not match blk.0.a.b.weight."""
     names = ["blk.0.b.weight", "blk.11.b.weight", "blk.0.a.b.weight", "blk.3.a.b.weight", "v.blk.0.b.weight",
              "v.blk.1.b.weight"]  # fmt: skip
     c = tiny(names, ["Q8_0", "Q8_0", "Q4_0", "Q4_0", "F16", "Q5_0"])
@@ -332,7 +332,7 @@ def test_any_title_survives_yaml(title: str) -> None:
 def test_files_of_llama_quantize_are_reproduced(
     tools: Tools, quantkit: Run, tiny_bf16: Path, tiny_imatrix: Path, tmp_path: Path, file_type: str, imatrix: bool
 ) -> None:
-    """Cloned, built again from the BF16 file with the clone: every tensor's type and every tensor's bytes."""
+    """Clone a file and build it again from the BF16 file: every tensor's type and bytes are equal."""
     theirs, recipe, ours = tmp_path / "theirs.gguf", tmp_path / "clone.yaml", tmp_path / "ours.gguf"
     weights = ["--imatrix", str(tiny_imatrix)] if imatrix else []
     subprocess.run([tools.quantize, *weights, tiny_bf16, theirs, file_type, "2"], check=True, capture_output=True)

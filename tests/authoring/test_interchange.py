@@ -1,4 +1,4 @@
-"""Rules for other tools and from them: nothing changes on the way there and back, and what is lost is said."""
+"""Rules for other tools and from them: round trips change nothing, and losses are reported."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_llama_quantize_does_what_the_exported_file_says(
     recipe.write_text(MIXED)
     done = quantkit("recipe", "export", recipe, "--format", "tensor-types", "--model", tiny_bf16, "-o", rules)
     assert done.returncode == 0, done.stderr
-    # Q2_K: what the rules do not name would be seen
+    # Q2_K, so that tensors not covered by the rules would be noticed
     subprocess.run([tools.quantize, "--tensor-type-file", rules, tiny_bf16, out, "Q2_K", "2"], check=True,
                    capture_output=True)  # fmt: skip
     plan = make_plan(open_model(str(tiny_bf16)), parse(MIXED, "m.yaml"))
@@ -108,7 +108,7 @@ def test_llama_quantize_does_what_the_exported_file_says(
     "rules",
     [
         "ffn_down_shexp=q8_0",  # moves the counters of the mixture
-        "attn_(q|K)=Q5_0 exps=q4_0\n\nffn_down_exps=q8_0",  # capitals, and a rule too late
+        "attn_(q|K)=Q5_0 exps=q4_0\n\nffn_down_exps=q8_0",  # capitals, and a rule that comes too late
         r"blk\.(?!0)\d+\.attn_output=iq4_nl output=q6_K ffn_gate_inp=q8_0",
         "weight=q6_k",
     ],
@@ -116,7 +116,7 @@ def test_llama_quantize_does_what_the_exported_file_says(
 def test_imported_rules_give_what_llama_quantize_gives(
     tools: Tools, tiny_bf16: Path, tmp_path: Path, rules: str
 ) -> None:
-    """Rules that are no list of names, with a mixture for the rest: the same types."""
+    """Real patterns, not lists of names, with a mixture for the rest, give the same types."""
     path, out = tmp_path / "rules.txt", tmp_path / "out.gguf"
     path.write_text(rules)
     subprocess.run([tools.quantize, "--tensor-type-file", path, tiny_bf16, out, "Q3_K_M", "2"], check=True,
@@ -196,7 +196,7 @@ def test_names_that_cannot_be_written(name: str, form: str, bad: str) -> None:
 
 @pytest.mark.tools
 def test_types_are_written_as_ggml_writes_them() -> None:
-    """ik_llama.cpp compared them with case for long."""
+    """ik_llama.cpp compared them case-sensitively for a long time."""
     lib = ctypes.CDLL(str(toolchain.ggml_library()))
     lib.ggml_type_name.restype = ctypes.c_char_p
     for t in QTYPES.values():
@@ -205,8 +205,8 @@ def test_types_are_written_as_ggml_writes_them() -> None:
 
 # ---------------------------------------------------------------- import
 
-#: the lines of a published recipe for DeepSeek-V3-0324, as they stand there: not anchored, attn_kv_b
-#: beside attn_k_b and attn_v_b, norms as f32
+#: the lines of a published recipe for DeepSeek-V3-0324, verbatim: not anchored, attn_kv_b beside attn_k_b and
+#: attn_v_b, norms as f32
 PUBLISHED = r"""
 ## Model head & embeddings
 token_embd\.weight=q8_0
@@ -342,7 +342,7 @@ def test_custom_q_as_it_is_typed() -> None:
     assert {t for n, t in got.items() if n in NAMES and "_exps" not in n} == {"Q8_0"}
 
 
-#: rules of a model card, as its author put them into a script
+#: rules of a model card, as its author wrote them in a script
 CARD = r"""#!/usr/bin/env bash
 
 custom="

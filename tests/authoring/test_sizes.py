@@ -1,4 +1,4 @@
-"""The sizes lock: what is written, what is read back, what drifts, and how that is reported."""
+"""The sizes lock: writing, reading, drift, and its reports."""
 
 from __future__ import annotations
 
@@ -311,7 +311,7 @@ def test_a_recipe_that_no_longer_works(locked: Path) -> None:
         f"warning: recipes/mine.yaml on tiny/config.json (kv_b) cannot be planned, and is locked so: mine.yaml {what}"
         in (done.output)
     )
-    # a comment moves the line, and is no drift
+    # a comment moves the line, but is no drift
     change("name: mine", "# a comment\nname: mine")
     assert good("check").startswith("2 sizes as in ")
     change("ffn_down_expss", "ffn_down_exps")
@@ -388,7 +388,7 @@ def test_a_change_of_metadata_alone(place: Path) -> None:
 def test_damaged_locks(locked: Path, old: str, new: str, error: str) -> None:
     change(old, new, locked)
     done = run("check")
-    if not error:  # an anchor nobody refers to
+    if not error:  # an anchor that nothing refers to
         assert done.exit_code == 0
         return
     assert isinstance(done.exception, SourceError)
@@ -396,7 +396,7 @@ def test_damaged_locks(locked: Path, old: str, new: str, error: str) -> None:
     assert message.startswith("quantkit-sizes.yaml:")
     assert error in message
     assert "\n" not in message
-    # update refuses as well, unless told what to write
+    # update refuses it too, unless told what to write
     assert isinstance(run("update").exception, SourceError)
     good("update", "-r", "recipes/mine.yaml", "-m", "tiny/config.json")
     assert good("check").startswith("2 sizes as in ")
@@ -521,8 +521,8 @@ def test_github_says_what_it_does_not_show() -> None:
     assert hidden == "GitHub shows 10 annotations a step: 2 more are in this log and the summary"
 
 
-#: the schema of Ant's JUnit task (JUnit.xsd), which CI systems read: element -> (attributes that must be, that may
-#: be, children in order)
+#: the schema of Ant's JUnit task (JUnit.xsd), which CI systems read: element -> (required attributes, optional
+#: attributes, children in order)
 SCHEMA: dict[str, tuple[set[str], set[str], list[str]]] = {
     "testsuites": (set(), set(), ["testsuite"]),
     "testsuite": (
@@ -630,7 +630,7 @@ def test_table(place: Path) -> None:
     assert rows.keys() >= PUBLISHED.keys()
     for name, nbytes in PUBLISHED.items():
         assert rows[name][:3] == [f"{nbytes:,}", f"{nbytes / 2**30:.2f}", f"{nbytes / 1e9:.2f}"]
-    assert rows["UD-IQ1_S"][3:] == ["1.67", "1.58"]  # the published name says the experts' bits
+    assert rows["UD-IQ1_S"][3:] == ["1.67", "1.58"]  # the published name states the experts' bits
     sorted_bytes = [int(r[0].replace(",", "")) for r in rows.values()]
     assert sorted_bytes == sorted(sorted_bytes)
     assert lines[2].endswith("bits of routed experts")
@@ -639,7 +639,7 @@ def test_table(place: Path) -> None:
 def test_table_has_the_recipes_for_any_arch(place: Path) -> None:
     found = json.loads(good("table", "deepseek-r1", "--format", "json"))
     assert {row["recipe"] for row in found["recipes"]} == set(shipped())
-    # by their aliases too, each once
+    # also by their aliases, each once
     some = json.loads(good("table", "deepseek-r1", "-r", "Q4_K", "-r", "15", "-r", "q5_k", "--format", "json"))
     assert [(row["recipe"], row["tensor_bytes"]) for row in some["recipes"]] == [
         ("Q4_K_M", 404_488_847_360),
@@ -652,7 +652,7 @@ def test_table_of_some(place: Path) -> None:
     assert found["model"] == "tiny"
     (row,) = found["recipes"]
     assert row["role"] == "routed expert"
-    # six matrices of experts alike, one of them in Q6_K
+    # six equal matrices of experts, one of them in Q6_K
     assert row["bits"] == round((5 * 4.5 + 6.5625) / 6, 4)
     assert good("table", "deepseek-r1", "-r", "UD-IQ1_?", "--format", "markdown").count("\n") == 4
 
@@ -663,7 +663,7 @@ def test_table_of_a_dense_model(place: Path) -> None:
     Path("dense.yaml").write_text(RECIPE.replace("ffn_down_exps", "ffn_down").replace("moe[:1]", "dense[:1]"))
     lines = good("table", "tiny/config.json", "-r", "dense.yaml").splitlines()
     assert lines[2].endswith("  bits of the ffn")
-    # three layers of three matrices alike, one of them in Q6_K
+    # three layers of three equal matrices, one of them in Q6_K
     assert lines[4].endswith(f"  {(8 * 4.5 + 6.5625) / 9:.2f}")
 
 
@@ -697,7 +697,7 @@ def test_the_action_runs_commands_that_exist() -> None:
     options = {o for p in cli.commands["sizes"].commands["check"].params for o in p.opts}  # type: ignore[attr-defined]
     assert run_line.startswith("quantkit sizes check ")
     assert set(re.findall(r"--[a-z]+", run_line)) <= options
-    # inputs reach the shell as variables, never as text of the script
+    # inputs reach the shell as variables, never as part of the script
     assert not any("${{" in s.get("run", "") for s in steps)
     used = set(re.findall(r"inputs\.([a-z-]+)", (ROOT / "action.yml").read_text()))
     assert used == set(action["inputs"])
@@ -705,7 +705,7 @@ def test_the_action_runs_commands_that_exist() -> None:
 
 @pytest.mark.parametrize("inputs", [("sub dir", ""), (".", "sub dir/a lock.yaml"), ("sub dir", "a lock.yaml")])
 def test_the_action_runs(locked: Path, inputs: tuple[str, str]) -> None:
-    """Its last step, with the inputs as GitHub's runner puts them in."""
+    """Run its last step, with the inputs as GitHub's runner passes them."""
     root = locked.parent
     (root / "sub dir").mkdir()
     for name in ("recipes", "tiny"):
@@ -740,7 +740,7 @@ FAULT = "mine.yaml:7 rules[0].type: unknown type 'Q9_K' (did you mean Q6_K?)"
 
 @pytest.fixture
 def broken(locked: Path) -> Path:
-    """A lock of two recipes, one of which can no longer be read, in a folder of a repository."""
+    """A lock of two recipes, one of which is no longer readable, in a folder of a repository."""
     Path("recipes/other.yaml").write_text(RECIPE.replace("mine", "other"))
     good("update", "-r", "recipes/*.yaml", "-m", "tiny/config.json", "--layout", "kv_b")
     change("type: Q6_K", "type: Q9_K")
@@ -758,7 +758,7 @@ def test_a_broken_recipe_is_in_the_text(broken: Path) -> None:
 
 
 def test_a_broken_recipe_is_annotated(broken: Path) -> None:
-    """With its path from the root of the repository, wherever the command runs."""
+    """The annotation's path starts at the repository's root, wherever the command runs."""
     root = broken.parent
     first = root / "sub: a, 50%" / "deep"
     first.mkdir(parents=True)
@@ -781,7 +781,7 @@ def test_a_broken_recipe_is_annotated(broken: Path) -> None:
 
 
 def annotation(*args: str) -> str:
-    """The file of the first annotation, which is of FAULT."""
+    """The file of the first annotation, which must be about FAULT."""
     done = run(*args)
     assert done.exit_code != 0
     kind, properties, message = workflow_command(done.stdout.splitlines()[0])

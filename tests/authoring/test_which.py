@@ -1,4 +1,4 @@
-"""Which quantization for which machine: verdicts and order against quantkit fit, measured quality, published files."""
+"""Choosing a quantization for a machine: verdicts and order against quantkit fit, measured quality, published files."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_r1_on_two_80s() -> None:
     assert first["quality"]["text"] == '"fair"'
     assert "unsloth.ai/blog/deepseekr1-dynamic" in first["quality"]["source"]
     assert [n for n, r in runs(said).items() if r == "in VRAM"] == ["UD-IQ1_S"]
-    # nobody said how much RAM there is: the rest by what it needs
+    # the amount of RAM is unknown: the rest is ordered by what it needs
     rest = [c["ram_bytes"] for c in said["choices"][1:]]
     assert rest == sorted(rest)
     assert "less RAM first" in said["rule"]
@@ -193,10 +193,10 @@ def test_order(made: list[Candidate], gib: list[int], ram: int | None, cut: int)
             assert ram is None or c.ram <= ram * GIB
         if c.runs == Runs.VRAM:
             assert c.ram == w.input
-    # what is smaller never runs worse
+    # a smaller one never runs worse
     rank = [choice._RANK[c.runs] for c in sorted(placed, key=lambda c: c.candidate.weights.tensor_bytes)]
     assert rank == sorted(rank)
-    # measured or not, nothing changes its class
+    # measurements do not change its class
     measured = [c._replace(quality=Quality("KLD", "me", float(i))) if i >= cut else c for i, c in enumerate(placed)]
     again, _ = ordered(measured, machine)
     assert [c.runs for c in again] == [c.runs for c in found]
@@ -229,7 +229,7 @@ def test_what_was_measured_here(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert said["choices"][0]["quality"]["source"] == "measured: e.json, 100 chunks of wiki.txt"
     assert "where each is measured less KLD" in said["rule"]
-    # one is not measured: more bits first
+    # one is not measured, so more bits come first
     path = evaluation(tmp_path / "f.json", **{"UD-IQ1_S": 0.5, "Q2_K_XS": 0.3})
     said = answers("deepseek-r1", "--ram", "300", *recipes, "--eval", str(path))
     assert [c["name"] for c in said["choices"]] == ["Q2_K_XS", "UD-IQ1_M", "UD-IQ1_S"]
@@ -258,7 +258,8 @@ def sparse(path: Path, nbytes: int) -> None:
 
 @pytest.fixture
 def repository(hub: Hub, tmp_path: Path) -> Hub:
-    """A small model's files: Q8_0 in one file, UD-IQ1_S in two shards, Q4_K_M whose second shard lacks, another's."""
+    """A small model's files: Q8_0 in one file, UD-IQ1_S in two shards, Q4_K_M without its second shard, another
+    model's."""
     folder = tmp_path / "repo"
     sparse(folder / "R1-Q8_0.gguf", 8_000_000)
     sparse(folder / "R1-Q2_K" / "R1-Q2_K-00001-of-00002.gguf", 2_000_000)
@@ -288,7 +289,7 @@ def test_published_files(repository: Hub, tmp_path: Path) -> None:
         "org/R1-GGUF: Q6_K is left out: its 1,000 bytes would be ",
         "org/R1-GGUF: Q4_K_M is left out: 1 of 2 shards is missing",
     ]
-    # its list of files, and no byte of them
+    # its list of files, but not a byte of them
     assert [entry.path for entry in repository.log if "/resolve/" in entry.path] == []
     text = run(str(config(tmp_path)), "--vram", "24", "--repo", "hf://org/R1-GGUF", width=80)
     assert re.search(r"^best: Q8_0: all of it on the GPU;\s+hf://org/R1-GGUF/R1-Q8_0\.gguf", text, re.M)

@@ -1,4 +1,4 @@
-"""Byte ranges from file to file: what arrives, by which way, and what is said when it cannot."""
+"""Copying byte ranges between files: the result, the method used, and the messages of failures."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_the_bytes_arrive_and_nothing_else(
     dst_offset: int,
     nbytes: int,
 ) -> None:
-    """On a system with these calls, in pieces that do not divide the range."""
+    """On a system with these calls, in pieces that do not divide the range evenly."""
     monkeypatch.setattr(copying, "_IN_KERNEL", {w: copying._IN_KERNEL[w] for w in ways})
     monkeypatch.setattr(copying, "CHUNK", 30_001)
     monkeypatch.setattr(copying, "_BUFFER", 30_001)

@@ -1,4 +1,4 @@
-"""Files that get their names when they are whole."""
+"""Files that get their names only when complete."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Files that are not what their names say: Git LFS pointers, web pages, byte-order marks; every reader, whole
-sentences."""
+"""Files that are not what their names say: Git LFS pointers, web pages, byte-order marks; for every reader, with whole
+messages."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_in_a_checkpoint(v3: Path, name: str, head: bytes, says: str) -> None:
 
 @pytest.mark.parametrize("spec", ["https://hawser.github.com/spec/v1", "http://git-media.io/v/2"])
 def test_pointers_of_old_releases(v3: Path, spec: str) -> None:
-    """The specification names both; without a size there is none to say."""
+    """The specification names both old forms; without a size, none is stated."""
     (v3 / "config.json").write_text(f"version {spec}\noid sha256:{64 * '0'}\n")
     assert sentence(lambda: open_model(str(v3)), SourceError) == (
         f"{v3 / 'config.json'}: is a Git LFS pointer, not the file: in the repository's folder, run `git lfs pull`"
@@ -113,7 +113,7 @@ def test_on_the_command_line(quantkit: Run, tmp_path: Path, v3: Path) -> None:
     [n for n in INSIDE if not n.endswith(".safetensors") and n not in ("added_tokens.json", "special_tokens_map.json")],
 )
 def test_json_with_a_byte_order_mark(v3: Path, name: str, mark: bytes, encoding: str) -> None:
-    """The converter reads none either; the message names the file that has it."""
+    """The converter reads none of them either; the message names the file."""
     (v3 / name).write_bytes(mark + (v3 / name).read_bytes())
     assert sentence(lambda: open_model(str(v3), Options(pre="deepseek-v3")), SourceError) == (
         f"{v3 / name}: begins with the byte-order mark of {encoding}, which JSON has not; save it as UTF-8 without one"

@@ -1,4 +1,4 @@
-"""The journal of work that can be continued: what comes back of it, whatever was cut or flipped; its example."""
+"""The journal of resumable work: what is read back after any cut or flipped bit; and its documented example."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_the_example() -> None:
 
 
 def test_a_journal_comes_back(tmp_path: Path) -> None:
-    """Numbers beyond 32 bits too; and continued."""
+    """With numbers beyond 32 bits, and after it is continued."""
     some = records(4)
     write(tmp_path, some[:2])
     nbytes = (tmp_path / "journal").stat().st_size
@@ -88,7 +88,7 @@ def test_a_torn_tail_is_left_out(tmp_path: Path) -> None:
         path.write_bytes(whole[:end])
         n = (end - n_head) // SIZE
         assert read(tmp_path) == Told(HEAD, some[:n], n_head + n * SIZE)
-    for end in range(n_head - 1):  # the first line itself was not written whole: there is nothing to lose
+    for end in range(n_head - 1):  # the first line was not completely written: there is nothing to lose
         path.write_bytes(whole[:end])
         assert read(tmp_path) is None
 
@@ -107,7 +107,7 @@ def test_a_flipped_bit_is_never_taken_for_a_record(tmp_path: Path) -> None:
         if at >= n_head:
             sound = (at - n_head) // SIZE
             assert read(tmp_path) == Told(HEAD, some[:sound], n_head + sound * SIZE), bit
-        elif at == n_head - 1 and b"\n" not in path.read_bytes():  # the first line then never was written whole
+        elif at == n_head - 1 and b"\n" not in path.read_bytes():  # then the first line looks incomplete
             assert read(tmp_path) is None, bit
         else:
             with pytest.raises(ResumeError, match="is damaged and cannot be continued; remove it"):

@@ -1,4 +1,4 @@
-"""Locks between processes: who has one, what is waited for, and files that come and go under their names."""
+"""Locks between processes: who holds one, waiting for one, and lock files that appear and disappear."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ sys.stdin.read()
 
 @contextmanager
 def another(folder: Path, what: str) -> Iterator[subprocess.Popen[str]]:
-    """A process that has the lock."""
+    """Start a process that holds the lock."""
     command = [sys.executable, "-c", HOLD, str(folder), what]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -48,7 +48,7 @@ def folder(tmp_path: Path) -> Iterator[Folder]:
 
 
 def test_the_lock_of_a_file(folder: Folder) -> None:
-    """It names its holder; the kernel lets go of it when that is killed."""
+    """It names its holder; the kernel releases it when the holder is killed."""
     with another(folder.path, "file") as process:
         with pytest.raises(HeldError) as e:
             Lock.of_file(folder, "lock", folder.own)
@@ -85,7 +85,7 @@ def test_a_lock_that_says_nothing_of_its_holder(folder: Folder) -> None:
 
 @pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EIO])
 def test_a_filesystem_without_locks(folder: Folder, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
-    """The work goes on without; another error is one."""
+    """Work goes on without a lock for these errors; others are raised."""
 
     def flock(_fd: int, _operation: int) -> None:
         raise OSError(code, os.strerror(code))
@@ -112,7 +112,7 @@ def test_it_is_waited_for(folder: Folder) -> None:
 
 
 def test_one_that_is_removed_while_it_is_waited_for(folder: Folder) -> None:
-    """Its holder removes it and lets go: who waited has the lock of the file that is there then."""
+    """Its holder removes the file and releases it: the waiter then has the lock of the file that exists now."""
     first = Lock.of_file(folder, "lock")
 
     def go() -> None:

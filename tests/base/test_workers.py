@@ -1,4 +1,4 @@
-"""Jobs shared out to threads: all done once, in order, and what ends them early."""
+"""Jobs shared out to threads: each done once, in order, and what ends them early."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_every_job_once_each_thread_with_a_worker_of_its_own(n_threads: int) -> 
 
 
 def test_jobs_are_made_as_they_are_taken() -> None:
-    """Never ahead by more than one a thread."""
+    """At most one job per thread is made ahead."""
     made: list[int] = []
     done: list[int] = []
 
@@ -107,7 +107,7 @@ def test_jobs_that_cannot_be_made_and_workers_that_cannot_begin() -> None:
 
 
 def test_an_interrupt_ends_all_and_leaves_no_thread() -> None:
-    """SIGINT while every thread is at work: what is begun is finished, nothing more is begun."""
+    """SIGINT while every thread is working: begun jobs are finished, and no further ones begin."""
     begun: list[int] = []
     done: list[int] = []
 

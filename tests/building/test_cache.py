@@ -1,4 +1,4 @@
-"""The cache: what comes from it is what would have been made, and whatever happens to its folder costs time only."""
+"""The cache: its tensors are those that would be made, and damage to its folder costs only time."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def cache(tmp_path: Path) -> Cache:
 
 
 def again(cache: Cache) -> Cache:
-    """As another process opens it."""
+    """The cache as another process opens it."""
     return Cache(cache.folder, cache.max_bytes)
 
 
@@ -77,7 +77,7 @@ def test_another_recipe_makes_only_what_differs(
 
 
 def test_a_tensor_is_known_by_its_content(tiny_v3: Path, tiny_imatrix: Path, tmp_path: Path, cache: Cache) -> None:
-    """Not by its file's path or time: a copy of the checkpoint hits, a changed weight misses, and so does a scale."""
+    """Not by its file's path or time: a copy of the checkpoint hits; a changed weight or scale misses."""
     build(tiny_v3, tmp_path / "a.gguf", cache, tiny_imatrix)
     copy = Path(shutil.copytree(tiny_v3, tmp_path / "elsewhere" / "Tiny-V3"))
     second = again(cache)
@@ -222,7 +222,7 @@ def test_the_longest_unused_goes_first(tiny_v3: Path, tiny_imatrix: Path, tmp_pa
     left = {path for _, _, path in smaller.entries()}
     assert left <= newest
     assert sum(p.stat().st_size for p in left) <= cap
-    # using an entry makes it the newest
+    # using an entry makes it the most recent
     second = again(cache)
     build(tiny_v3, tmp_path / "b.gguf", second, tiny_imatrix)
     assert second.n_found == len(left)
@@ -254,7 +254,7 @@ def test_the_entries_are_not_listed_for_each_tensor(
 def test_a_cache_that_cannot_be_written_does_not_end_the_build(
     tiny_v3: Path, tiny_imatrix: Path, tmp_path: Path, cache: Cache
 ) -> None:
-    shutil.rmtree(cache.folder / "tmp")  # while it is open
+    shutil.rmtree(cache.folder / "tmp")  # while the cache is open
     plain = build(tiny_v3, tmp_path / "a.gguf", None, tiny_imatrix)
     assert build(tiny_v3, tmp_path / "b.gguf", cache, tiny_imatrix) == plain
     assert cache.failure == f"{cache.folder / 'tmp'}: No such file or directory"
@@ -267,7 +267,7 @@ def test_no_cache_in_a_file(tmp_path: Path) -> None:
 
 
 def test_processes_that_share_a_cache(tiny_v3: Path, tiny_imatrix: Path, tmp_path: Path, quantkit: Run) -> None:
-    """Several builds at once, with a size that has them evict each other's entries."""
+    """Several builds run at once, with a size limit that makes them evict each other's entries."""
     (tmp_path / "r.yaml").write_text(
         'name: r\narch: [deepseek2]\nfile_type: Q4_K_M\nrules:\n  - {match: "*", type: Q4_K, why: t}\n'
     )

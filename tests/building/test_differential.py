@@ -1,7 +1,7 @@
 """quantkit against the real tools: convert_hf_to_gguf.py, llama-quantize, llama-gguf-split, llama-perplexity.
 
-Bytes are compared, whole files where the tools make whole files. The rules given to llama-quantize
-are written here by hand or tensor by tensor, not by the engine under test.
+Bytes are compared; whole files if the tools make whole files. The rules given to llama-quantize are written here by
+hand or tensor by tensor, not by the engine under test.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def build(
     allow_requantize: bool = False,
     layout: str = "k_b+v_b",
 ) -> Plan:
-    """What `quantkit build` does, in this process: ggml sorts its grids once for all tests."""
+    """`quantkit build` in this process, where ggml sorts its grids only once for all tests."""
     weights = None if imatrix is None else open_imatrix(str(imatrix))
     plan = make_plan(open_model(str(source), Options(layout, "deepseek-v3")), recipe, weights)
     ready = builds.prepare(plan, out, weights, split, allow_requantize=allow_requantize)
@@ -68,7 +68,7 @@ def build(
 
 @pytest.fixture(scope="module")
 def stock(tools: Tools, tiny_bf16: Path, tiny_imatrix: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """converter + llama-quantize, UD-IQ1_S: the reference."""
+    """The reference: UD-IQ1_S by the converter and llama-quantize."""
     out = tmp_path_factory.mktemp("stock") / "stock.gguf"
     return llama_quantize(tools, tiny_bf16, out, UD_IQ1_S, "IQ1_S", tiny_imatrix)
 
@@ -247,7 +247,7 @@ def test_float_types(tools: Tools, tiny_bf16: Path, tmp_path: Path, type_: str) 
 
 
 def test_requantize(tools: Tools, tiny_bf16: Path, tmp_path: Path) -> None:
-    """Q8_0 to a mix with Q8_0 in it: some tensors are copied, others dequantized first."""
+    """From Q8_0 to a mix that includes Q8_0: some tensors are copied, others dequantized first."""
     source = llama_quantize(tools, tiny_bf16, tmp_path / "source.gguf", ".*=q8_0", "Q8_0")
     stock = llama_quantize(
         tools, source, tmp_path / "stock.gguf", "exps=q4_K\n.*=q8_0", "Q4_K_S", None, "--allow-requantize"
@@ -298,7 +298,7 @@ def perplexity(tools: Tools, model: Path, folder: Path) -> float:
     text = folder / "text.txt"
     text.write_text("The bits go where they matter, and every token passes through the shared expert. " * 80)
     command = [str(tools.perplexity), "-m", str(model), "-f", str(text), "-c", "128", "--chunks", "8", "-t", "2"]
-    for _ in range(5):  # it loses the last of its output on a busy machine: one chunk of eight is enough
+    for _ in range(5):  # it loses the end of its output on a busy machine; one chunk of eight is enough
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
         assert done.returncode == 0, done.stderr[-2000:]
         m = re.search(r"\[4\]([0-9.]+),", done.stdout + done.stderr)
@@ -309,16 +309,16 @@ def perplexity(tools: Tools, model: Path, folder: Path) -> float:
 
 @pytest.mark.parametrize("layout", ["k_b+v_b", "kv_b"])
 def test_llama_cpp_runs_it(tools: Tools, tiny_v3: Path, tiny_bf16: Path, tmp_path: Path, layout: str) -> None:
-    """Both layouts of MLA are the model that the converter's file is."""
+    """Both layouts of MLA give the same model as the converter's file."""
     out = tmp_path / "ours.gguf"
     build(tiny_v3, out, uniform("BF16", "BF16"), layout=layout)
-    # the layouts order the same sums differently, and round keys and values to F16 at other places
+    # the layouts order the same sums differently, and round keys and values to F16 in different places
     assert perplexity(tools, out, tmp_path) == pytest.approx(perplexity(tools, tiny_bf16, tmp_path), rel=0.01)
 
 
-#: of a fake, in sh: what --help is asked for
+#: in sh, for a fake binary: answers --help
 ITS_HELP = '[ "$1" = --help ] && echo --tensor-type-file && exit 1'
-#: in sh: what llama-quantize would read, and write
+#: in sh: find the files that llama-quantize would read and write
 FILES = "for a; do case $a in *piece.gguf|*bf16.gguf) in=$a;; *made.gguf|*.whole) out=$a;; esac; done"
 
 
@@ -384,7 +384,7 @@ def test_a_binary_that_does_something_else_is_caught(
 
 @pytest.mark.parametrize("engine", ["native", "llama-quantize"])
 def test_metadata_of_a_recipe_equals_override_kv(tools: Tools, tiny_bf16: Path, tmp_path: Path, engine: str) -> None:
-    """New keys, and one that is there already, which moves to the end."""
+    """New keys, and an existing one, which moves to the end."""
     overrides = {
         "general.author": "str:somebody: her work",
         "general.name": "str:Another",

@@ -1,4 +1,4 @@
-"""What is done with tensors that are whole on the disk: beside the syncing, and before the files are closed."""
+"""Work on tensors that are whole on disk: it runs beside the syncing, and before the files are closed."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Begun:
         self.build = UnfinishedBuild(b.out, self.ready.files, self.ready.identity, lambda: None)
         self.build.start(False, 1, lambda _name, _n: None)
         self.order: list[str] = []
-        """names of tensors that were whole, in the order in which `on_whole` ended"""
+        """names of whole tensors, in the order in which `on_whole` ended"""
 
     def make_all(self) -> None:
         layouts = tuple(layout for _, layout in self.ready.files)
@@ -52,8 +52,8 @@ def begun(tiny_v3: Path, tiny_imatrix: Path, tmp_path: Path) -> Iterator[Begun]:
 
 
 def test_no_sync_waits_for_what_is_done_with_a_whole_tensor(begun: Begun) -> None:
-    """All rows are synced and told of, and shards get their names, while the first tensor is still being copied; only
-    the end waits for that."""
+    """All rows are synced and recorded, and shards get their names, while the first tensor is still being copied; only
+    the end of the build waits for it."""
     let_go, in_time = threading.Event(), []
 
     def on_whole(name: str) -> None:
@@ -98,7 +98,7 @@ def test_a_build_that_ends_early_waits_too(begun: Begun) -> None:
 
 
 def test_what_fails_there_ends_the_build(begun: Begun) -> None:
-    """As it does in the thread that syncs: at the next row, or at the end."""
+    """The failure is raised like one in the syncing thread: at the next row, or at the end."""
 
     def on_whole(_name: str) -> None:
         raise MemoryError("no memory for the copy")

@@ -1,6 +1,6 @@
-"""The native engine: how work is cut, that the cut does not show in the bytes, and how it fails.
+"""The native engine: how work is cut, that the cut does not affect the bytes, and how it fails.
 
-What it makes is compared with the real llama.cpp tools in test_differential.py.
+Its output is compared with the real llama.cpp tools in test_differential.py.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from quantkit.model.open import open_model
 from quantkit.planning.plan import ImatrixStatus, Plan, Planned, make_plan, types_asked
 from quantkit.recipe.load import Recipe
 
-#: a type with and one without an imatrix, floats, a fallback (attn_k_b), and the routed experts' own
+#: a type that uses an imatrix and one that does not, floats, a fallback (attn_k_b), and the routed experts' type
 MIX = rules(
     'match: "*_exps.weight", type: IQ2_XXS',
     'match: "{token_embd,output}.weight", type: F16',
@@ -86,7 +86,7 @@ def data_of(path: Path) -> dict[str, bytes]:
 
 
 def slabs(planned: Planned, *slab_values: int) -> list[Slab]:
-    """Those of all parts of a tensor."""
+    """The slabs of all parts of a tensor."""
     return [slab for piece in pieces_of([planned]) for slab in slabs_of(piece, *slab_values)]
 
 
@@ -97,7 +97,7 @@ def planned(shape: tuple[int, ...], parts: tuple[Part, ...], type_: str = "F32")
 
 @st.composite
 def stacked(draw: st.DrawFn) -> Planned:
-    """A tensor of one to three dimensions, its rows made of parts that need not end where experts do."""
+    """A tensor of one to three dimensions, whose rows come from parts that need not end where experts do."""
     n_cols, n_dims = draw(st.integers(1, 50)), draw(st.integers(1, 3))
     shape = (n_cols, *(draw(st.integers(1, 20)) for _ in range(n_dims - 1)))
     left = math.prod(shape[1:])
@@ -128,7 +128,7 @@ def test_slabs_cover_every_row_once(work: Planned, slab_values: int) -> None:
     for s in cut:
         assert s.planned == work
         assert s.part in tensor.parts
-        # at least a row, at most slab_values where a row is no longer than that
+        # at least one row, and at most slab_values unless a single row is longer
         assert 1 <= s.n_rows <= max(1, slab_values // tensor.n_cols)
         if len(tensor.shape) == 3:
             assert s.out_row // tensor.shape[1] == (s.out_row + s.n_rows - 1) // tensor.shape[1]
@@ -137,7 +137,7 @@ def test_slabs_cover_every_row_once(work: Planned, slab_values: int) -> None:
 @settings(max_examples=400)
 @given(work=stacked(), slab_values=st.integers(1, 1000))
 def test_slabs_are_as_large_as_they_may_be(work: Planned, slab_values: int) -> None:
-    """Each ends for a reason: its size, its part, or its expert."""
+    """Each slab ends because of its size, its part, or its expert."""
     tensor = work.tensor
     step = max(1, slab_values // tensor.n_cols)
     for s in slabs(work, slab_values):
@@ -186,7 +186,7 @@ def test_shards_hold_the_same_bytes(tiny_v3: Path, tiny_imatrix: Path, made: Pat
 
 
 def stored(folder: Path) -> dict[str, Any]:
-    """All tensors of a checkpoint, as safetensors reads them."""
+    """All tensors of a checkpoint, read by safetensors."""
     return {k: v for path in sorted(folder.glob("*.safetensors")) for k, v in load_file(path).items()}
 
 
@@ -201,7 +201,7 @@ def weight(tensors: dict[str, Any], name: str) -> npt.NDArray[np.float32]:
 
 
 def test_every_tensor_is_made_of_its_weights(tiny_v3: Path, tiny_imatrix: Path, made: Path) -> None:
-    """Put together from the checkpoint in the plainest way, a tensor at a time."""
+    """Assembled from the checkpoint in the simplest way, tensor by tensor."""
     tensors, got = stored(tiny_v3), data_of(made)
     imatrix = open_imatrix(str(tiny_imatrix))
     rotary = "model.layers.1.self_attn."
@@ -227,7 +227,7 @@ def test_every_tensor_is_made_of_its_weights(tiny_v3: Path, tiny_imatrix: Path, 
     # kv_b, [heads * (64 nope + 64 v), 256], is split by head; the k half is transposed
     heads = weight(tensors, rotary + "kv_b_proj.weight").reshape(2, 128, 256)
     k_b = np.ascontiguousarray(heads[:, :64].transpose(0, 2, 1))
-    # one count for all heads: each still has its own part of the entry
+    # one count for all heads, but each has its own part of the entry
     each = [imatrix.weights("blk.1.attn_k_b.weight", h, 64) for h in range(2)]
     assert got["blk.1.attn_k_b.weight"] == b"".join(
         kernels.quantize(k_b[h], "Q5_0", each[h]).tobytes() for h in range(2)
@@ -249,7 +249,7 @@ ALREADY = rules('match: "blk.*", type: Q4_K', 'match: "output.weight", type: Q6_
 
 
 def gguf_source(path: Path) -> dict[str, npt.NDArray[np.uint8]]:
-    """A GGUF whose tensors are quantized already, one to random blocks of a finite scale."""
+    """A GGUF with already quantized tensors, one of random blocks with a finite scale."""
     rng = np.random.default_rng(3)
     rows = rng.standard_normal((64, 256)).astype(np.float32)
     random = rng.integers(0, 256, (64, 210), dtype=np.uint8)
@@ -273,7 +273,7 @@ def gguf_source(path: Path) -> dict[str, npt.NDArray[np.uint8]]:
 
 @pytest.mark.parametrize("slab_values", [1 << 20, 1000])
 def test_a_tensor_that_has_its_type_already_is_copied(tmp_path: Path, slab_values: int) -> None:
-    """Even blocks that no quantizer would make; the others are dequantized and quantized again."""
+    """Even blocks that no quantizer would make are copied; the others are dequantized and quantized again."""
     blobs = gguf_source(tmp_path / "in.gguf")
     build(tmp_path / "in.gguf", tmp_path / "out.gguf", ALREADY, slab_values=slab_values, allow_requantize=True)
     got = data_of(tmp_path / "out.gguf")
@@ -317,7 +317,7 @@ def test_progress_counts_every_element_once(tiny_v3: Path, tiny_imatrix: Path, t
 
 
 def fails(source: Path, folder: Path, error: type[QuantkitError], **more: Any) -> str:
-    """The message of a build that fails; nothing of it is left but what the next one goes on with."""
+    """The error message of a failing build; nothing is left of it except what the next build resumes from."""
     (folder / "out").mkdir()
     with pytest.raises(error) as e:
         build(source, folder / "out" / "m.gguf", **more)
@@ -332,7 +332,7 @@ EXPERT = "model.layers.1.mlp.experts.2.up_proj.weight"
 KV_B = "model.layers.2.self_attn.kv_b_proj.weight"
 
 NOT_FINITE = [
-    # stored tensor, byte, what is written there; tensor of the output, row and column of the stored one, value
+    # stored tensor, byte, value written there; output tensor, row and column of the stored one, value
     pytest.param(EXPERT, 7 * 256 + 9, b"\x7f", "blk.1.ffn_up_exps.weight", 7, 9, "nan", id="FP8, an expert"),
     pytest.param(EXPERT, 256 * 256 - 1, b"\xff", "blk.1.ffn_up_exps.weight", 255, 255, "nan", id="FP8, the last value"),
     pytest.param(KV_B, 3 * 256 + 200, b"\x7f", "blk.2.attn_k_b.weight", 3, 200, "nan", id="FP8, transposed"),
@@ -415,7 +415,7 @@ def test_a_full_disk_is_an_error_of_ours(tiny_v3: Path, tmp_path: Path, monkeypa
 
     def full(fd: int, data: Any, offset: int) -> int:
         calls["n"] += 1
-        if calls["n"] == 7:  # after the lock, the journal, the header and what is before in the file
+        if calls["n"] == 7:  # after the lock, the journal, the header and the earlier contents of the file
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return real(fd, data, offset)
 

@@ -1,4 +1,5 @@
-"""OUT.partial and caches that others have prepared: no file of a victim is written, nothing hangs, no foreign bytes.
+"""OUT.partial and caches prepared by an attacker: no victim's file is written, nothing hangs, no foreign bytes are
+used.
 
 Commands run in forked processes under a limit (evil.Scene), as root and as another user where the tests run as root.
 """
@@ -107,7 +108,7 @@ def test_a_journal_that_is_not_ours(scene: Scene, b: Builder, right: bytes, harm
 
 
 def test_a_journal_with_another_name(scene: Scene, b: Builder) -> None:
-    """A hard link of it: going on would append to the other."""
+    """A hard link to it: resuming would append to the other file."""
     b.stopped(N // 4)
     os.link(named(b, "journal"), scene.folder / "other")
     before = (scene.folder / "other").read_bytes()
@@ -124,7 +125,7 @@ def test_a_journal_with_another_name(scene: Scene, b: Builder) -> None:
 )
 @pytest.mark.parametrize("is_sound", [False, True])
 def test_a_data_file_that_is_not_ours(scene: Scene, b: Builder, right: bytes, harm: Harm, is_sound: bool) -> None:
-    """Also where it looks just as ours does: its rows are made again, in a file of ours."""
+    """Even if it looks exactly like ours: its rows are made again, in a file of our own."""
     b.stopped(N // 2)
     data = named(b, "m.gguf")
     if is_sound:
@@ -167,7 +168,7 @@ def test_something_else_in_place_of_the_folder(scene: Scene, b: Builder, harm: H
 
 @as_two_users
 def test_a_folder_of_another_user(scene: Scene, b: Builder, right: bytes) -> None:
-    """Whether it is empty or holds just what we had left there; the other way round too."""
+    """Whether it is empty or holds exactly what we had left there, and vice versa."""
     sentence = f"{b.folder}: belongs to {WHO}, not to you; have it moved away, or give another output"
     b.folder.mkdir()
     os.chown(b.folder, OTHER, OTHER)
@@ -182,7 +183,7 @@ def test_a_folder_of_another_user(scene: Scene, b: Builder, right: bytes) -> Non
     said = f"{b.folder}: belongs to root (user 0), not to you; have it moved away, or give another output"
     scene.refused(7, said, *build(b), user=OTHER)
     os.chown(b.out.parent, 0, 0)
-    # looking is allowed
+    # looking is permitted
     assert scene.run("status", b.out, user=OTHER).code == 0
     assert scene.run(*build(b)).code == 0
     assert b.out.read_bytes() == right
@@ -194,7 +195,7 @@ def test_nobody_else_may_write_into_the_folder(b: Builder, umask: int) -> None:
     try:
         b.stopped(N // 4)
         assert stat.S_IMODE(b.folder.stat().st_mode) & 0o022 == 0
-        b.folder.chmod(0o777)  # as older versions had it
+        b.folder.chmod(0o777)  # as older versions made it
         with pytest.raises(EnoughError):
             b.run(b.ready(), N // 4)
         assert stat.S_IMODE(b.folder.stat().st_mode) & 0o022 == 0
@@ -237,7 +238,7 @@ def test_a_data_file_that_is_swapped_while_the_build_runs(scene: Scene, b: Build
 def test_what_comes_to_the_outputs_name_while_the_build_runs(
     scene: Scene, b: Builder, what: str, force: bool, size: int | None
 ) -> None:
-    """It is not lost, but for a file with --force; what was built is kept, and gets its name by the same command."""
+    """It is not lost, except a file with --force; the build is kept, and the same command gives it its name later."""
     ready = b.ready(split_max_size=size, force=force)
     path = ready.files[-1][0]
 
@@ -268,12 +269,12 @@ def test_what_comes_to_the_outputs_name_while_the_build_runs(
     scene.require_untouched()
     path.unlink()
     n_values = b.ready(split_max_size=size).plan.n_elements
-    assert b.run(b.ready(split_max_size=size)) == n_values  # nothing was made again
+    assert b.run(b.ready(split_max_size=size)) == n_values  # nothing was made a second time
     assert path.read_bytes()[:4] == b"GGUF"
 
 
 def test_a_folder_that_is_swapped_while_the_build_runs(scene: Scene, b: Builder, right: bytes) -> None:
-    """The build goes on where it began; what has the folder's name now is another's, and stays."""
+    """The build continues where it began; the folder that now has its name is another's, and stays."""
 
     class Disturbed(NativeEngine):
         def run(self, work: Work) -> None:
@@ -290,7 +291,7 @@ def test_a_folder_that_is_swapped_while_the_build_runs(scene: Scene, b: Builder,
 
 @pytest.mark.parametrize("harm", [Scene.link, Scene.fifo, pytest.param(Scene.of_another, marks=as_two_users)])
 def test_a_finished_shard_that_is_swapped_between_builds(scene: Scene, b: Builder, harm: Harm) -> None:
-    """A victim's file under the name of one is neither padded nor moved, and a pipe is not waited for."""
+    """A victim's file under a shard's name is neither padded nor moved, and no one waits for a pipe."""
     b.stopped(int(0.8 * N), split_max_size=1 << 18)
     first = min(b.out.parent.glob("m-*.gguf"))
     first.unlink()
@@ -308,7 +309,7 @@ def test_a_finished_shard_that_is_swapped_between_builds(scene: Scene, b: Builde
 
 
 def test_a_finished_shard_with_another_name(scene: Scene, b: Builder, tmp_path: Path) -> None:
-    """A hard link of it, as `cp -l` makes a backup, is not changed when the shard turns out to be damaged."""
+    """A hard link to it, such as a backup by `cp -l`, stays unchanged when the shard turns out to be damaged."""
     whole = Builder(b.source, b.imatrix, tmp_path / "m.gguf")
     whole.run(whole.ready(split_max_size=1 << 18))
     b.stopped(int(0.8 * N), split_max_size=1 << 18)
@@ -326,7 +327,7 @@ def test_a_finished_shard_with_another_name(scene: Scene, b: Builder, tmp_path: 
 
 @pytest.mark.parametrize("harm", [Scene.link, Scene.fifo])
 def test_finished_shards_of_an_abandoned_build(scene: Scene, b: Builder, harm: Harm) -> None:
-    """Another's thing under the name of one stays, and is not waited for."""
+    """Someone else's file under a shard's name stays, and no one waits for it."""
     b.stopped(int(0.8 * N), split_max_size=1 << 18)
     first = min(b.out.parent.glob("m-*.gguf"))
     first.unlink()
@@ -363,7 +364,7 @@ def test_a_journal_that_names_files_elsewhere(scene: Scene, b: Builder, name: st
 @pytest.mark.tools
 @pytest.mark.parametrize("mode", [0o755, 0o777])
 def test_llama_quantize_where_others_may_write(scene: Scene, b: Builder, right: bytes, tools: Tools, mode: int) -> None:
-    """It gets the scratch folder by its descriptor where its name could be taken from it."""
+    """It gets the scratch folder by its descriptor if someone else could take the name."""
     b.out.parent.chmod(mode)
     more = ("--engine", "llama-quantize", "--llama-quantize", tools.quantize)
     done = scene.run(*build(b, *more))
@@ -387,7 +388,7 @@ def cache(scene: Scene, b: Builder) -> Path:
 
 
 def with_cache(scene: Scene, b: Builder, cache: Path, right: bytes, user: int | None = None) -> list[str]:
-    """A build with a cache makes the right file whatever the cache is; its warnings."""
+    """Assert that a build with a cache makes the right file, whatever the cache is; returns its warnings."""
     done = scene.run(*build(b, "--cache", cache), user=user)
     assert done.code == 0, done.err
     assert b.out.read_bytes() == right
@@ -452,7 +453,7 @@ def test_an_entry_that_is_something_else(scene: Scene, b: Builder, cache: Path, 
     what = "a FIFO" if harm is Scene.fifo else "a symbolic link"
     said = f"{path}: is {what}, not a file that quantkit made; move it away and try again"
     assert with_cache(scene, b, cache, right) == [f"not all of the cache {cache} could be used: {said}"]
-    # a file has its place now
+    # now a file is in its place
     assert with_cache(scene, b, cache, right) == []
 
 
@@ -468,7 +469,7 @@ def test_digests_that_are_something_else(scene: Scene, b: Builder, cache: Path, 
 
 
 def test_entries_behind_a_link_are_not_removed(scene: Scene, cache: Path) -> None:
-    """Nor files that have no entry's name, such as git's objects."""
+    """Nor are files that do not have an entry's name, such as git's objects."""
     key = "ab" + "0" * 62
     (scene.kept / key).write_bytes(SECRET)
     shutil.rmtree(cache / "objects" / "ab", ignore_errors=True)
@@ -494,7 +495,7 @@ def test_a_folder_with_objects_of_something_else(scene: Scene) -> None:
 
 
 def forged(path: Path, owner: int) -> None:
-    """Other bytes under an entry's key, with a right digest."""
+    """Write other bytes under an entry's key, with a valid digest."""
     raw = bytes(byte ^ 0x11 for byte in path.read_bytes()[: -_TRAILER.size])
     path.unlink()
     path.write_bytes(raw + _TRAILER.pack(hashlib.sha256(raw + path.name.encode()).digest(), len(raw), MAGIC))
@@ -530,14 +531,14 @@ def test_a_cache_that_another_user_put_where_all_may(scene: Scene, b: Builder, c
 
 
 def of_everyone(folder: Path) -> None:
-    """An output's folder that any user may write to."""
+    """Make an output folder that any user may write to."""
     folder.chmod(0o777)
 
 
 @as_two_users
 @pytest.mark.parametrize("umask", [0o002, 0o022])
 def test_a_cache_that_two_users_share(scene: Scene, b: Builder, right: bytes, umask: int) -> None:
-    """Its folder belongs to a group; each takes what the other has made, and each may add and remove."""
+    """Its folder belongs to a group; both users take each other's entries, and both may add and remove some."""
     cache = scene.folder / "cache"
     cache.mkdir()
     os.chown(cache, 0, OTHER)
@@ -571,7 +572,7 @@ def test_a_cache_that_two_users_share(scene: Scene, b: Builder, right: bytes, um
 @as_two_users
 def test_a_cache_that_may_only_be_read(scene: Scene, b: Builder, cache: Path, right: bytes) -> None:
     of_everyone(b.out.parent)
-    assert with_cache(scene, b, cache, right, user=OTHER) == []  # all there
+    assert with_cache(scene, b, cache, right, user=OTHER) == []  # everything was there
     path = entry(cache)
     path.unlink()
     said = f"{cache / 'tmp'}: Permission denied, the folder is root (user 0)'s"

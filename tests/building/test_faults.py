@@ -1,4 +1,4 @@
-"""tests/tools/faults.py, a little of it: a few kills, a few crashes, and that what it checks can fail."""
+"""A small part of tests/tools/faults.py: a few kills, a few crashes, and a test that its checks can fail."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_the_loss_of_power_finds_planted_defects(site: Site) -> None:
 
 
 def test_what_the_checks_are_for(site: Site) -> None:
-    """A whole name with other bytes, a rerun that quantizes again what the journal had, a traceback."""
+    """A complete name with other bytes, a rerun that quantizes rows the journal had, a traceback."""
     out = site.place()
     assert site.fork(out, ONE, "-q").code == 0
     raw = bytearray(out.read_bytes())
@@ -61,7 +61,7 @@ def test_what_the_checks_are_for(site: Site) -> None:
     out.unlink()
 
     log = str(site.folder / "log")
-    # well after the first rows are told of
+    # well after the first rows are recorded
     done = next(
         d for at in range(60, 200, 4)
         if (d := site.fork(out, ONE, "-q", root=str(out.parent), log=log, kill_at=at)).code in (0, -9)

@@ -1,4 +1,4 @@
-"""Builds whose source comes from the Hub shard by shard: the same bytes as from a folder, whatever happens between."""
+"""Builds with a source on the Hub, shard by shard: the same bytes as from a folder, whatever happens in between."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ RECIPE = ("-r", "UD-IQ1_S", "--pre", "deepseek-v3")
 
 @pytest.fixture(scope="session")
 def dealt(tiny_v3: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """tiny_v3 in five shards, no scale with its weight."""
+    """tiny_v3 in five shards, with no scale in the shard of its weight."""
     return reshard(tiny_v3, tmp_path_factory.mktemp("dealt") / "Tiny-V3", 5, deal=True)
 
 
@@ -35,7 +35,7 @@ def in_order(tiny_v3: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def expected(in_order: Path, tiny_imatrix: Path, quantkit: Run, tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """What is built from the folder."""
+    """The file built from the folder."""
     out = tmp_path_factory.mktemp("expected") / "m.gguf"
     assert quantkit("build", in_order, "-o", out, *RECIPE, "--imatrix", tiny_imatrix, "-q").returncode == 0
     return out.read_bytes()
@@ -70,12 +70,12 @@ class Builds:
         return subprocess.Popen(args, cwd=self.folder, env=env, stdout=pipe, stderr=pipe, text=True)
 
     def look(self) -> None:
-        """Count the shards that are there, whole or not."""
+        """Count the shards that are there, complete or not."""
         if self.source.is_dir():
             self.most_files = max(self.most_files, len(os.listdir(self.source)))
 
     def shards(self, n: int, **what: Any) -> Fault:
-        """What goes wrong with the n-th shard, after its header has been read."""
+        """Plan a fault for the n-th shard, after its header was read."""
         return Fault(f"/me/Tiny-V3/model-{n:05d}-*", host="cdn", **({"after": 1} | what))
 
 
@@ -134,8 +134,8 @@ def test_after_kill_9_the_same_command_goes_on(builds: Builds, keep: str, in_ord
     assert "continuing the build" in ran.stdout or keep == "3"
     assert builds.out.read_bytes() == expected
     again = builds.hub.sent("*.safetensors") - before
-    # with one at a time four shards were done and gone, of which one has a weight whose scales are in the last; with
-    # three, those that were whole are not fetched again
+    # with one at a time, four shards were done and removed, and one of these has a weight with scales in the last
+    # shard; with three, complete ones are not fetched again
     assert again < shard_bytes(in_order) * 2.5 / 5
 
 

@@ -1,4 +1,4 @@
-"""`build --restart` in other shards: the finished ones of the abandoned build go, and nothing else."""
+"""`build --restart` with other shards: the finished ones of the abandoned build are removed, and nothing else."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def finals(b: Builder) -> list[str]:
 
 
 def beside(b: Builder, folder: Path) -> dict[str, bytes]:
-    """The files of a build that nothing came before."""
+    """The files of a build without a predecessor."""
     folder.mkdir()
     alone = Builder(b.source, b.imatrix, folder / "m.gguf")
     alone.run(alone.ready(split_max_size=LARGE))
@@ -63,7 +63,7 @@ def test_they_are_gone_when_the_new_build_is_stopped_too(b: Builder) -> None:
 
 
 def change_weights(path: Path, _folder: Path) -> None:
-    """Another model's shard of the same name, tensors and length."""
+    """A shard of another model with the same name, tensors and length."""
     raw, start = path.read_bytes(), read_header(path).data_offset
     path.write_bytes(raw[:start] + bytes(byte ^ 0x55 for byte in raw[start:]))
 
@@ -92,7 +92,7 @@ def test_what_is_not_its_own_stays(b: Builder, tmp_path: Path, change: Callable[
 
 
 def test_files_of_other_names_stay(b: Builder) -> None:
-    """Shards of other counts and other prefixes, whatever is in them."""
+    """Shards of other counts and other prefixes, whatever they contain."""
     first = b.out.parent / finals(b)[0]
     others = [first.with_name(n) for n in ("m-00001-of-00099.gguf", "x-00001-of-00003.gguf", f"{first.name}.bak")]
     for path in others:

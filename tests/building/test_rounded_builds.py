@@ -1,5 +1,5 @@
-"""Builds that round otherwise than ggml: the same bytes however they are made, of ggml's sizes, lower in output error,
-and not to be taken for another build's."""
+"""Builds with a rounding other than ggml's: the same bytes however they are made, ggml's sizes, a lower output error;
+and no mix-up with other builds."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_the_same_bytes_with_any_kernels(
 
 
 def test_the_tensors_have_the_stock_files_sizes_and_places(rounded: Path, stock: Path) -> None:
-    """The header alone is longer, by what it says of the rounding."""
+    """Only the header is longer, by its record of the rounding."""
     a, b = read_header(rounded), read_header(stock)
     assert [(t.name, t.type, t.shape, t.nbytes, t.offset - a.data_offset) for t in a.tensors] == [
         (t.name, t.type, t.shape, t.nbytes, t.offset - b.data_offset) for t in b.tensors
@@ -178,7 +178,7 @@ def test_what_is_not_to_be_rounded_is_ggmls(made: Plan, rounded: Path, stock: Pa
     for name in same:
         assert blocks(rounded, name) == blocks(stock, name), name
     assert blocks(rounded, UP) != blocks(stock, UP)
-    # of the experts' ffn_down, those that saw too little
+    # the matrices of the experts' ffn_down that saw too little
     ours, theirs = (np.frombuffer(blocks(f, DOWN), np.uint8).reshape(4, -1) for f in (rounded, stock))
     assert [bool((a == b).all()) for a, b in zip(ours, theirs, strict=True)] == [False, True, True, False]
 
@@ -186,7 +186,7 @@ def test_what_is_not_to_be_rounded_is_ggmls(made: Plan, rounded: Path, stock: Pa
 def test_a_held_out_covariance_judges(
     tiny_v3: Path, tiny_imatrix: Path, tiny_covariance: Path, rounded: Path, stock: Path, tmp_path: Path
 ) -> None:
-    """One in which other columns matter than those it is rounded by: most rows stay ggml's."""
+    """The held-out covariance weighs other columns than the one used for rounding: most rows stay ggml's."""
     folder = Path(shutil.copytree(tiny_covariance, tmp_path / "cov"))
     inside = Path(shutil.copytree(tiny_covariance, folder / "held-out"))
     for file in inside.glob("*.npy"):
@@ -280,7 +280,7 @@ def test_killed_and_gone_on_with(
     ]
     words += ["--covariance", tiny_covariance, "-o", out, "-t", 1, "-q"]
     command = [sys.executable, "-m", "quantkit", *map(str, words)]
-    env = os.environ | {"QUANTKIT_COMMIT_SECONDS": "0.01", "QUANTKIT_KERNELS": "ggml"}  # slower ones, of the same bytes
+    env = os.environ | {"QUANTKIT_COMMIT_SECONDS": "0.01", "QUANTKIT_KERNELS": "ggml"}  # slower kernels, same bytes
     process = subprocess.Popen(command, env=env, cwd=tempfile.gettempdir())
     journal = tmp_path / "m.gguf.partial" / "journal"
     while process.poll() is None and not (journal.exists() and journal.read_bytes().count(b"\n") > 2):

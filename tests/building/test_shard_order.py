@@ -1,4 +1,4 @@
-"""Shards that come and go: in which order, how many at a time, and what ends early."""
+"""Shards that come and go: their order, how many at a time, and early ends."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from quantkit.model.catalogue import Part, SourceTensor, Tensor, is_quantizable,
 from quantkit.model.sources.shard_store import Limits
 from quantkit.planning.plan import ImatrixStatus, Planned
 
-#: of R1's shards, those of a layer are three or four
+#: a layer of R1 spans three or four of its shards
 R1_SHARD_BYTES = 4_300_000_000
 
 
@@ -80,15 +80,15 @@ def test_everything_is_made_once_from_what_is_there(
     n_visits = len(order)
     assert n_visits <= 2 * len({visit.shard for visit in order})
     if max_held == 100 and sum(w.nbytes for w, _ in tensors.values()) <= 100:
-        assert n_visits == len({visit.shard for visit in order})  # with memory enough, no shard comes twice
+        assert n_visits == len({visit.shard for visit in order})  # with enough memory, no shard comes twice
     if n_visits == len({visit.shard for visit in order}) and max_held == 100:
         there = [visit.shard in first for visit in order]
-        assert there == sorted(there, reverse=True)  # what is there already is not waited for
+        assert there == sorted(there, reverse=True)  # shards that are already there come first
 
 
 def deepseek_r1() -> tuple[list[list[str]], dict[str, tuple[SourceTensor, SourceTensor | None]], dict[str, int]]:
-    """Layers 3 to 9 of R1 in the order of its checkpoint, cut into shards wherever one is full, between a weight and
-    its scales too; the experts' tensors only."""
+    """Layers 3 to 9 of R1 in the order of its checkpoint, cut into shards wherever one is full, even between a weight
+    and its scales; only the experts' tensors."""
     stored: list[tuple[str, int]] = []
     outputs = []
     for layer in range(3, 10):
@@ -117,7 +117,7 @@ def test_of_deepseek_r1_no_shard_comes_twice_with_one_at_a_time() -> None:
     assert [visit.shard for visit in order] == sorted(sizes)
     assert Limits(1).most([sizes[v.shard] for v in order]) <= R1_SHARD_BYTES
     assert most_held(order, lambda name: tensors[name][0].nbytes if name in tensors else 3584) < 30_000_000
-    # a layer's tensors are whole when its last shard has been visited
+    # a layer's tensors are complete when its last shard has been visited
     last = {}
     for i, visit in enumerate(order):
         for piece in visit.pieces:
@@ -136,7 +136,7 @@ def test_how_much_is_on_the_disk_at_a_time() -> None:
 
 
 class Shelf:
-    """A store that fetches nothing: who is there, and how many at most."""
+    """A store that fetches nothing, but records which shards are there, and how many at most."""
 
     def __init__(self, fails_at: str = "") -> None:
         self.there: list[str] = []
@@ -173,7 +173,7 @@ class Shelf:
 def work_through(
     shelf: Shelf, order: list[Visit], limits: Limits, n_threads: int, do: Callable[[Piece], None]
 ) -> list[int]:
-    """Every piece is done by threads; the numbers of pieces that were durable at each commit."""
+    """Let threads do every piece; returns how many pieces were durable at each commit."""
     done, lock, commits = 0, threading.Lock(), list[int]()
     window: Window[Piece] = Window(shelf, order, limits, lambda: commits.append(done))
 
@@ -214,7 +214,7 @@ def test_a_window_has_no_more_than_allowed_and_drops_what_is_durable(
     assert shelf.held == set()
     n_dropped = sum(one.startswith("-") for one in shelf.log)
     assert len(commits) == n_dropped
-    for i, n in enumerate(commits):  # the rows of a shard were told of before it went
+    for i, n in enumerate(commits):  # a shard's rows were recorded before it was removed
         assert n >= sum(len(visit.pieces) for visit in order[: i + 1])
 
 

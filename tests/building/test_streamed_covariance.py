@@ -1,4 +1,4 @@
-"""Second moments computed while a build goes on: the bytes of the two commands, however often it is killed."""
+"""Second moments computed during a build: the same bytes as by two commands, however often it is killed."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ THREADS = Options(n_threads=1)
 
 
 class World:
-    """An importance matrix, a covariance and a text of one model, and what is built with them."""
+    """An importance matrix, a covariance and a text of one model, and builds with them."""
 
     def __init__(self, folder: Path, v3: Path) -> None:
         self.folder, self.v3 = folder, v3
@@ -93,7 +93,7 @@ def one_pass(world: World) -> Path:
 
 
 def test_the_bytes_of_the_two_commands(world: World, one_pass: Path) -> None:
-    """Experts that saw too few tokens among them, which only the pass knows."""
+    """With experts that saw too few tokens, which only the pass knows."""
     ours, theirs = data(one_pass), data(world.two_steps)
     assert ours == theirs
     lines = [str(line) for line in _listed(world.two_steps)]
@@ -129,8 +129,8 @@ def test_what_the_file_says_of_itself(world: World, one_pass: Path) -> None:
 def test_killed_while_a_layer_is_there_and_gone_on_with(
     n_layers: int, world: World, one_pass: Path, tmp_path: Path
 ) -> None:
-    """By SIGKILL, when so many layers were done with and the next one's second moments are on the disk."""
-    # slower kernels, of the same bytes
+    """By SIGKILL, after this number of layers, while the next layer's second moments are on the disk."""
+    # slower kernels, same bytes
     env = os.environ | {"QUANTKIT_COMMIT_SECONDS": "0.01", "QUANTKIT_KERNELS": "ggml"}
     for attempt in range(10):  # this process may be late: then the layer is gone, or the build is done
         out = tmp_path / f"{attempt}.gguf"
@@ -159,7 +159,7 @@ def test_one_layer_is_on_the_disk_at_a_time(world: World, tmp_path: Path) -> Non
         seen.append(number)
     assert seen == [0, 1, 2]
     assert list((tmp_path / "layers").iterdir()) == []
-    # of a layer that was done with, rows are asked for again
+    # a finished layer is computed again when its rows are asked for
     assert list(source.layers(tmp_path, [n for n in names if n.startswith("blk.1.")], lambda _what: None)) == [1]
 
 
@@ -200,7 +200,7 @@ def test_verified_with_a_covariance_of_the_same_text(world: World, one_pass: Pat
 
 
 def test_attested(world: World, tmp_path: Path, quantkit: Run) -> None:
-    """With the text's digest; and verified by the statement, with the covariance of the same text."""
+    """The text's digest is attested; the statement, with the covariance of the same text, verifies the file."""
     out, statement = tmp_path / "m.gguf", tmp_path / "build.json"
     done = quantkit(*world.command(out, "--attest", statement)[3:])
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""Builds that end early and go on: the journal, what is kept and what is not, and whose build it is."""
+"""Builds that end early and resume: the journal, what is kept and what is not, and whose build it is."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_a_builds_journal_comes_back(tmp_path: Path) -> None:
 
 
 def test_a_journal_of_another_version(tmp_path: Path) -> None:
-    """2, of before dequant and split shared it, and one of the future."""
+    """Version 2, from before dequant and split shared it, and a future one."""
     for version in (2, 99):
         text = b'{"quantkit-journal": %d, "started": "", "identity": {}, "files": [], "tensors": []}' % version
         (tmp_path / "journal").write_bytes(b"%s %08x\n" % (text, zlib.crc32(text)))
@@ -99,7 +99,7 @@ def test_going_on_gives_the_same_bytes(b: Builder, undisturbed: bytes, after: in
     ready = b.ready()
     assert ready.begun is not None
     kept = b.run(ready)
-    assert kept >= begun - SLAB * 2  # what was at work when it ended
+    assert kept >= begun - SLAB * 2  # all but the slabs in progress when it ended
     assert kept + b.quantized == ready.plan.n_elements
     assert b.out.read_bytes() == undisturbed
     assert [p.name for p in b.out.parent.iterdir()] == ["m.gguf"]
@@ -287,12 +287,12 @@ def test_a_journal_of_another_run(b: Builder, tmp_path: Path) -> None:
 
 
 def test_the_metadata_that_changed_is_named(tiny_v3: Path, tiny_imatrix: Path, tmp_path: Path, quantkit: Run) -> None:
-    """general.name is the folder's: to rename it changes the file that would be made."""
+    """general.name is the folder's name: renaming the folder changes the file."""
     source = Path(shutil.copytree(tiny_v3, tmp_path / "Tiny-V3"))
     b = Builder(source, tiny_imatrix, tmp_path / "m.gguf")
     b.stopped(N // 4)
     said = [line for line in quantkit("status", b.out).stdout.splitlines() if line.startswith("  metadata")]
-    assert len(said) == 1  # not every key
+    assert len(said) == 1  # not every key is listed
     b.source = source.rename(tmp_path / "Tiny-V4")
     with pytest.raises(ResumeError) as e:
         b.ready()
@@ -320,7 +320,7 @@ def test_differences_of_metadata(tiny_v3: Path) -> None:
         f"metadata tokenizer.ggml.tokens was 2 values ({identity.short(tokens.payload)}), "
         f"is 2 values ({identity.short(others.payload)})"
     )
-    # another order, another type of the same value, and a journal without the keys: only the whole differs
+    # another order, another type of the same value, and a journal without keys: only `metadata` as a whole differs
     as_u64 = of(kv("a", U32, 0)), of(kv("a", U64, 0))
     without = {k: v for k, v in was.items() if not k.startswith("metadata ")}
     for one, two in ((was, of(long, name, tokens)), as_u64, (without, of(name))):
@@ -343,7 +343,7 @@ def test_a_source_that_changes_during_the_build(tiny_v3: Path, tiny_imatrix: Pat
 def test_nothing_made_of_a_changed_source_is_kept(
     tiny_v3: Path, tiny_imatrix: Path, tmp_path: Path, undisturbed: bytes
 ) -> None:
-    """Put back with its time, a source is what it was for the identity: only the journal can know better."""
+    """A source restored with its time has the same identity: only the journal can know better."""
     b = Builder(Path(shutil.copytree(tiny_v3, tmp_path / "Tiny-V3")), tiny_imatrix, tmp_path / "m.gguf")
     ready = b.ready()
     t = open_checkpoint(b.source).tensors["lm_head.weight"]
@@ -423,7 +423,7 @@ def test_shards_with_names_need_no_room_again(b: Builder, monkeypatch: pytest.Mo
     b.stopped(int(0.8 * N), split_max_size=1 << 18)
     assert list(b.out.parent.glob("m-*.gguf"))
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: shutil._ntuple_diskusage(1 << 30, 1 << 30, 0))
-    assert b.ready(split_max_size=1 << 18).begun is not None  # what has no name yet has its space reserved
+    assert b.ready(split_max_size=1 << 18).begun is not None  # files without their names have reserved their space
 
 
 def test_rows_that_no_engine_wrote(b: Builder) -> None:
@@ -465,7 +465,7 @@ def command(b: Builder, *options: str) -> list[str]:
 
 @pytest.fixture
 def slow(b: Builder, tmp_path_factory: pytest.TempPathFactory) -> Builder:
-    """A build that takes some seconds."""
+    """A build that takes a few seconds."""
     b.source = factory.checkpoint(tmp_path_factory.mktemp("slow") / "S", {**factory.TINY_V3, "vocab_size": 16384})
     b.imatrix = factory.imatrix_for(open_model(str(b.source), OPTIONS), b.source.parent / "imatrix.gguf")
     (b.out.parent.parent / "r.yaml").write_text(
@@ -525,7 +525,7 @@ def test_killed_and_gone_on_with(slow: Builder, quantkit: Run) -> None:
 
 
 def test_status_of_a_strangers_journal(quantkit: Run, tmp_path: Path) -> None:
-    """Whatever another user has it say, it is shown a line for each thing, or called damaged."""
+    """Whatever another user puts into it, each item is shown on one line, or it is called damaged."""
     (tmp_path / "m.gguf.partial").mkdir()
     sound: dict[str, Any] = {
         "quantkit-journal": 3, "of": "build", "started": "now", "identity": {}, "files": [["m.gguf", 1]],

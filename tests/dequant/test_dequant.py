@@ -1,4 +1,5 @@
-"""quantkit dequant: bits against torch, the shape of the output directory, and going on after an interruption."""
+"""quantkit dequant: bits compared with torch, the layout of the output directory, and resuming after an
+interruption."""
 
 from __future__ import annotations
 
@@ -55,7 +56,7 @@ CODES = [c for c in range(256) if c & 0x7F != 0x7F]
 
 
 def reference(folder: Path, dtype: torch.dtype = torch.bfloat16, block: tuple[int, int] = (128, 128)) -> dict[str, Any]:
-    """What torch makes of a checkpoint: weight.float() * scale, rounded."""
+    """Dequantize a checkpoint by torch: weight.float() * scale, rounded."""
     out = {}
     stored = load(folder)
     for name, tensor in stored.items():
@@ -77,7 +78,7 @@ def snapshot(folder: Path) -> dict[str, bytes]:
 def one_weight(
     folder: Path, codes: np.ndarray, scale: Any, block: tuple[int, int] = (128, 128), config: Mapping[str, Any] = {}
 ) -> Path:
-    """A checkpoint of one FP8 weight `w` and its scales, a torch tensor or float32 values."""
+    """Write a checkpoint of one FP8 weight `w` and its scales, a torch tensor or float32 values."""
     folder.mkdir(parents=True, exist_ok=True)
     if not isinstance(scale, torch.Tensor):
         scale = torch.from_numpy(np.ascontiguousarray(scale, np.float32))
@@ -127,7 +128,7 @@ def finite_scales(n: int) -> np.ndarray:
     rng = np.random.default_rng(5)
     bits = rng.integers(0, 1 << 32, 4 * n, np.uint32)
     bits[: n // 4] &= 0x807FFFFF  # subnormal
-    bits[n // 4 : n // 2] &= 0xFFFF8000  # few bits: products that lie half-way between two BF16
+    bits[n // 4 : n // 2] &= 0xFFFF8000  # few bits: products half-way between two BF16 values
     values = bits.view(np.float32)
     values = values[np.abs(values) < 3.3e38 / 448][:n]
     values[:4] = [0.0, -0.0, 1.0, 2.0**-149]
@@ -150,7 +151,7 @@ def test_all_codes_with_scales_of_every_magnitude(
 
 @pytest.mark.parametrize("kernel", [*kernels.OWN, "ggml", "torch"])
 def test_all_codes_in_f16(tmp_path: Path, kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    # what is small becomes subnormal or zero, as in torch; 448 * 146.24 is the last that is finite
+    # small values become subnormal or zero, as in torch; 448 * 146.24 is the largest finite product
     exponents = np.random.default_rng(6).uniform(-40, 7, (4000, 1))
     scale = np.concatenate([np.exp2(exponents), [[146.24]]]).astype(np.float32)
     src = one_weight(tmp_path / "src", np.tile(np.array(CODES, np.uint8), (len(scale), 1)), scale, (1, 254))
@@ -199,7 +200,7 @@ def test_partial_blocks_whatever_the_slab(
 
 
 def ue8m0(folder: Path, scale: np.ndarray, as_u8: bool) -> Path:
-    """A weight of every code up to 1.0 with scales of these exponents, as F8_E8M0 or as plain bytes."""
+    """A weight of every code up to 1.0, with scales of these exponents, as F8_E8M0 or as plain bytes."""
     codes = np.array([c for c in CODES if c & 0x7F <= 0x38], np.uint8)
     scales = torch.from_numpy(scale.astype(np.uint8).reshape(-1, 1))
     if not as_u8:
@@ -264,7 +265,7 @@ def test_the_last_that_is_finite_is_not_refused(tmp_path: Path) -> None:
 
 
 def test_other_tensors_are_carried_over_bit_by_bit(tmp_path: Path) -> None:
-    """Of every dtype, NaN payloads included; an odd count of BF16 before F32, which must be aligned for readers."""
+    """Tensors of every dtype, NaN payloads included; an odd number of BF16 values before F32, which must be aligned."""
     src = one_weight(tmp_path / "src", np.full((3, 3), 0x38), np.ones((1, 1)))
     odd = torch.tensor([0x7FC1, 0x7F80, -1], dtype=torch.int16).view(torch.bfloat16)
     others = {
@@ -285,7 +286,7 @@ def test_other_tensors_are_carried_over_bit_by_bit(tmp_path: Path) -> None:
 
 
 def test_tensors_keep_the_order_of_the_source(tmp_path: Path) -> None:
-    """By file, then by name: so safetensors and the converter list them, however the shards are cut."""
+    """By file, then by name, as safetensors and the converter list them, however the shards are cut."""
     src = factory.checkpoint(tmp_path / "src", n_shards=1)
     want = list(reference(src))
     for size in (700_000, 3_000_000):
@@ -428,7 +429,7 @@ def test_space_is_checked_first(tiny_v3: Path, tmp_path: Path, monkeypatch: pyte
 
 
 def test_a_write_that_fails(tiny_v3: Path, tmp_path: Path) -> None:
-    """A limit on the size of files stands for a full disk: the same call fails."""
+    """A limit on file sizes stands for a full disk: the same call fails."""
     code = (
         "import resource, sys; n = int(sys.argv.pop(1)); resource.setrlimit(resource.RLIMIT_FSIZE, (n, n));"
         "from quantkit.cli import main; main()"
@@ -475,7 +476,7 @@ def test_r1_to_the_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         assert plan.tensor_bytes == want
         assert json.loads(plan.index or b"")["metadata"]["total_size"] == want
         assert all(0 < shard.tensor_bytes <= 5 * 10**9 for shard in plan.shards)
-        # no two neighbours would fit in one
+        # no two adjacent shards would fit in one
         sizes = [shard.tensor_bytes for shard in plan.shards]
         assert min(a + b for a, b in itertools.pairwise(sizes)) > 5 * 10**9
     usage = shutil.disk_usage(tmp_path)
@@ -502,7 +503,7 @@ def test_the_converter_makes_the_same_gguf(tools: Tools, tiny_v3: Path, tiny_bf1
 
 
 def test_memory_is_bounded(tmp_path: Path) -> None:
-    """One weight of 96 MB and another tensor of 64 MB: what a run adds to the process is a few slabs."""
+    """One weight of 96 MB and another tensor of 64 MB add only a few slabs to a process's memory."""
     codes = np.tile(np.array(CODES[:128], np.uint8), (12000, 64))
     src = one_weight(tmp_path / "src", codes, np.ones((94, 64)))
     save_file(
@@ -534,7 +535,7 @@ def test_memory_is_bounded(tmp_path: Path) -> None:
 
 # ---------------------------------------------------------------- going on after an interruption
 
-#: quantkit, but with a decoder that sends its own process a signal at the n-th slab
+#: quantkit with a decoder that sends its own process a signal at the n-th slab
 SIGNALLED = """
 import itertools, os, sys, time
 from quantkit.dequant import decode
@@ -555,7 +556,7 @@ main()
 def interrupted(src: Path, dst: Path, at: int, number: int, *options: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", SIGNALLED, str(at), str(int(number)), "dequant", str(src), str(dst)]
     command += ["-q", "-t", "1", "--shard-size", "1M", *options]
-    # not in the repository: there `quantkit` would be the source folder, without its compiled module
+    # not in the repository, where `quantkit` would be the source folder without its compiled module
     return subprocess.run(command, cwd=src.parent, capture_output=True, text=True, timeout=120, check=False)
 
 
@@ -582,7 +583,7 @@ def test_goes_on_where_it_was(tiny_v3: Path, tmp_path: Path, quantkit: Run, numb
     assert 0 < len(first) < len(every)
     parts = list(dst.glob(".*quantkit-part"))
     assert bool(parts) == (number == signal.SIGKILL)
-    # nothing takes it for a checkpoint
+    # no tool takes it for a checkpoint
     assert not (dst / "config.json").exists()
     assert not (dst / INDEX).exists()
     dry = quantkit("dequant", tiny_v3, dst, "--shard-size", "1M", "-n")
@@ -627,7 +628,7 @@ def test_with_other_settings_it_is_refused(v3: Path, tmp_path: Path, quantkit: R
     done = quantkit("dequant", v3, dst, "--shard-size", "1M")
     assert (done.returncode, "since which config.json of the source has another size" in done.stderr) == (13, True)
     assert snapshot(dst) == before
-    # started again, nothing of the first run is left
+    # after a new start, nothing of the first run is left
     done = quantkit("dequant", v3, dst, "--shard-size", "3M", "--dtype", "f16", "--restart", "-q")
     assert (done.returncode, done.stderr) == (0, "")
     assert snapshot(dst) == snapshot(dequant(v3, tmp_path / "other", "f16", 3_000_000))
@@ -641,7 +642,7 @@ def test_a_state_of_another_version(tiny_v3: Path, tmp_path: Path) -> None:
 
 
 def test_an_unfinished_run_of_an_older_quantkit(tiny_v3: Path, tmp_path: Path) -> None:
-    """One that kept its state as JSON."""
+    """It kept its state as JSON."""
     dst = tmp_path / "out"
     dst.mkdir()
     (dst / ".quantkit-dequant.json").write_text('{"source": {}, "makes": [], "finished": {}}')
@@ -702,7 +703,7 @@ def test_the_journal_tells_of_every_byte_of_each_finished_shard(tiny_v3: Path, t
     names = [shard.name for shard in plan_dequant(open_checkpoint(tiny_v3), DequantOptions(shard_size=10**6)).shards]
     told = told_in(dst)
     there = shards_of(dst)
-    # the last may have been told of, but not have its name yet
+    # the last one may be recorded, but not have its name yet
     assert len({r.part for r in told}) - len(there) in (0, 1)
     for name in there:
         raw, end = (dst / name).read_bytes(), 0

@@ -1,4 +1,4 @@
-"""A number of a header changed in its place or in a copy: the bytes of tensors stay, whatever keys there are."""
+"""Changing a number in a header, in place or in a copy: tensor bytes stay, whatever keys there are."""
 
 from __future__ import annotations
 

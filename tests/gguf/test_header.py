@@ -1,5 +1,5 @@
-"""The GGUF format: what we write we read, the `gguf` package reads it too, and so the other way round; what the format
-does not allow is refused in one sentence, each check against bytes written by hand."""
+"""The GGUF format: we read what we write, the `gguf` package reads it too, and vice versa; each thing the format
+forbids is refused in one sentence, checked on bytes written by hand."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def tensor_sets(draw: st.DrawFn) -> dict[str, tuple[tuple[int, ...], str, bytes]
 
 
 def stated(shape: Sequence[int]) -> tuple[int, ...]:
-    """A shape as a file states it: without trailing ones."""
+    """A shape as files state it: without trailing ones."""
     dims = list(shape)
     while len(dims) > 1 and dims[-1] == 1:
         dims.pop()
@@ -565,7 +565,7 @@ def test_any_damage_is_read_or_refused(
         assert says.isprintable()
     else:
         assert all(t.offset + t.nbytes <= header.file_bytes for t in header.tensors)
-        # whatever was accepted can be shown
+        # whatever was accepted can be displayed
         assert len([(decode(item), item.type == ARRAY and array_head(item)) for item in header.kvs]) == len(header.kvs)
 
 

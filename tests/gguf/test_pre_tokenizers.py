@@ -1,5 +1,5 @@
-"""The names of pre-tokenizers: those that the real llama.cpp loads a file with, and what is said of others; then
-options of a checkpoint's conversion that are given for a GGUF."""
+"""Names of pre-tokenizers: which the real llama.cpp loads, and the messages about others; and options of a checkpoint's
+conversion that are given for a GGUF."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from quantkit.model.families.tokenizer import PRE_TOKENIZERS
 from quantkit.model.open import open_model
 from quantkit.recipe.load import parse
 
-#: loads files with the library of the tools, and says of each whether that went well
+#: loads files with the library of the tools, and reports for each whether it loaded
 _LOAD = """
 import ctypes, sys
 class Params(ctypes.Structure):  # larger than llama_model_params: only what is passed on is read
@@ -45,7 +45,7 @@ for path in sys.argv[2:]:
 
 
 def with_pre(path: Path, out: Path, pre: str) -> Path:
-    """A copy of a GGUF with another pre-tokenizer."""
+    """Copy a GGUF with another pre-tokenizer."""
     header = read_header(path)
     kvs = [kv(PRE_KEY, STRING, pre) if item.key == PRE_KEY else item for item in header.kvs]
     infos = [(t.name, t.shape, t.type, t.offset - header.data_offset) for t in header.tensors]
@@ -55,7 +55,7 @@ def with_pre(path: Path, out: Path, pre: str) -> Path:
 
 @pytest.mark.tools
 def test_llama_cpp_loads_these_and_no_others(tools: Tools, tmp_path: Path) -> None:
-    """Every name, every one that the converter writes, and some that nobody knows, by the library itself."""
+    """Every known name, every name that the converter writes, and some unknown ones, by the library itself."""
     small = {**factory.TINY_LLAMA, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
     model = build_named(factory.dense_checkpoint(tmp_path / "m", small), tmp_path / "m.gguf", mixture("Q8_0"))
     (_, script), _ = toolchain.converter_command()
@@ -131,7 +131,7 @@ PAD = "tokenizer.ggml.padding_token_id"
 
 @pytest.mark.tools
 def test_a_gguf_gets_another_pre_tokenizer_and_padding(tools: Tools, tiny_bf16: Path, tmp_path: Path) -> None:
-    """By both engines, the same file: llama-quantize's of the source, but for these keys."""
+    """Both engines make the same file: llama-quantize's of the source, except for these keys."""
     options = Options(pre="deepseek-llm", pad_token="<think>")
     made = open_model(str(tiny_bf16), options)
     values = {item.key: decode(item) for item in made.kvs if item.key in (PRE_KEY, PAD)}
@@ -166,9 +166,9 @@ def test_on_the_command_line_too(quantkit: Run, sound: Path, tmp_path: Path) -> 
     assert not list(tmp_path.iterdir())
     explained = quantkit("recipe", "explain", "Q8_0", "output.weight", "--model", sound, "--layout", "kv_b")
     assert explained.returncode == 4
-    # the layout it has may be said, and the usual one need not be
+    # its own layout may be given, and the default need not be
     assert quantkit("fit", sound, "--vram", "24", "--layout", "k_b+v_b").returncode == 0
-    # models that stand for an arch have no layout to be asked for
+    # for models known only by their arch there is no layout to choose
     assert quantkit("recipe", "lint", "Q8_0", "--layout", "kv_b").returncode == 0
 
 

@@ -1,4 +1,4 @@
-"""Published files by the name of their quantization, as repositories lay them out."""
+"""Published files sorted by the name of their quantization, for every way that repositories lay them out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""split and merge: byte for byte what llama-gguf-split makes, the file as it was, and every shard that is refused."""
+"""split and merge: byte for byte like llama-gguf-split, lossless in both directions, and every refused shard set."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def run_tool(tools: Tools, *args: str | Path) -> subprocess.CompletedProcess[str
 # ---------------------------------------------------------------- against llama-gguf-split
 
 
-#: sums that are the limit of 1,000,000 exactly, or a block above it; sizes that need padding; a tensor above it
+#: sums exactly at the limit of 1,000,000, or a block above it; sizes that need padding; a tensor above the limit
 SIZES = (500_000, 500_000, 1_000_000, 32, 999_968, 1, 2_500_000, 999_937, 64, 999_905, 33, 700_000, 300_001, 5, 5, 5)
 
 
@@ -130,7 +130,7 @@ def test_shards_of_llama_quantize_keep_their_key_order_in_compat(tools: Tools, t
 
 @pytest.mark.tools
 def test_a_file_that_the_tool_merged(tools: Tools, tmp_path: Path) -> None:
-    """It has the split keys still, split.count 0. The tool splits it but does not merge it again."""
+    """It still has the split keys, with split.count 0. The tool splits it, but does not merge it again."""
     whole = sized_gguf(tmp_path / "whole.gguf", SIZES[4:])
     first = split(whole, tmp_path / "m", Limits(3))[0]
     merged = tmp_path / "merged.gguf"
@@ -192,7 +192,7 @@ def test_a_truncated_shard_which_the_tool_merges(tools: Tools, tmp_path: Path) -
 
 @pytest.mark.tools
 def test_one_shard_of_a_set_is_the_whole_model(tools: Tools, tmp_path: Path) -> None:
-    """The tool splits that shard alone."""
+    """The tool splits only that shard."""
     whole = sized_gguf(tmp_path / "whole.gguf", SIZES)
     first = split(whole, tmp_path / "m", Limits(5))[0]
     (tmp_path / "again").mkdir()
@@ -205,8 +205,8 @@ def test_one_shard_of_a_set_is_the_whole_model(tools: Tools, tmp_path: Path) -> 
 @pytest.mark.tools
 @pytest.mark.parametrize("alignment", [8, 64, 4096])
 def test_another_alignment(tools: Tools, tmp_path: Path, alignment: int) -> None:
-    """The tool copies the key and lays all shards out at 32, so that its first shard cannot be read (64, 4096).
-    Here the first shard, which has the key, is laid out by it, the others by the 32 that they are read with."""
+    """The tool copies the key but lays out all shards at 32, so its first shard is unreadable (64, 4096). quantkit lays
+    out the first shard, which has the key, by the key, and the others by 32, as they are read."""
     from gguf import GGUFReader
 
     kvs = [*KVS, kv("general.alignment", U32, alignment)]
@@ -230,7 +230,7 @@ def test_another_alignment(tools: Tools, tmp_path: Path, alignment: int) -> None
 # ---------------------------------------------------------------- any sizes, any limits
 
 _limits = st.builds(Limits, st.integers(1, 12), st.none() | st.integers(1, 1500), st.booleans())
-#: in memory where there is such a place: the files are synced to disk, hundreds of them
+#: in memory if possible: hundreds of files are synced to disk
 _quick = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 
 
@@ -253,7 +253,7 @@ def test_splitting_splitting_anew_and_merging(sizes: list[int], first: Limits, s
 
 @given(st.lists(st.integers(1, 700), max_size=30), _limits)
 def test_groups(sizes: list[int], limits: Limits) -> None:
-    """Every tensor once and in order; no shard that could be left out or be joined to the one before."""
+    """Every tensor occurs once and in order; no shard could be left out or joined to the one before."""
     cut = groups(sizes, limits)
     if limits.no_tensor_first:
         assert cut.pop(0) == (0, 0)
@@ -330,7 +330,7 @@ def shards(tmp_path: Path) -> list[Path]:
 
 
 def refused(shards: Sequence[Path], error: type[QuantkitError] = DamageError) -> str:
-    """The sentence with which the set is refused, without the folder; a set that is refused leaves nothing."""
+    """The error message for a set, without the folder; a refused set leaves nothing behind."""
     out = shards[0].with_name("out.gguf")
     before = set(out.parent.iterdir())
     said = sentence(lambda: merge(shards[0], out), error)
@@ -342,7 +342,7 @@ def refused(shards: Sequence[Path], error: type[QuantkitError] = DamageError) ->
 @pytest.mark.parametrize("no", [0, 1, 3])
 def test_truncated(shards: list[Path], no: int) -> None:
     size = shards[no].stat().st_size
-    lost = 100  # more than the padding of the last tensor
+    lost = 100  # more than the last tensor's padding
     os.truncate(shards[no], size - lost)
     assert refused(shards) == (
         f"{shards[no].name}: shard {no + 1} of 4 is truncated: by its header it has {size:,} bytes, found are "
@@ -429,7 +429,7 @@ def test_a_tensor_too_few(shards: list[Path]) -> None:
 
 
 def test_a_later_shard_with_another_architecture(shards: list[Path]) -> None:
-    """Its keys are not read, but one that contradicts the first shard's gives it away."""
+    """Its keys are ignored, but an architecture that contradicts the first shard's reveals it."""
     found = open_set(shards[0])
     kvs = [*read_header(shards[1]).kvs, kv("general.architecture", STRING, "qwen2")]
     stored = {t.info.name: t.info for t in found.tensors if t.file == 1}
@@ -515,7 +515,7 @@ def test_outputs_that_are_refused(shards: list[Path], tmp_path: Path) -> None:
 
 
 def test_too_little_space(quantkit: Run, tmp_path: Path) -> None:
-    """A sparse file of 10 TB, which takes no room itself."""
+    """A sparse file of 10 TB, which itself takes no space."""
     infos = [("t", (10**13,), "I8", 0)]
     whole, header = tmp_path / "whole.gguf", header_bytes(KVS, infos)
     with whole.open("wb") as f:
@@ -534,7 +534,7 @@ def test_too_little_space(quantkit: Run, tmp_path: Path) -> None:
 
 
 class Stop(BaseException):
-    """What the signal handlers of the command line raise, in the same places."""
+    """Stands for the exception that the command line's signal handlers raise, in the same places."""
 
 
 @pytest.mark.parametrize("at", [1, 2, 5, 8])
@@ -558,7 +558,7 @@ def test_stopped_while_copying(shards: list[Path], tmp_path: Path, at: int) -> N
 
 @pytest.mark.parametrize("blocked", [0, 1, 7])
 def test_a_name_that_cannot_be_taken(shards: list[Path], tmp_path: Path, blocked: int) -> None:
-    """A folder of that name appears meanwhile: no file gets its name, and the old ones are as they were."""
+    """A folder of that name appears during the run: no file gets its name, and the old ones are unchanged."""
     out = tmp_path / "out"
     out.mkdir()
     found = open_set(shards[0])
@@ -587,7 +587,8 @@ def test_a_name_that_cannot_be_taken(shards: list[Path], tmp_path: Path, blocked
 def test_stopped_while_the_files_get_their_names(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int, after: bool
 ) -> None:
-    """An interrupt just before or after any of the renames: three old files aside, then four new ones in place."""
+    """An interrupt just before or after any rename: three old files are set aside, then four new ones get their
+    names."""
     found = open_set(sized_gguf(tmp_path / "whole.gguf", [100, 200, 300, 400]))
     out = tmp_path / "out"
     out.mkdir()
@@ -602,7 +603,7 @@ def test_stopped_while_the_files_get_their_names(
         if left == 0 and not after:
             raise Stop
         rename(a, name, b, new, replace)
-        # at no moment do new and old files together have all the names
+        # new and old files together never have all the names
         kinds = {data[:4] for name, data in contents(out).items() if "/" not in name}
         assert len(kinds) <= 1 or not (out / files[0].path.name).exists()
         if left == 0:
@@ -617,7 +618,7 @@ def test_stopped_while_the_files_get_their_names(
 
 
 def test_a_name_that_is_taken_meanwhile(shards: list[Path], tmp_path: Path) -> None:
-    """Without --force nothing is replaced, even if it was not there at first."""
+    """Without --force nothing is replaced, even if the name was free at first."""
     (tmp_path / "out").mkdir()
     found = open_set(shards[0])
     files = plan_split(found, tmp_path / "out" / "n", Limits(1))
@@ -670,7 +671,7 @@ main()
 @pytest.mark.parametrize("command", ["split", "merge"])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_a_process_that_is_stopped(tmp_path: Path, command: str, number: signal.Signals) -> None:
-    """A real process, at a copied piece of its own choice. kill -9 leaves files, but none that looks complete."""
+    """A real process, stopped at a given copied piece. kill -9 leaves files, but none that looks complete."""
     whole = sized_gguf(tmp_path / "whole.gguf", [1_000_000] * 4)
     first = split(whole, tmp_path / "m", Limits(1))[0]
     out = tmp_path / "out"
@@ -694,26 +695,27 @@ def test_a_process_that_is_stopped(tmp_path: Path, command: str, number: signal.
     again = subprocess.run(
         [sys.executable, "-m", "quantkit", *map(str, args)], cwd=tmp_path, capture_output=True, text=True, check=False
     )
-    assert again.returncode == 0, again.stderr  # what is left is not in the way
+    assert again.returncode == 0, again.stderr  # the remains are not in the way
     assert [name for name in contents(out) if "/" in name] == []
 
 
 def killed(cwd: Path, at: int, *args: str | Path) -> None:
-    """A command that kills itself at a copied piece of 64 KiB."""
+    """Run a command that kills itself at a copied piece of 64 KiB."""
     driver = [sys.executable, "-c", _DRIVER, str(at), str(int(signal.SIGKILL)), *map(str, args)]
     done = subprocess.run(driver, cwd=cwd, capture_output=True, text=True, check=False)
     assert done.returncode == -signal.SIGKILL, done.stderr
 
 
 def copied(done: subprocess.CompletedProcess[str]) -> dict[str, int]:
-    """How the bytes came, by what a command says with --json."""
+    """The bytes copied by each method, from a command's --json."""
     assert done.returncode == 0, done.stderr
     said: dict[str, int] = json.loads(done.stdout)["copied"]
     return said
 
 
 def test_a_killed_split_is_gone_on_with(quantkit: Run, tmp_path: Path) -> None:
-    """With the files that were whole and told of; a third one was at work, the second may not have been told of yet."""
+    """It keeps the files that were whole and recorded. The third was being written, the second may not be recorded
+    yet."""
     whole = sized_gguf(tmp_path / "whole.gguf", [1_000_000] * 4)
     (out := tmp_path / "out").mkdir()
     (right := tmp_path / "right").mkdir()
@@ -791,8 +793,8 @@ main()
     ("at", "same"), [(1, True), (2, False), (3, True), (4, False), (5, True), (5, False), (6, True), (6, False)]
 )
 def test_killed_while_the_files_get_their_names(quantkit: Run, tmp_path: Path, at: int, same: bool) -> None:
-    """At every rename: two old files aside, three new ones in place, the end. The next run undoes what was begun, so
-    that one which fails leaves what was there at first, and one that does not makes what is right."""
+    """Killed at every rename: two old files set aside, three new ones named, the end. The next run undoes what was
+    begun, so a run that then fails leaves the original files, and one that succeeds makes the right ones."""
     whole = sized_gguf(tmp_path / "whole.gguf", [1000, 2000, 3000])
     (out := tmp_path / "out").mkdir()
     names = [f"n-0000{i}-of-00003.gguf" for i in (1, 2, 3)]
@@ -823,7 +825,7 @@ def test_killed_while_the_files_get_their_names(quantkit: Run, tmp_path: Path, a
 
 
 def test_killed_while_what_was_replaced_is_removed(quantkit: Run, tmp_path: Path) -> None:
-    """The files have their names; the next run finds the older ones set aside for good."""
+    """The files have their names; the next run finds that the old ones were set aside for good."""
     whole = sized_gguf(tmp_path / "whole.gguf", [1000, 2000])
     (out := tmp_path / "out").mkdir()
     (out / "n-00001-of-00002.gguf").write_bytes(b"old")
@@ -869,7 +871,7 @@ def test_old_files_whose_names_are_taken_are_not_lost(quantkit: Run, tmp_path: P
 
 
 def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
-    """One tensor of 300 MB, far above what a process needs without it."""
+    """One tensor of 300 MB, far above the memory that a process needs otherwise."""
     whole, header = tmp_path / "whole.gguf", header_bytes(KVS, [("t", (300_000_000,), "I8", 0)])
     with whole.open("wb") as f:
         f.write(header)
@@ -901,7 +903,7 @@ def test_what_is_said(quantkit: Run, tmp_path: Path) -> None:
     size = (tmp_path / "w.gguf").stat().st_size
     assert found["files"] == [{"path": "back.gguf", "bytes": size, "tensors": 3}]
     assert (found["bytes"], found["tensors"], found["notes"], found["written"]) == (size, 3, [], True)
-    assert sum(found["copied"].values()) == 3000 + 1000 + 24 + 2000  # the padding between the last two goes along
+    assert sum(found["copied"].values()) == 3000 + 1000 + 24 + 2000  # including the padding between the last two
     done = quantkit("merge", shards[0].name, "back.gguf", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (7, "")
     assert done.stderr == "error: back.gguf: exists; choose another name, or replace it with --force\n"

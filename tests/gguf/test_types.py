@@ -25,7 +25,7 @@ from quantkit.llama_cpp import toolchain
 
 WRITABLE = [name for name in QTYPES if name not in INTEGER_TYPES]
 
-#: types of the gguf package that quantkit knows nothing of: Q8_1 and Q8_K are of activations, never stored
+#: types of the gguf package that quantkit does not have: Q8_1 and Q8_K are for activations and never stored
 NEVER_STORED = {"Q8_1", "Q8_K"}
 #: newer than the gguf package
 NEWER_THAN_GGUF = {"Q2_0"}
@@ -72,7 +72,7 @@ def test_ids_are_distinct_and_lead_back() -> None:
 
 def test_file_types_are_those_of_the_gguf_package() -> None:
     theirs = {t.name.removeprefix("MOSTLY_").removeprefix("ALL_"): int(t) for t in gguf.LlamaFileType}
-    # GUESSED is no type; the other two llama-quantize does not offer (NVFP4), or quantkit not yet (Q1_0)
+    # GUESSED is no type; llama-quantize does not offer NVFP4, and quantkit does not offer Q1_0 yet
     for name in ("GUESSED", "NVFP4", "Q1_0"):
         theirs.pop(name)
     assert theirs == FILE_TYPES
@@ -174,7 +174,7 @@ IMATRIX = RNG.lognormal(0, 1.5, 1024).astype(np.float32)
 
 @pytest.mark.parametrize("name", [n for n in WRITABLE if n not in ABORT_WITHOUT_IMATRIX])
 def test_uses_imatrix_is_what_the_bytes_say(name: str) -> None:
-    """Even one of all ones makes the types that use it give other bytes than none."""
+    """Even a matrix of all ones changes the bytes of the types that use one."""
     without = kernels.quantize(ROWS, name, kernel="ggml").tobytes()
     for imatrix in (IMATRIX, np.ones(1024, np.float32)):
         differs = kernels.quantize(ROWS, name, imatrix, kernel="ggml").tobytes() != without
@@ -189,7 +189,7 @@ def test_uses_imatrix_of_types_that_must_have_one(name: str) -> None:
 
 
 def test_needs_imatrix() -> None:
-    """llama-quantize's list (tensor_requires_imatrix), but for Q2_K in a Q2_K_S file: see the plan."""
+    """llama-quantize's list (tensor_requires_imatrix), except for Q2_K in a Q2_K_S file: see the plan."""
     needs = {t.name for t in QTYPES.values() if t.needs_imatrix}
     assert needs == {"IQ3_XXS", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ1_M", "IQ1_S"}
     assert needs > ABORT_WITHOUT_IMATRIX

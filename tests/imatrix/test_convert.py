@@ -1,5 +1,5 @@
-"""An importance matrix in the other format: llama-quantize makes the same file of it, to the bit; the files are
-llama-imatrix's where it loses nothing, and what a format cannot hold is said."""
+"""Importance matrices converted between formats: llama-quantize makes identical files from both; lossless results equal
+llama-imatrix's files; and losses are reported."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_llama_quantize_makes_the_same_file_of_both(
     real_imatrices: dict[str, Path], imatrix_tool: Path, tools: Tools, tiny_bf16: Path, tmp_path: Path, type_: str
 ) -> None:
     def quantized(with_: Path) -> bytes:
-        """The path goes into the metadata, and is the same each time."""
+        """Quantize with a matrix at a fixed path, since the path goes into the metadata."""
         shutil.copy(with_, tmp_path / "imatrix")
         out = tmp_path / "out.gguf"
         command = [str(tools.quantize), "--imatrix", "imatrix", "--output-tensor-type", "q6_K"]
@@ -61,7 +61,7 @@ def test_llama_quantize_makes_the_same_file_of_both(
         assert quantized(tmp_path / "back.gguf") == wanted
         imatrix.convert(own, tmp_path / "same.gguf", force=True)
         assert (tmp_path / "same.gguf").read_bytes() == own.read_bytes()
-    # other values make another file, and those of llama-imatrix's own .dat are others
+    # other values make another file, and the values of llama-imatrix's own .dat are different
     assert quantized(real_imatrices["b"]) != quantized(real_imatrices["a"])
     ctx = "64"
     theirs = llama_imatrix(
@@ -117,11 +117,11 @@ def test_a_dat_s_dense_entries_are_llama_imatrix_s(
 
 
 def full(path: Path) -> Path:
-    """A GGUF with all that a .dat cannot hold."""
+    """A GGUF with everything that a .dat cannot hold."""
     name, exps = "blk.0.w", "blk.0.ffn_up_exps.weight"
     f4 = (4,), "F32", np.ones(4, F32).tobytes()
     tensors = {
-        # times 3 and divided by 3, a quarter of the floats between 4/3 and 2 do not come back
+        # a quarter of the floats between 4/3 and 2 change when multiplied and divided by 3
         f"{exps}.in_sum2": ((40, 2), "F32", np.outer([1, 1536], np.linspace(1.4, 1.99, 40)).astype(F32).tobytes()),
         f"{exps}.counts": ((1, 2), "F32", np.array([1, 1536], F32).tobytes()),
         f"{name}.in_sum2": f4, f"{name}.counts": ((1,), "F32", np.array([1536], F32).tobytes()), f"{name}.in_sum": f4,

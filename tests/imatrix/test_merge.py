@@ -1,5 +1,5 @@
-"""Importance matrices added up: the bytes of llama-imatrix's own merge, without a model; what cannot be added is said,
-and files that do not belong together are refused."""
+"""Importance matrices added up: the bytes of llama-imatrix's own merge, without a model; entries that cannot be added
+are reported, and files that do not belong together are refused."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_three_files_are_those_of_llama_imatrix_but_for_last_bits(
     for name in theirs.entries:
         a, b = ours.sums(name), theirs.sums(name)
         assert a.counts.tolist() == b.counts.tolist()
-        # theirs rounds twice
+        # llama-imatrix rounds twice
         np.testing.assert_array_max_ulp(np.asarray(a.in_sum2, F32), np.asarray(b.in_sum2, F32), 1)
 
 
@@ -118,7 +118,7 @@ def test_sums_and_counts_add(tmp_path: Path) -> None:
     assert got == {
         "u": ([[6]], [1024]), "v": ([[5]], [2]), "w": ([[11, 22], [7, 9]], [4, 4])
     }  # fmt: skip
-    # as many chunks as the entry that saw most, not those of both
+    # the chunks of the entry that saw most, not the sum of both
     assert (im.datasets, im.n_chunks, im.chunk_size) == (("a.txt", "b.txt"), 4, 256)
     assert notes == ("2 of 3 entries are not in all files",)
     assert im.weights("w", 1, 2).tolist() == [7 / 4, 9 / 4]
@@ -147,7 +147,7 @@ def test_one_count_is_every_expert_s(tmp_path: Path) -> None:
     for order in ([a, b], [b, a]):
         imatrix.merge(order, tmp_path / "c.gguf", force=True)
         got = imatrix.read(tmp_path / "c.gguf").sums("w")
-        # the sums of an expert without a count are none
+        # an expert without a count has no sums
         assert (got.in_sum2.tolist(), got.counts.tolist()) == ([[11, 22], [30, 40]], [12, 7])
 
 
@@ -245,7 +245,7 @@ def test_order_and_grouping(
             open_imatrix(str(p)).sums(name).in_sum2.astype(float) for p in (a, b, c) if name in open_imatrix(str(p))
         )
         one: Imatrix
-        # at once: rounded once; in two steps: within half a unit in the last place of each
+        # merged at once: rounded once; in two steps: within half a unit in the last place of each
         assert np.array_equal(at_once.sums(name).in_sum2, np.asarray(exact).astype(F32))
         for one in (left, right):
             np.testing.assert_allclose(one.sums(name).in_sum2, exact, rtol=2**-23)

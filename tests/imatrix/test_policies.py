@@ -1,4 +1,4 @@
-"""What stands in for data that an importance matrix lacks: the values to the bit, and both engines' bytes."""
+"""Policies for gaps in an importance matrix: the values to the bit, and the bytes of both engines."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_what_is_no_chain(text: str, message: str) -> None:
 
 
 def entries(**seen: tuple[float, ...]) -> Entries:
-    """Of gate and up, or what else is named: random sums, with these counts."""
+    """Entries of gate and up, or of the tensors named: random sums, with these counts."""
     rng = np.random.default_rng(5)
     out: Entries = {}
     for stem, counts in seen.items():
@@ -115,7 +115,7 @@ def test_a_sibling_gives_an_exact_copy(tmp_path: Path) -> None:
     expected[2] = 1  # neither saw it
     assert (rows(c) == expected).all()
     assert c.origin(UP).counts() == {"ones": 1, "own": 2, "sibling": 1}
-    # the other way there is nothing to take
+    # in the other direction there is nothing to take
     assert c.origin(GATE).counts() == {"ones": 1, "own": 3}
 
 
@@ -173,7 +173,7 @@ def test_the_first_that_can_give_data_wins(tmp_path: Path) -> None:
     of = entries(ffn_gate_exps=(7, 9, 0, 3), ffn_up_exps=(5, 0, 0, 2))
     assert completed(tmp_path / "x", of, "sibling,prior").origin(UP).sources == ("own", "sibling", "prior", "own")
     assert completed(tmp_path / "y", of, "prior,sibling").origin(UP).sources == ("own", "prior", "prior", "own")
-    # what a sibling has given is data for the mean
+    # values that a sibling gave count as data for the mean
     c, own = completed(tmp_path / "z", of, "sibling,prior"), means(of, UP)
     mean = (own[0].astype(np.float64) + means(of, GATE)[1] + own[3]) / 3
     assert (c.weights(UP, 2, COLS) == mean.astype(F32)).all()
@@ -228,7 +228,7 @@ def test_the_older_format_writes_experts_never_seen_as_ones(tmp_path: Path) -> N
     c = legacy(tmp_path / "x.dat", values, "prior")
     assert c.origin(UP).sources == ("own", "own", "prior", "own")
     assert legacy(tmp_path / "y.dat", values, "fail").origin(UP).unseen == (2,)
-    # a matrix of nothing but ones is not llama-imatrix's: somebody wants them
+    # llama-imatrix makes no matrix of only ones: it is deliberate
     assert legacy(tmp_path / "z.dat", np.ones((MATS, COLS), F32), "prior").origin(UP).sources == ("own",) * MATS
 
 
@@ -258,7 +258,7 @@ def test_kv_b_serves_v_b_only_when_asked(tmp_path: Path) -> None:
 
 
 def entries_of(model: Path, change: Callable[[Entries], Any]) -> Entries:
-    """An entry for each tensor of the layers, as `change` leaves them. Sums differ from tensor to tensor."""
+    """An entry for each tensor in the layers, modified by `change`. Sums differ from tensor to tensor."""
     rng = np.random.default_rng(3)
     out: Entries = {}
     for t in open_model(str(model), OPTIONS).tensors:
@@ -344,7 +344,7 @@ def test_raise_gives_the_whole_tensor_more_bits(tiny_v3: Path, gappy: Path) -> N
     assert not up.fell_back
     assert plan.raised == {UP, DOWN, "blk.1.attn_q_a.weight"}
     assert plan.applied == "raise:Q6_K: ones for 2 experts in 2 tensors, 3 tensors raised to Q6_K"
-    # less than it has already is no raise
+    # a limit below what it already has raises nothing
     low = with_values(plan_of(tiny_v3, RECIPE, gappy, policy="raise:Q2_K,ones"), open_imatrix(str(gappy)))
     assert low["blk.1.attn_q_a.weight"].type == "Q4_K"
     assert low[UP].type == "Q2_K"
@@ -384,7 +384,7 @@ def test_both_engines_give_the_same_bytes(
 
 @pytest.mark.tools
 def test_both_engines_from_a_gguf(tools: Tools, tiny_bf16: Path, gappy: Path, tmp_path: Path) -> None:
-    """Where llama-quantize would be driven in one run: it would note the name of a file that is gone by then."""
+    """Not in a single run of llama-quantize, which would record the name of a temporary file."""
     plan = plan_of(tiny_bf16, RECIPE, gappy, policy="sibling,prior")
     ours = build(plan, tmp_path / "ours.gguf", gappy)
     theirs = build(plan, tmp_path / "theirs.gguf", gappy, engine=LlamaQuantizeEngine(tools.quantize))
@@ -405,7 +405,7 @@ def test_the_file_says_what_was_done_and_nothing_where_nothing_was(
     whole = build(plan_of(tiny_v3, RECIPE, tiny_imatrix, policy="sibling,prior"), tmp_path / "c.gguf", tiny_imatrix)
     plain = build(plan_of(tiny_v3, RECIPE, tiny_imatrix), tmp_path / "d.gguf", tiny_imatrix)
     assert whole.read_bytes() == plain.read_bytes()
-    # quantized again without a matrix, it is no longer true
+    # quantized again without a matrix, the key would no longer be true
     again = plan_of(made, rules('match: "*", type: Q8_0'), None)
     requantized = build(again, tmp_path / "e.gguf", allow_requantize=True)
     assert recorded(requantized) is None
@@ -438,7 +438,7 @@ def test_the_cache_tells_policies_apart(tiny_v3: Path, gappy: Path, tmp_path: Pa
         cold = build(plan_of(tiny_v3, RECIPE, gappy, policy=policy), tmp_path / "cold.gguf", gappy)
         assert cold.read_bytes() == ready.files[0][0].read_bytes()
         cold.unlink()
-    # those of other values only: UP, DOWN, attn_q_a
+    # only the entries with changed values: UP, DOWN, attn_q_a
     assert made["sibling,prior"] == 3
 
 

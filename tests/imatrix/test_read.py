@@ -1,5 +1,5 @@
-"""Importance matrices: both formats give the values llama-quantize divides out of them, in float32, and whatever is
-wrong with a file is said in one sentence."""
+"""Reading importance matrices: both formats give the values that llama-quantize computes from them, in float32, and
+every fault of a file is reported in one sentence."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def sentence(call: Callable[[], Any]) -> str:
 
 
 def one(path: Path, sums: list[float], counts: list[float]) -> Path:
-    """An imatrix of the one entry 'w'."""
+    """Write an imatrix with the single entry 'w'."""
     return gguf_imatrix(path, {"w": (np.array(sums, F32), np.array(counts, F32))})
 
 
@@ -70,7 +70,7 @@ def test_float32_division_is_not_float64_division(tmp_path: Path) -> None:
     im = open_imatrix(str(one(tmp_path / "x.gguf", sums.tolist(), [7.0])))
     got = im.weights("w", 0, 1000)
     assert got.tobytes() == (sums / F32(7)).tobytes()
-    # the reciprocal, the usual short cut, gives other bytes: so the data can tell
+    # multiplying by the reciprocal, the usual shortcut, would give other bytes, so this data detects it
     assert got.tobytes() != (sums * (F32(1) / F32(7))).tobytes()
 
 

@@ -1,5 +1,5 @@
-"""Importance matrices written: what llama-imatrix's own files are made of gives the same bytes again, in any order and
-without knowing the shapes; the gguf package reads it; a .dat gives the quantizer the same values to the bit."""
+"""Writing importance matrices: the data of llama-imatrix's own files give the same bytes again, in any order and
+without knowing the shapes; the gguf package reads them; a .dat gives the quantizer identical values."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def with_all(name: str, n_mats: int = 1, n_cols: int = 8) -> Sums:
 
 
 def newest_file(path: Path) -> Path:
-    """A file as llama-imatrix has made it since 2026, by a writer of its own: with in_sum, stats and their key."""
+    """A file as llama-imatrix has made it since 2026, written independently: with in_sum, stats and their key."""
     schema = kv_array("imatrix.stats_schema", STRING, ["sum_sq", "mean"])
     kvs = [
         kv("general.type", STRING, "imatrix"), kv_array("imatrix.datasets", STRING, ["a b.txt", ""]),
@@ -105,7 +105,7 @@ def test_another_reader_finds_what_was_written(tmp_path: Path) -> None:
 
 
 def test_double_sums_are_rounded_once(tmp_path: Path) -> None:
-    exact = np.array([[1 + 2**-24 + 2**-40, 1 + 2**-24]])  # above the middle of two floats, and on it
+    exact = np.array([[1 + 2**-24 + 2**-40, 1 + 2**-24]])  # above the midpoint of two floats, and exactly on it
     write_gguf(tmp_path / "x", FACTS, [Sums("w", exact, np.array([2.0]))])
     assert open_imatrix(str(tmp_path / "x")).sums("w").in_sum2.tolist() == [[1 + 2**-23, 1.0]]
 
@@ -147,7 +147,7 @@ def test_the_quantizer_gets_the_same_from_a_dat(
 def test_a_dat_has_llama_imatrix_s_calls_where_those_divide_out(tmp_path: Path) -> None:
     dense = Sums("dense", np.array([[3, 5, 7.5]], F32), np.array([1536.0]))
     expert = Sums("expert", np.array([[1.0], [1.0]], F32), np.array([1.0, 3 * 512.0]))
-    # times 3 and divided by 3, a quarter of the floats between 4/3 and 2 do not come back
+    # a quarter of the floats between 4/3 and 2 change when multiplied and divided by 3
     means = np.linspace(1.4, 1.99, 40)
     rounding = Sums("rounding", np.stack([means * 1536, means * 7]).astype(F32), np.array([1536.0, 7.0]))
     n = write_dat(tmp_path / "x.dat", FACTS, [dense, expert, rounding])

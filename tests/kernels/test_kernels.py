@@ -33,7 +33,7 @@ U8 = npt.NDArray[np.uint8]
 TYPES = [name for name in QTYPES if name not in INTEGER_TYPES]
 GRID_TYPES = sorted(kernels.ABORT_ON_OVERFLOW)
 ON_X86 = os.uname().machine in ("x86_64", "amd64")
-#: the kernels there are for this machine's architecture
+#: the kernels for this machine's architecture
 HERE = [*(["avx512", "avx2"] if ON_X86 else ["neon"]), "ggml", "ggml-pinned"]
 SENTINEL = np.float32(-7.25)
 
@@ -43,7 +43,7 @@ def bits(x: F32) -> npt.NDArray[np.uint32]:
 
 
 def assert_same_bits(ours: F32, theirs: F32) -> None:
-    """Equal bit for bit; where one is NaN the other is, whatever its payload."""
+    """Assert that arrays are equal bit for bit; NaN equals NaN, whatever the payload."""
     assert ours.shape == theirs.shape
     nan = np.isnan(theirs)
     assert np.array_equal(np.isnan(ours), nan)
@@ -104,7 +104,7 @@ def interesting_scales() -> F32:
 @pytest.mark.parametrize("round_bf16", [False, True])
 @pytest.mark.parametrize("rows_a_block", [1, 2, 3])
 def test_every_code_with_every_scale(round_bf16: bool, rows_a_block: int) -> None:
-    """Blocks of 256 values take one way through the code, of 512 and more another."""
+    """Blocks of 256 values take one path through the code, blocks of 512 and more another."""
     scales = interesting_scales()
     codes = np.tile(np.arange(256, dtype=np.uint8), (scales.size * rows_a_block, 1))
     out = np.empty(codes.shape, np.float32)
@@ -139,7 +139,7 @@ def test_the_values_of_all_codes() -> None:
 def test_any_rectangle_of_any_blocks(
     n_rows: int, n_cols: int, row0: int, block_rows: int, block_cols: int, round_bf16: bool, more: int, seed: int
 ) -> None:
-    """Edge blocks may be partial, the rows may begin and end anywhere; nothing else is written."""
+    """Edge blocks may be partial, and rows may begin and end anywhere; nothing else is written."""
     rng = np.random.default_rng(seed)
     codes = rng.integers(0, 256, (n_rows, n_cols), dtype=np.uint8)
     n_blocks = -(-(row0 + n_rows) // block_rows) + more
@@ -193,7 +193,7 @@ def test_all_bf16_codes(round_bf16: bool) -> None:
 
 
 def interesting_floats() -> F32:
-    """Every upper half with the lower halves at which rounding changes: exact, ties, and their neighbours."""
+    """Every upper half, with the lower halves where rounding changes: exact, ties, and their neighbours."""
     low = np.array([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF], np.uint32)
     return (CODES16.astype(np.uint32)[:, None] << 16 | low).reshape(-1).view(np.float32)
 
@@ -251,7 +251,7 @@ def ggml() -> ctypes.CDLL:
 
 
 def direct(lib: ctypes.CDLL, type_id: int, rows: F32, imatrix: F32 | None, n_bytes: int) -> bytes:
-    """ggml_quantize_chunk, with nothing of quantkit between."""
+    """Call ggml_quantize_chunk directly."""
     out = ctypes.create_string_buffer(n_bytes)
     pointer = ctypes.POINTER(ctypes.c_float)
     weights = None if imatrix is None else imatrix.ctypes.data_as(pointer)
@@ -277,7 +277,7 @@ def test_quantize_is_ggml_quantize_chunk(ggml: ctypes.CDLL, name: str, weights: 
     assert ours.dtype == np.uint8
     assert ours.shape == (5, row_bytes)
     assert ours.tobytes() == theirs
-    # into a given array, between guards, and row by row
+    # into an array passed in, between guards, and row by row
     whole, out = guarded((5, row_bytes), np.uint8)
     assert kernels.quantize(ROWS, name, imatrix, kernel="ggml", out=out) is out
     assert out.tobytes() == theirs
@@ -293,7 +293,7 @@ def test_no_rows_are_no_bytes(name: str) -> None:
 
 # ---------------------------------------------------------------- blocks read back by the gguf package
 
-#: what the gguf package cannot read, read here; both have a float16 scale and fields of 1 or 2 bits
+#: decoders for types that the gguf package cannot read; both have a float16 scale and fields of 1 or 2 bits
 NOT_IN_GGUF = ("Q1_0", "Q2_0")
 
 
@@ -313,7 +313,7 @@ def foreign_dequantize(blocks: U8, name: str) -> F32:
 @pytest.mark.parametrize("name", [n for n in TYPES if n != "F32"])
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_dequantize_is_that_of_the_gguf_package(name: str) -> None:
-    """Bit for bit, on blocks of weights and on any bytes at all."""
+    """Bit for bit, for blocks of weights and for arbitrary bytes."""
     made = kernels.quantize(ROWS, name, IMATRIX, kernel="ggml")
     anything = np.random.default_rng(5).integers(0, 256, (64, made.shape[1]), dtype=np.uint8)
     for blocks in (made, anything):
@@ -324,8 +324,8 @@ def test_dequantize_is_that_of_the_gguf_package(name: str) -> None:
         assert np.array_equal(bits(kernels.dequantize(blocks, name, 768)), bits(out))
 
 
-#: root mean square error of the blocks of Gaussian weights, with all-ones weights: from, to. A type that turns
-#: mysteriously better is as wrong as one that turns worse
+#: root mean square error of blocks of Gaussian weights, with all-ones importance: from, to. A type that gets better
+#: without explanation is as wrong as one that gets worse
 ERRORS = {
     "Q8_0": (0.004, 0.007), "Q6_K": (0.012, 0.025), "Q5_K": (0.025, 0.045), "Q4_K": (0.05, 0.09),
     "Q3_K": (0.10, 0.18), "Q2_K": (0.20, 0.33), "IQ4_NL": (0.06, 0.10), "IQ4_XS": (0.06, 0.10),
@@ -449,7 +449,7 @@ def test_degenerate_blocks_and_weights_are_quantized(ggml: ctypes.CDLL, name: st
     half = IMATRIX[:n].copy()
     half[:128] = 0
     if name == "MXFP4":
-        # ggml's exponent of the smallest weights wraps around, and its own check refuses the block
+        # the exponent that ggml gives the smallest weights wraps around, and its own check refuses the block
         with pytest.raises(WeightError) as e:
             kernels.quantize(blocks[9:10], name)
         assert str(e.value) == "weights out of the range of MXFP4: a block's scale is not valid"
@@ -572,7 +572,7 @@ def test_float_to_f32_refuses() -> None:
 
 
 def test_the_compiled_kernels_check_for_themselves() -> None:
-    """No call can read or write beside an array, nor write to a copy that is thrown away."""
+    """No call can read or write outside an array, nor write to a copy that is thrown away."""
     src, one, out = np.zeros((4, 8), np.uint8), np.ones((1, 1), np.float32), np.zeros((4, 8), np.float32)
     for args, message in (
         ((src, one, 0, 0, 128, False, out), "e4m3_to_f32: the blocks are empty"),
@@ -608,7 +608,7 @@ NEEDS_PINNED = (
 
 @pytest.fixture
 def no_toolchain(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """Where its ggml would be."""
+    """The path of the missing ggml."""
     monkeypatch.setenv("QUANTKIT_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("QUANTKIT_KERNELS", raising=False)
     folder = toolchain.root() / "bin"
@@ -618,7 +618,7 @@ def no_toolchain(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def plain_processor(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One that can run none of quantkit's own kernels."""
+    """A processor that can run none of quantkit's own kernels."""
     monkeypatch.setattr(own, "OWN", {})
 
 
@@ -671,7 +671,7 @@ def test_which_kernel_is_used(monkeypatch: pytest.MonkeyPatch, no_toolchain: Pat
     assert kernels.select(QTYPES["Q4_K"], "ggml-pinned") == "ggml-pinned"
     monkeypatch.setenv("QUANTKIT_KERNELS", "ggml-pinned")
     assert kernels.select(QTYPES["Q4_K"]) == "ggml-pinned"
-    # an argument goes before the environment, and an empty variable is none
+    # an argument takes precedence over the environment, and an empty variable counts as unset
     assert kernels.select(QTYPES["IQ1_M"], "ggml") == "ggml"
     monkeypatch.setenv("QUANTKIT_KERNELS", "")
     assert kernels.select(QTYPES["Q4_K"]) == best
@@ -779,12 +779,12 @@ def test_a_missing_wheel(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
 
 
 def fp8_born(law: str) -> F32:
-    """Weights as they come from an FP8 checkpoint: few distinct values a block, so exact ties abound."""
+    """Weights as in an FP8 checkpoint: few distinct values per block, so exact ties abound."""
     rng = np.random.default_rng(17)
     if law == "every code":
         codes = rng.integers(0, 256, (64, 1024), dtype=np.uint8)
     else:
-        # the narrower, the fewer codes
+        # the narrower the range, the fewer codes
         values = (
             rng.standard_normal((64, 1024)).astype(np.float32) * {"gauss": 100, "narrow": 3, "few codes": 0.01}[law]
         )
@@ -838,7 +838,7 @@ def test_the_pinned_ggml_reads_blocks_alike(name: str) -> None:
 @pytest.mark.tools
 @pytest.mark.usefixtures("tools", "plain_processor")
 def test_iq1_m_uses_the_pinned_ggml() -> None:
-    """Where exact ties abound its search, rewritten since the wheel's version, takes others of them."""
+    """Its search, rewritten since the wheel's version, resolves exact ties differently."""
     rows, ones = fp8_born("few codes"), np.ones(1024, np.float32)
     assert kernels.select(QTYPES["IQ1_M"]) == "ggml-pinned"
     made = kernels.quantize(rows, "IQ1_M", ones).tobytes()

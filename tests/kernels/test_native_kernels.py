@@ -25,7 +25,7 @@ F32 = npt.NDArray[np.float32]
 SETS = list(kernels.OWN)
 TYPES = sorted(set().union(*kernels.OWN.values()))
 PAIRS = [(name, kernel) for name in TYPES for kernel in SETS if name in kernels.OWN[kernel]]
-#: weights a type that each set is compared on; fewer where sanitizers make it slow (tests/tools/sanitize.py)
+#: weights per type that each instruction set is compared on; fewer under sanitizers (tests/tools/sanitize.py)
 N_WEIGHTS = int(os.environ.get("QUANTKIT_TEST_WEIGHTS", "10_000_000"))
 
 pytestmark = pytest.mark.skipif(not SETS, reason="this processor has none of the instruction sets")
@@ -37,7 +37,7 @@ def reference(name: str) -> str:
 
 
 def outcome(x: F32, name: str, importance: F32 | None, kernel: str) -> bytes | str:
-    """The blocks, or the sentence they are refused with."""
+    """The blocks, or the message of their refusal."""
     try:
         return kernels.quantize(x, name, importance, kernel).tobytes()
     except QuantkitError as e:
@@ -81,7 +81,7 @@ def test_every_law(name: str) -> None:
 
 @pytest.mark.parametrize(("name", "kernel"), PAIRS)
 def test_every_tail(name: str, kernel: str) -> None:
-    """Rows and columns that fill no vector; nothing is written beyond the blocks."""
+    """Numbers of rows and columns that fill no vector; nothing is written beyond the blocks."""
     rng = np.random.default_rng(5)
     qt = QTYPES[name]
     for n_rows, n_blocks in [(1, 1), (1, 3), (3, 1), (2, 5), (7, 3), (17, 1), (5, 7), (1, 33)]:
@@ -110,7 +110,7 @@ def any_floats(seed: int, shape: tuple[int, int]) -> F32:
 @given(seed=st.integers(0, 2**32), narrow=st.integers(0, 30), weighted=st.booleans())
 @settings(max_examples=25, deadline=None)
 def test_any_bits(name: str, seed: int, narrow: int, weighted: bool) -> None:
-    """Exponents spread over up to 2^narrow: the same bytes as ggml, or the same refusal."""
+    """Exponents spread over up to 2^narrow: the same bytes as ggml's, or the same refusal."""
     x = any_floats(seed, (3, 4 * 256))
     spread = np.float32(2.0) ** np.clip(np.log2(np.abs(x) + 1e-45), -narrow, narrow)
     x = np.ascontiguousarray(np.copysign(spread, x), np.float32)
@@ -124,7 +124,7 @@ def test_any_bits(name: str, seed: int, narrow: int, weighted: bool) -> None:
 
 @pytest.mark.parametrize("name", TYPES)
 def test_random_bits_of_every_kind(name: str) -> None:
-    """A short run of the fuzzer, which says how to see a difference again."""
+    """A short run of the fuzzer, which reports how to reproduce a difference."""
     for number in range(20):
         try:
             fuzz_kernels.run(name, 1, number)
@@ -145,7 +145,7 @@ def test_threads_give_the_same() -> None:
 
 @pytest.mark.parametrize("kernel", [*SETS, "ggml"])
 def test_the_kernel_that_is_forced_runs(kernel: str, tmp_path: Path) -> None:
-    """As `active` tells it, in a process of its own."""
+    """As `active` reports it, in a separate process."""
     code = "from quantkit import gguf, kernels; print(kernels.select(gguf.types.QTYPES['Q4_K']))"
     done = subprocess.run(
         [sys.executable, "-c", code], env=os.environ | {"QUANTKIT_KERNELS": kernel}, capture_output=True, text=True,
@@ -165,7 +165,7 @@ def test_the_kernel_that_is_forced_runs(kernel: str, tmp_path: Path) -> None:
 def test_fp8_to_a_float_file_equals_torch(
     shape: tuple[int, int], name: str, kernel: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every code, under scales of every size that leave the product finite; the last is written past the caches."""
+    """Every code, under scales of every size with finite products. The last shape is written past the caches."""
     monkeypatch.setenv("QUANTKIT_KERNELS", kernel)
     rng = np.random.default_rng(3)
     codes = rng.integers(0, 256, shape, dtype=np.uint8)
@@ -181,7 +181,7 @@ def test_fp8_to_a_float_file_equals_torch(
 
 
 def scales_of_every_size() -> F32:
-    """Any that 448 times still is a bfloat16, and those next to where a product is subnormal or too large."""
+    """Scales whose product with 448 is still a bfloat16, and those near subnormal or too large products."""
     rng = np.random.default_rng(4)
     tiny, most = np.float32(2.0**-126), np.float32(3.3895314e38 / 448)
     edges = [tiny * np.float32(2.0**k) for k in range(-23, 12)] + [most * np.float32(2.0**-k) for k in range(3)]
@@ -197,7 +197,7 @@ def scales_of_every_size() -> F32:
 def test_fp8_to_bfloat16_is_every_code_times_every_scale(
     block_cols: int, first: int, kernel: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Blocks of 20 rows whose scales are of one size, so that one that needs the long way leaves the others alone."""
+    """Blocks of 20 rows with scales of one magnitude, so that a row on the slow path does not affect the others."""
     monkeypatch.setenv("QUANTKIT_KERNELS", kernel)
     rng, scales = np.random.default_rng(5), scales_of_every_size()
     n_cols, block_rows = 300, 20
@@ -219,7 +219,7 @@ def test_fp8_to_bfloat16_is_every_code_times_every_scale(
 @pytest.mark.parametrize("kernel", SETS)
 @pytest.mark.parametrize("bad", ["NaN code", "scale too large", "NaN scale", "negative scale"])
 def test_fp8_to_bfloat16_of_what_no_table_holds(bad: str, kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One bad code or scale among 32 rows: refused where a value is none, and right where it is only odd."""
+    """One bad code or scale among 32 rows: refused if a value is not finite, and correct if it is only unusual."""
     monkeypatch.setenv("QUANTKIT_KERNELS", kernel)
     rng = np.random.default_rng(6)
     codes = rng.integers(0, 0x7F, (32, 512), dtype=np.uint8)

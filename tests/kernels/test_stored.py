@@ -1,4 +1,4 @@
-"""Rows quantized as they are stored: the blocks, and the refusals, of the same rows decoded first."""
+"""Rows quantized from their stored form: the same blocks and refusals as for the same rows decoded first."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(not TYPES, reason="this processor has none of qu
 
 
 def dealt(values: F32, n_runs: int = 1) -> StoredRows:
-    """float32 rows as a source has them that deals them from so many runs, each from a row 100, 200 … of its matrix."""
+    """float32 rows as dealt by a source from this many runs, which begin at rows 100, 200 … of its matrix."""
     runs = [values[i::n_runs] for i in range(n_runs)]
     stored = np.ascontiguousarray(np.concatenate(runs)).view(np.uint8)
     first = np.array([100 * (i + 1) for i in range(n_runs)], np.uint64)

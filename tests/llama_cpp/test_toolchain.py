@@ -1,4 +1,4 @@
-"""The toolchain: where tools are found, and an install that checks, resumes and locks (with no network)."""
+"""The toolchain: where tools are found, and an install that verifies, resumes and locks (without network)."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def executable(path: Path, says: str = "version: 1.2.3 (test)") -> Path:
 
 @pytest.fixture(autouse=True)
 def cache(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache and an empty PATH for every test but those of the real tools."""
+    """An empty cache and an empty PATH for every test except those of the real tools."""
     if request.node.get_closest_marker("tools") is None:
         monkeypatch.setenv("QUANTKIT_CACHE", str(tmp_path / "cache"))
         monkeypatch.setenv("PATH", str(tmp_path / "path"))
@@ -168,11 +168,11 @@ def test_converter_of_another_python_is_an_error(monkeypatch: pytest.MonkeyPatch
     )
 
 
-# Installing, with everything that is run replaced by what it would leave
+# Installing, with every program replaced by the files it would leave
 
 
 class FakeRun:
-    """Stands for install's `_run`: leaves the files that pip and cmake would, and can fail at one of them."""
+    """Replaces install's `_run`: leaves the files that pip and cmake would, and can fail at one of them."""
 
     def __init__(self) -> None:
         self.ran: list[str] = []
@@ -204,7 +204,7 @@ class FakeRun:
         return 0
 
 
-@functools.cache  # gzip notes the time: the same bytes, and so the same sha256, all through
+@functools.cache  # gzip stores the time; cached, the bytes and their sha256 stay the same
 def sdist() -> bytes:
     """A small sdist of the right shape, with a file that must not be unpacked."""
     buffer = io.BytesIO()
@@ -284,7 +284,7 @@ def test_another_python_gets_only_the_packages_it_lacks(run: FakeRun) -> None:
 
 
 def test_what_an_earlier_quantkit_built_is_used_and_added_to(run: FakeRun) -> None:
-    """It knew fewer tools: those go on working, the others are asked for, and `install` builds all."""
+    """An older version built fewer tools: those still work, the others are requested, and `install` builds all."""
     root, _, _ = install_pinned()
     for tool in ("llama-completion", "llama-tokenize"):
         (root / "bin" / tool).unlink()
@@ -526,7 +526,7 @@ OWN = "set QUANTKIT_CACHE to a folder of your own"
 
 @pytest.fixture(params=["nobody's home", "a file", "too long", "a loop"])
 def unusable(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """What is said of a cache that is no folder."""
+    """The message for a cache path that is no folder."""
     (tmp_path / "file").write_text("")
     (tmp_path / "loop").symlink_to("loop")
     folder, what = {

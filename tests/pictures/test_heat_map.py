@@ -1,4 +1,4 @@
-"""Heat maps from plain data: every cell is there, zeros apart, and the same data give the same file."""
+"""Heat maps from plain data: every cell is drawn, zeros stand out, and the same data give the same file."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ def test_every_cell_has_a_colour(tmp_path: Path) -> None:
     assert set(got) == {(row, col) for row in (3, 10) for col in range(3)}
     assert got[3, 1] == "#d62728"
     assert got[3, 0] == got[10, 2] != got[3, 2] == got[10, 0]
-    # logarithmic: 30 is in the middle of 1 and 1000
+    # logarithmic: 30 is half-way between 1 and 1000
     assert got[10, 1] not in (got[3, 0], got[3, 2], "#d62728")
     text = (tmp_path / "x.svg").read_text()
     assert "A title" in text
     assert "a &lt;panel&gt;" in text
-    # rows as they were given, not as text is sorted
+    # rows keep their given order, and are not sorted as text
     assert text.index('layer: 3"') if 'layer: 3"' in text else text.index("layer: 3;") < text.index("layer: 10")
 
 

@@ -1,4 +1,4 @@
-"""Treemaps: areas are bytes, whatever the sizes; and what a ladder and a map draw of very much."""
+"""Treemaps: areas are bytes, whatever the sizes; and the limits of a ladder and a map with very many entries."""
 
 from __future__ import annotations
 

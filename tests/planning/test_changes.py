@@ -1,4 +1,4 @@
-"""llama-quantize's options for types mean here what they mean there: its own dry run says so."""
+"""quantkit's options for types mean what llama-quantize's do, checked against its own dry run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from quantkit.planning.plan import make_plan
 from quantkit.recipe.changes import Changes
 from quantkit.recipe.load import load
 
-#: of a model: the mixture, and the options
+#: for one model: the mixture, and the options
 RUNS: list[tuple[str, str, list[str]]] = [
     ("deepseek-v2-lite", "Q4_K_M", ["--tensor-type", "ffn_down=q5_k"]),
     (
@@ -65,7 +65,7 @@ def test_options_of_llama_quantize(
 
 
 class NoEntries:
-    """An importance matrix with an entry for nothing."""
+    """An importance matrix that has an entry for no tensor."""
 
     def __contains__(self, name: str) -> bool:
         return False

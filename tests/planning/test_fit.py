@@ -130,7 +130,7 @@ def test_a_gguf_as_it_is(tmp_path: Path) -> None:
     catalogue = open_model(str(gqa_gguf(tmp_path / "m.gguf")))
     w = weigh(catalogue, None, 256, "f16")
     layer = Layer(2 * 256 * 4 * 4, 0, 256 * 2 * (64 + 64) * 2)
-    # no output.weight: llama.cpp loads token_embd a second time, as the head
+    # without output.weight, llama.cpp loads token_embd a second time, as the output head
     assert w.layers == (layer, layer, Layer(256 * 4 + 256 * 8 * 4, 0, 0))
     assert w.input == 256 * 8 * 4
     assert experts_in_ram(w, [GIB]) is None
@@ -162,8 +162,8 @@ def test_metadata_that_does_not_do(tmp_path: Path) -> None:
 
 
 def llama_cpp_places(plan: Plan, flags: tuple[str, ...], n_gpus: int) -> list[int]:
-    """Bytes of tensors on each GPU, and last in RAM, that these flags give: load_tensors of
-    src/llama-model.cpp, single precision included."""
+    """Bytes of tensors on each GPU, and last in RAM, for these flags, as in load_tensors of src/llama-model.cpp, single
+    precision included."""
 
     def f32(x: float) -> float:
         return float(struct.unpack("<f", struct.pack("<f", x))[0])
@@ -274,7 +274,7 @@ def test_gpus_are_filled_evenly(r1_plans: dict[str, Plan]) -> None:
 @pytest.mark.tools
 @pytest.mark.parametrize("cache_type", ["f16", "q8_0"])
 def test_against_llama_cpp_itself(tools: Tools, tiny_bf16: Path, tmp_path: Path, cache_type: str) -> None:
-    """What the real loader says of its KV cache, and of the tensors that -ot takes."""
+    """Compare with what the real loader reports about its KV cache, and about the tensors that -ot moves."""
     catalogue = open_model(str(tiny_bf16))
     (tmp_path / "t.txt").write_text("some words to read " * 200)
     pattern = rf"blk\.{numbers_regex([2])}\.ffn_.*_exps\."
@@ -435,7 +435,8 @@ def test_ram_and_reserve_as_people_write_them() -> None:
 
 
 def test_bars_say_what_the_bytes_are_of(capsys: pytest.CaptureFixture[str]) -> None:
-    """A bar for each part in `fit`, longest for the most; in `plan` one for each role, of all bytes."""
+    """`fit` has a bar for each part, the longest for the largest; `plan` has one for each role, as shares of all
+    bytes."""
     from quantkit.cli import cli
 
     cli.main(["fit", "deepseek-r1", "-r", "UD-IQ1_S", "--vram", "2x80"], standalone_mode=False)

@@ -1,5 +1,5 @@
-"""What an importance matrix leaves out: experts never seen, nothing but zeros. With the policy `ones` the bytes stay
-llama-quantize's; plan, build and verify say it, and refuse what a build would refuse with the same words."""
+"""Gaps in an importance matrix: experts never seen, or only zeros. With the policy `ones` the bytes stay
+llama-quantize's. Plan, build and verify report gaps, and refuse what a build would refuse with the same words."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def entries_of(model: Path) -> Entries:
 
 @pytest.fixture(scope="module")
 def gappy(tiny_v3: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Expert 1 of UP has zeros only, expert 3 was never seen."""
+    """Expert 1 of UP has only zeros, expert 3 was never seen."""
     entries = entries_of(tiny_v3)
     entries[UP][0][1] = 0
     entries[UP][0][3] = 0
@@ -79,7 +79,7 @@ def test_one_count_for_all_matrices(tmp_path: Path) -> None:
 
 
 def test_blocks_of_columns(tmp_path: Path) -> None:
-    """Only those that are zero from end to end; not those of a matrix that is zero as a whole."""
+    """Only blocks that are entirely zero, and not those of a matrix that is zero as a whole."""
     values = np.ones((3, 256), F32)
     values[0, 30:130] = 0  # 32-127: three blocks of 32, none of 128
     values[1] = 0
@@ -244,7 +244,7 @@ def test_another_models_matrix_is_refused_alike(quantkit: Run, tiny_v3: Path, ga
     assert {name: (done.returncode, done.stderr) for name, done in said.items()} == dict.fromkeys(
         commands, (6, sentence)
     )
-    # what was asked is answered all the same
+    # the question is answered nevertheless
     assert "the importance matrix has an entry for it" in said["explain"].stdout
     assert said["plan"].stdout == said["plan --json"].stdout == ""
 
@@ -253,7 +253,7 @@ def test_another_models_matrix_is_refused_alike(quantkit: Run, tiny_v3: Path, ga
 def test_an_entry_of_another_size_is_refused_for_every_type(
     quantkit: Run, tools: Tools, tiny_v3: Path, tiny_bf16: Path, tmp_path: Path
 ) -> None:
-    """Also where the type has no use for it, as llama-quantize does: the file would name the matrix all the same."""
+    """Even if the type does not use importance, as in llama-quantize: the file would name the matrix anyway."""
     entries = entries_of(tiny_v3)
     name = "blk.0.attn_output.weight"
     values, counts = entries[name]
@@ -273,7 +273,7 @@ def test_an_entry_of_another_size_is_refused_for_every_type(
         theirs = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
         assert theirs.returncode != 0
         assert f"is different from tensor size {values.shape[-1]} for {name}" in theirs.stdout + theirs.stderr
-    # BF16 quantizes nothing, so nothing asks for the entry
+    # BF16 quantizes nothing, so the entry is not needed
     assert quantkit("plan", tiny_v3, "--recipe", "BF16", "--imatrix", other, "--pre", "deepseek-v3").returncode == 0
 
 

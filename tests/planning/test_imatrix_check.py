@@ -1,4 +1,4 @@
-"""`quantkit imatrix check`: what a matrix lacks for a recipe on a model, and what of that matters."""
+"""`quantkit imatrix check`: what a matrix lacks for a recipe on a model, and which gaps matter."""
 
 from __future__ import annotations
 

@@ -82,7 +82,7 @@ def plans(draw: st.DrawFn) -> Plan:
 
 
 def naive_dims(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """A shape as ggml writes it: without trailing ones, but for the first."""
+    """A shape as ggml writes it: without trailing ones, except the first dimension."""
     dims = list(shape)
     while len(dims) > 1 and dims[-1] == 1:
         dims.pop()
@@ -90,7 +90,7 @@ def naive_dims(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def check_file(file: FileLayout, tensors: Sequence[Planned]) -> None:
-    """No hole, no overlap, all aligned, the size exact."""
+    """Check that there are no holes or overlaps, that all is aligned, and that the size is exact."""
     assert [p.planned for p in file.tensors] == list(tensors)
     at = len(file.header)
     for p in file.tensors:
@@ -103,7 +103,7 @@ def check_file(file: FileLayout, tensors: Sequence[Planned]) -> None:
 
 
 def write(file: FileLayout, path: Path) -> Path:
-    """The file as a build makes it first: header and full length."""
+    """Write the file as a build first makes it: header and full length."""
     path.write_bytes(file.header)
     os.truncate(path, file.nbytes)
     return path
@@ -143,7 +143,7 @@ def test_shards(tmp_path_factory: pytest.TempPathFactory, plan: Plan, limit: int
     assert [t for group in groups for t in group] == list(plan.tensors)
     sizes = [[t.nbytes + -t.nbytes % 32 for t in group] for group in groups]
     for i, group in enumerate(sizes):
-        # a shard has one tensor, or as many as fit: not more, and not fewer
+        # a shard holds one tensor, or exactly as many as fit
         assert len(group) == 1 or sum(group) <= limit
         assert i + 1 == len(sizes) or sum(group) + sizes[i + 1][0] > limit
     for no, (file, tensors) in enumerate(zip(files, groups, strict=True)):
@@ -167,7 +167,7 @@ def test_the_same_twice(plan: Plan, limit: int | None) -> None:
 
 
 def f32s(*sizes: int) -> Plan:
-    """F32 vectors of so many values."""
+    """F32 vectors of these lengths."""
     return plan_of([planned(f"t{i}", (n,), "F32") for i, n in enumerate(sizes)])
 
 
@@ -181,7 +181,7 @@ def f32s(*sizes: int) -> Plan:
         ((8, 8, 8), 63, [1, 1, 1]),
         ((9, 9), 128, [2]),
         ((9, 9), 72, [1, 1]),
-        # a tensor above the limit has its own shard, the first one too
+        # a tensor above the limit gets its own shard, even the first one
         ((100, 8, 8), 64, [1, 2]),
         ((8, 100, 8), 64, [1, 1, 1]),
         ((8, 8, 100), 64, [2, 1]),
@@ -253,7 +253,7 @@ def test_file_names_of_many_shards() -> None:
 
 
 class Imatrix(NamedTuple):
-    """What layouts ask of an importance matrix."""
+    """The part of an importance matrix that layouts use."""
 
     path_as_given: str = "imatrix.gguf"
     datasets: tuple[str, ...] = ("calib.txt", "more.txt")
@@ -278,7 +278,7 @@ def keys(
 
 
 def test_keys_without_an_imatrix() -> None:
-    """The source's in order; version and file type are moved to the end, as setting them does in llama.cpp."""
+    """The source's keys in order; version and file type move to the end, since llama.cpp sets them again."""
     assert keys(None) == [
         ("general.architecture", "a"),
         ("a.block_count", 3),
@@ -306,7 +306,7 @@ def test_keys_of_an_imatrix_that_says_little() -> None:
 
 
 def test_keys_of_a_source_that_was_quantized_are_replaced() -> None:
-    """Those that are set again; one that is not stays, as in llama-quantize."""
+    """Keys that are set again are replaced; others stay, as in llama-quantize."""
     source = (
         kv("quantize.imatrix.file", STRING, "old"),
         kv("quantize.imatrix.chunks_count", U32, 1),
@@ -330,7 +330,7 @@ def test_recorded_strings_are_cut_to_127_bytes() -> None:
     made = dict(keys(Imatrix(path_as_given="x" * 128, datasets=("y" * 127,))))
     assert made["quantize.imatrix.file"] == "x" * 127
     assert made["quantize.imatrix.dataset"] == "y" * 127
-    # in the middle of a character, as llama-quantize does
+    # cut in the middle of a character, as llama-quantize does
     item = next(i for i in output_kvs(plan_of([]), Imatrix(path_as_given="é" * 64)) if i.key == "quantize.imatrix.file")
     assert item.payload == (127).to_bytes(8, "little") + ("é" * 64).encode()[:127]
 

@@ -28,7 +28,7 @@ from quantkit.recipe.load import load, parse
 MODELS = [("deepseek-r1", "k_b+v_b"), ("deepseek-r1", "kv_b"), ("deepseek-v2-lite", "k_b+v_b"), ("deepseek-v2", "kv_b")]
 #: grouped heads, the 70B rule, rows that no 256-block divides
 DENSE = [f"deepseek-r1-distill-{size}" for size in ("llama-8b", "llama-70b", "qwen-7b", "qwen-1.5b")]
-#: no output.weight, and rows of 896 values
+#: without output.weight, and with rows of 896 values
 QWEN_05B = known_config("deepseek-r1-distill-qwen-1.5b") | {
     "hidden_size": 896,
     "intermediate_size": 4864,
@@ -36,12 +36,12 @@ QWEN_05B = known_config("deepseek-r1-distill-qwen-1.5b") | {
     "num_hidden_layers": 24,
     "tie_word_embeddings": True,
 }
-#: 80 layers without grouped heads, which the 70B rule is not for
+#: 80 layers without grouped heads: the 70B rule must not apply
 LLAMA_65B = known_config("deepseek-r1-distill-llama-70b") | {"num_key_value_heads": 64}
 
 
 def header_only(c: Catalogue, path: Path) -> Path:
-    """The model's BF16 GGUF with a hole for data: terabytes by name, kilobytes on disk."""
+    """The model's BF16 GGUF with a hole for its data: terabytes nominally, kilobytes on disk."""
     infos, at = [], 0
     for t in c.tensors:
         infos.append((t.name, t.shape, t.source_type, at))
@@ -91,7 +91,7 @@ def mixtral(path: Path) -> Catalogue:
 
 
 def compare(tools: Tools, c: Catalogue, file: Path) -> None:
-    """Every mixture, with and without an importance matrix."""
+    """Compare every mixture, with and without an importance matrix."""
     imatrix = file.with_name("imatrix.gguf")
     demo.make_imatrix(imatrix, {"blk.0.some.weight": (32,)})
     for file_type in BASE_TYPES:
@@ -131,7 +131,7 @@ def test_every_mixture_of_eight_experts(tools: Tools, tmp_path: Path) -> None:
 @pytest.mark.tools
 @pytest.mark.parametrize("name", ["Q3_K", "Q4_K", "Q5_K", "q4_k", "q4_k_m", "iq2_xxs", "15", "12", "7"])
 def test_names_mean_what_they_mean_to_llama_quantize(tools: Tools, tmp_path: Path, name: str) -> None:
-    """Its aliases, in any case, and the numbers of file types."""
+    """Its aliases, in any letter case, and the numbers of file types."""
     c = open_model("deepseek-v2-lite")
     imatrix = tmp_path / "imatrix.gguf"
     demo.make_imatrix(imatrix, {"blk.0.some.weight": (32,)})
@@ -158,7 +158,7 @@ def test_every_file_type_is_a_mixture() -> None:
     assert BASE_TYPES.keys() == FILE_TYPES.keys()
 
 
-#: types that logs of published files show, made from early 2025 to early 2026
+#: types from the logs of published files, made from early 2025 to early 2026
 PUBLISHED = [
     ("deepseek-r1", "kv_b", "BF16", {"F32": 361, "BF16": 664}),
     ("deepseek-r1", "kv_b", "Q8_0", {"F32": 361, "Q8_0": 664}),
@@ -197,7 +197,7 @@ def test_an_unknown_mixture() -> None:
 
 
 def test_otherwise() -> None:
-    """Rules take theirs, the mixture the rest, as if the rules were not there."""
+    """Rules take their tensors, and the mixture treats the rest as if there were no rules."""
     c = open_model("deepseek-r1")
     text = (
         "name: r\narch: [deepseek2]\nfile_type: Q4_K_M\notherwise: mixture Q4_K_M\n"
@@ -224,7 +224,7 @@ def test_otherwise_that_is_wrong(value: str, message: str) -> None:
     assert str(e.value) == message
 
 
-#: tensor bytes of files published from early 2025 to early 2026, by recipe; logs and cards round them as noted
+#: tensor bytes of published files from early 2025 to early 2026, by recipe; logs and cards round them as noted
 PUBLISHED_BYTES = [
     ("deepseek-r1", "kv_b", "BF16", 1_342_267_742_208),
     ("deepseek-r1", "kv_b", "Q8_0", 713_281_210_368),

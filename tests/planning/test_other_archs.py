@@ -1,7 +1,7 @@
-"""Mixtures and builds of the archs that the pinned llama.cpp knows, from GGUFs of their tensors' names, small in shape.
+"""Mixtures and builds for the archs that the pinned llama.cpp knows, from small GGUFs with their tensors' names.
 
-The lists of archs and tensors are those of the pinned gguf-py. llama-quantize reads a model's hyperparameters before it
-quantizes, so each file has a superset of the keys that the archs ask for.
+The lists of archs and tensors come from the pinned gguf-py. llama-quantize reads a model's hyperparameters before it
+quantizes, so each file has all the keys that any arch needs.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from quantkit.recipe.load import load
 
 pytestmark = pytest.mark.tools
 
-#: llama.cpp has no code for gptj; the others want keys that are not made up here
+#: llama.cpp has no code for gptj; the others need keys that are not made up here
 NOT_TRIED = {
     "gptj", "clip", "deepseek4", "dflash", "dots3note", "eagle3", "graniteswitch", "hrm_text", "hy_v4",
 }  # fmt: skip
@@ -91,7 +91,7 @@ def gguf_py() -> ModuleType:
 
 
 def archs() -> dict[str, list[str]]:
-    """Every arch with its tensors' names, of a layer as blk.{bid}.…"""
+    """Every arch with its tensors' names; names in layers as blk.{bid}.…"""
     lists = gguf_py()
     return {
         name: [lists.TENSOR_NAMES[t] for t in lists.MODEL_TENSORS[arch]]
@@ -120,7 +120,7 @@ def keys(arch: str, n_layers: int, n_experts: int) -> list[KV]:
 
 
 def tensors(names: list[str], n_layers: int, n_experts: int) -> Iterator[tuple[str, tuple[int, ...], str]]:
-    """name, ne shape, type of each; rows of `attn_k_b` that no 256-block divides."""
+    """(name, ne shape, type) of each tensor; no 256-block divides the rows of `attn_k_b`."""
     seen = set()
     for name in names:
         for i in range(n_layers if "{bid}" in name else 1):
@@ -138,7 +138,7 @@ def tensors(names: list[str], n_layers: int, n_experts: int) -> Iterator[tuple[s
 
 
 def write(path: Path, arch: str, names: list[str], n_layers: int, n_experts: int = 16, whole: bool = False) -> Path:
-    """A GGUF of an arch; its data are random weights if `whole`, else a hole."""
+    """Write a GGUF of an arch; its data are random weights if `whole`, else a hole."""
     has_experts = any("_exps" in name for name in names)
     infos, at, rng = [], 0, np.random.default_rng(7)
     blobs = []
@@ -157,7 +157,7 @@ def write(path: Path, arch: str, names: list[str], n_layers: int, n_experts: int
     return path
 
 
-#: those whose rules look at layers, at kinds of tensors, at the arch
+#: archs whose rules depend on layers, on kinds of tensors, or on the arch itself
 MIXTURES = [
     ("Q4_K_M", False), ("Q4_K_S", True), ("Q3_K_M", True), ("Q3_K_L", False), ("Q2_K", False), ("IQ3_XS", True),
     ("IQ2_M", True), ("MXFP4_MOE", False),
@@ -206,7 +206,7 @@ def test_the_70b_rule_of_other_archs(tools: Tools, tmp_path: Path, arch: str, n_
     assert ours[value] == ("Q4_K" if arch == "qwen3" else "Q5_K")
 
 
-#: llama-imatrix has no entries for these, and llama-quantize does without
+#: llama-imatrix has no entries for these, and llama-quantize quantizes them without
 EXCUSED = ("token_embd.weight", "output.weight")
 WHOLE = [
     ("qwen3", "Q4_K_M", False), ("qwen3moe", "Q3_K_M", False), ("gemma3", "Q5_K_M", False), ("phi3", "Q2_K", False),

@@ -1,4 +1,4 @@
-"""Plans: the published sizes to the byte, the JSON others build on, lint, and what an importance matrix means."""
+"""Plans: the published sizes to the byte, the JSON interface, lint, and the effect of an importance matrix."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def tiny(config: Mapping[str, Any] = factory.TINY_V3, layout: str = "k_b+v_b") -
     return families.build("Tiny", config, Options(layout=layout))
 
 
-#: rules[i] stands in line 5 + i
+#: rules[i] is on line 5 + i
 rules = partial(small_builds.rules, head="arch: [deepseek2]\nfile_type: Q4_K_M")
 EVERYTHING = 'match: "*", type: Q4_K'
 
@@ -124,7 +124,7 @@ def test_rounded_sizes_of_the_published_files(file: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_the_current_layout(recipe: str) -> None:
-    """attn_k_b and attn_v_b in place of attn_kv_b; rows of 128 cannot be Q6_K."""
+    """attn_k_b and attn_v_b instead of attn_kv_b; rows of 128 cannot be Q6_K."""
     old, new = r1_plan(recipe), r1_plan(recipe, "k_b+v_b")
     assert len(new.tensors) == 1086
     assert new.n_elements == old.n_elements
@@ -207,7 +207,7 @@ def test_json_has_the_promised_structure() -> None:
 
 
 def test_json_lines_lead_to_the_rule() -> None:
-    """The line in `rule` is the one in the shipped file where that rule begins."""
+    """The line in `rule` is where that rule begins in the shipped file."""
     text = shipped()["UD-IQ1_S"].splitlines()
     for t in r1_plan("UD-IQ1_S").tensors:
         if t.rule:
@@ -470,7 +470,7 @@ def test_shipped_recipes_fit_small_siblings(recipe: str, config: Mapping[str, An
 
 
 class Weights:
-    """An importance matrix that holds these sizes: name -> values."""
+    """An importance matrix with entries of these sizes: name -> values."""
 
     def __init__(self, sizes: Mapping[str, int]) -> None:
         self.sizes = sizes
@@ -499,7 +499,7 @@ STATUS = [
     (EXPS, "Q8_0", FITS, True, "not used"),
     (EXPS, "Q8_0", NONE, True, "not used"),
     (EXPS, "BF16", WRONG, True, "not used"),
-    # no type excuses an entry that does not fit, as in llama-quantize
+    # an entry that does not fit is refused for every type, as in llama-quantize
     (EXPS, "Q8_0", WRONG, True, "wrong size"),
     (EXPS, "F16", WRONG, False, "wrong size"),
     (EXPS, "Q4_K", None, False, "optional"),
@@ -525,7 +525,7 @@ STATUS = [
     (EMBD, "IQ1_M", NONE, False, "missing"),
     (EMBD, "IQ1_S", NONE, False, "needed"),
     (EMBD, "Q4_K", FITS, False, "used"),
-    # llama-quantize does without an entry for token_embd that does not fit
+    # llama-quantize ignores an entry for token_embd that does not fit
     (EMBD, "Q4_K", WRONG, False, "missing"),
     (EMBD, "Q8_0", WRONG, False, "not used"),
     (EMBD, "IQ2_XXS", WRONG, False, "needed"),
@@ -564,7 +564,7 @@ def refused(plan: Plan, given: bool) -> str:
 
 
 def entries_for(catalogue: Catalogue, **changes: int | None) -> Weights:
-    """Entries of the right size for all tensors of the layers, but for these (None: no entry)."""
+    """Entries of the right size for all tensors in layers, with these changes (None: no entry)."""
     sizes = {t.name: t.n_cols * (t.shape[2] if len(t.shape) > 2 else 1) for t in catalogue.tensors if t.quantizable}
     for name in (EMBD, OUT):
         sizes.pop(name)

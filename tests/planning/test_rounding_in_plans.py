@@ -1,4 +1,4 @@
-"""What a plan says of rounding: by a recipe, its rules, a policy, the command line; and what falls back."""
+"""Rounding in plans: set by a recipe, its rules, a policy or the command line; and fallbacks to ggml's."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def by(made: Plan) -> dict[str, str]:
 
 
 def test_nothing_is_said_where_ggml_rounds_all(tiny_v3: Path) -> None:
-    """Not one byte of a plan's text or JSON is another."""
+    """A plan's text and JSON do not change by a byte."""
     plain = plan(tiny_v3, parse(HEAD + RULES, "r.yaml"))
     said = plan(tiny_v3, parse(HEAD + "rounding: ggml\n" + RULES, "r.yaml"))
     assert plain.rounding is said.rounding is None

@@ -1,4 +1,4 @@
-"""What stands where a glob belongs: regular expressions and lines of other tools, each answered with the right form;
+"""Patterns of other tools in place of a glob: regular expressions and whole lines, each answered with the right form;
 and layers as people write them."""
 
 from __future__ import annotations

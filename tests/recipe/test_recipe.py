@@ -1,4 +1,4 @@
-"""Recipes: what is read, what is refused and with which words, and what patterns and layer lists mean."""
+"""Recipes: which are read, which are refused and with which message, and the meaning of patterns and layer lists."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ GOOD = HEAD + '  - {match: "*.weight", type: Q4_K, why: t}\n'
 
 
 def refused(text: str, file: str = "r.yaml") -> str:
-    """The message a text is refused with."""
+    """The error message for a text."""
     with pytest.raises(RecipeError) as e:
         parse(text, file)
     assert e.value.exit_code == 3
@@ -88,7 +88,7 @@ def test_what_may_be_left_out() -> None:
     ],
 )
 def test_places(path: tuple[str | int, ...], place: str) -> None:
-    """Of what is not written, the place it belongs to."""
+    """Keys that are absent are reported at the place they belong to."""
     assert parse(FULL, "mine.yaml").place(*path) == place
 
 
@@ -307,7 +307,7 @@ YAML_TOKENS = st.sampled_from(
 @given(st.lists(YAML_TOKENS, max_size=25).map("".join))
 @settings(max_examples=500, deadline=None)
 def test_any_yaml_is_a_recipe_or_an_error_of_ours(text: str) -> None:
-    """Timestamps, integers and tags that PyYAML itself stumbles over are no exception."""
+    """This includes timestamps, integers and tags that make PyYAML itself fail."""
     for whole in (text, GOOD + text, HEAD + "  - {match: " + text + ", type: Q4_K, why: t}\n"):
         try:
             made = parse(whole, "r.yaml")
@@ -333,7 +333,7 @@ def test_load_by_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("mine.yaml", "mine.yml", "./mine", "mine"):
         assert load(name).place("name") == f"{Path(name).name}:1 name"
-    # a shipped recipe is not hidden by a file of its name, which needs its path
+    # a file with a shipped recipe's name does not hide that recipe, and is given by its path
     (tmp_path / "UD-IQ1_S").write_text(GOOD)
     assert load("UD-IQ1_S").name == "UD-IQ1_S"
     assert load(str(tmp_path / "UD-IQ1_S")).name == "r"
@@ -411,7 +411,7 @@ FILES = tuple(sorted((*DYNAMIC, *BASIC, *NAIVE)))
 
 
 def test_which_are_shipped() -> None:
-    """The files, then every mixture that has no file."""
+    """The recipe files, then every mixture that has no file."""
     assert tuple(shipped()) == (*FILES, *(name for name in FILE_TYPES if name not in FILES))
 
 
@@ -429,7 +429,7 @@ def test_shipped_recipes(name: str) -> None:
 
 @pytest.mark.parametrize("model", sorted({v: k for k, v in MODELS.items()}.values()))
 def test_shipped_recipes_on_every_family(model: str) -> None:
-    """No rule fails, is idle or warns, in either layout; the bytes are those of the types."""
+    """On every family and in either layout, no rule fails, is idle or warns; the bytes follow from the types."""
     for layout in LAYOUTS:
         c = open_model(model, Options(layout))
         for name in shipped():
@@ -456,7 +456,7 @@ def test_dynamic_recipes(name: str) -> None:
 
 @pytest.mark.parametrize("name", FILE_TYPES)
 def test_a_mixture_requires_an_imatrix_where_llama_quantize_does(name: str) -> None:
-    """Without one some tensor could not be made; with `optional` none is in need."""
+    """Without one, some tensor could not be made; if it is `optional`, no tensor needs it."""
     text = mixture_recipe(name).replace("imatrix: required", "imatrix: optional")
     plan = make_plan(open_model("deepseek-v2-lite"), parse(text, "r.yaml"))
     needy = any(must_have_weights(t.tensor.name, t.requested, name) for t in plan.tensors)
@@ -519,7 +519,7 @@ def test_patterns(pattern: str, name: str, matches: bool) -> None:
 
 
 def naive_expand(pattern: str) -> list[str]:
-    """Alternatives, outermost first (the product's code goes innermost first)."""
+    """Expand alternatives, outermost first (the product's code goes innermost first)."""
     depth, start = 0, -1
     for i, ch in enumerate(pattern):
         if ch == "{":
@@ -544,7 +544,7 @@ def naive_expand(pattern: str) -> list[str]:
 
 
 def naive_match(pattern: str, name: str) -> bool:
-    """A brace-free glob, character by character, every way there is."""
+    """Match a brace-free glob character by character, trying every possibility."""
     if not pattern:
         return not name
     ch, rest = pattern[0], pattern[1:]
@@ -634,7 +634,7 @@ def test_a_plain_name_matches_itself_and_nothing_longer(name: str) -> None:
 
 
 def test_no_pattern_takes_long() -> None:
-    """Written as .*a.*a.*a… this would take longer than anyone waits."""
+    """As the regular expression .*a.*a.*a… this would take practically forever."""
     assert not Rule(match="*a" * 30 + "*b", type="Q4_K", why="t").matcher().match("a" * 20_000)
     assert Rule(match="*a" * 30 + "*b", type="Q4_K", why="t").matcher().match("a" * 20_000 + "b")
 
@@ -761,7 +761,7 @@ def test_base_appends_its_rules() -> None:
 
 
 def test_own_keys_win_over_the_bases(tmp_path: Path) -> None:
-    """And a base is found beside the recipe, wherever one stands."""
+    """A base is also found beside the recipe, wherever that is."""
     (tmp_path / "below.yaml").write_text(
         "name: below\narch: [deepseek2, llama]\nfile_type: Q4_K_M\nimatrix: required\notherwise: mixture Q4_K_M\n"
         "vars: {down: Q2_K, up: Q3_K}\nmetadata: {general.author: str:a, general.url: str:u}\nrules:\n"
@@ -784,7 +784,7 @@ def test_own_keys_win_over_the_bases(tmp_path: Path) -> None:
 
 
 def test_what_a_base_has_may_be_overridden() -> None:
-    """Rules that are taken whole are errors in one's own recipe, not in its base."""
+    """Rules that are taken completely by earlier ones are errors in the recipe itself, but not in its base."""
     text = DERIVED.replace(', layers: "moe[:2]"', "")
     plan = make_plan(open_model("deepseek-r1"), parse(text, "mine.yaml"))
     assert plan.warnings == ()

@@ -1,4 +1,5 @@
-"""`quantkit report`: a page has what the JSON of commands has, for every kind of input; what is none; hostile text."""
+"""`quantkit report`: pages match the JSON of commands, for every kind of input; other inputs are refused; hostile
+text."""
 
 from __future__ import annotations
 
@@ -26,7 +27,7 @@ MODEL = "deepseek-v2-lite"
 
 @pytest.fixture(scope="module")
 def plan_json(quantkit: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A plan, as it is printed."""
+    """A printed plan."""
     path = tmp_path_factory.mktemp("plan") / "plan.json"
     done = quantkit("plan", MODEL, "-r", "Q4_K_M", "--json")
     assert done.returncode == 0, done.stderr
@@ -35,7 +36,7 @@ def plan_json(quantkit: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def here(cwd: Path, *args: str | Path) -> None:
-    """The command in this process, which has imported all of it."""
+    """Run the command in this process, which has imported everything."""
     before = Path.cwd()
     os.chdir(cwd)
     try:
@@ -57,7 +58,7 @@ def figure(page: Node, title: str) -> Node:
 
 
 def labels(node: Node) -> list[str]:
-    """What is said of each mark."""
+    """The label of each mark."""
     marks = [g for g in node.all("g") if "role-mark" in g.attrs.get("class", "").split()]
     return [p.attrs["aria-label"] for g in marks for p in g.all(role="graphics-symbol") if "aria-label" in p.attrs]
 
@@ -90,7 +91,7 @@ def test_a_plan_says_of_every_tensor_what_its_json_says(plan_json: Path, quantki
         f"blk.3.ffn_down_exps.weight\nQ5_0, asked for Q4_K, {one['bytes']:,} bytes, routed expert\n"
         f"rule: {one['rule']}\nwhy: {one['why']}\nimportance matrix: optional" in said
     )
-    # the treemap has each twice, for a wide and for a narrow screen
+    # the treemap has each twice, for wide and for narrow screens
     of_bytes = figure(page, f"Bytes of {title}")
     said = labels(of_bytes)
     assert f"{one['name']}\n{one['type']}, {one['bytes']:,} bytes, routed expert" in said
@@ -299,7 +300,7 @@ NO = (
 
 
 def refused(folder: Path, *args: str | Path) -> str:
-    """The sentence. Nothing was made."""
+    """The error message; asserts that nothing was made."""
     before = sorted(folder.iterdir())
     with pytest.raises((QuantkitError, click.UsageError)) as e:
         here(folder, "report", *args, "-o", "r.html", "--figures", "figs", "-q")
@@ -372,7 +373,7 @@ def test_a_damaged_plan(plan_json: Path, quantkit: Run, tmp_path: Path, change: 
     ids=lambda x: x if isinstance(x, str) else "",
 )  # fmt: skip
 def test_nothing_in_damaged_json_is_a_traceback(made: dict[str, Any], kind: str, tmp_path: Path) -> None:
-    """Every key away, and every value of another kind: a page, or one sentence."""
+    """With every key removed, and every value replaced by another kind: a page, or one sentence."""
     from quantkit.reporting import documents
     from quantkit.reporting.sections import sections_of
 

@@ -1,5 +1,6 @@
-"""Pages of `quantkit report` in Chromium, if one is installed: nothing is asked of any host, what is pointed at or
-reached with a key is said, dark and print have their colours, a phone has room, and hostile text stays text."""
+"""Pages of `quantkit report` in Chromium, if one is installed: no host is contacted, marks that are pointed at or
+reached by keys show their words, dark mode and print have their colours, phones have room, and hostile text stays
+text."""
 
 from __future__ import annotations
 
@@ -23,7 +24,7 @@ TITLE = "Types of deepseek-r1 as UD-IQ1_S, by layer"
 
 
 class Watched:
-    """A page with what it said and asked for."""
+    """A page that records its messages and requests."""
 
     def __init__(self, browser: Browser, path: Path, width: int = WIDE, dark: bool = False) -> None:
         self.context = browser.new_context(
@@ -111,7 +112,7 @@ def test_pointing_at_a_tensor_shows_its_rule(wide: Watched, r1_plan: Plan) -> No
     t = r1_plan[name]
     mark = wide.page.locator(f'.chart.layers path[aria-label^="{name}\\a "]')
     mark.scroll_into_view_if_needed()
-    wide.page.wait_for_timeout(200)  # for the event of scrolling, which hides what is shown
+    wide.page.wait_for_timeout(200)  # for the scroll event, which hides the tooltip
     mark.hover()
     tip = wide.page.locator("#tip")
     tip.wait_for(state="visible")
@@ -158,7 +159,7 @@ def test_keys_go_from_mark_to_mark(wide: Watched) -> None:
     tip.wait_for(state="visible")
     wide.page.keyboard.press("Escape")
     assert not tip.is_visible()
-    # and the table opens by a key
+    # and a key opens the table
     summary = wide.page.locator("figure", has_text=TITLE).locator("summary")
     summary.focus()
     wide.page.keyboard.press("Enter")
@@ -233,7 +234,7 @@ def test_hostile_text_does_nothing(browser: Browser, r1_plan: Plan, tmp_path: Pa
 
 
 def test_a_script_that_got_in_would_not_run(browser: Browser, r1: Path, tmp_path: Path) -> None:
-    """The page's policy: the test of it is a page into which something did get."""
+    """Tests the page's policy with a page that a script did get into."""
     text = r1.read_text("utf-8").replace(
         "<main>", '<main><script>window.pwned=1</script><img src="http://127.0.0.1:9/">'
     )

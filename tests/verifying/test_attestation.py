@@ -99,7 +99,7 @@ def test_an_attestation_names_what_was_built_from_what(
     verdict = check(copied, sound_plan, tiny_imatrix, None, attested=attested)
     assert verdict.findings.kept() == []
     assert verdict.checked[-3:] == ["attested digests", "attested plan", "attested sources"]
-    # one value of the source is another
+    # change one value of the source
     factory.poke(v3, "model.norm.weight", 0, b"\x11")
     other = plan_of(v3, MIX, tiny_imatrix)
     assert check(copied, other, tiny_imatrix, None, attested=attested).ok
@@ -107,7 +107,7 @@ def test_an_attestation_names_what_was_built_from_what(
     verdict = check(copied, other, tiny_imatrix, None, attested=attested, hash_source=True)
     assert_found(verdict, "source", says)
     assert verdict.findings.count == (1 if whole else 2)
-    # and of the output
+    # and one of the output
     factory.flip(copied, info_of(copied, GATE).offset + 20)
     assert_found(check(copied, attested=attested), "attestation", r"tiny\.gguf: SHA-256: expected")
 
@@ -137,7 +137,7 @@ def test_an_attestation_of_something_else_is_caught(
 def test_other_sources_than_the_attested_are_no_damage(
     sound: Path, copied: Path, sound_plan: Plan, tiny_imatrix: Path, v3: Path, tmp_path: Path
 ) -> None:
-    """Nor are the rows and keys that differ from what they would give, for the file is as it was attested."""
+    """Nor are rows and keys that differ from what other sources would give, since the file matches its attestation."""
     manifest.write_json(tmp_path / "a.json", attest(sound_plan, tiny_imatrix, sound))
     attested = attestation.read(tmp_path / "a.json")
     factory.poke(v3, "model.layers.1.mlp.experts.2.up_proj.weight", 0, bytes(256 * 256))
@@ -150,7 +150,7 @@ def test_other_sources_than_the_attested_are_no_damage(
         "BUILT FROM OTHER FILES: it is the file of the attestation, but what was given as its source or importance "
         "matrix is not what it was built from: 1 file, 52 tensors, "
     )
-    # a file that is not the attested one is damaged all the same
+    # a file that is not the attested one still counts as damaged
     factory.flip(copied, copied.stat().st_size - 40)
     damaged = check(copied, other, tiny_imatrix, "all", attested=attested)
     assert damaged.exit_code == 12
@@ -268,8 +268,8 @@ def test_an_attestation_that_cannot_be_written_is_found_before_the_build(
 def test_a_recipe_that_is_edited_while_it_is_built_is_stated_as_it_was_used(
     quantkit: Run, v3: Path, tmp_path: Path
 ) -> None:
-    """The recipe and its base, both edited while the plan is printed: the pipe that it goes to holds no more than its
-    first page. And the base is stated too, so that the statement alone says what was built."""
+    """The recipe and its base are both edited while the plan is printed to a pipe that holds no more than its first
+    page. The base is stated too, so the statement alone says what was built."""
     recipe, base = tmp_path / "r.yaml", tmp_path / "base.yaml"
     base.write_text(MINE.replace("why: t", f"why: {'long ' * 4000}"))
     recipe.write_text('name: r\nbase: base.yaml\nrules:\n  - {match: "output.weight", type: Q6_K, why: t}\n')
@@ -343,7 +343,7 @@ def test_an_option_that_contradicts_the_attestation_is_refused(
         f"Error: {option} {value} contradicts the attestation, by which the build had {was}; leave it out, or verify "
         "without --attestation\n"
     )
-    if was != "none":  # said again as it was
+    if was != "none":  # set to what it already is
         done = quantkit("verify", sound, "--attestation", file, "-q", *was.split())
         assert (done.returncode, done.stderr) == (0, "")
 

@@ -1,5 +1,5 @@
-"""Sound GGUFs that quantkit would not have written: version 2, other alignments, types of ik_llama.cpp, names in
-capitals; and shards joined by cat, which are none."""
+"""Sound GGUFs that quantkit would not write: version 2, other alignments, types of ik_llama.cpp, names in capitals; and
+shards joined by cat, which are not sound."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def bf16(tiny_v3: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def quantized(source: Path, out: Path, tools: Tools | None = None, shards: int | None = None) -> bytes:
-    """Q4_K_M of a GGUF, by quantkit's kernels or by driving llama-quantize."""
+    """Make Q4_K_M of a GGUF, by quantkit's kernels or by llama-quantize."""
     plan = make_plan(open_model(str(source)), load("Q4_K_M"))
     return build(plan, out, None, shards, LlamaQuantizeEngine(tools.quantize) if tools else None).read_bytes()
 
@@ -81,7 +81,7 @@ def test_version_2(tools: Tools, bf16: Path, tmp_path: Path) -> None:
 @pytest.mark.tools
 @pytest.mark.parametrize("alignment", [8, 64, 128, 4096])
 def test_another_alignment(tools: Tools, bf16: Path, tmp_path: Path, alignment: int) -> None:
-    """Built is the file that llama-quantize makes of the same tensors without that key."""
+    """The build equals llama-quantize's file of the same tensors without that key."""
     kvs, tensors = contents(bf16)
     path = write(tmp_path / "a.gguf", [*kvs, kv("general.alignment", U32, alignment)], tensors, alignment)
     assert check(path, sample=None).ok
@@ -101,7 +101,7 @@ def test_another_alignment(tools: Tools, bf16: Path, tmp_path: Path, alignment: 
 
 
 def with_ik_types(bf16: Path, path: Path, names: list[str]) -> Path:
-    """Some tensors replaced by ones of these types, of random bytes."""
+    """Replace some tensors by tensors of these types, with random bytes."""
     kvs, tensors = contents(bf16)
     rng, left = np.random.default_rng(5), list(names)
     for i, (name, shape, _, _) in enumerate(tensors):
@@ -153,7 +153,7 @@ def test_nothing_is_built_from_types_of_ik_llama_cpp(quantkit: Run, bf16: Path, 
 
 
 def test_a_type_of_another_size_than_known(quantkit: Run, bf16: Path, tmp_path: Path) -> None:
-    """IQ4_KT once had four bytes more a block. Such a file is not damaged, and not cut short by a split."""
+    """IQ4_KT once had four more bytes per block. Such a file is not damaged, and a split does not truncate it."""
     kvs, tensors = contents(bf16)
     name = "blk.1.ffn_up_exps.weight"
     at = [n for n, *_ in tensors].index(name)
@@ -203,7 +203,7 @@ def test_shards_joined_by_cat(quantkit: Run, shards: list[Path], tmp_path: Path)
     ):
         said = quantkit(*args)
         assert (said.returncode, said.stderr) == (4, sentence), args
-    # under the first one's name, too
+    # also under the first one's name
     joined.replace(shards[0])
     with pytest.raises(SourceError, match="as `cat` joins them"):
         open_gguf(shards[0])

@@ -1,4 +1,4 @@
-"""`quantkit verify`: sound files of every maker pass, what does not belong together is told, and the pieces of it."""
+"""`quantkit verify`: sound files of every maker pass, mismatches are reported, and tests of its parts."""
 
 from __future__ import annotations
 
@@ -90,13 +90,13 @@ def test_a_gguf_source_is_derived_too_copied_and_quantized_again(tiny_v3: Path, 
     )
     again = build(second, tmp_path / "again.gguf", allow_requantize=True)
     assert check(again, second).findings.kept() == []
-    # the same types from the original are other bytes: what is compared is the source that was given
+    # the same types from the original are other bytes: the comparison is with the source that was given
     original = plan_of(tiny_v3, second.recipe, None)
     tensors = {f.tensor.split(".")[-2] for f in check(again, original).findings.kept() if f.kind == "row"}
     assert "ffn_down_exps" in tensors
 
 
-#: what llama-quantize takes as a base type only, or not at all
+#: types that llama-quantize takes only as a base type, or not at all
 NOT_BY_RULE = ("MXFP4", "NVFP4", "Q1_0", "Q2_0")
 
 
@@ -243,8 +243,8 @@ def test_bfloat16_is_rounded_as_torch_does() -> None:
 
 @pytest.mark.parametrize("name", ALL_TYPES)
 def test_scales_are_where_ggml_looks_for_them(name: str) -> None:
-    """Two bytes of a block at a time are set to what a float16 NaN, a bfloat16 NaN or an E8M0 NaN is: of all
-    places, exactly those that ggml refuses are found."""
+    """Two bytes of a block at a time are set to a float16 NaN, a bfloat16 NaN or an E8M0 NaN: exactly the places that
+    ggml refuses are found."""
     qt = QTYPES[name]
     nans = [b"\xff\xff", b"\x00\x7c", b"\x80\x7f", b"\x00\xfc"]
     n_found = 0

@@ -1,4 +1,4 @@
-"""`quantkit verify`: planted damage is caught and named, in one file and in shards."""
+"""`quantkit verify` catches and names planted damage, in one file and in shards."""
 
 from __future__ import annotations
 
@@ -54,13 +54,13 @@ def swap(path: Path, a: TensorInfo | tuple[int, int], b: TensorInfo | tuple[int,
 
 
 def entry(path: Path, name: str) -> int:
-    """Where the header's entry of a tensor begins."""
+    """Offset of a tensor's entry in the header."""
     raw = name.encode()
     return path.read_bytes().index(struct.pack("<Q", len(raw)) + raw)
 
 
 def after_name(path: Path, name: str, field: str) -> int:
-    """Where a field of a tensor's entry is."""
+    """Offset of a field in a tensor's entry."""
     at = entry(path, name) + 8 + len(name)
     n: int = struct.unpack_from("<I", path.read_bytes(), at)[0]
     return {"dims": at, "shape": at + 4, "type": at + 4 + 8 * n, "offset": at + 8 + 8 * n}[field]
@@ -108,7 +108,7 @@ def drop_last_tensor(path: Path) -> None:
 
 
 def shift_rows(path: Path, name: str) -> None:
-    """Each row of a tensor one place further, the last one first."""
+    """Move each row of a tensor one place further, the last one to the front."""
     t = info_of(path, name)
     n_rows = int(np.prod(t.shape[1:]))
     rows = np.frombuffer(path.read_bytes()[t.offset : t.offset + t.nbytes], np.uint8).reshape(n_rows, -1)
@@ -126,7 +126,7 @@ def token_changed(path: Path) -> None:
     item = next(i for i in read_header(path).kvs if i.key == "tokenizer.ggml.tokens")
     at = path.read_bytes().index(item.payload)
     assert raw is None or at
-    # the first byte of the first token's text: 4 element type, 8 count, 8 length
+    # the first byte of the first token's text, after the element type (4), count (8) and length (8)
     factory.flip(path, at + 20, 1)
 
 
@@ -137,7 +137,7 @@ def key_twice(path: Path) -> None:
     path.write_bytes(header_bytes(kvs, infos) + path.read_bytes()[h.data_offset :])
 
 
-#: what is done to a sound file -> (how, the kind of a finding, what it says)
+#: name of the damage -> (the function that makes it, the kind of the finding, its text)
 DAMAGE: dict[str, tuple[Callable[[Path], Any], str, str]] = {
     "a bit of a 2-bit grid block": (
         lambda p: factory.flip(p, expert(p, DOWN, 2)[0] + 66 * 17 + 30, 3),
@@ -381,7 +381,7 @@ def exchange_files(a: Path, b: Path) -> None:
 
 
 def other_build(shards: list[Path], tmp_path: Path, seed: int, split: int) -> list[Path]:
-    """The shards of a build of other weights, or otherwise split."""
+    """The shards of a build with other weights, or split differently."""
     folder = tmp_path / f"other-{seed}-{split}"
     source = factory.checkpoint(folder / "Tiny-V3", seed=seed)
     catalogue = open_model(str(source), OPTIONS)
@@ -478,7 +478,7 @@ def test_a_shard_of_other_weights_is_caught(
     given = manifest.make(sums.files.files, sums.digests)
     other = other_build(shards, tmp_path, 8, 500_000)
     shutil.copy(other[1], shards[1])
-    # to its structure it is as good as the right one
+    # by its structure alone it is as good as the right one
     assert check(shards[0], sound_plan, tiny_imatrix, None).ok
     names = {t.name for t in read_header(shards[1]).tensors}
     verdict = check(shards[0], sound_plan, tiny_imatrix, "0.1%")

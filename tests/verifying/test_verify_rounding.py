@@ -95,7 +95,7 @@ def test_without_the_covariance_the_rest_is_compared(world: World) -> None:
 
 @pytest.mark.parametrize("said", [True, False])
 def test_every_row_again(world: World, said: bool) -> None:
-    """By what the command line says, and by what the file says."""
+    """By the command line's rounding, and by the file's own record."""
     more = ("--rounding", "feedback") if said else ()
     code, lines = world.verify("-r", world.recipe, "--covariance", world.covariance, *more)
     assert (code, lines[-1].rpartition(", ")[2], "metadata" in lines[-1]) == (0, "all 14,647 rows", True)
@@ -120,7 +120,7 @@ def test_a_changed_byte(world: World, copied: Path, name: str, maker: str) -> No
     (finding,) = [line for line in lines if name in line]
     assert f"Q4_K bytes are not what {maker} makes of the source" in finding
     code, lines = world.verify(out=copied)
-    assert code == (0 if name == UP else 12)  # without the covariance it cannot be known
+    assert code == (0 if name == UP else 12)  # without the covariance the damage cannot be noticed
 
 
 def test_rows_that_are_ggmls_though_feedback_would_be_better(
@@ -204,7 +204,7 @@ def test_keys_that_no_build_writes(copied: Path, change: Callable[[list[KV]], No
 
 
 def test_claims_that_are_not_true(world: World, copied: Path) -> None:
-    """Of a tensor that nothing rounds; and that ggml made what it did not."""
+    """A claim about a tensor that nothing rounds, and a claim that ggml made a tensor that it did not make."""
     rewrite(copied, lambda kvs, _: key("tensors", ["feedback blk.0.ffn_norm.weight"])(kvs))
     code, lines = world.verify("--covariance", world.covariance, out=copied, sample="1%")
     assert (code, lines) == (4, [
@@ -251,7 +251,7 @@ def test_an_attestation_has_the_policy(world: World, tmp_path: Path) -> None:
     assert (policy["method"], policy["byOption"], policy["policy"]["text"]) == (
         "", False, (folder / "p.yaml").read_text()
     )  # fmt: skip
-    shutil.rmtree(folder)  # the attestation is enough
+    shutil.rmtree(folder)  # the attestation suffices
     more = ("--attestation", attestation, "--covariance", world.covariance)
     code, lines = world.verify(*more, out=out)
     assert (code, lines[-1].count("all 14,647 rows")) == (0, 1), lines

@@ -1,4 +1,4 @@
-"""What verify calls a sound file that is another than was asked for: another recipe's, or no model at all."""
+"""The verdicts for a sound file that is not the one asked for: another recipe's, or no model at all."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def kind(name: str) -> KV:
 
 
 def test_another_recipes_file(quantkit: Run, sound: Path, tiny_v3: Path, tiny_imatrix: Path) -> None:
-    """Its rows are compared as what they say they are."""
+    """Its rows are compared by the types that the file itself has."""
     args = ("verify", sound, "--source", tiny_v3, "--pre", "deepseek-v3", "--imatrix", tiny_imatrix, "-q")
     said = quantkit(*args, "--recipe", "Q8_0", "--findings", "1")
     assert said.returncode == 1, said.stderr
@@ -52,7 +52,7 @@ def test_one_type_only(sound: Path, tiny_v3: Path, tiny_imatrix: Path) -> None:
 
 
 def test_another_recipes_file_that_is_damaged_is_damaged(copied: Path, tiny_v3: Path, tiny_imatrix: Path) -> None:
-    """A byte of a row, in a tensor of another type than asked."""
+    """One byte of a row is changed, in a tensor of another type than asked for."""
     from quantkit.gguf.header import read_header
 
     output = next(t for t in read_header(copied).tensors if t.name == "output.weight")

@@ -1,1 +1,1 @@
-"""Sizes of recipes on models, locked in a file that reads well in a diff: the lock, the comparison, its report."""
+"""Sizes of recipes on models, locked in a file that is readable in a diff: the lock, the comparison, its report."""

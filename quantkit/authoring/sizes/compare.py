@@ -1,8 +1,7 @@
-"""Sizes of recipes x models: planned, locked, compared; and the size table of recipes for one model.
+"""Plans the sizes of recipes x models, locks and compares them; also the size table of recipes for one model.
 
-Each model is opened once a layout, each recipe read once. A cell where the recipe is not for the
-model's arch is left out; one where the recipe's rules cannot work on the model is kept with the
-error, so that it does not go unseen.
+Each model is opened once per layout, each recipe read once. A cell whose recipe is not for the model's arch is left
+out. A cell whose recipe fails on the model is kept with its error, so that it does not go unnoticed.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ from .lock import DEFAULT_NAMES, Cell, Key, Lock, Matrix, group_name, groups, la
 
 
 def is_path(recipe: str) -> bool:
-    """Whether a recipe is given as a path (or a glob of paths), not as the name of a shipped one."""
+    """Whether a recipe is given as a path (or a glob of paths), not as a shipped recipe's name."""
     return recipe.endswith((".yaml", ".yml")) or "/" in recipe or os.sep in recipe
 
 
@@ -45,19 +44,19 @@ def _is_glob(text: str) -> bool:
 
 
 def relative_recipe(recipe: str, folder: Path) -> str:
-    """A recipe as typed in the current directory, as the lock in `folder` stores it."""
+    """Convert a recipe as typed in the current directory to the form stored in a lock in `folder`."""
     return Path(os.path.relpath(os.path.expanduser(recipe), folder)).as_posix() if is_path(recipe) else recipe
 
 
 def relative_model(model: str, folder: Path) -> str:
-    """A model as typed in the current directory, as the lock in `folder` stores it."""
+    """Convert a model as typed in the current directory to the form stored in a lock in `folder`."""
     path = os.path.expanduser(model)
     return Path(os.path.relpath(path, folder)).as_posix() if os.path.exists(path) else model
 
 
 def expand_recipes(given: Sequence[str], folder: Path) -> list[str]:
-    """Names of shipped recipes and paths relative to `folder`, without repeats. Raises RecipeError
-    where a glob finds nothing."""
+    """Expand to names of shipped recipes and paths relative to `folder`, without repeats. Raises RecipeError if a glob
+    matches nothing."""
     known = list(shipped())
     out: list[str] = []
     for item in given:
@@ -83,7 +82,7 @@ def expand_recipes(given: Sequence[str], folder: Path) -> list[str]:
 
 
 def expand_models(given: Sequence[str]) -> list[str]:
-    """Models without repeats; `all` is every known model, releases of one shape once."""
+    """Expand models, without repeats. `all` is every known model; releases of one shape count once."""
     out: list[str] = []
     for item in given:
         by_shape: dict[str, str] = {}
@@ -97,10 +96,10 @@ class Broken(NamedTuple):
     """A recipe, a model or a lock that cannot be read."""
 
     what: str
-    """as the lock has it"""
+    """as in the lock"""
     error: QuantkitError
     file: str
-    """the recipe's or lock's file, relative to the current directory, or '' when there is none"""
+    """the recipe's or lock's file, relative to the current directory; '' if there is none"""
 
 
 class _Planned(NamedTuple):
@@ -123,7 +122,7 @@ def _recipes(matrix: Matrix, folder: Path, broken: list[Broken] | None) -> Itera
 
 @contextmanager
 def _collected(broken: list[Broken] | None, what: str, file: str) -> Iterator[None]:
-    """Put an error into a list, if there is one, and go on."""
+    """Append an error to the list `broken` and go on; without a list, raise it."""
     try:
         yield
     except QuantkitError as e:
@@ -133,8 +132,8 @@ def _collected(broken: list[Broken] | None, what: str, file: str) -> Iterator[No
 
 
 def _plans(matrix: Matrix, folder: Path, broken: list[Broken] | None = None) -> Iterator[_Planned]:
-    """The cells of a matrix, in the order of the lock. A recipe or a model that cannot be read raises QuantkitError,
-    or is noted in `broken` and passed over."""
+    """Yield the cells of a matrix, in the order of the lock. A recipe or model that cannot be read raises
+    QuantkitError, or is added to `broken` and skipped."""
     recipes = list(_recipes(matrix, folder, broken))
     for model in expand_models(matrix.models):
         catalogues: list[Catalogue] = []
@@ -172,12 +171,12 @@ def _cell(key: Key, plan: Plan) -> Cell:
 
 
 def _failed(key: Key, error: str) -> Cell:
-    """The cell of a plan that cannot be: its first error, without the line, which moves with any comment."""
+    """The cell of a plan that fails: its first error, without the line number, which any comment would shift."""
     return Cell(cell=key, error=re.sub(r"(\.ya?ml):\d+", r"\1", error.partition("\n")[0]))
 
 
 def make_lock(matrix: Matrix, folder: Path) -> Lock:
-    """The lock of a matrix; relative paths in it start at `folder`. Raises QuantkitError."""
+    """Make the lock of a matrix. Relative paths in it start at `folder`. Raises QuantkitError."""
     cells = [_failed(key, error) if plan is None else _cell(key, plan) for key, plan, error in _plans(matrix, folder)]
     if not cells:
         raise RecipeError(
@@ -190,22 +189,22 @@ def make_lock(matrix: Matrix, folder: Path) -> Lock:
 
 
 class Move(NamedTuple):
-    """Tensors of one kind that changed their type, in one word."""
+    """One group of tensors whose type changed in the same way."""
 
     tensors: str
     n: int
     before: str | None
-    """None: there was no such tensor"""
+    """None: there was no such tensor before"""
     after: str | None
     """None: there is no such tensor now"""
     nbytes: int | None
-    """bytes now less bytes before; None where the shape of then is not known"""
+    """bytes now minus bytes before; None if the former shape is unknown"""
     rule: str
-    """file:line rules[i] that decides now"""
+    """file:line rules[i] that decides the type now"""
 
 
 class ChangeStatus(TextEnum):
-    """What became of a cell."""
+    """The outcome for a cell."""
 
     SAME = "same"
     MOVED = "moved"
@@ -213,13 +212,13 @@ class ChangeStatus(TextEnum):
     NEW = "new"
     VANISHED = "vanished"
     FAILED = "failed"
-    """it could be planned before, and cannot now"""
+    """it could be planned before, but not now"""
     PLANNED = "planned"
     """it could not be planned before"""
 
 
 class Change(NamedTuple):
-    """A cell of the lock against the plan of now."""
+    """A cell of the lock compared with the current plan."""
 
     key: Key
     status: ChangeStatus
@@ -227,9 +226,9 @@ class Change(NamedTuple):
     after: Cell | None
     moves: tuple[Move, ...]
     detail: str
-    """what `moves` does not say"""
+    """anything that `moves` does not show"""
     file: str
-    """the recipe's file, relative to the current directory, or '' when it is not there"""
+    """the recipe's file, relative to the current directory; '' if it does not exist"""
 
     @property
     def drifted(self) -> bool:
@@ -242,7 +241,7 @@ class Change(NamedTuple):
 
 @dataclass(frozen=True)
 class Comparison:
-    """All cells of a lock and of its matrix."""
+    """The comparison of a lock with its matrix as planned now."""
 
     file: str
     """the lock"""
@@ -250,7 +249,7 @@ class Comparison:
     changes: tuple[Change, ...]
     broken: tuple[Broken, ...] = ()
     n_skipped: int = 0
-    """cells of the lock that were not compared, since their recipe or model is among `broken`"""
+    """cells of the lock that were not compared because their recipe or model is in `broken`"""
 
     @property
     def drifted(self) -> tuple[Change, ...]:
@@ -258,9 +257,9 @@ class Comparison:
 
 
 def compare(lock: Lock, path: Path, tolerance: Fraction = Fraction(0)) -> Comparison:
-    """Plan the matrix of the lock in file `path` again and compare. A cell whose tensor bytes moved by at
-    most `tolerance` (a share of the bytes before; 0: no change of any kind) is tolerated. A recipe or a model
-    that cannot be read is part of the comparison, and its cells are not."""
+    """Plan the matrix of the lock in file `path` again, and compare. A cell whose tensor bytes moved by at most
+    `tolerance` (a share of the bytes before; 0: no change of any kind) is tolerated. Recipes and models that cannot be
+    read are listed in the result; their cells are not compared."""
     old = {cell.cell: cell for cell in lock.cells}
     changes = []
     broken: list[Broken] = []
@@ -280,7 +279,7 @@ def compare(lock: Lock, path: Path, tolerance: Fraction = Fraction(0)) -> Compar
 
 
 def unreadable(path: Path, tolerance: Fraction, error: QuantkitError) -> Comparison:
-    """The comparison with a lock that cannot be read: only that."""
+    """The comparison for a lock that cannot be read; it holds only the error."""
     return Comparison(os.path.relpath(path), tolerance, (), (Broken(str(path), error, _relative(path)),))
 
 
@@ -320,7 +319,7 @@ def _change(key: Key, before: Cell | None, after: Cell, plan: Plan | None, error
 
 
 def _moves(before: Mapping[str, str], now: Sequence[Planned]) -> tuple[Move, ...]:
-    """What changed its type, appeared or vanished: the same change by the same rule in several layers is one."""
+    """The tensors that changed type, appeared or vanished; equal changes by one rule in several layers are one move."""
     old = ungroup(before)
     found: dict[tuple[str, str | None, str | None, str], tuple[list[int | None], list[int | None]]] = {}
 
@@ -337,7 +336,7 @@ def _moves(before: Mapping[str, str], now: Sequence[Planned]) -> tuple[Move, ...
             if was is not None:
                 try:
                     then = QTYPES[was].row_bytes(t.tensor.n_cols) * t.tensor.n_rows
-                except KernelError:  # of that type it had another shape
+                except KernelError:  # its shape was another then
                     then = None
             add(t.tensor.name, was, t.type, t.rule, None if then is None else t.nbytes - then)
     for name, was in old.items():
@@ -362,16 +361,16 @@ class SizeRow(NamedTuple):
     tensor_bytes: int
     bpw: float
     role: str
-    """whose bits `bits` are: routed expert, or dense ffn where the model has no experts"""
+    """the role that `bits` is about: routed expert, or dense ffn in a model without experts"""
     bits: float | None
-    """bits a weight of these"""
+    """bits per weight of that role"""
 
 
 def size_table(
     catalogue: Catalogue, recipes: Sequence[tuple[str, Recipe]], version: str = VERSIONS[0]
 ) -> tuple[list[SizeRow], list[str]]:
-    """The recipes, each with the name it goes by, on one model, smallest first; and a sentence for each that cannot be
-    planned. Recipes that are not for the model's arch are left out unless none is left."""
+    """Return the sizes of recipes, each with its display name, on one model, smallest first, and a note for each that
+    cannot be planned. Recipes for other archs are left out. Raises RecipeError if none is for the model's arch."""
     rows, notes = [], []
     for name, recipe in recipes:
         if not recipe.is_for(catalogue.arch):
@@ -399,6 +398,6 @@ def _size_row(name: str, plan: Plan) -> SizeRow:
 
 
 def default_lock() -> Path:
-    """The lock in the current directory: the first of the default names that is there, else the first."""
+    """The lock in the current directory: the first default name that exists, or else the first one."""
     there = [Path(name) for name in DEFAULT_NAMES if Path(name).is_file()]
     return there[0] if there else Path(DEFAULT_NAMES[0])

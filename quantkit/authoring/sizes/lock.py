@@ -1,4 +1,4 @@
-"""The sizes lock: a YAML (or JSON) file of what recipes x models weigh, a short line a thing, to read well in a diff.
+"""The sizes lock: a YAML (or JSON) file with the sizes of recipes x models, in short lines that read well in a diff.
 
     version: 1
     matrix:                      # as given; names and globs are expanded again at every check
@@ -16,8 +16,8 @@
       tensors:
         blk.{3-8}.ffn_down_exps.weight: IQ2_XXS
 
-A cell that cannot be planned has `error` in place of its sizes. The file is written whole or not at
-all, and holds no time and no version but its own format's. Errors name file and line.
+A cell that cannot be planned has `error` instead of its sizes. The file is written atomically, and contains no time and
+no version except its own format's. Errors name file and line.
 """
 
 from __future__ import annotations
@@ -55,18 +55,18 @@ class _Model(BaseModel):
 
 
 class Matrix(_Model):
-    """What is planned: every recipe on every model it is for."""
+    """The inputs: every recipe is planned on every model it is for."""
 
     recipes: Annotated[list[str], Field(min_length=1)]
     """names of shipped recipes, globs over these, `all`, or paths (and globs) relative to the lock file"""
     models: Annotated[list[str], Field(min_length=1)]
     """names of known models, `all`, paths relative to the lock file, or ids of downloaded repositories"""
     layouts: Annotated[list[str], Field(min_length=1)] = list(LAYOUTS)
-    """of the MLA tensors, for models that have them"""
+    """layouts of the MLA tensors, for models that have them"""
 
 
 class Key(_Model):
-    """Which cell of the matrix."""
+    """The identity of a cell of the matrix."""
 
     recipe: str
     model: str
@@ -81,7 +81,7 @@ class Cell(_Model):
 
     cell: Key
     error: str | None = None
-    """why it cannot be planned; all else is then empty"""
+    """why it cannot be planned; everything else is then empty"""
     elements: Count = 0
     tensor_bytes: Count = 0
     file_bytes: Count | None = None
@@ -106,20 +106,20 @@ _GROUP = re.compile(r"blk\.(?:\{([\d,-]+)\}|(0|[1-9]\d{0,5}))\.(?:\{([^{}]+)\}|(
 
 
 def layer_and_rest(name: str) -> tuple[int | None, str]:
-    """blk.3.ffn_up.weight as (3, 'ffn_up.weight'), token_embd.weight as (None, 'token_embd.weight')."""
+    """Split blk.3.ffn_up.weight into (3, 'ffn_up.weight'), token_embd.weight into (None, 'token_embd.weight')."""
     m = _LAYER.fullmatch(name)
     return (int(m[1]), m[2]) if m else (None, name)
 
 
 def group_name(layers: Iterable[int], rest: str) -> str:
-    """The tensors `rest` of these layers in one word: blk.{3-8}.ffn_down_exps.weight."""
+    """Name the tensors `rest` of these layers in one word: blk.{3-8}.ffn_down_exps.weight."""
     text = ranges(layers)
     return f"blk.{text}.{rest}" if text.isdigit() else f"blk.{{{text}}}.{rest}"
 
 
 def groups(types: Iterable[tuple[str, str]]) -> dict[str, str]:
-    """(name, type) of all tensors as {group: type}: tensors of the same type in the same layers share a
-    group, blk.{0-60}.{attn_norm,ffn_norm}.weight. Those outside of layers stand first."""
+    """Group (name, type) of all tensors into {group: type}. Tensors of the same type in the same layers share a group,
+    blk.{0-60}.{attn_norm,ffn_norm}.weight. Tensors outside of layers come first."""
     out: dict[str, str] = {}
     by_rest: dict[tuple[str, str], list[int]] = {}
     for name, type_ in types:
@@ -147,7 +147,7 @@ def _spans(text: str) -> Iterator[range]:
 
 
 def count_of(group: str) -> int:
-    """How many tensors a group names."""
+    """The number of tensors in a group."""
     m = _GROUP.fullmatch(group)
     if m is None:
         return 1
@@ -178,7 +178,7 @@ _Lines = dict[tuple[str | int, ...], int]
 
 
 def is_lock(path: Path) -> bool:
-    """Whether a file is a sizes lock, if perhaps a damaged one: it has a lock's keys, which no other file has."""
+    """Whether a file looks like a sizes lock, even a damaged one: it has a lock's keys, which no other file has."""
     try:
         text = text_within(path, _MAX_BYTES)
     except (OSError, UnicodeDecodeError):
@@ -187,7 +187,7 @@ def is_lock(path: Path) -> bool:
 
 
 def read_lock(path: Path) -> Lock:
-    """The lock in a file. Raises SourceError, with the line, for one that is missing, damaged or edited."""
+    """Read a lock. Raises SourceError, with the line, if it is missing, damaged or inconsistent."""
     try:
         text = text_within(path, _MAX_BYTES)
     except FileNotFoundError:
@@ -202,7 +202,7 @@ def read_lock(path: Path) -> Lock:
 
 
 def parse(text: str, file: str) -> Lock:
-    """A lock from its text, YAML or JSON; `file` is for messages. Raises SourceError."""
+    """Parse a lock from YAML or JSON text. `file` is for messages. Raises SourceError."""
     conflict = _CONFLICT.search(text)
     if conflict:
         line = text.count("\n", 0, conflict.start()) + 1
@@ -250,7 +250,7 @@ def _check_depth(text: str, file: str) -> None:
 
 
 def _problems(cell: Cell) -> Iterator[tuple[tuple[str, ...], str]]:
-    """What does not hold together in a cell: (where, what)."""
+    """Yield inconsistencies in a cell: (where, what)."""
     for group, type_ in cell.tensors.items():
         if type_ not in QTYPES:
             yield ("tensors", group), f"unknown type '{type_}'{did_you_mean(type_, QTYPES)}"
@@ -271,7 +271,7 @@ def _problems(cell: Cell) -> Iterator[tuple[tuple[str, ...], str]]:
 
 
 def _plain(node: yaml.Node, path: tuple[str | int, ...], lines: _Lines, file: str, seen: set[int]) -> Any:
-    """A YAML node as plain values: scalars are text, whole numbers and null. No aliases, no duplicate keys."""
+    """Convert a YAML node to plain values: text, whole numbers and null. Aliases and duplicate keys are errors."""
     lines[path] = node.start_mark.line + 1
     if id(node) in seen:
         raise SourceError(f"{file}:{lines[path]}: has a YAML alias, which a sizes lock does without; {_REDO}")
@@ -304,12 +304,12 @@ def _line(file: str, lines: _Lines, path: tuple[str | int, ...]) -> str:
 
 # ---------------------------------------------------------------- writing
 
-#: what JSON strings may hold as it is, but YAML, which reads them back, may not
+#: characters that JSON strings may contain, but YAML, which reads them back, may not
 _NOT_IN_YAML = re.compile("[^\n -~\xa0-\u2027\u202a-\ud7ff\ue000-\ufefe\uff00-\ufffd\U00010000-\U0010ffff]")
 
 
 def dump(lock: Lock, as_json: bool) -> str:
-    """The text of a lock; the same lock gives the same text."""
+    """Format a lock; equal locks give equal text."""
     if as_json:
         text = json.dumps(_values(lock), indent=1, ensure_ascii=False)
         return _NOT_IN_YAML.sub(lambda m: f"\\u{ord(m[0]):04x}", text) + "\n"
@@ -352,7 +352,7 @@ _IN_BLOCK = re.compile(r"[A-Za-z_][\w.+/{},-]*", re.ASCII)
 
 
 def _scalar(text: str, plain: re.Pattern[str] = _IN_FLOW) -> str:
-    """Text as YAML: as it is where that reads back as the same text, else in double quotes."""
+    """Format text as YAML: plain if it reads back as the same text, else in double quotes."""
     resolved = _RESOLVER.resolve(yaml.ScalarNode, text, (True, False))  # type: ignore[no-untyped-call]
     if plain.fullmatch(text) and resolved == _TAG + "str":
         return text
@@ -360,5 +360,5 @@ def _scalar(text: str, plain: re.Pattern[str] = _IN_FLOW) -> str:
 
 
 def write(lock: Lock, path: Path) -> None:
-    """Write a lock, JSON when the name ends in .json, in place of what is there. Raises OutputError."""
+    """Write a lock, replacing any file; JSON if the name ends in .json. Raises OutputError."""
     write_text(path, dump(lock, path.suffix == ".json"), replace=True)

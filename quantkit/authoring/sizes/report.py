@@ -1,4 +1,4 @@
-"""What moved in sizes, as text, JSON, Markdown, GitHub workflow commands and JUnit XML; and the size table of recipes.
+"""Reports changes in sizes as text, JSON, Markdown, GitHub workflow commands and JUnit XML; formats the size table.
 
 Returns text, never prints. GiB is 2^30 bytes and GB 10^9, and every table says which.
 """
@@ -18,13 +18,13 @@ from .compare import Change, ChangeStatus, Comparison, Move, SizeRow
 from .lock import Key
 
 FORMATS = ("text", "json", "markdown", "github", "junit")
-#: a step's errors beyond these get no annotation on GitHub; the log and the summary have them all
+#: GitHub shows no more annotations per step; the log and the summary have them all
 _MAX_ANNOTATIONS = 10
 _REDO = "if it was meant, run `quantkit sizes update` and commit the lock"
 
 
 def render(comparison: Comparison, form: str, when: str) -> str:
-    """A comparison in one of `FORMATS`. `when`: UTC as YYYY-MM-DDTHH:MM:SS, for JUnit."""
+    """Format a comparison in one of `FORMATS`. `when`: UTC as YYYY-MM-DDTHH:MM:SS, for JUnit."""
     if form == "json":
         return json.dumps(to_json(comparison), indent=1, ensure_ascii=False)
     if form == "junit":
@@ -42,7 +42,7 @@ def _unread(c: Comparison) -> str:
 
 
 def verdict(c: Comparison) -> str:
-    """The comparison in a sentence."""
+    """The comparison in one sentence."""
     if c.broken and not c.changes:
         return f"nothing compared: {_unread(c)}"
     tolerated = sum(x.status == ChangeStatus.TOLERATED for x in c.changes)
@@ -72,7 +72,7 @@ def _bytes(nbytes: int) -> str:
 
 
 def headline(change: Change) -> str:
-    """A change in a line: what it weighed, what it weighs."""
+    """A change in one line: size before and now."""
     before, after = change.before, change.after
     if change.status == ChangeStatus.NEW and after is not None:
         return "new" if after.error else f"new: {_bytes(after.tensor_bytes)}"
@@ -118,13 +118,13 @@ def _role_lines(change: Change) -> list[str]:
 
 
 def details(change: Change) -> list[str]:
-    """The lines under a headline: why, by role, by group of tensors."""
+    """The lines below a headline: reason, changes by role, changes by group of tensors."""
     own = change.detail.splitlines() if change.detail else []
     return [*own, *_role_lines(change), *map(move_text, change.moves)]
 
 
 def text(c: Comparison) -> str:
-    """A comparison for people: what is as locked is only counted."""
+    """A comparison as readable text; unchanged cells are only counted."""
     parts = [
         "\n".join([f"{b.what}: cannot be read", *(f"  {line}" for line in str(b.error).split("\n"))]) for b in c.broken
     ]
@@ -161,7 +161,7 @@ def to_json(c: Comparison) -> dict[str, Any]:
 
 
 def _code(line: str) -> str:
-    """A line as Markdown code, whatever backticks it has."""
+    """Format a line as Markdown code, whatever backticks it contains."""
     longest = max((len(run) for run in re.findall("`+", line)), default=0)
     fence = "`" * (longest + 1)
     space = " " if longest else ""
@@ -169,7 +169,7 @@ def _code(line: str) -> str:
 
 
 def markdown(c: Comparison) -> str:
-    """A comparison as a table, and what moved under it."""
+    """A comparison as a table, with the changes below."""
     changed = [x for x in c.changes if x.status != ChangeStatus.SAME]
     parts = ["### quantkit sizes", verdict(c)]
     for b in c.broken:
@@ -216,7 +216,7 @@ _PLACE = re.compile(r"(.+?):(\d+)(?=[: ]|$)")
 
 
 def _at(text: str, file: str) -> tuple[str, str]:
-    """(file, line) of what begins with FILE:LINE, where FILE is `file` or one beside it; else the head of `file`."""
+    """(file, line) of a text that begins with FILE:LINE, if FILE is `file` or next to it; else line 1 of `file`."""
     m = _PLACE.match(text)
     if m:
         named = Path(file).with_name(Path(m[1]).name)
@@ -226,7 +226,7 @@ def _at(text: str, file: str) -> tuple[str, str]:
 
 
 def _annotated(change: Change, lock: str) -> tuple[str, str]:
-    """(file, line) that an annotation of the change belongs to: the rule of the largest move, else the lock."""
+    """(file, line) for a change's annotation: the rule of the largest move, else the lock."""
     ruled = [m for m in change.moves if m.rule]
     if ruled and change.file:
         return _at(max(ruled, key=lambda m: abs(m.nbytes or 0)).rule, change.file)
@@ -236,7 +236,7 @@ def _annotated(change: Change, lock: str) -> tuple[str, str]:
 
 
 def in_repository(file: str) -> str:
-    """A path from the current directory as one from the root of the repository, which GitHub's annotations want:
+    """Convert a path from the current directory to one from the repository's root, as GitHub's annotations need:
     $GITHUB_WORKSPACE, else the nearest folder with .git, else the current directory."""
     path = Path(os.path.realpath(file))
     workspace = os.environ.get("GITHUB_WORKSPACE")
@@ -246,7 +246,7 @@ def in_repository(file: str) -> str:
 
 
 def github(c: Comparison) -> str:
-    """Workflow commands that annotate what cannot be read and the rules which moved sizes, and the text for the log."""
+    """Workflow commands that annotate unreadable files and the rules that moved sizes, and the text for the log."""
     found: list[tuple[str, tuple[str, str], str, str]] = []
     for b in c.broken:
         for line in str(b.error).split("\n"):
@@ -273,7 +273,7 @@ _NOT_XML = re.compile("[^\t\n\r -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
 def junit(c: Comparison, when: str) -> str:
-    """A testcase a cell, in the form of Ant's JUnit task, which CI systems read."""
+    """One testcase per cell, in the format of Ant's JUnit task, which CI systems read."""
     from xml.etree import ElementTree as Xml
 
     def clean(value: str) -> str:
@@ -311,7 +311,7 @@ def junit(c: Comparison, when: str) -> str:
 
 
 def size_table(model: str, layout: str, found: Sequence[SizeRow], notes: Sequence[str], form: str) -> str:
-    """The recipes for a model as text, Markdown or JSON."""
+    """The size table of a model as text, Markdown or JSON."""
     if form == "json":
         values = [{**r._asdict(), "bpw": round(r.bpw, 4), "bits": r.bits and round(r.bits, 4)} for r in found]
         return json.dumps({"model": model, "layout": layout, "recipes": values, "notes": list(notes)}, indent=1)
@@ -336,7 +336,7 @@ def size_table(model: str, layout: str, found: Sequence[SizeRow], notes: Sequenc
 
 
 def updated(path: Path, before: Mapping[Key, Any] | None, after: Mapping[Key, Any]) -> str:
-    """What `sizes update` did, in a sentence."""
+    """The result of `sizes update` in one sentence."""
     if before is None:
         return f"{path}: {_count(len(after))} written"
     same = sum(before.get(k) == v for k, v in after.items())

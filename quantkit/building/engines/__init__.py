@@ -1,7 +1,7 @@
-"""Engines make tensor data. Two stand behind one interface, and give the same bytes.
+"""Engines make tensor data. There are two, with one interface and the same output bytes.
 
-An engine gets a `Work` and gives every row of every tensor to its sink, which puts it at its place in the
-output and knows what is there already. It reports progress in source elements done.
+An engine gets a `Work`, and gives every row of every tensor to its sink, which writes it to its place in the output and
+knows which rows already exist. It reports progress in source elements.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from ...model.sources.shard_store import Limits
 from ...planning.file_layout import FileLayout
 from ...planning.plan import Plan
 
-#: called with the name of the tensor at work and the elements finished since the last call
+#: called with the name of the current tensor and the elements finished since the last call
 Progress = Callable[[str, int], None]
 
 
 class ImportanceValues(Protocol):
-    """An importance matrix, as an engine reads it."""
+    """An importance matrix as engines use it."""
 
     @property
     def path_as_given(self) -> str: ...
@@ -35,28 +35,28 @@ class ImportanceValues(Protocol):
 
 
 class Sink(Protocol):
-    """Where tensor data goes. Safe for threads."""
+    """The destination of tensor data. Thread-safe."""
 
     def has(self, name: str, row: int, n_rows: int) -> bool:
-        """Whether rows row… of a tensor are there already, from an earlier run."""
+        """Whether rows of a tensor, from `row` on, already exist from an earlier run."""
 
     def put(self, name: str, row: int, data: npt.NDArray[np.uint8]) -> None:
-        """Write rows row… of a tensor, uint8 [n_rows, row_bytes]; `data` may be changed afterwards. Raises
-        OutputError."""
+        """Write rows of a tensor, from `row` on, uint8 [n_rows, row_bytes]; the caller may reuse `data` afterwards.
+        Raises OutputError."""
 
     def commit(self) -> None:
-        """What was put is on the disk for good when it returns. Raises OutputError, SourceError."""
+        """Make everything that was put durable. Raises OutputError, SourceError."""
 
     @property
     def is_empty(self) -> bool:
-        """Whether nothing is there from an earlier run."""
+        """Whether no rows exist from an earlier run."""
 
     def discard_rows(self) -> None:
-        """What `put` wrote is not needed: the engine writes the one output file as a whole, into the scratch folder."""
+        """Discard all rows that were put: the engine writes the one output file as a whole into the scratch folder."""
 
     def accept_whole_file(self, name: str) -> None:
-        """Take that file of the scratch folder, with all tensors and the planned header. Raises OutputError for one
-        that is not ours."""
+        """Accept that file in the scratch folder, with all tensors and the planned header. Raises OutputError if it is
+        not the build's own file."""
 
 
 def _no_folder() -> Path:
@@ -65,7 +65,7 @@ def _no_folder() -> Path:
 
 @dataclass(frozen=True)
 class Work:
-    """What an engine has to do."""
+    """An engine's task."""
 
     plan: Plan
     file_layouts: tuple[FileLayout, ...]
@@ -75,24 +75,24 @@ class Work:
     n_threads: int
     progress: Progress
     scratch: Folder
-    """a folder of the build's own, on the output's filesystem"""
+    """the build's own folder, on the output's filesystem"""
     commit: Callable[[], None] = lambda: None
-    """returns when all that was put is on the disk for good. Raises what a build's end raises"""
+    """makes everything that was put durable. Raises what ends a build"""
     lasting: Callable[[], Path] = _no_folder
-    """makes another, that is there when the build goes on after it was stopped"""
+    """makes a second folder, which survives when the build is stopped and resumed"""
 
 
 class Engine(Protocol):
     name: str
     rounds: bool
-    """whether it can round otherwise than ggml"""
+    """whether it supports roundings other than ggml's"""
 
     @property
     def limits(self) -> Limits | None:
-        """How much of a source on the Hub may be on the disk at a time; None where all of it must be."""
+        """How much of a source on the Hub may be on the disk at a time; None if it must be there completely."""
 
     def scratch_bytes(self, plan: Plan) -> int:
-        """The most disk space that it needs beside the output."""
+        """Upper limit of the disk space that it needs besides the output."""
 
     def run(self, work: Work) -> None:
-        """Write the data of every tensor. Raises a QuantkitError; the files are then not usable."""
+        """Write the data of every tensor. After a QuantkitError, the files are not usable."""

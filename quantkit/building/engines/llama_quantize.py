@@ -1,11 +1,10 @@
-"""The llama-quantize engine: drives the stock binary, one anchored rule a tensor, and checks what it did.
+"""The llama-quantize engine: runs the stock binary with one anchored rule per tensor, and checks its results.
 
-A GGUF source that becomes one file is quantized in one run, as a person would. Anything else goes
-piece by piece: a GGUF with the model's hyperparameters and a few tensors, as BF16, is quantized with
-the whole importance matrix, and their bytes are put in their place. Where a policy gives other values
-than the matrix has, each piece has a matrix of its own. llama-quantize reads only the
-hyperparameters, so it takes such files, and the bytes are those of a run on the whole model. Scratch
-space is a piece (its largest tensor, or BATCH_BYTES), never the model.
+A GGUF source that becomes one file is quantized in a single run. Anything else goes piece by piece: a GGUF with the
+model's hyperparameters and a few tensors, as BF16, is quantized with the whole importance matrix, and the resulting
+bytes are put in place. If a policy changes values of the matrix, each piece gets its own matrix. llama-quantize reads
+only the hyperparameters, so it accepts such files, and the bytes are those of a run on the whole model. Scratch space
+is one piece (the largest tensor, or BATCH_BYTES), never the model.
 """
 
 from __future__ import annotations
@@ -51,8 +50,8 @@ from . import ImportanceValues, Work
 
 _LINE = re.compile(r"^\[\s*(\d+)/\s*(\d+)\]\s+(\S+)\s+- \[")
 _SLAB_VALUES = 1 << 20
-#: scratch for tensors that go through one run together; starting it costs seconds (IQ1_S sorts its
-#: grid again each time), so small tensors share a run, and a larger one has its own
+#: scratch bytes for tensors that share a run; starting a run costs seconds (IQ1_S sorts its grid each time), so small
+#: tensors share one, and a larger tensor has its own
 BATCH_BYTES = 4 << 30
 _COPY_BYTES = 1 << 24
 _LAST_WORDS = 6
@@ -61,7 +60,7 @@ _PIECE, _MADE, _RULES, _IMATRIX = "piece.gguf", "made.gguf", "tensor-types.txt",
 
 
 class LlamaQuantizeEngine:
-    """See the module. `binary` is the llama-quantize to drive."""
+    """The llama-quantize engine (see the module). `binary` is the llama-quantize to run."""
 
     name = "llama-quantize"
     rounds = False
@@ -82,12 +81,12 @@ class LlamaQuantizeEngine:
         first = source.files[0]
         whole = len(work.file_layouts) == 1 and first.suffix == ".gguf" and QTYPES.get(_dtype(source, work)) is not None
         whole = whole and (len(source.files) == 1 or is_usual_name(first.name))
-        # it copies the source's keys: with --pre or --pad-token the output has others
+        # a whole run copies the source's keys; with --pre or --pad-token the output has others
         whole = whole and getattr(source, "kvs", None) == work.plan.catalogue.kvs
-        # it keeps these keys
+        # a whole run keeps these keys
         kept = [i.key for i in work.plan.catalogue.kvs if i.key == POLICY_KEY or i.key.startswith(ROUNDING_PREFIX)]
         whole = whole and not kept and not any(map(is_other_alignment, work.plan.catalogue.kvs))
-        # with other values than the importance matrix has, it would note the name of the file that gives it those
+        # if a policy changes values, a whole run would record the name of the file with these values
         whole = whole and not work.plan.applied
         if whole and work.sink.is_empty:
             self._whole(work, source)
@@ -103,7 +102,7 @@ class LlamaQuantizeEngine:
         work.sink.accept_whole_file(_MADE)
 
     def _check_whole(self, file_layout: FileLayout, made: BinaryIO, scratch: Folder) -> None:
-        """Raises ToolError unless a whole file has the planned tensors and header."""
+        """Raise ToolError unless a whole file has the planned tensors and header."""
         header = self._header(made, scratch)
         got = {t.name: t for t in header.tensors}
         for p in file_layout.tensors:
@@ -140,7 +139,7 @@ class LlamaQuantizeEngine:
             scratch.unlink(_MADE)
 
     def _quantize(self, work: Work, source: Path, tensors: Sequence[Planned]) -> None:
-        """One run of the binary, to _MADE; reports its progress, and its failure with its own last words."""
+        """Run the binary once, to _MADE; reports its progress, and on failure its last lines of output."""
         scratch, folder = work.scratch, work.scratch.for_a_program()
         scratch.remove(_RULES)
         with open(scratch.create(_RULES), "w") as f:
@@ -155,7 +154,7 @@ class LlamaQuantizeEngine:
             command.append("--allow-requantize")
         base = work.plan.recipe.file_type
         if base in ("F32", "F16", "BF16"):
-            # with a float as its base type llama-quantize ignores every rule without a word
+            # with a float base type, llama-quantize silently ignores every rule
             command += ["--override-kv", f"general.file_type=int:{FILE_TYPES[base]}"]
             base = "Q8_0"
         for override in work.plan.recipe.metadata:
@@ -177,7 +176,7 @@ class LlamaQuantizeEngine:
             for line in process.stdout:
                 if line.strip("= \n"):
                     last.append(line.rstrip().replace(str(folder), str(scratch.path)))
-                m = _LINE.match(line)  # a tensor begins, the one before is done
+                m = _LINE.match(line)  # a tensor begins: the one before is done
                 if m:
                     work.progress(m[3], at_work)
                     at_work = sizes.get(m[3], 0)
@@ -193,14 +192,14 @@ class LlamaQuantizeEngine:
         work.progress(tensors[-1].tensor.name, at_work)
 
     def _opened(self, scratch: Folder) -> BinaryIO:
-        """What a run has made. Raises ToolError where there is nothing, OutputError for something else than a file."""
+        """Open the output of a run. Raises ToolError if there is none, OutputError if it is not a regular file."""
         try:
             return open(scratch.open(_MADE), "rb")
         except OSError:
             raise self._no_llama_quantize("made no file") from None
 
     def _header(self, made: BinaryIO, scratch: Folder) -> Header:
-        """Raises ToolError for a file that is no GGUF."""
+        """Read its header. Raises ToolError if it is no GGUF."""
         try:
             return read_header_of(made, scratch.path / _MADE)
         except SourceError as e:
@@ -221,8 +220,8 @@ class LlamaQuantizeEngine:
 
 
 def _batches(tensors: Sequence[Planned], limit: int) -> Iterator[list[Planned]]:
-    """Consecutive tensors that together, as the converter would store them, stay within the limit;
-    a larger one goes alone."""
+    """Batches of consecutive tensors whose total size, as the converter would store them, is within the limit. A larger
+    tensor is a batch of its own."""
     batch: list[Planned] = []
     size = 0
     for planned in tensors:
@@ -238,7 +237,7 @@ def _batches(tensors: Sequence[Planned], limit: int) -> Iterator[list[Planned]]:
 
 
 def _write_piece(scratch: Folder, tensors: Sequence[Planned], hparams: Sequence[KV], reader: RowReader) -> None:
-    """A GGUF with these tensors, as a converter would store them or as the source GGUF does."""
+    """Write a GGUF with these tensors, stored as a converter would, or as in the source GGUF."""
     infos, at = [], 0
     for planned in tensors:
         t = planned.tensor
@@ -257,8 +256,8 @@ def _write_piece(scratch: Folder, tensors: Sequence[Planned], hparams: Sequence[
 
 
 def _write_imatrix(scratch: Folder, tensors: Sequence[Planned], weights: ImportanceValues) -> bool:
-    """An importance matrix with the values that these tensors are quantized with, as a policy has them: each the sum
-    over one token. False where none of them uses any."""
+    """Write an importance matrix with the values these tensors are quantized with, after the policy, each as the sum
+    over one token. Returns False if none of them uses any."""
     kvs = [
         kv("general.type", STRING, "imatrix"), kv_array("imatrix.datasets", STRING, ["quantkit"]),
         kv("imatrix.chunk_count", U32, 0), kv("imatrix.chunk_size", U32, 0),
@@ -286,7 +285,7 @@ def _write_imatrix(scratch: Folder, tensors: Sequence[Planned], weights: Importa
 
 
 def _stored_rows(t: Tensor, reader: RowReader) -> Iterator[npt.NDArray[np.uint8]]:
-    """A tensor's rows in its source type, a slab at a time."""
+    """Yield a tensor's rows in its source type, a slab at a time."""
     qt = QTYPES[t.source_type]
     step = max(1, _SLAB_VALUES // t.n_cols)
     for part in t.parts:
@@ -308,7 +307,7 @@ def _dtype(source: Source, work: Work) -> str:
 
 
 def _copy(made: BinaryIO, offset: int, work: Work, planned: Planned) -> None:
-    """Give a tensor's bytes to the sink."""
+    """Copy a tensor's bytes to the sink."""
     t = planned.tensor
     row_bytes = QTYPES[planned.type].row_bytes(t.n_cols)
     step = max(1, _COPY_BYTES // row_bytes)

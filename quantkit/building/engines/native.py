@@ -1,20 +1,19 @@
 """The native engine: one pass from the source's bytes to quantized blocks.
 
-Work is cut into slabs: consecutive rows of one part of one tensor (an expert, a head, a matrix), at
-most SLAB_VALUES values. A worker reads a slab's stored bytes, quantizes them with its expert's
-slice of the importance matrix, and gives the blocks to the sink. The system is told which bytes come next, so
-that a cold disk reads them while the cores are at work. Where quantkit has a kernel of its
-own that is one call, in which a few rows at a time become float32; else the slab becomes float32
-first. A worker needs a few buffers of a slab's size and nothing else, so memory is threads x slab
-whatever the tensor's size. Rows are independent, so results do not depend on slab size or threads.
+Work is cut into slabs: consecutive rows of one part of one tensor (an expert, a head, a matrix), of at most SLAB_VALUES
+values. A worker reads a slab's stored bytes, quantizes them with its expert's slice of the importance matrix, and gives
+the blocks to the sink. The system is told which bytes come next, so that a cold disk reads them while the cores work.
+With one of quantkit's own kernels this is one call, which converts a few rows at a time to float32; otherwise the whole
+slab is converted first. A worker needs only a few buffers of a slab's size, so memory is threads x slab, whatever the
+tensor's size. Rows are independent, so results do not depend on slab size or threads.
 
-Where the plan rounds otherwise than ggml, the slab's rows are made again under their covariance
-(quantkit.rounding.rounder), and take the place of ggml's where their output error is lower. Workers
-share the factors of the covariance, which are dropped when others need the room. Where the covariance is
-computed meanwhile, a layer at a time, the tensors that need it are made layer by layer, after all others.
+If the plan asks for a rounding other than ggml's, the slab's rows are rounded again under their covariance
+(quantkit.rounding.rounder), and replace ggml's where their output error is lower. Workers share the factors of the
+covariance, which are dropped when others need the room. If the covariance is computed during the build, a layer at a
+time, the tensors that need it are made layer by layer, after all others.
 
-Where the source is on the Hub, the slabs come in the order of its shards, which are there for as long
-as they are needed (quantkit.building.window).
+If the source is on the Hub, slabs come in the order of its shards, which are kept only while they are needed
+(quantkit.building.window).
 """
 
 from __future__ import annotations
@@ -43,14 +42,14 @@ from ..supply import visits_of
 from ..window import Window
 from . import Work
 
-#: values of a slab: 4 MiB as float32, in reach of L2/L3, large beside a call's overhead
+#: values per slab: 4 MiB as float32, which suits L2/L3 and makes the overhead of a call small
 SLAB_VALUES = 1 << 20
-#: stored bytes that are asked for ahead of the slab at work, and at least a slab a worker
+#: stored bytes requested ahead of the current slab; always at least one slab per worker
 AHEAD_BYTES = 64 << 20
 
 
 class Slab(NamedTuple):
-    """Rows row…row+n_rows of a part; they begin at row `out_row` of the tensor."""
+    """Rows row to row + n_rows of a part, which begin at row `out_row` of the tensor."""
 
     planned: Planned
     part: Part
@@ -74,7 +73,7 @@ def slabs(piece: Piece, slab_values: int = SLAB_VALUES) -> Iterator[Slab]:
 
 
 class _Worker:
-    """A thread's buffers and the steps of a slab."""
+    """A thread's buffers, and the steps for a slab."""
 
     def __init__(self, work: Work, rounder: Rounder | None, rounding: Rounding | None) -> None:
         self.work, self.rounder, self.rounding = work, rounder, rounding
@@ -106,7 +105,7 @@ class _Worker:
         self.work.progress(tensor.name, slab.n_rows * n_cols)
 
     def _round(self, slab: Slab, blocks: npt.NDArray[np.uint8]) -> None:
-        """Put better blocks in the place of ggml's, where the plan wants them."""
+        """Replace ggml's blocks by better ones, if the plan asks for it."""
         tensor, rounding = slab.planned.tensor, self.rounding
         choice = None if rounding is None else rounding.of(tensor.name)
         mat = _matrix(slab)
@@ -121,7 +120,7 @@ class _Worker:
         self.rounder.improve(rows, blocks, slab.planned.type, (tensor.name, mat), choice)
 
     def _weights(self, slab: Slab) -> npt.NDArray[np.float32] | None:
-        """The importance of a slab's columns, as kernels.quantize has it; read once for slabs that share it."""
+        """The importance of a slab's columns, as kernels.quantize takes it; cached between slabs that share it."""
         planned = slab.planned
         if planned.imatrix_status != ImatrixStatus.USED or self.work.imatrix is None:
             return None
@@ -139,13 +138,13 @@ class _Worker:
 
 
 def _matrix(slab: Slab) -> int:
-    """Which matrix of its tensor a slab is of."""
+    """The index of a slab's matrix in its tensor."""
     shape = slab.planned.tensor.shape
     return slab.out_row // shape[1] if len(shape) > 2 else 0
 
 
 def _announced(every: Iterator[Slab], work: Work) -> Iterator[Slab]:
-    """The same slabs; the stored bytes of those that come next have been asked for."""
+    """Yield the same slabs, after requesting the stored bytes of those that follow."""
     assert work.plan.catalogue.source is not None
     reader = RowReader(work.plan.catalogue.source)
     ahead: deque[tuple[Slab, int]] = deque()
@@ -162,7 +161,7 @@ def _announced(every: Iterator[Slab], work: Work) -> Iterator[Slab]:
 
 
 class NativeEngine:
-    """See the module."""
+    """The native engine (see the module)."""
 
     name = "native"
     rounds = True
@@ -187,7 +186,7 @@ class NativeEngine:
             self._by_layer(work, rounding, rounding.covariance, later)
 
     def _by_layer(self, work: Work, rounding: Rounding, source: LayerSource, later: dict[str, Planned]) -> None:
-        """Tensors whose second moments are computed meanwhile, a layer at a time."""
+        """Make tensors whose second moments are computed during the build, a layer at a time."""
         tensors = {name: t.tensor for name, t in later.items()}
         with closing(source.layers(work.lasting(), tuple(later), lambda what: work.progress(what, 0))) as layers:
             for number in layers:
@@ -196,7 +195,7 @@ class NativeEngine:
                 work.sink.commit()
 
     def _make(self, work: Work, some: Iterable[Planned], rounding: Rounding | None) -> None:
-        """Quantize what is missing of these tensors."""
+        """Quantize the missing rows of these tensors."""
         covariance = None if rounding is None else rounding.covariance
         rounder = None if covariance is None else Rounder(covariance)
 
@@ -221,7 +220,7 @@ class NativeEngine:
     def _by_shard(
         self, store: ShardStore, pieces: list[Piece], work: Work, worker: Callable[[], Callable[[Slab], None]]
     ) -> None:
-        """The same where shards come and go."""
+        """The same for a source whose shards are fetched and removed."""
         missing = [p for p in pieces if next(self._missing([p], work), None) is not None]
         order = visits_of(work.plan, missing, store)
         store.clear(visit.shard for visit in order[: self.limits.keep])
