@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from .bars import open_bar
 from .files import IMATRIX, MODEL, RECIPE_OUT, REPORT, SENSITIVITY, Command
+from .hub_options import fetched, fetching, hub_options, open_weights
 from .options import (
     Size,
     conversion,
@@ -99,6 +101,7 @@ def _pairs(_ctx: click.Context, param: click.Parameter, values: tuple[str, ...])
 @click.option(
     "--compare/--no-compare", default=True, help="Compare with UD, stock and uniform recipes of the same bytes."
 )
+@hub_options("that of temporary files")
 @device_option
 @layout_option
 @tokenizer_options
@@ -128,7 +131,6 @@ def optimize(**given: Any) -> None:
     from quantkit.lab.allocation.optimize_report import optimized_json, optimized_text
     from quantkit.lab.allocation.problem import MINIMUM, Constraints
     from quantkit.lab.allocation.weight_errors import TYPES
-    from quantkit.model.open import open_model
 
     target = _target(given)
     minimum = {**MINIMUM, **dict(given["minimum"])}
@@ -141,12 +143,17 @@ def optimize(**given: Any) -> None:
     opts = lab.OptimizeOptions(
         constraints, given["refine"], given["exponent"], given["name"] or "", given["compare"], forward=forward
     )
-    catalogue = open_model(given["source"], conversion(given["layout"], given["pre"], given["pad_token"]))
+    catalogue = open_weights(given["source"], conversion(given["layout"], given["pre"], given["pad_token"]))
     known = read_sensitivity(given["known"])
     texts = _texts(catalogue, given)
     if texts is None and given["refine"]:
         raise click.UsageError("--refine measures, so it needs --text, or --choose-text and --report-text")
-    with open_bar(1, "", given["quiet"] or texts is None) as bar:
+    shards = (
+        nullcontext()
+        if texts is None
+        else fetched(catalogue, fetching(given["keep"], given["shards"], None, given["quiet"]), given["quiet"])
+    )
+    with shards, open_bar(1, "", given["quiet"] or texts is None) as bar:
         made = lab.optimize(catalogue, known, target, imatrix_of(given["imatrix"]), texts, opts, stages(bar))
     if given["output"] is not None:
         write_text(given["output"], made.text, given["force"])
