@@ -10,6 +10,7 @@ import click
 
 from .bars import open_bar, whole_progress
 from .files import CACHE, FOLDER, IMATRIX, MODEL, PATH, RESULTS, RULES, STUDY_FILES, Command, Group, will_write
+from .hub_options import fetched, fetching, hub_options
 from .imatrix_estimate import DISK_RATE, estimate_options
 from .options import (
     Size,
@@ -85,6 +86,7 @@ _made_options = together(
 @device_option
 @dtype_option
 @click.option("--memory", type=Size(), metavar="SIZE", help="Memory for the hidden states of a pass.  [default: 2 GiB]")
+@hub_options("that of RESULTS")
 @layout_option
 @tokenizer_options
 @threads_option
@@ -111,10 +113,14 @@ def run(**given: Any) -> None:
     _check_usage(given)
     from quantkit.lab.studies import report as ablate_report
     from quantkit.lab.studies.study import load_study, require_one, variants
+    from quantkit.model.hub import with_weights
     from quantkit.model.open import open_model
 
     study = load_study(given["study_file"])
     catalogue = open_model(given["source"], conversion(given["layout"], given["pre"], given["pad_token"]))
+    if not given["estimate"]:
+        catalogue = with_weights(catalogue)
+        _check_hub_options(catalogue, given)
     estimate, method, rounding_policy = given["estimate"], given["rounding"], given["rounding_policy"]
     every = list(
         variants(
@@ -149,9 +155,11 @@ def run(**given: Any) -> None:
         else:
             click.echo("dry run: everything was checked, nothing was measured")
         return
+    quiet = given["quiet"] or given["as_json"]
+    shards = fetched(catalogue, fetching(given["keep"], given["shards"], given["results_file"], quiet), quiet)
     with Results(given["results_file"]) as results:
         try:
-            with open_bar(0, "", given["quiet"]) as bar:
+            with shards, open_bar(0, "", given["quiet"]) as bar:
 
                 def warn(line: str) -> None:
                     bar.clear()
@@ -175,6 +183,19 @@ def run(**given: Any) -> None:
         click.echo(ablate_report.results_text(found))
     if any(r.trouble for r in found):
         click.get_current_context().exit(1)
+
+
+def _check_hub_options(catalogue: Catalogue, given: dict[str, Any]) -> None:
+    """Raises UnsupportedError for what needs all of a source at hand, where it comes from the Hub by shards."""
+    from quantkit.base.errors import UnsupportedError
+    from quantkit.lab.fetched import origin
+
+    option = "--cache" if given["cache_dir"] is not None else "--files" if given["files_folder"] is not None else ""
+    if option and (where := origin(catalogue)):
+        raise UnsupportedError(
+            f"{where}: {option} needs all of the source at hand, and it is fetched shard by shard; leave it out, or "
+            "download the repository first and give its folder"
+        )
 
 
 def _check_usage(given: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ import click
 
 from .bars import open_bar
 from .files import IMATRIX, MODEL, RECIPE_OUT, REPORT, SENSITIVITY, Command
+from .hub_options import fetched, fetching, hub_options, open_weights
 from .options import (
     Size,
     conversion,
@@ -106,6 +108,7 @@ def _pairs(_ctx: click.Context, param: click.Parameter, values: tuple[str, ...])
     "--compare/--no-compare", default=True, help="Compare with UD, stock and uniform recipes of the same bytes."
 )
 @rounding_options
+@hub_options("that of temporary files")
 @device_option
 @layout_option
 @tokenizer_options
@@ -137,7 +140,6 @@ def optimize(**given: Any) -> None:
     from quantkit.lab.allocation.optimize_report import optimized_json, optimized_text
     from quantkit.lab.allocation.problem import MINIMUM, Constraints
     from quantkit.lab.allocation.weight_errors import TYPES
-    from quantkit.model.open import open_model
 
     target = _target(given)
     minimum = {**MINIMUM, **dict(given["minimum"])}
@@ -151,12 +153,17 @@ def optimize(**given: Any) -> None:
         constraints, given["refine"], given["exponent"], given["name"] or "", given["compare"], forward=forward,
         rounding=_rounding(given), covariance=covariance_of(given["covariance"]),
     )  # fmt: skip
-    catalogue = open_model(given["source"], conversion(given["layout"], given["pre"], given["pad_token"]))
+    catalogue = open_weights(given["source"], conversion(given["layout"], given["pre"], given["pad_token"]))
     known = read_sensitivity(given["known"])
     texts = _texts(catalogue, given)
     if texts is None and given["refine"]:
         raise click.UsageError("--refine measures, so it needs --text, or --choose-text and --report-text")
-    with open_bar(1, "", given["quiet"] or texts is None) as bar:
+    shards = (
+        nullcontext()
+        if texts is None
+        else fetched(catalogue, fetching(given["keep"], given["shards"], None, given["quiet"]), given["quiet"])
+    )
+    with shards, open_bar(1, "", given["quiet"] or texts is None) as bar:
         made = lab.optimize(catalogue, known, target, imatrix_of(given["imatrix"]), texts, opts, stages(bar))
     if given["output"] is not None:
         write_text(given["output"], made.text, given["force"])

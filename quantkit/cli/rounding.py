@@ -9,6 +9,7 @@ import click
 
 from .bars import open_bar
 from .files import COVARIANCE_IN, IMATRIX, MODEL, POLICY_OUT, RECIPE, Command, Group
+from .hub_options import fetched, fetching, hub_options, open_weights
 from .options import (
     conversion,
     device_option,
@@ -61,6 +62,7 @@ def rounding() -> None:
     help="Of the mean diagonal of the second moments, added to it.",
 )  # fmt: skip
 @probe_memory_option
+@hub_options("that of temporary files")
 @device_option
 @layout_option
 @tokenizer_options
@@ -90,11 +92,10 @@ def tune(**given: Any) -> None:
     from quantkit.lab.rounding_policy import tuning as lab
     from quantkit.lab.rounding_policy.policy_text import policy_text
     from quantkit.lab.rounding_policy.report import tuned_json, tuned_text
-    from quantkit.model.open import open_model
     from quantkit.planning.plan import make_plan, with_values
     from quantkit.rounding.covariance import Covariances
 
-    catalogue = open_model(given["source"], conversion(given["layout"], given["pre"], given["pad_token"]))
+    catalogue = open_weights(given["source"], conversion(given["layout"], given["pre"], given["pad_token"]))
     weights = imatrix_of(given["imatrix"])
     plans = [with_values(make_plan(catalogue, recipe_of(r, ()), weights), weights) for r in given["recipes"]]
     covariance = Covariances(given["covariance"])
@@ -103,7 +104,8 @@ def tune(**given: Any) -> None:
         forward=Options(given["device"], n_threads=given["threads"] or 0),
     )  # fmt: skip
     texts = _texts(catalogue, given)
-    with open_bar(1, "", given["quiet"]) as bar:
+    shards = fetched(catalogue, fetching(given["keep"], given["shards"], None, given["quiet"]), given["quiet"])
+    with shards, open_bar(1, "", given["quiet"]) as bar:
         made = lab.tune(plans, covariance, texts, opts, stages(bar))
     output = given["output"]
     name = given["name"] or ("policy" if output is None else output.stem)

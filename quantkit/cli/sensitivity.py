@@ -10,6 +10,7 @@ import click
 
 from .bars import open_bar
 from .files import IMATRIX, MODEL, SENSITIVITY, SENSITIVITY_OUT, Command, Group
+from .hub_options import fetched, fetching, hub_options, open_weights
 from .options import (
     conversion,
     device_option,
@@ -77,6 +78,7 @@ def _names(_ctx: click.Context, _param: click.Parameter, value: str | None) -> t
 )
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed for sampled rows and noise.")
 @probe_memory_option
+@hub_options("that of FILE")
 @device_option
 @layout_option
 @tokenizer_options
@@ -90,6 +92,7 @@ def measure(**given: Any) -> None:
 
     \b
     quantkit sensitivity measure DeepSeek-R1/ --text wiki.txt --imatrix imatrix.gguf -o r1.json
+    quantkit sensitivity measure hf://deepseek-ai/DeepSeek-R1 --text wiki.txt --imatrix imatrix.gguf -o r1.json
     quantkit sensitivity measure R1-BF16.gguf --text wiki.txt --groups family --bands 4 -o r1.json
     """
     from quantkit.lab import require_torch
@@ -99,11 +102,10 @@ def measure(**given: Any) -> None:
     from quantkit.lab.allocation import sensitivity as lab
     from quantkit.lab.allocation.damage_report import sensitivity_text
     from quantkit.lab.evaluation.parts import parse_part, part
-    from quantkit.model.open import open_model
 
     number, of = parse_part(given["part"])
     noise = _errors(given["noise"])
-    catalogue = open_model(given["source"], conversion(given["layout"], given["pre"], given["pad_token"]))
+    catalogue = open_weights(given["source"], conversion(given["layout"], given["pre"], given["pad_token"]))
     chunks = read_chunks(catalogue, given["texts"], given["n_ctx"], None, given["chat"], given["parse_special"])
     opts = lab.ProbeOptions(
         given["by"], given["bands"], _types(given["probes"]) or lab.PROBES, noise,
@@ -111,7 +113,10 @@ def measure(**given: Any) -> None:
         Options(given["device"], n_threads=given["threads"] or 0), given["force"],
     )  # fmt: skip
     chosen = part(chunks, number, of, given["n_chunks"])
-    with open_bar(1000, "", given["quiet"]) as bar:
+    shards = fetched(
+        catalogue, fetching(given["keep"], given["shards"], given["output"], given["quiet"]), given["quiet"]
+    )
+    with shards, open_bar(1000, "", given["quiet"]) as bar:
         made = lab.sensitivity(catalogue, chosen, imatrix_of(given["imatrix"]), given["output"], opts, stages(bar))
     click.echo(sensitivity_text(made))
 

@@ -46,12 +46,12 @@ class Reader:
         self.bytes_read = 0
         """stored bytes of all that was read, scales aside"""
 
-    def expect(self, names: Iterable[str]) -> None:
-        """Tensors of these names are read from now on, in this order, experts of a layer side by side: of a source on
-        the Hub the next shards are fetched meanwhile."""
+    def expect(self, names: Iterable[str], side_by_side: bool = True) -> None:
+        """Tensors of these names are read from now on, in this order, or experts of a layer `side_by_side`: of a source
+        on the Hub the next shards are fetched meanwhile."""
         brings = on_demand(self.source)
         if brings is not None:
-            brings.expect(self._parts(names))
+            brings.expect(self._parts(names, side_by_side))
 
     def abandon(self) -> None:
         """Nobody reads any more for now: who waits for a shard stops."""
@@ -59,10 +59,13 @@ class Reader:
         if brings is not None:
             brings.abandon()
 
-    def _parts(self, names: Iterable[str]) -> Iterator[str]:
+    def _parts(self, names: Iterable[str], side_by_side: bool) -> Iterator[str]:
         """The source tensors in the order in which they are read."""
-        tensors = (self.tensors[name] for name in names)
-        for layer, alike in groupby(tensors, lambda t: t.layer if t.role is Role.ROUTED_EXPERT else None):
+
+        def layer_of_experts(t: Tensor) -> int | None:
+            return t.layer if side_by_side and t.role is Role.ROUTED_EXPERT else None
+
+        for layer, alike in groupby((self.tensors[name] for name in names), layer_of_experts):
             parts: Iterable[Sequence[Part | None]] = [t.parts for t in alike]
             for several in parts if layer is None else zip_longest(*parts):
                 yield from (part.source for part in several if part is not None)

@@ -110,6 +110,13 @@ def fetched(
             with OnDemand(*found, inside, how.limits, how.tell) as brings:
                 yield brings
             stays = False
+        except BaseException as e:
+            stays = stays and came(taken.folder) > 0
+            if stays:
+                before = [e.kept] if hasattr(e, "kept") and e.kept else []
+                said = f"shards that have come are kept in {wanted.folder}"
+                e.kept = "\n".join([*before, said])  # type: ignore[attr-defined]
+            raise
         finally:
             if not stays:
                 with _raising(wanted.folder):

@@ -129,17 +129,24 @@ CASES = [
     Case("imatrix merge", "$imatrix $other -q", "$imatrix $other", {"output": "-o"}),
     Case("imatrix convert", "$imatrix -q", "$imatrix", {"output": "-o"}),
     Case("sizes update", "-r $mine -m $v3/config.json", "$mine $base $v3/config.json", {"file": ""}),
-    Case("sensitivity measure", "$v3 --text $text --imatrix $imatrix -q", "$v3/* $text $imatrix", {"output": "-o"}),
+    Case(
+        "sensitivity measure",
+        "$v3 --text $text --imatrix $imatrix --shards $recipes -q",
+        "$v3/* $text $imatrix",
+        {"output": "-o"},
+    ),
     Case("sensitivity merge", "$known", "$known", {"output": "-o"}),
     Case(
         "rounding tune",
-        "$v3 -r $mine --text $text --choose-text $text --report-text $text --imatrix $imatrix --covariance $cov -q",
+        "$v3 -r $mine --text $text --choose-text $text --report-text $text --imatrix $imatrix --covariance $cov "
+        "--shards $recipes -q",
         "$v3/* $mine $base $text $imatrix $cov/layer-00001.json $cov/layer-00001-attn_output.npy",
         {"output": "-o"},
     ),
     Case(
         "optimize",
-        "$v3 --target 1GB -s $known --text $text --choose-text $text --report-text $text --imatrix $imatrix -q",
+        "$v3 --target 1GB -s $known --text $text --choose-text $text --report-text $text --imatrix $imatrix "
+        "--shards $recipes -q",
         "$v3/* $known $text $imatrix",
         {"output": "-o", "report": "--report"},
     ),
@@ -164,7 +171,7 @@ CASES = [
     Case(
         "ablate run",
         "$study $v3 --imatrix $imatrix --pre deepseek-v3 --text $words --engine llama.cpp --llama-bin $v3 -q "
-        "--rounding-policy $policy --covariance $cov",
+        "--rounding-policy $policy --covariance $cov --shards $recipes",
         "$study $v3/* $imatrix $words $policy $cov/layer-00001.json",
         {"results_file": "-o", "cache_dir": "--cache", "files_folder": "--files"},
         ("cache_dir", "files_folder"),

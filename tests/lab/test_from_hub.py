@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import making
 import numpy as np
 import pytest
 from conftest import Run
@@ -28,7 +29,7 @@ from quantkit.model.open import open_model
 
 SOURCE = "hf://me/Tiny-V3"
 ENV = {"OMP_NUM_THREADS": "1"}
-HOW = ("--pre", "deepseek-v3", "-t", "2", "-c", "32", "--chunks", "4")
+HOW = ("--pre", "deepseek-v3", "-t", "1", "-c", "32", "--chunks", "4")
 N_SHARDS = 5
 
 
@@ -275,6 +276,88 @@ def test_the_figures_of_an_evaluation_of_several_passes(runs: Runs, in_order: Pa
     assert evaluated(runs, SOURCE, *more, "--keep", "5") == here
     assert len(runs.whole()) - before == N_SHARDS  # what need not go stays for all passes
     assert os.listdir(runs.folder) == []
+
+
+@pytest.fixture(scope="session")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("recipe") / "small.yaml"
+    rules = """\
+name: small
+arch: [deepseek2]
+file_type: Q4_K_M
+rules:
+  - {match: "blk.*.ffn_*_exps.weight", type: Q2_K, why: so}
+  - {match: "*", type: Q4_K, why: so}
+"""
+    file.write_text(rules)
+    return file
+
+
+def same_from_both(runs: Runs, local: Path, keep: str, command: str, *args: str | Path) -> list[Any]:
+    """What a command prints as JSON of the folder, and of the Hub; -o is one file of each."""
+    said = []
+    for name, source, more in (("here", str(local), ()), ("there", SOURCE, ("--keep", keep))):
+        words = [str(a).replace("SOURCE", source).replace("OUT", name) for a in args]
+        ran = runs.quantkit(
+            *command.split(), *words, *more, cwd=runs.folder, env=ENV | {"TMPDIR": str(runs.folder)}
+        )  # fmt: skip
+        assert ran.returncode == 0, ran.stderr
+        said.append(json.loads(ran.stdout) if "--json" in args else ran.stdout)
+    return said
+
+
+def test_a_sensitivity_and_what_is_optimized_by_it(runs: Runs, in_order: Path) -> None:
+    runs.watch()
+    args = ("SOURCE", "--pre", "deepseek-v3", "-t", "1", "--text", runs.text, "-c", "32", "--chunks", "2")
+    few = ("--groups", "role", "--bands", "1", "--probes", "Q2_K", "--types", "Q2_K,Q4_K,Q6_K", "-o", "OUT.json", "-q")
+    same_from_both(runs, in_order, "3", "sensitivity measure", *args, *few)
+    here, there = (json.loads((runs.folder / f"{name}.json").read_text()) for name in ("here", "there"))
+    assert here == there
+    both = same_from_both(
+        runs, in_order, "3", "optimize", *args, "--target", "4.5bpw", "-s", "there.json", "--json", "-q", "--types",
+        "Q2_K,Q4_K,Q6_K", "--no-compare",
+    )  # fmt: skip
+    assert both[0] == both[1]
+    assert 1 <= runs.most_files <= 3
+    assert sorted(os.listdir(runs.folder)) == ["here.json", "there.json"]
+
+
+def test_a_policy_of_rounding(runs: Runs, in_order: Path, recipe: Path, tmp_path: Path) -> None:
+    runs.watch()
+    imatrix, cov = tmp_path / "imatrix.gguf", tmp_path / "cov"
+    making.make(in_order, some_text(tmp_path / "text.txt", 1200), imatrix, n_chunks=40, covariance=cov)
+    other = some_text(tmp_path / "other.txt", seed=5)
+    both = same_from_both(
+        runs, in_order, "3", "rounding tune", "SOURCE", "--pre", "deepseek-v3", "-t", "1", "--text", other, "-c", "32",
+        "--chunks", "2", "-r", recipe, "--imatrix", imatrix, "--covariance", cov, "--method", "feedback",
+        "--json", "-q",
+    )  # fmt: skip
+    assert both[0] == both[1]
+    assert 1 <= runs.most_files <= 3
+
+
+def test_a_study(runs: Runs, in_order: Path, recipe: Path) -> None:
+    (runs.folder / "study.yaml").write_text(
+        f"base: {recipe}\naxes: {{out: {{match: output.weight, types: [Q4_K, Q6_K]}}}}\n"
+    )
+    runs.watch()
+    args = ("study.yaml", "SOURCE", "--pre", "deepseek-v3", "-t", "1", "--text", runs.text, "-c", "32", "--chunks", "2")
+    same_from_both(runs, in_order, "2", "ablate run", *args, "-o", "OUT.db", "--at-a-time", "1", "-q")
+    here, there = (
+        json.loads(runs.quantkit("ablate", "show", f"{name}.db", "--json", cwd=runs.folder).stdout)
+        for name in ("here", "there")
+    )
+    assert len(here["results"]) == 2
+    assert here == there
+    assert 1 <= runs.most_files <= 2
+    again = ("ablate", "run", *args[:1], SOURCE, *args[2:], "-o", "x.db")
+    refused = runs.quantkit(*again, "--cache", "c", cwd=runs.folder)
+    assert (refused.returncode, "--cache needs all of the source at hand" in refused.stderr) == (5, True)
+    gone = runs.shards(3, status=404, times=99, after=0)
+    runs.hub.fail(gone)
+    failed = runs.quantkit(*again, cwd=runs.folder, env=ENV)
+    assert failed.returncode == 4  # and not a variant's trouble
+    assert not runs.quantkit("ablate", "show", "x.db", "--json", cwd=runs.folder).stdout.count('"trouble": "hf')
 
 
 def test_two_runs_do_not_share_a_folder(runs: Runs, tmp_path: Path) -> None:

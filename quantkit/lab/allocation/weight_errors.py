@@ -70,8 +70,13 @@ def weight_errors(
         return found
 
     every = list(tensors)
+    model.weights.expect((t.name for t in every), side_by_side=False)
     with ThreadPoolExecutor(max(1, n_threads), "quantkit-errors") as pool:
-        return dict(zip((t.name for t in every), pool.map(one, every), strict=True))
+        try:
+            return dict(zip((t.name for t in every), pool.map(one, every), strict=True))
+        except BaseException:
+            model.weights.abandon()
+            raise
 
 
 def _errors(

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ...base.errors import KernelError, QuantkitError, UnsupportedError, WeightError
+from ...base.errors import KernelError, OutputError, QuantkitError, SourceError, UnsupportedError, WeightError
 from ...building.cached_tensors import CachedTensors
 from ...forward.model import Model
 from ...forward.stream import Options, Progress
@@ -17,6 +17,7 @@ from ...kernels import version
 from ..evaluation.evaluate import Scorable, of_plan, score_tokens
 from ..evaluation.llama_perplexity import Stock, Tool, gguf_file
 from ..evaluation.scores import NATIVE, STOCK, Scored, score
+from ..fetched import origin
 from ..identity import of_model, of_tokens
 from .files import StudyFiles
 from .results import Result, Results
@@ -133,6 +134,8 @@ def _measured(
         candidates = [of_plan(reference, v.plan, v.name, cached=opts.cached) for v in some if v.plan is not None]
         base, *tokens = score_tokens(reference, [c.model for c in candidates], chunks, forward, progress)
     except QuantkitError as e:
+        if isinstance(e, SourceError | OutputError) and origin(reference.catalogue):
+            raise  # what the network did not bring is no variant's fault
         if len(some) == 1:
             yield some[0], e
             return

@@ -34,6 +34,8 @@ _MAX_HELD = 1 << 29
 #: seconds that the end waits for the thread that fetches, which may be waiting for a server
 _PATIENCE = 5.0
 _NEVER = 1 << 62
+#: places in the expected order by which reading is behind the first who reads, at most
+_LATE = 64
 
 
 class _StoppedError(Exception):
@@ -168,11 +170,7 @@ class OnDemand:
             yield
             return
         with self._changed:
-            places = self._reads.get(tensor.name, ())
-            at = bisect_left(places, self._now)
-            if at < len(places) and places[at] > self._now:
-                self._now = places[at]
-                self._changed.notify_all()
+            self._come_to(tensor.name)
             self._users[shard] += 1
             try:
                 self._wait(shard)
@@ -185,6 +183,15 @@ class OnDemand:
         finally:
             with self._changed:
                 self._let_go(shard)
+
+    def _come_to(self, name: str) -> None:
+        """What is expected has come to where this tensor is read, unless that was a moment ago."""
+        places = self._reads.get(name, ())
+        at = bisect_left(places, self._now)
+        was_there = at > 0 and self._now - places[at - 1] < _LATE
+        if at < len(places) and places[at] > self._now and not was_there:
+            self._now = places[at]
+            self._changed.notify_all()
 
     def _wait(self, shard: str) -> None:
         while not self._there.get(shard):
@@ -218,8 +225,6 @@ class OnDemand:
                 self._waited.pop(shard, None)
                 if failure is None:
                     self._there[shard] = True
-                    self.n_fetched += 1
-                    self.bytes_fetched += self._store.size(shard)
                 else:
                     self._there.pop(shard, None)
                     self._failed[shard] = failure
@@ -237,7 +242,9 @@ class OnDemand:
         try:
             for gone in going:
                 self._store.drop(gone)
-            self._store.fetch(shard, has_come)
+            if self._store.fetch(shard, has_come):
+                self.n_fetched += 1
+                self.bytes_fetched += size
             for scale in self._apart.get(shard, ()):
                 if scale.name not in self._scales:
                     raw = np.empty(scale.nbytes, np.uint8)
@@ -256,7 +263,11 @@ class OnDemand:
         shard = min(coming, key=coming.__getitem__, default="")
         if not shard or coming[shard] == _NEVER:
             return None
-        return self._with_room(shard, coming[shard])
+        chosen = self._with_room(shard, coming[shard])
+        if chosen is None or not any(places[-1] == self._now for s, places in self._uses.items() if self._there.get(s)):
+            return chosen
+        # one that is here is read for the last time: it goes soon, rather than what is needed again
+        return chosen if all(self._next_use(gone) == _NEVER for gone in chosen[1]) else None
 
     def _next_use(self, shard: str) -> int:
         places = self._uses.get(shard, ())

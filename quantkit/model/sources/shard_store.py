@@ -130,13 +130,16 @@ class ShardStore:
 
     # ------------------------------------------------------------ coming and going
 
-    def fetch(self, shard: str, progress: Callable[[int], None] | None = None) -> None:
-        """Have a shard in the folder, whole and right. Raises SourceError, and OutputError for the folder."""
+    def fetch(self, shard: str, progress: Callable[[int], None] | None = None) -> bool:
+        """Have a shard in the folder, whole and right; whether it was not there. Raises SourceError, and OutputError
+        for the folder."""
+        came = False
         if not shard:
-            return
+            return came
         place, said = self.place(shard), progress or (lambda done: None)
         try:
             if not (place.exists() and self._is_right(shard, place, said)):
+                came = True
                 self.repo.fetch(shard, place, said)
                 fd = os.open(place, os.O_RDONLY | os.O_CLOEXEC)
                 try:
@@ -150,6 +153,7 @@ class ShardStore:
             ) from None
         with self._lock:
             self._open[shard] = Files((place,))
+        return came
 
     def _is_right(self, shard: str, place: Path, said: Callable[[int], None]) -> bool:
         """Whether what an earlier run left is the shard; if not, it is removed."""
