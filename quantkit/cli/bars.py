@@ -11,14 +11,15 @@ from typing import Any
 from .terminal import bars_file, showable
 
 
-def open_bar(total: int, unit: str, quiet: bool, stage: str | None = None) -> Any:
-    """A bar of tqdm's, which is none if `quiet`; a context."""
+def open_bar(total: int, unit: str, quiet: bool, stage: str | None = None, initial: int = 0) -> Any:
+    """A bar of tqdm's, which is none if `quiet`; a context. `initial` was done before, and does not count as speed."""
     from tqdm import tqdm
 
     # a line now and then where the bar cannot be redrawn
     often = 0.1 if sys.stderr.isatty() else 10.0
     return tqdm(
         total=total,
+        initial=initial,
         unit=unit,
         unit_scale=True,
         desc=stage,

@@ -63,6 +63,7 @@ def download(
     from quantkit.base.outputs import Output
     from quantkit.hub.address import is_hub, parse
     from quantkit.hub.repo import open_repo
+    from quantkit.model import begun
     from quantkit.model import download as lab
 
     if quant is not None and include:
@@ -81,15 +82,20 @@ def download(
     except lab.ChoiceError as e:
         raise click.UsageError(str(e)) from None
     silent = how["quiet"] or how["as_json"]
+    if note := begun.check(found_repo, paths, place, how["force"]):
+        click.echo(f"note: {note}", err=True)
     there = sum(found_repo.files[p].size for p in paths if (place / p).is_file())
     with open_bar(there, "B", silent or not there, "checking what is there") as bar:
         found = lab.look(found_repo, paths, place, how["force"], by_name(bar))
     if not how["quiet"] and not how["as_json"]:
         _show(found_repo, found, place)
+    if how["dry_run"] and how["as_json"]:
+        click.echo(json.dumps(_json(found_repo, found, place, True), indent=1, ensure_ascii=False))
+    lab.check_room(found, place)
     if not how["dry_run"]:
         _fetch(found_repo, found, place, silent)
-    if how["as_json"]:
-        click.echo(json.dumps(_json(found_repo, found, place, how["dry_run"]), indent=1, ensure_ascii=False))
+    if how["as_json"] and not how["dry_run"]:
+        click.echo(json.dumps(_json(found_repo, found, place, False), indent=1, ensure_ascii=False))
     elif not how["quiet"] and not how["dry_run"]:
         _show_next(found, place)
 
@@ -97,18 +103,26 @@ def download(
 def _show(repo: Repo, found: Sequence[Found], place: Path) -> None:
     from quantkit.base.text import columns, size
 
-    rows = [(f.path, size(f.nbytes), "is there" if f.there else "") for f in found]
+    rows = [(f.path, size(f.nbytes), _state(f)) for f in found]
     click.echo(f"{repo.where()} at commit {repo.commit[:12]}, to {place}:")
     click.echo(columns(rows))
-    missing = [f.nbytes for f in found if not f.there]
-    click.echo(f"{len(missing):,} of {len(found):,} files are to be fetched, {size(sum(missing))}")
+    missing = [f.nbytes - f.part for f in found if not f.there and not f.cached]
+    copied = [f.nbytes for f in found if f.cached]
+    more = f"; {len(copied):,} come from the local cache, {size(sum(copied))}" if copied else ""
+    click.echo(f"{len(missing):,} of {len(found):,} files are to be fetched, {size(sum(missing))}{more}")
+
+
+def _state(one: Found) -> str:
+    if one.there:
+        return "is there"
+    return "is in the local cache" if one.cached else f"{one.part:,} bytes are there" if one.part else ""
 
 
 def _fetch(repo: Repo, found: Sequence[Found], place: Path, quiet: bool) -> None:
     from quantkit.model import download as lab
 
     total = sum(f.nbytes for f in found if not f.there)
-    with open_bar(total, "B", quiet) as bar:
+    with open_bar(total, "B", quiet, initial=sum(f.part for f in found)) as bar:
         try:
             lab.fetch(repo, found, place, by_name(bar))
         except BaseException as e:
@@ -140,7 +154,14 @@ def _json(repo: Repo, found: Sequence[Found], place: Path, dry_run: bool) -> dic
         "commit": repo.commit,
         "folder": str(place),
         "files": [
-            {"path": f.path, "bytes": f.nbytes, "sha256": repo.files[f.path].sha256, "was_there": f.there}
+            {
+                "path": f.path,
+                "bytes": f.nbytes,
+                "sha256": repo.files[f.path].sha256,
+                "was_there": f.there,
+                "from_cache": f.cached is not None,
+                "bytes_there": f.nbytes if f.there else f.part,
+            }
             for f in found
         ],
         "fetched": not dry_run,

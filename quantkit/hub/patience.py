@@ -101,8 +101,7 @@ def refusal(where: str, status: int, headers: Mapping[str, str]) -> Exception:
         return PassingError(says, asked_wait(headers))
     code = headers.get("x-error-code")
     if code == "GatedRepo":
-        ask = "ask for access on the model's page" + (", and log in with `hf auth login`" if status == 401 else "")
-        return SourceError(f"{where}: the model is gated; {ask}")
+        return SourceError(f"{where}: the model is gated; {_ask(where, status)}")
     if code == "RepoNotFound" or (status == 404 and code != "EntryNotFound" and "/" not in _below(where)):
         return SourceError(
             f"{where}: there is no such repository, or it is private; check the name, and log in with `hf auth login` "
@@ -111,6 +110,19 @@ def refusal(where: str, status: int, headers: Mapping[str, str]) -> Exception:
     if status == 404:
         says = REFUSED[404]
     return SourceError(f"{where}: {says}")
+
+
+def _ask(where: str, status: int) -> str:
+    """What opens a gated model."""
+    from huggingface_hub import constants
+
+    m = re.match(r"hf://([^/@]+/[^/@]+)", where)
+    page = f"{constants.ENDPOINT}/{m[1]}" if m else "the model's page"
+    if status == 401:
+        return (
+            f"accept its terms at {page}, and set HF_TOKEN to a token of that account, or log in with `hf auth login`"
+        )
+    return f"accept its terms at {page} with the account whose token is in HF_TOKEN, or wait until access is granted"
 
 
 def _below(where: str) -> str:

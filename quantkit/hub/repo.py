@@ -91,6 +91,22 @@ class Repo:
         found = try_to_load_from_cache(self.name, path, revision=self.commit)
         return Path(found) if isinstance(found, str) else None
 
+    def cached_content(self, path: str) -> Path | None:
+        """Where a file's content lies in Hugging Face's cache, of whatever commit; None if it does not. Its size is
+        right; its hash is to be checked."""
+        from huggingface_hub import constants
+        from huggingface_hub.file_download import repo_folder_name
+
+        file = self.files[path]
+        blobs = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=self.name, repo_type="model") / "blobs"
+        for place in (blobs / file.expected if file.expected else None, self.cached(path)):
+            try:
+                if place is not None and place.is_file() and place.stat().st_size == file.size:
+                    return place
+            except OSError:
+                continue
+        return None
+
     def small(self, paths: Sequence[str]) -> Path:
         """Get small files into Hugging Face's cache, those that are not there yet; returns the folder they are in, the
         snapshot of this commit. Raises SourceError."""

@@ -9,10 +9,12 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple
 
+from ..base.copying import Opened, copy_range
 from ..base.errors import OutputError, SourceError, did_you_mean
 from ..base.text import size as size_text
 from ..gguf.quant_names import Published, published
 from ..hub.repo import Repo
+from . import begun
 
 #: of a checkpoint: what building and running need; weights in other formats are not among it
 _CHECKPOINT = (".safetensors", ".json", ".jinja", ".model", ".txt", ".md", ".py")
@@ -31,6 +33,10 @@ class Found(NamedTuple):
     nbytes: int
     there: bool
     """it is in the folder already, with these bytes"""
+    cached: Path | None = None
+    """its content in Hugging Face's cache, which is copied rather than fetched"""
+    part: int = 0
+    """bytes of it that an interrupted run has left in the folder"""
 
 
 def chosen(
@@ -108,8 +114,8 @@ def look(
     repo: Repo, paths: Sequence[str], folder: Path, force: bool, progress: Callable[[str, int], None]
 ) -> list[Found]:
     """What is there already, by its hash; `progress` is told the file, and bytes more. Raises OutputError for what is
-    in the way, and where there is too little room."""
-    found = []
+    in the way."""
+    found, changed = [], begun.changed(repo, paths, folder)
     for path in paths:
         _check_links(folder, path)
         to = folder / path
@@ -118,25 +124,35 @@ def look(
             there = to.is_file() and to.stat().st_size == size and _has_hash(repo, path, to, progress)
             if not there and (not force or not to.is_file()):
                 raise OutputError(f"{to}: exists and is not the repository's; move it away, or replace it with --force")
-        found.append(Found(path, size, there))
-    need = sum(f.nbytes - _part_bytes(folder / f.path, f.nbytes) for f in found if not f.there)
-    near = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.is_dir())
-    free = shutil.disk_usage(near).free
-    if need > free:
-        raise OutputError(
-            f"{folder}: {need:,} bytes are to be fetched, but {free:,} are free; free {need - free:,} more, or choose "
-            "another place with --to"
+        cached = None if there else repo.cached_content(path)
+        found.append(
+            Found(path, size, there, cached, 0 if there or cached or path in changed else _part_bytes(to, size))
         )
     return found
 
 
+def check_room(found: Sequence[Found], folder: Path) -> None:
+    """Raises OutputError where there is too little."""
+    need = sum(f.nbytes - f.part for f in found if not f.there)
+    near = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.is_dir())
+    free = shutil.disk_usage(near).free
+    if need > free:
+        raise OutputError(
+            f"{folder}: {need:,} bytes more are needed, but {free:,} are free; free {need - free:,} more, or choose "
+            "another place with --to"
+        )
+
+
 def fetch(repo: Repo, found: Sequence[Found], folder: Path, progress: Callable[[str, int], None]) -> None:
-    """Fetch what is not there. `progress` is told the file, and bytes more. Raises SourceError, OutputError."""
+    """Get what is not there. `progress` is told the file, and bytes more than its `part`. Raises SourceError,
+    OutputError."""
+    if missing := [f.path for f in found if not f.there]:
+        begun.write(repo, missing, folder)
     for one in found:
         if one.there:
             continue
         _check_links(folder, one.path)
-        to, had = folder / one.path, 0
+        to, had = folder / one.path, one.part
 
         def told(done: int, path: str = one.path) -> None:
             nonlocal had
@@ -145,13 +161,38 @@ def fetch(repo: Repo, found: Sequence[Found], folder: Path, progress: Callable[[
 
         try:
             to.parent.mkdir(parents=True, exist_ok=True)
-            repo.fetch(one.path, to, told)
+            if not one.part:  # what an older commit has left
+                to.with_name(f"{to.name}.part").unlink(missing_ok=True)
+            if one.cached is None or not _copied(repo, one, one.cached, to, told):
+                repo.fetch(one.path, to, told)
         except OSError as e:
             raise OutputError(
                 f"{to}: cannot be written: {e.strerror or e}; mend that, and run the same command again: what came "
                 f"is kept"
             ) from None
         told(one.nbytes)
+    begun.end(repo, [f.path for f in found], folder)
+
+
+def _copied(repo: Repo, one: Found, cached: Path, to: Path, told: Callable[[int], None]) -> bool:
+    """Whether a file came from the cache, with the repository's hash; if not, nothing is left of it."""
+    part, done = to.with_name(f"{to.name}.part"), 0
+
+    def more(n: int) -> None:
+        nonlocal done
+        done += n
+        told(done)
+
+    try:
+        with open(cached, "rb") as src, open(part, "wb") as dst:
+            copy_range(Opened(src.fileno(), cached), 0, Opened(dst.fileno(), part), 0, one.nbytes, more)
+        if _has_hash(repo, one.path, part, lambda path, n: None):
+            os.replace(part, to)
+            return True
+    except SourceError:  # it went, or was cut
+        pass
+    part.unlink()
+    return False
 
 
 def _check_links(folder: Path, path: str) -> None:

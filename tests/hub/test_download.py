@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 from conftest import Run
+from hub_repos import Blob
 from hub_server import TOKEN, Fault, Hub
 
 from quantkit.base.errors import SourceError
+from quantkit.cli.bars import open_bar
 from quantkit.hub.address import Address
 from quantkit.hub.repo import open_repo
-from quantkit.model.download import ChoiceError, chosen
+from quantkit.model.download import ChoiceError, chosen, fetch, look
 
 BYTES = {name: os.urandom(70_000 + 1000 * i) for i, name in enumerate(("a", "b", "c", "d"))}
 GGUFS = {
@@ -181,3 +186,159 @@ def test_options_that_contradict_each_other(run: Run, ggufs: Path) -> None:
     done = run("hf://org/R1-GGUF@main", "--revision", "v2")
     assert done.returncode == 2, done.stderr
     assert "name different revisions; give one" in done.stderr
+
+
+def test_a_gated_repository(run: Run, hub: Hub, ggufs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its files are listed; fetching says in a sentence where to accept the terms, and HF_TOKEN."""
+    repo = hub.repos["org/R1-GGUF"]
+    repo.gated = True
+    args = ("org/R1-GGUF", "--recipe", "Q4_K_M", "--to", tmp_path / "m")
+    for token, says in (
+        (TOKEN, "with the account whose token is in HF_TOKEN, or wait until access is granted"),
+        ("", ", and set HF_TOKEN to a token of that account, or log in with `hf auth login`"),
+    ):
+        monkeypatch.setenv("HF_TOKEN", token)
+        done = run(*args)
+        assert done.returncode == 4, done.stderr
+        comma = "" if says.startswith(",") else " "
+        assert [line for line in done.stderr.splitlines() if line.startswith("error: ")] == [
+            f"error: hf://org/R1-GGUF/R1-q4_k_m.gguf: the model is gated; accept its terms at {hub.url}/org/R1-GGUF"
+            f"{comma}{says}"
+        ]
+        assert "Traceback" not in done.stderr
+        assert "R1-q4_k_m.gguf" in done.stdout
+        assert not list(tmp_path.glob("m/*.gguf"))
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    repo.granted.add(TOKEN)
+    assert run(*args).returncode == 0
+    assert [p.name for p in (tmp_path / "m").iterdir()] == ["R1-q4_k_m.gguf"]
+
+
+def part_way(hub: Hub, to: Path) -> str:
+    """A download of both shards of UD-IQ1_S that ends after the first and a part of the second; its commit."""
+    hub.fail(Fault("*00002-of*", host="cdn", cut=40_000), Fault("*00002-of*", host="cdn", after=1, status=403))
+    repo = open_repo(Address("org/R1-GGUF", None, ""))
+    with pytest.raises(SourceError, match="access is refused"):
+        fetch(
+            repo, look(repo, chosen(repo, recipe="UD-IQ1_S"), to, False, lambda _p, _n: None), to, lambda _p, _n: None
+        )
+    assert list(to.rglob("*.part"))
+    return repo.commit
+
+
+def test_a_revision_that_moves_between_two_runs(run: Run, hub: Hub, ggufs: Path, tmp_path: Path) -> None:
+    args, parts = ("org/R1-GGUF", "--recipe", "UD-IQ1_S"), [p for p in GGUFS if "IQ1_S" in p]
+    dirs = [tmp_path / name for name in ("same", "old", "new")]
+    firsts = {part_way(hub, to) for to in dirs}
+    assert len(firsts) == 1
+    first = firsts.pop()
+    other = tmp_path / "other"
+    for path, data in GGUFS.items():
+        (other / path).parent.mkdir(parents=True, exist_ok=True)
+        (other / path).write_bytes(b"# R1, again" if path == "README.md" else data)
+    second = hub.add("org/R1-GGUF", other)
+    moved = f"hf://org/R1-GGUF: the download began at commit {first}, and the repository is at {{}} now"
+    done = run(*args, "--to", dirs[0])
+    assert done.returncode == 0, done.stderr
+    assert f"note: {moved.format(second)}; its files here are the same: going on\n" in done.stderr
+    assert not [p for p in dirs[0].iterdir() if p.is_file()]  # no notes of ours are left
+
+    (other / parts[1]).unlink()
+    (other / parts[1]).write_bytes(BYTES["d"])
+    third = hub.add("org/R1-GGUF", other)
+    before = {p: p.read_bytes() for p in dirs[1].rglob("*") if p.is_file()}
+    done = run(*args, "--to", dirs[1])
+    assert done.returncode == 13, done.stderr
+    assert done.stderr.endswith(
+        f"error: {moved.format(third)}, with other content of {parts[1]}; give --revision {first} to go on with the "
+        "old one, or --force for the new one\n"
+    )
+    assert {p: p.read_bytes() for p in dirs[1].rglob("*") if p.is_file()} == before
+    n = hub.sent("/org/*")
+    assert run(*args, "--to", dirs[1], "--revision", first).returncode == 0
+    assert hub.sent("/org/*") - n == len(BYTES["b"]) - 40_000
+    assert [(dirs[1] / p).read_bytes() for p in parts] == [BYTES["a"], BYTES["b"]]
+
+    n = hub.sent("/org/*")
+    done = run(*args, "--to", dirs[2], "--force")
+    assert (done.returncode, "1 of its files are fetched anew" in done.stderr) == (0, True), done.stderr
+    assert hub.sent("/org/*") - n == len(BYTES["d"])
+    assert [(dirs[2] / p).read_bytes() for p in parts] == [BYTES["a"], BYTES["d"]]
+
+
+def test_after_kill_9_nothing_is_fetched_twice(run: Run, hub: Hub, ggufs: Path, tmp_path: Path) -> None:
+    large, to = os.urandom(3_000_000), tmp_path / "m"
+    (ggufs / "big-Q8_0.gguf").write_bytes(large)
+    hub.add("org/R1-GGUF", ggufs)
+    hub.rate = 2e6
+    args = ["org/R1-GGUF", "--include", "*.gguf", "--exclude", "R1-UD*", "--to", str(to)]
+    process = subprocess.Popen([sys.executable, "-m", "quantkit", "download", *args, "-q"], cwd=tmp_path)
+    part = to / "big-Q8_0.gguf.part"
+    while not part.exists() or part.stat().st_size < 500_000:
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    assert process.wait(60) == -signal.SIGKILL
+    hub.rate = 0
+    had, hub.log[:] = part.stat().st_size, []
+    assert 500_000 <= had < len(large)
+    done = run(*args)
+    assert done.returncode == 0, done.stderr
+    assert f"{had:,} bytes are there" in done.stdout
+    assert hub.sent("/org/R1-GGUF/big*") == len(large) - had
+    assert {p.name: p.read_bytes() for p in to.iterdir()} == {"big-Q8_0.gguf": large, "R1-q4_k_m.gguf": BYTES["c"]}
+    hub.log.clear()
+    assert run(*args).returncode == 0
+    assert hub.sent("/org/*") == 0
+
+
+def test_the_list_is_shown_where_the_disk_is_too_small(run: Run, hub: Hub, ggufs: Path, tmp_path: Path) -> None:
+    blob = Blob(ggufs / "R1-q4_k_m.gguf", 10**17, "0" * 40, "0" * 64)
+    hub.repos["org/R1-GGUF"].commit("main", {"R1-Q8_0.gguf": blob}, "larger than any disk")
+    for more in ((), ("--dry-run",)):
+        done = run("org/R1-GGUF", "--to", tmp_path / "m", *more)
+        assert done.returncode == 7, done.stderr
+        assert "R1-Q8_0.gguf" in done.stdout
+        assert "1 of 1 files are to be fetched, 100,000,000,000,000,000 bytes" in done.stdout
+        assert "100,000,000,000,000,000 bytes more are needed, but " in done.stderr
+    said = run("org/R1-GGUF", "--to", tmp_path / "m", "--dry-run", "--json")
+    assert (said.returncode, json.loads(said.stdout)["files"][0]["bytes"]) == (7, 10**17)
+    assert not (tmp_path / "m").exists()
+
+
+def test_the_bar_begins_where_the_last_run_ended(hub: Hub, ggufs: Path, tmp_path: Path) -> None:
+    """What was there is on it, and is no speed."""
+    to = tmp_path / "m"
+    part_way(hub, to)
+    repo = open_repo(Address("org/R1-GGUF", None, ""))
+    found = look(repo, chosen(repo, recipe="UD-IQ1_S"), to, False, lambda _p, _n: None)
+    assert [(f.there, f.part) for f in found] == [(True, 0), (False, 40_000)]
+    steps: list[int] = []
+    fetch(repo, found, to, lambda _path, n: steps.append(n))
+    assert sum(steps) == len(BYTES["b"]) - 40_000
+    assert min(steps) >= 0
+    with open_bar(len(BYTES["b"]), "B", False, initial=40_000) as bar:
+        assert (bar.n, bar.format_dict["initial"]) == (40_000, 40_000)
+
+
+def test_what_is_in_the_local_cache_is_not_fetched_again(run: Run, hub: Hub, ggufs: Path, tmp_path: Path) -> None:
+    from huggingface_hub import hf_hub_download
+
+    first, second = (p for p in GGUFS if "IQ1_S" in p)
+    hf_hub_download("org/R1-GGUF", first)
+    hf_hub_download("org/R1-GGUF", "config.json")
+    (ggufs / "new.txt").write_text("another commit")
+    hub.add("org/R1-GGUF", ggufs)
+    hub.log.clear()
+    done = run("org/R1-GGUF", "--include", "*IQ1_S*", "--include", "config.json", "--to", tmp_path / "m")
+    assert done.returncode == 0, done.stderr
+    assert "1 of 3 files are to be fetched, 71,000 bytes" in done.stdout
+    assert "; 2 come from the local cache, 70,002 bytes" in done.stdout
+    assert hub.sent("/org/*") == len(BYTES["b"])
+    assert not hub.asked(f"*{first}")
+    assert (tmp_path / "m" / first).read_bytes() == BYTES["a"]
+    cached = Path(hf_hub_download("org/R1-GGUF", second)).resolve()
+    cached.write_bytes(bytes(len(BYTES["b"])))  # a damaged cache is found by the hash
+    done = run("org/R1-GGUF", "--recipe", "UD-IQ1_S", "--to", tmp_path / "n")
+    assert done.returncode == 0, done.stderr
+    assert [(tmp_path / "n" / p).read_bytes() for p in (first, second)] == [BYTES["a"], BYTES["b"]]

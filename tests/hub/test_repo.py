@@ -192,8 +192,10 @@ def test_a_wait_is_told(hub: Hub, folder: Path) -> None:
 def test_who_may_read(hub: Hub, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     repo = opened(hub, folder)
     hub.repos["org/repo"].gated = True
-    ask = "hf://org/repo/model.safetensors: the model is gated; ask for access on the model's page"
-    assert refusal(lambda: repo.read("model.safetensors", 0, 1)) == ask
+    ask = f"hf://org/repo/model.safetensors: the model is gated; accept its terms at {hub.url}/org/repo"
+    assert refusal(lambda: repo.read("model.safetensors", 0, 1)) == (
+        f"{ask} with the account whose token is in HF_TOKEN, or wait until access is granted"
+    )
     none = (
         "hf://org/{}: there is no such repository, or it is private; check the name, and log in with `hf auth login` "
         "for a private one"
@@ -207,7 +209,9 @@ def test_who_may_read(hub: Hub, folder: Path, tmp_path: Path, monkeypatch: pytes
         "hf://org/repo: the server answers 401: it needs a token; log in with `hf auth login`, or set HF_TOKEN"
     )
     monkeypatch.setenv("HF_TOKEN", "")
-    assert refusal(lambda: repo.read("model.safetensors", 0, 1)) == f"{ask}, and log in with `hf auth login`"
+    assert refusal(lambda: repo.read("model.safetensors", 0, 1)) == (
+        f"{ask}, and set HF_TOKEN to a token of that account, or log in with `hf auth login`"
+    )
     hub.repos["org/repo"].private = True
     assert refusal(lambda: open_repo(HERE)) == none.format("repo")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
