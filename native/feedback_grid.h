@@ -1,8 +1,8 @@
 // What the error feedback of IQ2_XXS, IQ2_XS, IQ2_S, IQ3_XXS and IQ3_S shares: eight columns are sizes from a grid,
 // times signs, of which some types want an even number.
 //
-// There are too many codes for a metric M that is not diagonal. So the best few under M's diagonal, with x's signs, are
-// scored under M; then the best of these has the one or two signs turned that help most.
+// There are too many codes for a metric M that is not diagonal. So a few that are good under M's diagonal, with x's signs,
+// are scored under M: of points with the same first half the one that is best, and of these the best few; then the best of these has the one or two signs turned that help most.
 #pragma once
 #include <stdexcept>
 #include <string>
@@ -100,6 +100,13 @@ QK_INLINE void keep_least(F* least, F t) {
 // A score that is not negative with a number below 2^BITS in its last places.
 template <int BITS>
 QK_INLINE F numbered(F score, int n) { return float_of((bits_of(score) & ~((1 << BITS) - 1)) | n); }
+
+// Of LANES values each, those of a number of their own in every lane.
+QK_INLINE I lanes_at(const I* values, I number) {
+    I lane;
+    for (int i = 0; i < LANES; ++i) lane[i] = i;
+    return look_up(reinterpret_cast<const int32_t*>(values), number * LANES + lane);
+}
 
 // G is a type's grid: `candidates(target, m, s, take)` calls take(code, size) for codes without signs that are good
 // under the diagonal of M; `sizes(code, s, size)` gives their sizes.

@@ -10,18 +10,22 @@ namespace quantkit::QK_ISA {
 namespace {
 
 constexpr float DELTA = 0.125f;
-constexpr int POINTS = Iq1Grid::N, HALVES = 81;
+constexpr int HALVES = 81;
+constexpr int SIDE = 4;  // points scored side by side
+constexpr int PLACES = 2320;  // for Iq1Grid::N points, the number of each half's rounded up
+static_assert(PLACES >= Iq1Grid::N + HALVES * (SIDE - 1) + LANES - 1, "room for every half, and to read LANES at any");
 
-// The grid by halves: points of the same first four levels follow each other. Codes are numbers in this order.
+// The grid by halves: points of the same first four levels follow each other, and the last of these again up to a
+// multiple of SIDE. Codes are places in this order.
 struct Points {
     int start[HALVES + 1];
-    uint8_t high[POINTS];                    // number of the last four levels
-    int32_t pattern[POINTS], index[POINTS];  // levels 0, 1, 2 in fields of two bits; ggml's number
+    int32_t high[PLACES];                    // number of the last four levels
+    int32_t pattern[PLACES], index[PLACES];  // levels 0, 1, 2 in fields of two bits; ggml's number
 };
 
 const Points* make_points() {
     const Iq1Grid& grid = iq1_grid();
-    Points* const p = new Points;  // never destroyed: kernels may still run while the process ends
+    Points* const p = new Points();  // never destroyed: kernels may still run while the process ends
     int n = 0;
     for (int low = 0; low < HALVES; ++low) {
         p->start[low] = n;
@@ -30,10 +34,11 @@ const Points* make_points() {
             if (grid.index[ternary] < 0) continue;
             int32_t pattern = 0;
             for (int i = 0, t = ternary; i < 8; ++i, t /= 3) pattern |= (t % 3) << (2 * i);
-            p->high[n] = static_cast<uint8_t>(high);
+            p->high[n] = high;
             p->pattern[n] = pattern;
             p->index[n++] = grid.index[ternary];
         }
+        for (; n % SIDE; ++n) p->high[n] = p->high[n - 1], p->pattern[n] = p->pattern[n - 1], p->index[n] = p->index[n - 1];
     }
     p->start[HALVES] = n;
     return p;
@@ -46,7 +51,7 @@ const Points& points() {
 
 // (g + delta) M (g + delta) of all points: delta up, delta down.
 struct Quadratic {
-    float of[2][POINTS];
+    float of[2][PLACES];
 };
 
 // Sums of b * level over four columns, of all 81.
@@ -85,8 +90,13 @@ struct Scores {
         F top[HALVES], most = splat(-INFINITY);
         I half{};
         for (int a = 0; a < HALVES; ++a) {
-            F t = splat(-INFINITY);
-            for (int n = p.start[a]; n < p.start[a + 1]; ++n) t = max_of(high[p.high[n]] - quad.of_all(n), t);
+            F side[SIDE];
+            for (F& t : side) t = splat(-INFINITY);
+            for (int n = p.start[a]; n < p.start[a + 1]; n += SIDE) {
+#pragma GCC unroll 4
+                for (int i = 0; i < SIDE; ++i) side[i] = max_of(high[p.high[n + i]] - quad.of_all(n + i), side[i]);
+            }
+            F t = max_of(max_of(side[0], side[1]), max_of(side[2], side[3]));
             top[a] = t;
             t += low[a];
             const I more = I(t > most);
@@ -97,10 +107,20 @@ struct Scores {
         I out;
         for (int lane = 0; lane < LANES; ++lane) {
             const int a = half[lane];
-            const float t = top[a][lane];
+            const F t = splat(top[a][lane]);
+            const float* q = quad.of_lane(lane);
             int n = p.start[a];
-            while (n < p.start[a + 1] - 1 && high[p.high[n]][lane] - quad.of_one(n, lane) != t) ++n;
-            out[lane] = n;
+            for (const int end = p.start[a + 1] - LANES; ; n += LANES) {  // the first of the points that has it
+                I number;
+                F less;
+                std::memcpy(&number, p.high + n, sizeof number);
+                std::memcpy(&less, q + n, sizeof less);
+                const F score = float_of(look_up(reinterpret_cast<const int32_t*>(high), number * LANES + lane)) - less;
+                const uint32_t found = lane_bits(I(score == t));
+                if (found) n += __builtin_ctz(found);
+                if (found || n >= end) break;
+            }
+            out[lane] = n < p.start[a + 1] ? n : p.start[a];
         }
         return out;
     }
@@ -109,14 +129,14 @@ struct Scores {
 struct OneShift {
     const float* q;
     QK_INLINE F of_all(int n) const { return splat(q[n]); }
-    QK_INLINE float of_one(int n, int) const { return q[n]; }
+    QK_INLINE const float* of_lane(int) const { return q; }
 };
 
 struct TwoShifts {
     const Quadratic& q;
     I down;
     QK_INLINE F of_all(int n) const { return select(down, splat(q.of[1][n]), splat(q.of[0][n])); }
-    QK_INLINE float of_one(int n, int lane) const { return q.of[down[lane] & 1][n]; }
+    QK_INLINE const float* of_lane(int lane) const { return q.of[down[lane] & 1]; }
 };
 
 QK_INLINE void values_of(const Points& p, I code, F s, I down, F* v) {
@@ -191,7 +211,8 @@ struct Iq1S : Iq1 {
 
 // Its shifts are of groups: part of their codes.
 struct Iq1M : Iq1 {
-    static constexpr int SUB = 16, SHIFTS = 1, BYTES = 56;
+    static constexpr int SUB = 16, SHIFTS = 1, BYTES = 56, DOWN = 4096;
+    static_assert(DOWN >= PLACES, "a bit beside the place");
     static constexpr auto stock = quantize_iq1_m;
     using Iq1::Iq1;
 
@@ -203,7 +224,7 @@ struct Iq1M : Iq1 {
         const I lower = I(score[1] - DELTA * scores.sum > score[0] + DELTA * scores.sum);
         const I code = select(lower, down, up);
         values_of(p, code, s, lower, v);
-        return code | (lower & POINTS);
+        return code | (lower & DOWN);
     }
 
     static void read(const uint8_t* y, I* half, I* level, I*) {
@@ -228,9 +249,9 @@ struct Iq1M : Iq1 {
             for (int s = 0; s < 16; ++s) {
                 int32_t high = 0;
                 for (int g = 0; g < 2; ++g) {
-                    const int32_t c = code[2 * s + g][lane], index = p.index[c & (POINTS - 1)];
+                    const int32_t c = code[2 * s + g][lane], index = p.index[c & (DOWN - 1)];
                     y[lane][2 * s + g] = static_cast<uint8_t>(index);
-                    high |= (index >> 8 | (c >= POINTS) << 3) << (4 * g);
+                    high |= (index >> 8 | (c >= DOWN) << 3) << (4 * g);
                 }
                 y[lane][32 + s] = static_cast<uint8_t>(high);
             }

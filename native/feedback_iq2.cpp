@@ -20,6 +20,7 @@ struct Points {
     int start[HALVES + 1];
     uint8_t high[POINTS];                   // number of the last four levels
     int32_t levels[POINTS], index[POINTS];  // in fields of two bits; ggml's number
+    int32_t place[128 * 128];               // of the halves' numbers, the first in the lower bits
 };
 
 template <int POINTS>
@@ -35,7 +36,7 @@ const Points<POINTS>* make_points(const char* name) {
         }
         number[static_cast<size_t>(at)] = j;
     }
-    Points<POINTS>* const p = new Points<POINTS>;  // never destroyed: kernels may still run while the process ends
+    Points<POINTS>* const p = new Points<POINTS>();  // never destroyed: kernels may still run while the process ends
     int n = 0;
     for (int low = 0; low < HALVES; ++low) {
         p->start[low] = n;
@@ -45,6 +46,7 @@ const Points<POINTS>* make_points(const char* name) {
             p->levels[n] = 0;
             for (int i = 0, t = at; i < 8; ++i, t /= 3) p->levels[n] |= (t % 3) << (2 * i);
             p->high[n] = static_cast<uint8_t>(high);
+            p->place[low | high << 7] = n;
             p->index[n++] = number[static_cast<size_t>(at)];
         }
     }
@@ -66,7 +68,7 @@ QK_INLINE F size_of(I level) {
 #endif
 }
 
-template <int POINTS, int BITS, bool PARITY>
+template <int POINTS, bool PARITY>
 struct Grid2 {
     const Points<POINTS>& p;
 
@@ -95,17 +97,32 @@ struct Grid2 {
                         if constexpr (PARITY) flip[half][l * n + k] = i ? min_of(flip[half][k], f[l]) : f[l];
                     }
             }
+        for (int h = 0; h < HALVES; ++h) {
+            if constexpr (PARITY) flip[1][h] = numbered<7>(cost[1][h] + flip[1][h], h);
+            cost[1][h] = numbered<7>(cost[1][h], h);
+        }
         F least[N];
+        I half[HALVES];
         for (int i = 0; i < N; ++i) least[i] = splat(INFINITY);
-        for (int a = 0; a < HALVES; ++a)
+        for (int a = 0; a < HALVES; ++a) {
+            if (p.start[a] == p.start[a + 1]) continue;
+            F t = splat(INFINITY), flipped = t;
             for (int n = p.start[a]; n < p.start[a + 1]; ++n) {
-                const int h = p.high[n];
-                F c = cost[0][a] + cost[1][h];
-                if constexpr (PARITY) c += min_of(flip[0][a], flip[1][h]);
-                keep_least<N>(least, numbered<BITS>(c, n));
+                t = min_of(cost[1][p.high[n]], t);
+                if constexpr (PARITY) flipped = min_of(flip[1][p.high[n]], flipped);
             }
+            F c = t;
+            if constexpr (PARITY) {  // one sign is flipped: in this half or in the other
+                const F here = t + flip[0][a];
+                c = min_of(here, flipped);
+                t = select(I(here < flipped), t, flipped);
+            }
+            half[a] = bits_of(t) & 127;
+            keep_least<N>(least, numbered<7>(cost[0][a] + c, a));
+        }
         for (int i = 0; i < N; ++i) {
-            const I code = bits_of(least[i]) & (POINTS - 1);
+            const I a = min_of(bits_of(least[i]) & 127, splat(HALVES - 1));
+            const I code = look_up(p.place, a | lanes_at(half, a) << 7);
             F size[8];
             sizes(code, s, size);
             take(code, size);
@@ -113,10 +130,10 @@ struct Grid2 {
     }
 };
 
-template <int POINTS, int BITS, bool EVEN>
+template <int POINTS, bool EVEN>
 struct Iq2 {
     static constexpr int LEVELS = 16, WINDOW = 3, SHIFTS = 1, SIGNS_AT = 16;
-    Grid2<POINTS, BITS, EVEN> grid;
+    Grid2<POINTS, EVEN> grid;
 
     static QK_INLINE F scale(F d, I level) { return d * (0.5f + to_float(level)) * 0.25f; }
     static QK_INLINE I level_at(F s, F d) {
@@ -151,7 +168,7 @@ const Points<1024>& points_s() {
     return *one;
 }
 
-struct Iq2Xxs : Iq2<256, 8, true> {
+struct Iq2Xxs : Iq2<256, true> {
     static constexpr int SUB = 32, BYTES = 66;
     static constexpr auto stock = quantize_iq2_xxs;
     explicit Iq2Xxs(const FeedbackBlock&) : Iq2{{points_xxs()}} {}
@@ -179,7 +196,7 @@ struct Iq2Xxs : Iq2<256, 8, true> {
     }
 };
 
-struct Iq2Xs : Iq2<512, 9, true> {
+struct Iq2Xs : Iq2<512, true> {
     static constexpr int SUB = 16, BYTES = 74;
     static constexpr auto stock = quantize_iq2_xs;
     explicit Iq2Xs(const FeedbackBlock&) : Iq2{{points_xs()}} {}
@@ -204,7 +221,7 @@ struct Iq2Xs : Iq2<512, 9, true> {
     }
 };
 
-struct Iq2S : Iq2<1024, 10, false> {
+struct Iq2S : Iq2<1024, false> {
     static constexpr int SUB = 16, BYTES = 82;
     static constexpr auto stock = quantize_iq2_s;
     explicit Iq2S(const FeedbackBlock&) : Iq2{{points_s()}} {}

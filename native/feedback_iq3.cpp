@@ -18,6 +18,7 @@ struct Points {
     int start[PAIRS + 1];
     uint8_t high[POINTS];                   // number of the last two levels
     int32_t levels[POINTS], index[POINTS];  // in fields of four bits; ggml's number
+    int32_t place[PAIRS * PAIRS];           // of the pairs' numbers, the first in the lower bits
 };
 
 template <int POINTS>
@@ -25,7 +26,7 @@ const Points<POINTS>* make_points(const char* name) {
     const Codebook& book = codebook(name, POINTS, 4);
     bool seen[128] = {};
     for (int i = 0; i < 4 * POINTS; ++i) seen[book.values[i] & 127] = true;
-    Points<POINTS>* const p = new Points<POINTS>;  // never destroyed: kernels may still run while the process ends
+    Points<POINTS>* const p = new Points<POINTS>();  // never destroyed: kernels may still run while the process ends
     int level[128] = {}, n_levels = 0;
     for (int v = 0; v < 128; ++v) {
         if (!seen[v]) continue;
@@ -49,6 +50,7 @@ const Points<POINTS>* make_points(const char* name) {
             if (number[at] < 0) continue;
             p->levels[n] = (low & 7) | (low >> 3) << 4 | (high & 7) << 8 | (high >> 3) << 12;
             p->high[n] = static_cast<uint8_t>(high);
+            p->place[at] = n;
             p->index[n++] = number[at];
         }
     }
@@ -102,13 +104,20 @@ struct Grid3 {
                     }
                 for (int k = 0; k < PAIRS; ++k) cost[pair][k] = c[0][k & 7] + c[1][k >> 3];
             }
+            for (int k = 0; k < PAIRS; ++k) cost[1][k] = numbered<6>(cost[1][k], k);
             F least[N];
+            I other[PAIRS];
             for (int i = 0; i < N; ++i) least[i] = splat(INFINITY);
-            for (int a = 0; a < PAIRS; ++a)
-                for (int n = p.start[a]; n < p.start[a + 1]; ++n)
-                    keep_least<N>(least, numbered<BITS>(cost[0][a] + cost[1][p.high[n]], n));
+            for (int a = 0; a < PAIRS; ++a) {
+                if (p.start[a] == p.start[a + 1]) continue;
+                F t = splat(INFINITY);
+                for (int n = p.start[a]; n < p.start[a + 1]; ++n) t = min_of(cost[1][p.high[n]], t);
+                other[a] = bits_of(t) & (PAIRS - 1);
+                keep_least<N>(least, numbered<6>(cost[0][a] + t, a));
+            }
             for (int i = 0; i < N; ++i) {
-                number[half][i] = bits_of(least[i]) & (POINTS - 1);
+                const I a = bits_of(least[i]) & (PAIRS - 1);
+                number[half][i] = look_up(p.place, a | lanes_at(other, a) << 6);
                 half_sizes(number[half][i], s, size[half][i]);
             }
         }

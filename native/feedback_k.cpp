@@ -2,8 +2,10 @@
 // super-block's: Q2_K to Q6_K (layouts: k_quants.cpp) and IQ4_XS (iq4.cpp).
 //
 // Plain: ggml's scales of the current weights, then the levels, column by column. With search: the super-block's scale
-// and minimum times a few factors; for each the group's scale and minimum a few steps up and down, with the errors
-// passed on within the group. The least sum of e^2 of the group is kept, and at last that of the super-block.
+// and minimum times a few factors; for each the group's scale and minimum a few steps up and down, and on from where that
+// was best, with the errors passed on within the group. The least sum of e^2 of the group is kept, and at last that of the super-block.
+#include <type_traits>
+
 #include "feedback_lanes.h"
 #include "feedback_tables.h"
 #include "iq4_round.h"
@@ -187,18 +189,20 @@ template <typename T, bool SEARCH>
 QK_ONCE void run_groups(const typename T::Book& book, F* x, const float* t, const float* reciprocal,
                         Scales<QK_K / T::N>* a, F* level, F* errors, F* loss) {
     constexpr int N = T::N, C = SEARCH ? 5 : 1;
+    constexpr bool MINIMUM = T::MOST_MINIMUM > 0;
     F total{};
     for (int g = 0; g < QK_K / N; ++g) {
         const int first = g * N;
         Rounded<N> made[C];
         typename T::Round round[C];
-        // among C tries of scale and minimum the one of the least loss to made[0]
-        const auto tries = [&](const I* s, const I* m) QK_LAMBDA {
-            for (int c = 0; c < C; ++c)
+        // tries of scale and minimum to made[from] and after; of these and made[0] the one of the least loss to made[0]
+        const auto tries = [&](auto from, const I* s, const I* m) QK_LAMBDA {
+            constexpr int FROM = decltype(from)::value, TO = FROM == 0 || MINIMUM ? C : 3;
+            for (int c = FROM; c < TO; ++c)
                 set_round<T>(book, a->d * to_float(s[c]), a->dm * to_float(m[c]), round + c);
-            feed<QK_K, N, C>(x + first, t, reciprocal, first, round, made);
+            feed<QK_K, N, TO - FROM>(x + first, t, reciprocal, first, round + FROM, made + FROM);
             I best_s = s[0], best_m = m[0];
-            for (int c = 1; c < C; ++c) {
+            for (int c = 1; c < TO; ++c) {
                 const I better = I(made[c].loss < made[0].loss);
                 best_s = select(better, s[c], best_s);
                 best_m = select(better, m[c], best_m);
@@ -212,25 +216,26 @@ QK_ONCE void run_groups(const typename T::Book& book, F* x, const float* t, cons
             a->m[g] = best_m;
         };
         constexpr int AROUND[] = {0, -1, 1, -2, 2};
-        const auto scales = [&]() QK_LAMBDA {
-            I s[C], m[C];
+        const auto scale_at = [&](I s) QK_LAMBDA { return max_of(splat(T::LOW), min_of(splat(T::HIGH), s)); };
+        constexpr std::integral_constant<int, 0> ALL{};
+        constexpr std::integral_constant<int, 1> MORE{};
+        const I s0 = a->s[g];
+        I s[C], m[C];
+        for (int c = 0; c < C; ++c) s[c] = c == 0 ? s0 : scale_at(s0 + AROUND[c]), m[c] = a->m[g];
+        tries(ALL, s, m);
+        if constexpr (SEARCH && MINIMUM) {
             for (int c = 0; c < C; ++c) {
-                s[c] = max_of(splat(T::LOW), min_of(splat(T::HIGH), a->s[g] + AROUND[c]));
-                m[c] = a->m[g];
+                s[c] = a->s[g];
+                m[c] = max_of(I{}, min_of(splat(T::MOST_MINIMUM), a->m[g] + AROUND[c]));
             }
-            tries(s, m);
-        };
-        scales();
-        if constexpr (SEARCH) {
-            if constexpr (T::MOST_MINIMUM > 0) {
-                I s[C], m[C];
-                for (int c = 0; c < C; ++c) {
-                    s[c] = a->s[g];
-                    m[c] = max_of(I{}, min_of(splat(T::MOST_MINIMUM), a->m[g] + AROUND[c]));
-                }
-                tries(s, m);
-            }
-            scales();
+            tries(MORE, s, m);
+            for (int c = 0; c < C; ++c) s[c] = scale_at(a->s[g] + AROUND[c]), m[c] = a->m[g];
+            tries(MORE, s, m);
+        } else if constexpr (SEARCH) {  // the way that was better, on
+            const I turn = I(a->s[g] > s0) - I(a->s[g] < s0);  // -1 for up
+            s[0] = a->s[g];
+            s[1] = scale_at(s0 - 3 * turn), s[2] = scale_at(s0 - 4 * turn);
+            tries(MORE, s, m);
         }
         total += made[0].loss;
         std::memcpy(level + first, made[0].level, sizeof made[0].level);

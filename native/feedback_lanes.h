@@ -2,7 +2,7 @@
 // columns after it lose. `t` is the block's part of U transposed: t[j * BLOCK + i] = U[i][j].
 #pragma once
 #include "feedback.h"
-#include "lanes.h"
+#include "fused.h"
 
 namespace quantkit::QK_ISA {
 
@@ -31,18 +31,32 @@ struct Rounded {
 template <int BLOCK, int N, int C, typename Round>
 QK_ONCE void feed(const F* x, const float* t, const float* reciprocal, int first, const Round* round,
                     Rounded<N>* out) {
+    constexpr int SIDE = C <= 2 ? LANES / 2 : LANES / 4;  // columns side by side, so that sums need not wait
     t += first * BLOCK + first;
     reciprocal += first;
     for (int c = 0; c < C; ++c) out[c].loss = F{};
-    for (int j = 0; j < N; ++j, t += BLOCK) {
-        F now[C];
-        for (int c = 0; c < C; ++c) now[c] = x[j];
-        for (int k = 0; k < j; ++k)
-            for (int c = 0; c < C; ++c) now[c] -= out[c].e[k] * t[k];
-        for (int c = 0; c < C; ++c) {
-            const F e = (now[c] - round[c](now[c], &out[c].level[j])) * reciprocal[j];
-            out[c].e[j] = e;
-            out[c].loss += e * e;
+    for (int j = 0; j < N; j += SIDE, t += SIDE * BLOCK) {
+        F now[SIDE][C];
+        for (int s = 0; s < SIDE; ++s)
+            for (int c = 0; c < C; ++c) now[s][c] = x[j + s];
+        for (int k = 0; k < j; ++k) {
+#pragma GCC unroll 8
+            for (int s = 0; s < SIDE; ++s) {
+#pragma GCC unroll 8
+                for (int c = 0; c < C; ++c) now[s][c] = minus_product(now[s][c], out[c].e[k], splat(t[s * BLOCK + k]));
+            }
+        }
+#pragma GCC unroll 8
+        for (int s = 0; s < SIDE; ++s) {
+#pragma GCC unroll 8
+            for (int c = 0; c < C; ++c) {
+                const F e = (now[s][c] - round[c](now[s][c], &out[c].level[j + s])) * reciprocal[j + s];
+                out[c].e[j + s] = e;
+                out[c].loss = plus_product(out[c].loss, e, e);
+#pragma GCC unroll 8
+                for (int l = s + 1; l < SIDE; ++l)
+                    now[l][c] = minus_product(now[l][c], e, splat(t[l * BLOCK + j + s]));
+            }
         }
     }
 }
@@ -57,7 +71,7 @@ QK_ONCE void pass_on(F* x, const float* t, int first, const F* e) {
         for (int s = 0; s < SIDE; ++s) sum[s] = x[j + s];
         for (int k = 0; k < N; ++k) {
             const F ek = e[k];
-            for (int s = 0; s < SIDE; ++s) sum[s] -= ek * u[s * BLOCK + k];
+            for (int s = 0; s < SIDE; ++s) sum[s] = minus_product(sum[s], ek, splat(u[s * BLOCK + k]));
         }
         for (int s = 0; s < SIDE; ++s) x[j + s] = sum[s];
     }

@@ -1,15 +1,13 @@
 // c -= a b, the product under everything that error feedback does, in one order: each element of c has the products
-// of k = 0, 1, … taken from it one after the other, whatever the tiles, so every set makes the same numbers.
+// of k = 0, 1, … taken from it one after the other, each rounded once (fused.h), whatever the tiles, so every set makes the same numbers.
 #pragma once
 #include <algorithm>
 #include <memory>
 #include <new>
 
-#include "lanes.h"
+#include "fused.h"
 
 namespace quantkit::QK_ISA {
-
-typedef double D __attribute__((vector_size(LANES * 4)));
 
 template <typename T>
 struct VectorOf;
@@ -61,7 +59,7 @@ QK_INLINE void product_tile(T* c, size_t stride, Left<T> a, const T* b, size_t n
         for (int v = 0; v < V; ++v) std::memcpy(&right[v], b + v * N, sizeof(Vector));
         for (int r = 0; r < R; ++r) {
             const Vector left = a.at[r * a.row + k * a.col] - Vector{};
-            for (int v = 0; v < V; ++v) sum[r][v] -= left * right[v];
+            for (int v = 0; v < V; ++v) sum[r][v] = minus_product(sum[r][v], left, right[v]);
         }
     }
     for (int r = 0; r < R; ++r)

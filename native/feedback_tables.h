@@ -37,7 +37,7 @@ QK_DECLARE(iq3_xxs);
 QK_DECLARE(iq3_s);
 #undef QK_DECLARE
 // feedback_iq1.cpp: what both types have prepared
-constexpr size_t FEEDBACK_IQ1_BYTES = 32 * 2 * 2048 * sizeof(float);
+constexpr size_t FEEDBACK_IQ1_BYTES = 32 * 2 * 2320 * sizeof(float);
 void feedback_iq1_prepare(const FeedbackBlock& block, void* prepared);
 
 }  // namespace quantkit::QK_ISA
