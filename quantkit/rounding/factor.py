@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -32,6 +33,11 @@ class Factor:
     def n_cols(self) -> int:
         return len(self.importance)
 
+    @property
+    def nbytes(self) -> int:
+        """of U"""
+        return self.u.nbytes
+
 
 def factor(h: F32, damp: float = DAMP, kernel: str | None = None) -> Factor:
     """Factor a covariance.
@@ -44,6 +50,28 @@ def factor(h: F32, damp: float = DAMP, kernel: str | None = None) -> Factor:
     and n^3 * 2/3 multiplications and additions. Raises KernelError for what is no covariance: NaN, Inf, a negative
     diagonal, not symmetric, nothing but zeros, or not positive definite once it is damped.
     """
+    scaling = checked(h, damp)
+    u = feedback_factor(h, scaling.added, scaling.exponent, kernel)
+    if isinstance(u, int):
+        raise not_definite(len(h), damp, u)
+    if first_nonfinite(u) is not None:
+        raise no_inverse(len(h))
+    return Factor(u, scaling.importance, h, damp)
+
+
+class Scaling(NamedTuple):
+    """How a covariance is scaled and damped before it is factored."""
+
+    exponent: int
+    """H is taken times 2 to this"""
+    added: float
+    """and this is added to its diagonal"""
+    importance: F32
+    """[n]: the diagonal that this makes"""
+
+
+def checked(h: F32, damp: float) -> Scaling:
+    """The scaling of what is a covariance. Raises KernelError for what is none, as `factor` says."""
     if h.ndim != 2 or h.shape[0] != h.shape[1] or h.dtype != np.float32 or not h.flags.c_contiguous or not h.size:
         raise KernelError(f"a covariance must be C-ordered float32 [n, n], not {h.dtype} {list(h.shape)}")
     if not (math.isfinite(damp) and damp >= 0):
@@ -61,15 +89,20 @@ def factor(h: F32, damp: float = DAMP, kernel: str | None = None) -> Factor:
         raise KernelError(f"the covariance of {n} columns is zero: no token has reached the tensor")
     exponent = -math.frexp(mean)[1]
     added = damp * math.ldexp(mean, exponent)
-    u = feedback_factor(h, added, exponent, kernel)
-    if isinstance(u, int):
-        raise KernelError(
-            f"the covariance of {n} columns with a damping of {damp:g} is not positive definite, as column {u} shows; "
-            "take a larger damping or more tokens"
-        )
-    if first_nonfinite(u) is not None:
-        raise KernelError(f"the covariance of {n} columns has no inverse in float32; take a larger damping")
-    return Factor(u, (np.ldexp(diagonal, exponent) + added).astype(np.float32), h, damp)
+    return Scaling(exponent, added, (np.ldexp(diagonal, exponent) + added).astype(np.float32))
+
+
+def not_definite(n: int, damp: float, column: int) -> KernelError:
+    """What is wrong with a covariance of `n` columns that has no factor, as a column shows."""
+    return KernelError(
+        f"the covariance of {n} columns with a damping of {damp:g} is not positive definite, as column {column} shows; "
+        "take a larger damping or more tokens"
+    )
+
+
+def no_inverse(n: int) -> KernelError:
+    """What is wrong with a covariance whose factor is beyond float32."""
+    return KernelError(f"the covariance of {n} columns has no inverse in float32; take a larger damping")
 
 
 def _require_symmetric(h: F32, diagonal: np.ndarray[tuple[int], np.dtype[np.float64]]) -> None:

@@ -37,3 +37,12 @@ class Options(NamedTuple):
         if self.gain:
             words.append("gain")
         return " ".join([*words, f"damp {self.damp:.6g}"])
+
+
+class Device(NamedTuple):
+    """Where torch rounds rows, in place of the CPU's own kernels."""
+
+    name: str
+    """as torch has it: cpu, cuda, cuda:1"""
+    text: str
+    """what a file says of it: its model, and torch's version"""

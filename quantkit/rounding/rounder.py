@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +19,7 @@ from .. import kernels
 from ..base.errors import KernelError, SourceError, WeightError
 from .covariance import CovarianceSource, Moments
 from .factor import Factor, factor
-from .options import Method, Options
+from .options import Device, Method, Options
 from .policy import Choice
 from .rows import quantize
 
@@ -39,9 +40,9 @@ class Rounder:
     name; all make the same bytes."""
 
     def __init__(self, source: CovarianceSource, kept_bytes: int = KEPT_BYTES, kernel: str | None = None) -> None:
-        self._moments = Moments(source)
-        self._held_out = None if source.held_out is None else Moments(source.held_out)
-        self._kept = _Kept(kept_bytes)
+        self._factors: Factors[Factor, F32] = Factors(
+            source, kept_bytes, lambda h, damp: factor(h, damp, kernel), lambda made, other: (made, other)
+        )
         self._kernel = kernel
 
     def improve(self, rows: F32, blocks: U8, type_: str, matrix: tuple[str, int], choice: Choice) -> int:
@@ -50,7 +51,7 @@ class Rounder:
         rows: float32 [n_rows, n_cols] of a matrix (a tensor's name, and which of it); blocks: uint8 [n_rows,
         row_bytes], as ggml makes them. A row whose errors grow beyond what the type holds stays ggml's. Raises
         SourceError for a covariance that is none of that matrix, KernelError for a type that has no such rounding."""
-        made, judge = self._made(matrix, rows.shape[1], choice.damp)
+        made, judge = self._factors.of(matrix, rows.shape[1], choice.damp)
         try:
             return improved(rows, blocks, type_, made, judge, options_of(choice), self._kernel)
         except WeightError:
@@ -61,23 +62,24 @@ class Rounder:
                 self.improve(rows[i : i + 1], blocks[i : i + 1], type_, matrix, choice) for i in range(len(rows))
             )
 
-    def _made(self, matrix: tuple[str, int], n_cols: int, damp: float) -> tuple[Factor, F32]:
-        """A matrix's factor, and the second moment that judges."""
-        key = (self._moments.key(*matrix), damp)
-        return self._kept.get(key, lambda: self._make(matrix, n_cols, damp))
+    def output_errors(
+        self, rows: F32, blocks: U8, type_: str, matrix: tuple[str, int], choice: Choice
+    ) -> npt.NDArray[np.float64]:
+        """e H e^T of each row [n_rows], of what the blocks are off, under the H that judges. Raises SourceError."""
+        judge = self._factors.of(matrix, rows.shape[1], choice.damp)[1]
+        e = rows - kernels.dequantize(blocks, type_, rows.shape[1])
+        return kernels.feedback_products(e, e, judge, self._kernel)[:, 0]
 
-    def _make(self, matrix: tuple[str, int], n_cols: int, damp: float) -> tuple[Factor, F32]:
-        h = self._moments.mean(*matrix, n_cols)
-        try:
-            made = factor(h, damp, self._kernel)
-        except KernelError as e:
-            raise SourceError(
-                f"{self._moments.source.name}: '{matrix[0]}', matrix {matrix[1]}: {e}; or leave it to ggml by a "
-                "rule with rounding: ggml"
-            ) from None
-        if self._held_out is None or matrix[0] not in self._held_out.source:
-            return made, h
-        return made, self._held_out.mean(*matrix, n_cols)
+
+def rounder_on(device: Device | None, source: CovarianceSource) -> Rounder:
+    """A rounder on a device of torch, or on the CPU."""
+    if device is None:
+        return Rounder(source)
+    import torch
+
+    from .on_torch.rounder import DeviceRounder
+
+    return DeviceRounder(source, torch.device(device.name))
 
 
 def improved(
@@ -94,17 +96,39 @@ def improved(
     return int(better.sum())
 
 
-class _Kept:
-    """What was made last, as far as it fits."""
+class _Sized(Protocol):
+    @property
+    def nbytes(self) -> int: ...
 
-    def __init__(self, nbytes: int) -> None:
+
+Made = TypeVar("Made", bound=_Sized)
+Judge = TypeVar("Judge", bound=_Sized)
+
+
+class Factors(Generic[Made, Judge]):
+    """Factors of a source's matrices, each with the second moment that judges; what was made last is kept, as far as
+    it fits. Safe for threads."""
+
+    def __init__(
+        self,
+        source: CovarianceSource,
+        nbytes: int,
+        make: Callable[[F32, float], Made],
+        with_judge: Callable[[Made, F32], tuple[Made, Judge]],
+    ) -> None:
+        """`make`: of a second moment and a damping; `with_judge`: a factor, and what it is judged by as it is to be
+        kept."""
+        self._moments = Moments(source)
+        self._held_out = None if source.held_out is None else Moments(source.held_out)
+        self._make, self._with_judge = make, with_judge
         self._nbytes = nbytes
         self._lock = threading.Lock()
         self._making: dict[object, threading.Lock] = {}
-        self._made: OrderedDict[object, tuple[Factor, F32]] = OrderedDict()
+        self._made: OrderedDict[object, tuple[Made, Judge]] = OrderedDict()
 
-    def get(self, key: object, make: Callable[[], tuple[Factor, F32]]) -> tuple[Factor, F32]:
-        """What was made for that key; others that ask for it meanwhile wait. Raises what `make` raises."""
+    def of(self, matrix: tuple[str, int], n_cols: int, damp: float) -> tuple[Made, Judge]:
+        """A matrix's (a tensor's name, and which of it); others that ask for it meanwhile wait. Raises SourceError."""
+        key = (self._moments.key(*matrix), damp)
         with self._lock:
             own = self._making.setdefault(key, threading.Lock())
         with own:
@@ -112,7 +136,7 @@ class _Kept:
                 if key in self._made:
                     self._made.move_to_end(key)
                     return self._made[key]
-            found = make()
+            found = self._new(matrix, n_cols, damp)
             with self._lock:
                 self._made[key] = found
                 self._making.pop(key, None)
@@ -120,7 +144,19 @@ class _Kept:
                     self._made.popitem(last=False)
             return found
 
+    def _new(self, matrix: tuple[str, int], n_cols: int, damp: float) -> tuple[Made, Judge]:
+        h = self._moments.mean(*matrix, n_cols)
+        try:
+            made = self._make(h, damp)
+        except KernelError as e:
+            raise SourceError(
+                f"{self._moments.source.name}: '{matrix[0]}', matrix {matrix[1]}: {e}; or leave it to ggml by a "
+                "rule with rounding: ggml"
+            ) from None
+        if self._held_out is None or matrix[0] not in self._held_out.source:
+            return self._with_judge(made, h)
+        return self._with_judge(made, self._held_out.mean(*matrix, n_cols))
 
-def _nbytes(made: tuple[Factor, F32]) -> int:
-    own = 0 if made[1] is made[0].h else made[1].nbytes
-    return made[0].u.nbytes + made[0].h.nbytes + own
+
+def _nbytes(made: tuple[_Sized, _Sized]) -> int:
+    return made[0].nbytes + made[1].nbytes
