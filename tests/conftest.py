@@ -10,7 +10,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import factory
 import hypothesis
@@ -35,10 +35,12 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 #: pytest-xdist's workers have it, and what a command prints to a pipe depends on it
 os.environ.pop("COLUMNS", None)
 
+# no test depends on how fast the machine is
+_ANY_SPEED: dict[str, Any] = {"deadline": None, "suppress_health_check": [hypothesis.HealthCheck.too_slow]}
 # The same examples in every run, so that a change is judged by what it does. To look for others:
 # pytest --hypothesis-profile=explore
-hypothesis.settings.register_profile("same", derandomize=True)
-hypothesis.settings.register_profile("explore", max_examples=1000, print_blob=True)
+hypothesis.settings.register_profile("same", derandomize=True, **_ANY_SPEED)
+hypothesis.settings.register_profile("explore", max_examples=1000, print_blob=True, **_ANY_SPEED)
 hypothesis.settings.load_profile("same")
 
 
