@@ -5,6 +5,7 @@ OUT.partial/journal     what the build is, and the rows that are on the disk for
 OUT.partial/NAME.gguf   a file of the output: header first, full length, rows at their place as they come
 OUT.partial/scratch/    of an engine; emptied
 OUT.partial/source/     shards of a source on the Hub, as long as they are needed (quantkit.model.sources.shard_store)
+OUT.partial/shards      how far it has come with them (quantkit.building.shards_told)
 OUT.partial/pass/       of an engine, where it goes on with what it has computed
 
 The folder and all in it belong to the user who builds, and only that user writes in it: what is found there decides
