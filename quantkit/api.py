@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -68,6 +68,10 @@ class BuildOptions:
     """a folder for finished tensors, which later builds take from there"""
     cache_size: int = 200 * 10**9
     """bytes of it at most"""
+    keep: int = 3
+    """shards of a source on the Hub that are on the disk at a time, at most"""
+    disk: int | None = None
+    """bytes of them at most"""
 
 
 def open_model(
@@ -204,17 +208,26 @@ def build(
     or leaves an unfinished build behind: ImatrixError, SourceError, OutputError, ResumeError, UnsupportedError,
     WeightError, KernelError.
     """
-    from .base.errors import OutputError
+    from .base.errors import OutputError, UnsupportedError
     from .base.workers import default_threads
     from .building import run as building
     from .building.cache import Cache
     from .building.engines.native import NativeEngine
+    from .model.hub import with_weights
+    from .model.sources.shard_store import Limits
 
-    start, engine, warning, kept_in = time.monotonic(), NativeEngine(), "", None
+    limits = Limits(options.keep, options.disk)
+    start, engine, warning, kept_in = time.monotonic(), NativeEngine(limits=limits), "", None
     weights = _imatrix_of(plan)
+    plan = replace(plan, catalogue=with_weights(plan.catalogue))
     ready = building.prepare(
         plan, Path(out), weights, options.split_max_size, force, options.allow_requantize, engine, resume
     )
+    if options.cache is not None and ready.supply is not None:
+        raise UnsupportedError(
+            f"{ready.supply.where}: a cache needs all of the source at hand, and it is fetched shard by shard; leave "
+            "it out, or download the repository first"
+        )
     if options.cache is not None:
         try:
             kept_in = Cache(Path(options.cache), options.cache_size)

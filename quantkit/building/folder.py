@@ -5,6 +5,7 @@ OUT.partial/journal     what is being built, and the rows that are durable (quan
 OUT.partial/NAME.gguf   a file of the output: header first, full length, rows in place as they are made
 OUT.partial/scratch/    an engine's; emptied
 OUT.partial/source/     shards of a source on the Hub, while they are needed (quantkit.model.sources.shard_store)
+OUT.partial/shards      which of them have come and are left (quantkit.building.shards_told)
 OUT.partial/pass/       an engine's computed results, with which it resumes
 
 The folder and its content belong to the user who builds, and only that user writes to it: the content decides which

@@ -226,6 +226,8 @@ def run(build: Build, engine: Engine, n_threads: int, progress: Progress, cache:
     """Run an engine and give the files their names. Tensors that the cache has come from there, and those made are
     kept there. Returns how many values an earlier run had made. Raises what the engine raises; what was there under the
     names is then as it was, and the exception's `kept` says where the unfinished build is, if it is kept."""
+    assert build.plan.catalogue.source is not None
+    store = store_of(build.plan.catalogue.source)
     begun = UnfinishedBuild(
         build.out, build.files, build.identity, lambda: check_unchanged(build.sources), build.replace
     )
@@ -234,8 +236,6 @@ def run(build: Build, engine: Engine, n_threads: int, progress: Progress, cache:
             leftovers.remove(build.out, [name for name, _ in build.files])
         begun.start(build.restart, n_threads, progress)
         file_layouts = tuple(file_layout for _, file_layout in build.files)
-        assert build.plan.catalogue.source is not None
-        store = store_of(build.plan.catalogue.source)
         if store is not None:
             store.keep_in(begun.source_folder())
         with begun.durability.committing():
@@ -258,6 +258,9 @@ def run(build: Build, engine: Engine, n_threads: int, progress: Progress, cache:
         )
         said.kept = kept  # type: ignore[attr-defined]
         raise said from said.__cause__
+    finally:
+        if store is not None:
+            store.leave()
     return begun.n_kept
 
 

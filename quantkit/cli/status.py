@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from quantkit.building.journal import ToldBuild
 
 
+_SHARDS = {"fetched": "fetched", "kept": "kept", "left": "left"}
+
+
 @click.command(cls=Command)
 @click.argument("out", type=PATH)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -72,7 +75,9 @@ def _finished(out: Path) -> tuple[dict[str, Any], str]:
 
 def _facts(found: ToldBuild, out: Path, pid: int | None) -> dict[str, Any]:
     """What is known of an unfinished build."""
+    from quantkit.building.folder import folder_of
     from quantkit.building.journal import durable
+    from quantkit.building.shards_told import read_told
 
     head = found.head
     rows = list(zip(durable(found), head.tensors, strict=True))
@@ -82,6 +87,7 @@ def _facts(found: ToldBuild, out: Path, pid: int | None) -> dict[str, Any]:
         kept = sum(n * t[2] for n, t in mine)
         whole = all(n == t[1] for n, t in mine) and out.with_name(name).is_file()
         files.append({"name": name, "bytes": nbytes, "durable_bytes": kept, "complete": whole})
+    shards = read_told(folder_of(out))
     return {
         "state": "unfinished",
         "process": pid,
@@ -91,12 +97,14 @@ def _facts(found: ToldBuild, out: Path, pid: int | None) -> dict[str, Any]:
         "tensors_complete": sum(n == t[1] for n, t in rows),
         "tensors": len(rows),
         "files": files,
+        **({} if shards is None else {"shards": shards._asdict()}),
         "identity": head.identity,
     }
 
 
 def _text(found: ToldBuild, said: dict[str, Any], folder: Path) -> str:
     from quantkit.base.errors import showable
+    from quantkit.base.text import short_size
 
     done, total = said["durable_bytes"], said["tensor_bytes"]
     pid = said["process"]
@@ -113,6 +121,9 @@ def _text(found: ToldBuild, said: dict[str, Any], folder: Path) -> str:
     if len(said["files"]) > 1:
         complete = sum(f["complete"] for f in said["files"])
         lines.append(f"shards that are complete: {complete} of {len(said['files'])}")
+    if shards := said.get("shards"):
+        three = [f"{shards[what]:,} {words} ({short_size(shards[f'{what}_bytes'])})" for what, words in _SHARDS.items()]
+        lines.append(f"shards of the source: {', '.join(three)}")
     identity = found.head.identity
     lines += [f"  {name:9} {what}" for name, what in identity.items() if not name.startswith(("source ", "metadata "))]
     sources = [name for name in identity if name.startswith("source ")]

@@ -18,6 +18,8 @@ from conftest import Run
 from hub_server import TOKEN, Fault, Hub
 from reshard import reshard
 
+import quantkit as qk
+
 RECIPE = ("-r", "UD-IQ1_S", "--pre", "deepseek-v3")
 
 
@@ -233,6 +235,34 @@ def test_a_place_that_takes_no_more_is_one_sentence(
     assert "cannot be kept there: File too large; mend that and give the same command again" in refused.stderr
     assert builds.run("--keep", "2").returncode == 0
     assert builds.out.read_bytes() == expected
+
+
+def test_status_says_what_has_come_and_what_is_left(builds: Builds, in_order: Path, quantkit: Run) -> None:
+    process = builds.start("--keep", "1")
+    builds.hub.fail(builds.shards(4, do=process.kill))  # the last of five that comes but one
+    process.communicate(timeout=300)
+    said = json.loads(quantkit("status", builds.out, "--json").stdout)
+    sizes = [path.stat().st_size for path in sorted(in_order.glob("*.safetensors"))]
+    n = said["shards"]["fetched"]
+    assert 1 <= n < 5
+    assert said["shards"]["kept"] <= 1
+    assert said["shards"]["left"] == 5 - n
+    assert said["shards"]["fetched_bytes"] + said["shards"]["left_bytes"] == sum(sizes)
+    text = quantkit("status", builds.out).stdout
+    assert re.search(rf"shards of the source: {n} fetched \(.*\), [01] kept \(.*\), {5 - n} left \(.*\)", text)
+    assert builds.run("--keep", "1").returncode == 0
+    assert os.listdir(builds.folder) == ["m.gguf"]
+
+
+def test_from_python(builds: Builds, tiny_imatrix: Path, expected: bytes, tmp_path: Path) -> None:
+    model = qk.open_model("hf://me/Tiny-V3", pre="deepseek-v3")
+    plan = qk.plan(model, "UD-IQ1_S", tiny_imatrix)
+    builds.hub.fail(Fault("*.safetensors", host="cdn", times=999, do=builds.look))
+    made = qk.build(plan, builds.out, threads=1, options=qk.BuildOptions(keep=1))
+    assert builds.out.read_bytes() == expected
+    assert (made.nbytes, builds.most_files) == (len(expected), 1)
+    with pytest.raises(qk.UnsupportedError, match="a cache needs all of the source at hand"):
+        qk.build(plan, tmp_path / "x.gguf", options=qk.BuildOptions(cache=tmp_path / "cache"))
 
 
 def test_ctrl_c_does_not_wait_for_the_server(builds: Builds, expected: bytes) -> None:

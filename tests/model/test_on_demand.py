@@ -178,7 +178,7 @@ def test_shards_of_an_earlier_run_are_hashed_and_no_more_are_kept_than_may_be(tm
     with world.on_demand(tmp_path, Limits(3)) as brings:
         assert all(world.read(brings, f"{i}.1") for i in range(3))
     assert len(world.shelf.came) == 3
-    damaged = world.store.place("m-1.safetensors")
+    (damaged,) = tmp_path.glob("00001-*")
     damaged.write_bytes(b"\0" * len(world.shelf.data["m-1.safetensors"]))
     (tmp_path / "junk").write_text("of somebody")
     with world.on_demand(tmp_path, Limits(2)) as brings:

@@ -38,6 +38,7 @@ from ...rounding.covariance import LayerSource, is_by_layer
 from ...rounding.rounder import Rounder
 from ...weights.rows import RowReader
 from ..shard_order import Piece, pieces_of
+from ..shards_told import Telling
 from ..supply import visits_of
 from ..window import Window
 from . import Work
@@ -224,8 +225,9 @@ class NativeEngine:
         missing = [p for p in pieces if next(self._missing([p], work), None) is not None]
         order = visits_of(work.plan, missing, store)
         store.clear(visit.shard for visit in order[: self.limits.keep])
+        told_store = Telling(store, order, store.folder.parent)
         window: Window[Slab] = Window(
-            store, order, self.limits, work.commit, lambda what: work.progress(f"fetching {what}", 0)
+            told_store, order, self.limits, work.commit, lambda what: work.progress(f"fetching {what}", 0)
         )
 
         def told() -> Callable[[tuple[int, Slab]], None]:

@@ -106,6 +106,7 @@ class OnDemand:
         with self._changed:
             self._changed.notify_all()
         self._thread.join(_PATIENCE)
+        self._store.leave()
 
     def expect(self, tensors: Iterable[str]) -> None:
         """From now on source tensors of these names are read, in about this order, some of them perhaps not at all."""

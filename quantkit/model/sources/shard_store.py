@@ -97,10 +97,21 @@ class ShardStore:
         """From now on shards are kept there. The folder is there, and nobody else's."""
         self._folder = folder
 
-    def place(self, shard: str) -> Path:
+    def leave(self) -> None:
+        """Nothing more is read, and the folder may go: others can use the store with another."""
+        with self._lock:
+            self._open.clear()
+        self._held.clear()
+        self._folder = None
+
+    @property
+    def folder(self) -> Path:
         if self._folder is None:
-            raise InternalCheckError(f"{self.repo.where(shard)}: there is no folder to keep it in")
-        return self._folder / f"{self._numbers[shard]:05d}-{self.repo.files[shard].expected}"
+            raise InternalCheckError(f"{self.repo.where()}: there is no folder to keep its shards in")
+        return self._folder
+
+    def place(self, shard: str) -> Path:
+        return self.folder / f"{self._numbers[shard]:05d}-{self.repo.files[shard].expected}"
 
     def _part(self, shard: str) -> Path:
         """Where what has come of it lies, as long as it is not whole."""
