@@ -110,7 +110,7 @@ def lost_in_dat(contents: Contents, n_other_calls: int) -> list[str]:
 
 
 def left_out(contents: Contents) -> list[str]:
-    """Return a sentence on tensors of the file that are no part of an importance matrix, or []."""
+    """Return a sentence on tensors of the file that do not belong in an importance matrix, or []."""
     if not contents.others:
         return []
     return [f"left out, since no importance matrix has it: {_listed(contents.others)}"]

@@ -61,11 +61,11 @@ class Contents(NamedTuple):
     kvs: tuple[KV, ...] = ()
     """all keys of a GGUF"""
     others: tuple[str, ...] = ()
-    """tensors of a GGUF that are no part of an entry"""
+    """tensors of a GGUF that do not belong to an entry"""
 
 
 class Missing(NamedTuple):
-    """Gaps in what an importance matrix has for a tensor; its matrices (experts of a stacked tensor) are numbered."""
+    """Gaps in what an importance matrix has for a tensor; matrices (stacked experts) are given by number."""
 
     unseen: tuple[int, ...]
     """no input was counted: llama-quantize takes ones for all their columns"""

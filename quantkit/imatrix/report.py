@@ -23,7 +23,7 @@ _UNITS = {False: "tokens", True: "chunks"}
 
 
 def info_text(found: Coverage, every_tensor: bool = False) -> str:
-    """Return the file's facts, a table with one row for alike tensors of all layers (or for every tensor), and the
+    """Return the file's facts, a table with one row for the same tensor of all layers (or one per tensor), and the
     experts that were never or rarely seen."""
     unit = _UNITS[found.is_dat]
     size = f"{found.chunk_size:,} tokens" if found.chunk_size else "a size that a .dat does not say"

@@ -33,7 +33,7 @@ _LARGEST = (1 << 31) - 1
 
 
 def check_name(out: Path) -> None:
-    """Raise OutputError if a GGUF is to be written under a name of the older format."""
+    """Raise OutputError if a GGUF would get a name of the older format."""
     if out.suffix.lower() == ".dat":
         made, quoted = out.with_suffix(".gguf"), shlex.quote
         raise OutputError(

@@ -1,2 +1,2 @@
-"""A catalogue and a recipe made into a plan: types, bytes, the layout of files, what fits on which GPU. Pure: no
+"""Making a plan from a catalogue and a recipe: types, bytes, the layout of files, what fits on which GPU. Pure: no
 weight is read, but an importance matrix is checked. May import model, recipe and what is below."""

@@ -8,6 +8,7 @@ What llama.cpp does, and this module follows (src/llama-model.cpp, load_tensors;
 - The KV cache of a layer is where the layer is; the context is padded to 256 tokens. With MLA (k_b+v_b) a token
   has one K of kv_lora_rank + rope values, and V is a view of it; otherwise heads x (key + value) values.
 - `-ot REGEX=CPU` keeps tensors in RAM whatever `-ngl` says.
+
 The published rule is the one of the R1 dynamic quants' guide of January 2025, in whole GB:
 layers = VRAM / size x layers - 4, between 0 and all.
 """

@@ -22,7 +22,7 @@ _NAMED_TENSORS, _NAMED_MATRICES = 3, 8
 
 
 class Gap(NamedTuple):
-    """A tensor whose importance matrix entry is less complete than it looks. Its matrices (experts) are numbered."""
+    """A tensor whose importance matrix entry is less complete than it looks. Matrices (experts) are given by number."""
 
     tensor: str
     type: str
