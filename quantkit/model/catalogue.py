@@ -162,6 +162,8 @@ class Catalogue:
     """why they cannot: a sentence with what to do"""
     partial: str = ""
     """what is not here of what was given: the same as one of the notes"""
+    commit: str = ""
+    """of the repository on the Hub that it was read from: 40 hex digits"""
 
     def layer_groups(self) -> Mapping[str, tuple[int, ...]]:
         """The layer numbers of each named group that a recipe's `layers` may slice."""
