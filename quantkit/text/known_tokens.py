@@ -1,7 +1,8 @@
 """The special tokens of DeepSeek-R1 and of its distills: which ids they have, and which token pads.
 
-Ids of R1: its tokenizer. Of the distills: their tokenizers, as Unsloth's guide of January 2025 has them in a table, the
-padding tokens too (R1 2, Distill-Qwen 151654, Distill-Llama 128004). All of these models name the end-of-text token as
+Ids of R1: its tokenizer. Of Distill-Qwen: its tokenizer_config.json, the padding token too (151654). Of Distill-Llama:
+BOS and EOS by its config.json, the others as Unsloth's guide of January 2025 has them in a table, with the padding
+token (128004; R1's is 2). All of these models name the end-of-text token as
 the padding token in their tokenizer_config.json, which is the fault that the guide mends.
 """
 
