@@ -69,6 +69,12 @@ def open_model(source: str, options: Options | None = None) -> Catalogue:
                 f"'{source}' is no directory, no file and not in Hugging Face's cache; to read a repository on the "
                 f"Hub, give hf://{source}"
             )
+    if path.suffix.lower() in (".gguf", ".safetensors", ".json"):
+        try:
+            beside = [p.name for p in path.absolute().parent.iterdir() if p.suffix.lower() == path.suffix.lower()]
+        except OSError:
+            beside = []
+        raise SourceError(f"{source}: there is no such file{did_you_mean(path.name, beside)}")
     raise SourceError(
         f"'{source}' is not a directory, file or known model{did_you_mean(source, MODELS)}; give a checkpoint "
         "directory, "

@@ -152,13 +152,14 @@ def test_a_family_pads_with_its_own_token() -> None:
     assert pad_for(["a", "b"], None) is None
 
 
-#: of R1-Distill-Qwen's tokenizer_config.json (added_tokens_decoder, from its end-of-text token on), and of its bos_token
-#: and eos_token; config.json says 151643 of both, as Qwen2.5's does
+#: of R1-Distill-Qwen's tokenizer_config.json (added_tokens_decoder, from its end-of-text token on); config.json says
+#: 151643 of BOS and EOS, as Qwen2.5's does
 QWEN_FROM = 151643
 QWEN = (EOS, USER, ASSISTANT, BOS, "<|EOT|>", THINK, END_THINK, "<|quad_start|>", "<|quad_end|>", "<|vision_start|>",
         "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>", "<tool_call>", "</tool_call>",
-        "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>", "<|repo_name|>", "<|file_sep|>")  # fmt: skip
-#: of R1-Distill-Llama's: config.json has BOS and EOS, Llama 3.1 its padding token; the rest is Unsloth's table
+        "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>", "<|repo_name|>",
+        "<|file_sep|>")  # fmt: skip
+#: of R1-Distill-Llama: config.json has BOS and EOS, Llama 3.1 its padding token; the rest is Unsloth's table
 LLAMA = {BOS: 128000, EOS: 128001, "<|finetune_right_pad_id|>": 128004, USER: 128011, ASSISTANT: 128012, THINK: 128013,
          END_THINK: 128014}  # fmt: skip
 
