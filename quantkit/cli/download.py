@@ -68,7 +68,7 @@ def download(
 
     if quant is not None and include:
         raise click.UsageError("--recipe and --include both choose files; give one")
-    address = parse(repo if is_hub(repo) else f"hf://{repo}")
+    address = parse(repo if is_hub(repo) or "://" in repo else f"hf://{repo}")
     if revision is not None:
         if address.revision is not None and address.revision != revision:
             raise click.UsageError(f"{repo} and --revision {revision} name different revisions; give one")

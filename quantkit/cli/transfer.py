@@ -48,15 +48,17 @@ def from_gguf(source: str, output: Path | None, name: str | None, force: bool, a
     """
     from quantkit.authoring.clone import clone
     from quantkit.model.hub import gguf_headers
-    from quantkit.model.open import from_gguf
+    from quantkit.model.open import commit_note, from_gguf
     from quantkit.model.sources.gguf_file import open_as_far
     from quantkit.model.sources.remote import is_remote
 
     file = gguf_headers(source) if is_remote(source) else open_as_far(Path(source))
     made = clone(from_gguf(file), source, file.stem, name)
     proof = {"tensors": made.proof.n_tensors, "bytes": made.proof.nbytes, "equal": True}
-    _give(made.text, output, force, [*(f"note: {n}" for n in made.notes), str(made.proof)], as_json,
-          {"notes": made.notes, "round_trip": proof})  # fmt: skip
+    notes = [*made.notes, *commit_note(file)]
+    at = {"commit": file.commit} if file.commit else {}
+    _give(made.text, output, force, [*(f"note: {n}" for n in notes), str(made.proof)], as_json,
+          {"notes": notes, "round_trip": proof, **at})  # fmt: skip
 
 
 @click.command(cls=Command, name="import")

@@ -183,6 +183,8 @@ def verify(
         bars.close()
     verdict = outcome.verdict
     verdict.notes += notes
+    if model is not None and model.commit:
+        verdict.notes.append(f"the source was read on the Hub at commit {model.commit}")
     if chosen is not None and chosen.note and (rows is not None or made is not None):
         verdict.notes.append(chosen.note)
     if rows is None and model is not None and sample is None:
@@ -192,7 +194,8 @@ def verify(
         verdict.notes.append(f"wrote the manifest {write_manifest}")
     elif write_manifest is not None:
         verdict.notes.append(f"{write_manifest} was not written, since the file is damaged")
-    click.echo(json.dumps(verdict.to_json(), indent=1, ensure_ascii=False) if as_json else verdict.text(most))
+    at = {"source_commit": model.commit} if model is not None and model.commit else {}
+    click.echo(json.dumps(verdict.to_json() | at, indent=1, ensure_ascii=False) if as_json else verdict.text(most))
     ctx.exit(verdict.exit_code)
 
 

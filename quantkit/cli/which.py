@@ -110,6 +110,8 @@ def which(
         notes += more
         if not found:
             raise _no_files(name, catalogue.model, more)
+    if catalogue.commit:
+        notes.append(f"{model} was read on the Hub at commit {catalogue.commit}")
     common = ["-c", str(context), *(() if cache_type == "f16" else ("-ctk", cache_type, "-ctv", cache_type))]
     placed = [choice.place(c, machine, common)._replace(quality=_quality(catalogue.model, c, measured)) for c in found]
     choices, rule = choice.ordered(placed, machine)
@@ -117,7 +119,8 @@ def which(
         catalogue.model, machine, memory, tuple(choices), rule, tuple(notes), "" if listing is None else listing[0]
     )
     if as_json:
-        click.echo(json.dumps(report.which_json(made), indent=1, ensure_ascii=False))
+        at = {"commit": catalogue.commit} if catalogue.commit else {}
+        click.echo(json.dumps(report.which_json(made) | at, indent=1, ensure_ascii=False))
     else:
         click.echo(report.which_text(made, width()))
 

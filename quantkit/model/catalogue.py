@@ -162,6 +162,8 @@ class Catalogue:
     """why they cannot be read, and what to do: one sentence"""
     partial: str = ""
     """which parts of the given source are missing; also one of the notes"""
+    commit: str = ""
+    """commit of the repository on the Hub it was read from: 40 hex digits"""
 
     def layer_groups(self) -> Mapping[str, tuple[int, ...]]:
         """Return the layer numbers of each named group that a recipe's `layers` may slice."""

@@ -25,23 +25,26 @@ _MAX_LISTED = 24
 def open_address(source: str) -> Checkpoint | GgufHeaders:
     """What an address on the Hub names: a repository's checkpoint, or the headers of a GGUF. Raises SourceError, with
     the GGUFs to choose from."""
-    if address.is_gguf(source):
-        return open_remote(source)
     where = address.parse(source)
-    if _is_offline():
+    if _is_offline() and not address.is_gguf(source):
         return _from_cache(where)
     repo = open_repo(where)
-    gguf = _gguf(repo, where)
-    return open_hub(repo, READ) if gguf is None else open_remote(gguf)
+    gguf = source if address.is_gguf(source) else _gguf(repo, where)
+    if gguf is not None:
+        return open_remote(gguf, repo)
+    found = open_hub(repo, READ)
+    found.commit = repo.commit
+    return found
 
 
 def gguf_address(source: str) -> str:
-    """The address of the GGUF that an address names: of itself, or of the only one in a repository or folder. Raises
-    SourceError for a checkpoint, and where there is a choice."""
+    """The address of the GGUF that an address names: of itself, or of the only one in a repository or folder, at the
+    commit that it is now. Raises SourceError for a checkpoint, and where there is a choice."""
     if not address.is_hub(source) or address.is_gguf(source):
         return source
     where = address.parse(source)
-    found = _gguf(open_repo(where), where)
+    repo = open_repo(where)
+    found = _gguf(repo, where._replace(revision=repo.commit))
     if found is None:
         raise UnsupportedError(f"{source}: is a checkpoint, and a GGUF is wanted; of a model give it with --model")
     return found
@@ -134,4 +137,8 @@ def with_weights(catalogue: Catalogue, by_range: bool = False) -> Catalogue:
 
 def gguf_headers(source: str) -> GgufHeaders:
     """The headers of the GGUF that an address names. Raises SourceError for a checkpoint."""
-    return open_remote(gguf_address(source))
+    if not address.is_hub(source):
+        return open_remote(source)
+    found = open_address(gguf_address(source))
+    assert isinstance(found, GgufHeaders)
+    return found

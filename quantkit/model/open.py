@@ -69,6 +69,12 @@ def open_model(source: str, options: Options | None = None) -> Catalogue:
                 f"'{source}' is no directory, no file and not in Hugging Face's cache; to read a repository on the "
                 f"Hub, give hf://{source}"
             )
+    if path.suffix.lower() in (".gguf", ".safetensors", ".json"):
+        try:
+            beside = [p.name for p in path.absolute().parent.iterdir() if p.suffix.lower() == path.suffix.lower()]
+        except OSError:
+            beside = []
+        raise SourceError(f"{source}: there is no such file{did_you_mean(path.name, beside)}")
     raise SourceError(
         f"'{source}' is not a directory, file or known model{did_you_mean(source, MODELS)}; give a checkpoint "
         "directory, "
@@ -110,7 +116,13 @@ def _of_checkpoint(checkpoint: Checkpoint, options: Options) -> Catalogue:
 
 def _from_elsewhere(source: str, options: Options) -> Catalogue:
     found = open_address(source) if is_hub(source) else open_remote(source)
-    return from_gguf(found, options) if isinstance(found, GgufHeaders) else _of_checkpoint(found, options)
+    made = from_gguf(found, options) if isinstance(found, GgufHeaders) else _of_checkpoint(found, options)
+    return replace(made, commit=found.commit, notes=(*made.notes, *commit_note(found)))
+
+
+def commit_note(found: GgufHeaders | Checkpoint) -> list[str]:
+    """What was read on the Hub was so at one commit."""
+    return [f"read on the Hub at commit {found.commit}"] if found.commit else []
 
 
 def _folder_of(file: Path) -> Path:
@@ -171,11 +183,13 @@ def from_gguf(file: GgufHeaders, options: Options | None = None) -> Catalogue:
     out_kvs, notes = _with_options(file, kvs, options or Options())
     notes = (*notes, f"it {says}") if says else notes
     notes = (*notes, file.note) if file.note else notes
+    weights = file if isinstance(file, GgufFile) else None
     name = text("general.name") or ""
     name = name if name.isprintable() and 0 < len(name) <= _MAX_TITLE else file.stem
     return Catalogue(
         name, arch_name, layout, n_layers, tuple(dense), tuple(moe), tuple(tensors), out_kvs, True,
-        file if isinstance(file, GgufFile) else None, (*notes, *_notes(file)), lacks=file.lacks, partial=file.note,
+        None if file.lacks else weights, (*notes, *_notes(file)),
+        headers=weights if file.lacks else None, lacks=file.lacks, partial=file.note,
     )  # fmt: skip
 
 

@@ -160,6 +160,7 @@ class Plan:
             "model": c.model,
             "arch": c.arch,
             "layout": c.layout,
+            **({"commit": c.commit} if c.commit else {}),
             "recipe": self.recipe.name,
             "mixture_version": self.mixture_version,
             "tensors": [

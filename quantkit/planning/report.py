@@ -250,6 +250,7 @@ def inspection(catalogue: Catalogue, stored: Mapping[str, Any], paths: Sequence[
         "arch": c.arch,
         "layout": c.layout,
         "layers": c.n_layers,
+        **({"commit": c.commit} if c.commit else {}),
         "files": list(paths),
         "stored": {k: {"tensors": n, "bytes": b} for k, (n, b) in stored.items()},
         "metadata": [{"key": i.key, "type": TYPE_NAMES[i.type], "value": value_text(i)} for i in c.kvs],

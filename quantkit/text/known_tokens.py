@@ -1,8 +1,9 @@
 """The special tokens of DeepSeek-R1 and its distills: their ids, and the token for padding.
 
-Sources: R1's tokenizer; the distills' tokenizers, as tabulated in Unsloth's guide of January 2025, which also gives the
-padding tokens (R1 2, Distill-Qwen 151654, Distill-Llama 128004). The tokenizer_config.json of all these models names
-the end-of-text token as the padding token; the guide corrects this fault.
+Sources: R1's tokenizer; Distill-Qwen's tokenizer_config.json, with its padding token (151654); BOS and EOS of
+Distill-Llama from its config.json, its other ids and its padding token (128004; R1's is 2) from the table in Unsloth's
+guide of January 2025. The tokenizer_config.json of all these models names the end-of-text token as the padding token;
+the guide corrects this fault.
 """
 
 from __future__ import annotations

@@ -298,3 +298,77 @@ def test_what_needs_all_of_a_source_is_refused(builds: Builds, quantkit: Run, tm
         refused = builds.run(*more)
         assert (refused.returncode, says in refused.stderr) == (5, True), refused.stderr
     assert not os.listdir(builds.folder)
+
+
+@pytest.fixture(scope="module")
+def halves(in_order: Path, quantkit: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """tiny_v3 as a GGUF of 16-bit weights in shards."""
+    folder = tmp_path_factory.mktemp("halves")
+    recipe = folder / "bf16.yaml"
+    recipe.write_text('name: h\narch: [deepseek2]\nfile_type: BF16\nrules:\n  - {match: "*", type: BF16, why: all}\n')
+    args = ("--pre", "deepseek-v3", "--split-max-size", "600KB", "-q")
+    done = quantkit("build", in_order, "-o", folder / "m.gguf", "-r", recipe, *args)
+    assert done.returncode == 0, done.stderr
+    recipe.unlink()
+    return folder
+
+
+def test_a_gguf_on_the_hub_is_built_from_by_the_same_window(
+    hub: Hub, quantkit: Run, halves: Path, tiny_imatrix: Path, tmp_path: Path
+) -> None:
+    """Its shards come one at a time, each once, and the bytes are those of a build from the file; after kill -9 too."""
+    shards = sorted(halves.glob("*.gguf"))
+    assert len(shards) > 3
+    (tmp_path / "served").mkdir()
+    for path in shards:
+        (tmp_path / "served" / "Q").mkdir(exist_ok=True)
+        (tmp_path / "served" / "Q" / path.name).symlink_to(path)
+    hub.add("me/G", tmp_path / "served")
+    options, out = ("-r", "UD-IQ1_S", "--imatrix", tiny_imatrix), tmp_path / "m.gguf"
+    assert quantkit("build", shards[0], "-o", tmp_path / "here.gguf", *options, "-q").returncode == 0
+    expected = (tmp_path / "here.gguf").read_bytes()
+    source, most = f"hf://me/G/Q/{shards[0].name}", [0]
+    hub.log.clear()
+
+    def look() -> None:
+        kept = tmp_path / "m.gguf.partial" / "source"
+        most[0] = max(most[0], len(os.listdir(kept)) if kept.is_dir() else 0)
+
+    hub.fail(Fault("*.gguf", host="cdn", times=999, do=look))
+    done = quantkit("build", source, "-o", out, *options, "--keep", "1")
+    assert done.returncode == 0, done.stderr
+    assert out.read_bytes() == expected
+    assert most == [1]
+    assert f"in {len(shards)} shards from hf://me/G at commit" in " ".join(done.stdout.split())
+    whole = sum(path.stat().st_size for path in shards)
+    headers = sum(min(1 << 20, path.stat().st_size) for path in shards)
+    assert hub.sent("*.gguf") <= whole + headers
+    assert not (tmp_path / "m.gguf.partial").exists()
+
+    out.unlink()
+    hub.faults.clear()
+    command = [
+        sys.executable,
+        "-m",
+        "quantkit",
+        "build",
+        source,
+        "-o",
+        str(out),
+        *map(str, options),
+        "--keep",
+        "1",
+        "-q",
+    ]
+    process = subprocess.Popen(command, cwd=tmp_path, env=os.environ | {"QUANTKIT_COMMIT_SECONDS": "0.05"})
+    hub.fail(Fault(f"*{shards[-1].name}", host="cdn", after=1, do=process.kill))
+    assert process.wait(300) == -signal.SIGKILL
+    assert quantkit("build", source, "-o", out, *options, "--keep", "1", "-q").returncode == 0
+    assert out.read_bytes() == expected
+    done = quantkit("verify", out, "--source", source, *options, "--sample", "2", "--json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert any("row" in one for one in json.loads(done.stdout)["checked"])
+    text = tmp_path / "t.txt"
+    text.write_text("The quick brown fox. " * 200)
+    done = quantkit("imatrix", "make", source, "--text", text, "-o", tmp_path / "i.gguf")
+    assert (done.returncode, "`quantkit download`" in done.stderr) == (4, True), done.stderr

@@ -188,6 +188,12 @@ def test_options_that_contradict_each_other(run: Run, ggufs: Path) -> None:
     assert "name different revisions; give one" in done.stderr
 
 
+def test_the_address_of_another_server(run: Run) -> None:
+    done = run("https://example.com/x")
+    assert done.returncode == 4, done.stderr
+    assert done.stderr.startswith("error: https://example.com/x: is not hf://org/repo"), done.stderr
+
+
 def test_a_gated_repository(run: Run, hub: Hub, ggufs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its files are listed; fetching says in a sentence where to accept the terms, and HF_TOKEN."""
     repo = hub.repos["org/R1-GGUF"]

@@ -279,7 +279,7 @@ KNOWN = ", ".join(MODELS)
     ("source", "hint"),
     [
         ("deepseek-rl", " (did you mean deepseek-r1?)"),
-        ("no/such/file.gguf", ""),
+        ("no/such/file", ""),
         ("~nobody-of-that-name/x", ""),
         ("./deepseek-r1/", " (did you mean deepseek-r1?)"),
     ],
@@ -291,6 +291,7 @@ def test_a_source_that_is_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         "config.json, "
         f"or one of {KNOWN}"
     )
+    assert sentence(lambda: open_model("no/such/file.gguf")) == "no/such/file.gguf: there is no such file"
 
 
 def test_a_source_with_a_name_too_long(tmp_path: Path) -> None:

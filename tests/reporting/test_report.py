@@ -338,7 +338,7 @@ def test_a_model_needs_a_recipe_and_a_recipe_a_model(plan_json: Path, quantkit: 
     assert said == ("--recipe needs a model to plan: its name, config.json, checkpoint, or one GGUF")
     said = refused(tmp_path, plan_json, "--fit", "80x")
     assert said.startswith("--fit ")
-    assert "is not a directory, file or known model" in refused(tmp_path, "nothing.gguf")
+    assert "nothing.gguf: there is no such file" in refused(tmp_path, "nothing.gguf")
 
 
 @pytest.mark.parametrize(

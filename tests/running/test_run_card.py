@@ -285,3 +285,15 @@ def test_exec_starts_the_first_program_there_is(quantkit: Run, tmp_path: Path) -
     done = quantkit("run-card", path, "--exec", "--vram", "24,80", cwd=tmp_path, env=env)
     assert done.returncode == 2
     assert os.listdir(tmp_path / "bin") != []
+
+
+@pytest.mark.parametrize(
+    "words", [("run-card",), ("ollama", "NAME"), ("tokenizer", "check"), ("which", "--vram", "24")]
+)
+def test_a_file_that_is_not_there(words: tuple[str, ...], quantkit: Run, tmp_path: Path) -> None:
+    """The file is named, and one beside it whose name is near; not what else a SOURCE may be."""
+    (tmp_path / "model-Q4_K_M.gguf").write_bytes(b"")
+    args = [*words[:1], "model-Q4KM.gguf", *words[1:]] if words[0] != "tokenizer" else [*words, "model-Q4KM.gguf"]
+    done = quantkit(*args, cwd=tmp_path)
+    assert done.returncode == 4, done.stderr
+    assert done.stderr == "error: model-Q4KM.gguf: there is no such file (did you mean model-Q4_K_M.gguf?)\n"

@@ -19,7 +19,7 @@ from quantkit.base.errors import OutputError, SourceError, UnsupportedError
 from quantkit.cli import cli
 from quantkit.gguf.header import KV, STRING, decode, kv, read_header
 from quantkit.text.check import PAD_KEY, Severity, Subject, check
-from quantkit.text.known_tokens import ASSISTANT, END_THINK, EOS, FAMILIES, PADS, THINK, USER, family_of, pad_for
+from quantkit.text.known_tokens import ASSISTANT, BOS, END_THINK, EOS, FAMILIES, PADS, THINK, USER, family_of, pad_for
 
 #: as R1's: it begins with BOS, and a reply ends with EOS
 TEMPLATE = (
@@ -150,6 +150,59 @@ def test_a_family_pads_with_its_own_token() -> None:
     assert pad_for(tokens, llama) == 128004
     assert pad_for(tokens, None) == 128015
     assert pad_for(["a", "b"], None) is None
+
+
+#: of R1-Distill-Qwen's tokenizer_config.json (added_tokens_decoder, from its end-of-text token on); config.json says
+#: 151643 of BOS and EOS, as Qwen2.5's does
+QWEN_FROM = 151643
+QWEN = (EOS, USER, ASSISTANT, BOS, "<|EOT|>", THINK, END_THINK, "<|quad_start|>", "<|quad_end|>", "<|vision_start|>",
+        "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>", "<tool_call>", "</tool_call>",
+        "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>", "<|repo_name|>",
+        "<|file_sep|>")  # fmt: skip
+#: of R1-Distill-Llama: config.json has BOS and EOS, Llama 3.1 its padding token; the rest is Unsloth's table
+LLAMA = {BOS: 128000, EOS: 128001, "<|finetune_right_pad_id|>": 128004, USER: 128011, ASSISTANT: 128012, THINK: 128013,
+         END_THINK: 128014}  # fmt: skip
+
+
+def distill(path: Path, kind: str) -> Path:
+    """A GGUF with a distill's special tokens where its files have them, its pre-tokenizer, and no weights."""
+    ids = {text: QWEN_FROM + i for i, text in enumerate(QWEN)} if kind == "qwen" else LLAMA
+    tokens = [f"t{i}" for i in range(152064 if kind == "qwen" else 128256)]
+    types = [1] * len(tokens)
+    for text, i in ids.items():
+        tokens[i], types[i] = text, 4 if text in (THINK, END_THINK) else 3
+    plain = [b for b in range(256) if 0x21 <= b < 0x7F or 0xA1 <= b < 0xAD or b >= 0xAE]
+    tokens[:256] = [*map(chr, plain), *(chr(0x100 + n) for n in range(256 - len(plain)))]  # a letter for each byte
+    kvs = vocabularies.made(
+        tokens, [], pre="deepseek-r1-qwen" if kind == "qwen" else "llama-bpe", token_type=types, bos_token_id=ids[BOS],
+        eos_token_id=ids[EOS], padding_token_id=ids[EOS], add_bos_token=True,
+    )  # fmt: skip
+    return vocabularies.gguf_of(path, with_template(kvs, TEMPLATE))
+
+
+@pytest.mark.parametrize(("kind", "family", "pad"), [("qwen", 1, 151654), ("llama", 2, 128004)])
+def test_the_ids_of_the_distills(kind: str, family: int, pad: int, tmp_path: Path) -> None:
+    """Each special token is where the table has it; the fault that these files come with is found and mended."""
+    path = distill(tmp_path / "d.gguf", kind)
+    code, said = run(path, "--json")
+    made = json.loads(said)
+    assert (code, made["family"]) == (1, FAMILIES[family].name)
+    roles = {r["role"]: (r["id"], r["expected"]) for r in made["special"]}
+    assert {role: i for role, (i, _) in roles.items()} == {
+        "BOS": FAMILIES[family].ids[BOS], "EOS": FAMILIES[family].ids[EOS], "padding": FAMILIES[family].ids[EOS],
+        THINK: FAMILIES[family].ids[THINK], END_THINK: FAMILIES[family].ids[END_THINK],
+        "User": FAMILIES[family].ids[USER], "Assistant": FAMILIES[family].ids[ASSISTANT],
+    }  # fmt: skip
+    assert [role for role, (i, expected) in roles.items() if i != expected] == ["padding"]
+    assert roles["padding"][1] == pad
+    ids = {f["id"] for f in made["findings"] if f["severity"] != "note"}
+    assert ids == {"pad-is-eos"}
+    code, said = run(path, "--fix", "pad")
+    assert code == 0, said
+    key = next(k for k in read_header(path).kvs if k.key == PAD_KEY)
+    assert decode(key) == pad
+    moved = {"qwen": "deepseek-v3", "llama": "deepseek-r1-qwen"}[kind]
+    assert found(changed(read_header(path).kvs, pre=moved))["pre-other"] == Severity.ERROR
 
 
 # ---------------------------------------------------------------- the command

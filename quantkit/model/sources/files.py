@@ -13,6 +13,7 @@ import threading
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +30,13 @@ def regular_size(path: Path) -> int:
     if not stat.S_ISREG(info.st_mode):
         raise SourceError(f"{path}: is not a regular file")
     return info.st_size
+
+
+class Reader(Protocol):
+    """Who reads bytes of shards: `Files`, for those that lie here."""
+
+    def read(self, tensor: SourceTensor, start: int, out: npt.NDArray[np.uint8]) -> None: ...
+    def will_need(self, tensor: SourceTensor, start: int, nbytes: int) -> None: ...
 
 
 class Files:

@@ -12,7 +12,7 @@ from ...base.errors import SourceError
 from ...gguf.header import KV, TensorInfo, read_header
 from ...gguf.shards import SPLIT_KEYS, Shard, read_files
 from ..catalogue import SourceTensor
-from .files import Files
+from .files import Files, Reader
 
 
 class GgufHeaders:
@@ -24,14 +24,19 @@ class GgufHeaders:
     ) -> None:
         self.where, self.stem, self.kvs, self.infos = where, stem, kvs, infos
         self.lacks, self.note = lacks, note
+        self.commit = ""
+        """at which it was read on the Hub"""
 
 
 class GgufFile(GgufHeaders):
-    """A GGUF whose weights can be read: `tensors` by name in file order."""
+    """A GGUF whose weights can be read: `tensors` by name in file order. `reader` reads them otherwise than from the
+    files."""
 
     block = (1, 1)
 
-    def __init__(self, path: Path, kvs: tuple[KV, ...], infos: list[tuple[Path, TensorInfo]]) -> None:
+    def __init__(
+        self, path: Path, kvs: tuple[KV, ...], infos: list[tuple[Path, TensorInfo]], reader: Reader | None = None
+    ) -> None:
         super().__init__(str(path), path.stem, kvs, [info for _, info in infos])
         self.path = path
         self.tensors = {
@@ -39,7 +44,9 @@ class GgufFile(GgufHeaders):
             for file, i in infos
         }
         self.files = tuple(dict.fromkeys(file for file, _ in infos)) or (path,)
-        self._files = Files(self.files)
+        self._files: Reader = reader or Files(self.files)
+        self.store = reader
+        """what shards of a repository on the Hub come and go in (shard_store); None where they lie here"""
 
     def tensor(self, name: str) -> SourceTensor:
         return self.tensors[name]

@@ -10,15 +10,18 @@ A growing prefix is fetched until the header parses, 1 MiB at first, then twice 
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import quote, unquote, urlsplit
 
-from ...base.errors import SourceError
-from ...gguf.header import MAX_HEADER, Header, PrefixTooShortError, is_utf8, parse_header
+from ...base.errors import SourceError, did_you_mean
+from ...gguf.header import KV, MAX_HEADER, Header, PrefixTooShortError, TensorInfo, is_utf8, parse_header
 from ...gguf.shards import read_set
-from ...hub import ranges
+from ...hub import address, ranges
 from ...hub.patience import REFUSED
-from .gguf_file import GgufHeaders, joined
+from ...hub.repo import Repo
+from .gguf_file import GgufFile, GgufHeaders, joined
+from .shard_store import ShardStore
 
 FIRST_BYTES = 1 << 20
 _REMOTE = re.compile(r"(hf|https?)://", re.IGNORECASE)
@@ -47,18 +50,48 @@ def is_remote(source: str) -> bool:
     return _REMOTE.match(source) is not None
 
 
-def open_remote(source: str) -> GgufHeaders:
-    """The checked headers of a GGUF elsewhere, of all shards of a split one. Raises SourceError."""
-    place = _place(source)
+def open_remote(source: str, repo: Repo | None = None) -> GgufHeaders:
+    """The checked headers of a GGUF elsewhere, of all shards of a split one; of one in a repository at its commit,
+    whatever the revision is by now. Raises SourceError."""
+    place = _place(source) if repo is None else _pinned(source, repo)
+    if repo is not None and (path := address.parse(source).path) not in repo.files:
+        raise SourceError(f"{source}: there is no such file{did_you_mean(path, repo.files)}")
 
     def read(name: str) -> Header:
         return _header(place, name)
 
     try:
-        kvs, infos = joined(read_set(place.name, place.where, read))
+        kvs, found = joined(read_set(place.name, place.where, read))
     except FileNotFoundError:
         raise SourceError(f"{source}: {REFUSED[404]}") from None
-    return GgufHeaders(source, place.name.removesuffix(".gguf"), kvs, [info for _, info in infos])
+    if repo is None:
+        return GgufHeaders(source, place.name.removesuffix(".gguf"), kvs, [info for _, info in found])
+    return _by_shards(source, repo, kvs, [(shard.name, info) for shard, info in found])
+
+
+def _by_shards(source: str, repo: Repo, kvs: tuple[KV, ...], infos: list[tuple[str, TensorInfo]]) -> GgufFile:
+    """Of a GGUF in a repository the headers, and what reads its weights shard by shard (shard_store)."""
+    path = address.parse(source).path
+    # where its files would be; nothing is there
+    folder = Path("/", "hf:", repo.name, repo.commit)
+    shards = dict.fromkeys([path, *(f"{path.rpartition('/')[0]}/{name}".lstrip("/") for name, _ in infos)])
+    store = ShardStore(repo, folder, shards)
+    made = GgufFile(folder / path, kvs, [((folder / path).with_name(name), info) for name, info in infos], store)
+    made.where, made.commit = source, repo.commit
+    made.lacks = (
+        f"{source}: only the headers are read from the Hub here, and this needs the weights; fetch it first with "
+        f"`quantkit download` and give the file"
+    )
+    return made
+
+
+def _pinned(source: str, repo: Repo) -> _Place:
+    from huggingface_hub import hf_hub_url
+
+    place, found = _place(source), address.parse(source)
+    name = found.path.rpartition("/")[2]
+    url = hf_hub_url(found.repo, found.path, revision=repo.commit)
+    return _Place(name, place.shown, (url.removesuffix(url.rpartition("/")[2]), ""), quoted=False)
 
 
 def _place(source: str) -> _Place:

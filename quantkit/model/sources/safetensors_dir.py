@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +22,7 @@ import numpy.typing as npt
 from ...base.errors import SourceError, UnsupportedError
 from ...base.first_bytes import ENOUGH
 from ..catalogue import UNREAD, SourceTensor
-from .files import Files, regular_size
+from .files import Files, Reader, regular_size
 from .kinds import other_folder
 from .quantization import MODELOPT_CONFIG, is_weight, other_scale, read_scheme, sorted_out
 from .safetensors_header import (
@@ -37,13 +37,6 @@ from .safetensors_header import (
 
 SINGLE = "model.safetensors"
 SCALE_DTYPES = ("F32", "BF16", "F16", "F8_E8M0")
-
-
-class Reader(Protocol):
-    """Who reads bytes of shards: `Files`, for those that lie here."""
-
-    def read(self, tensor: SourceTensor, start: int, out: npt.NDArray[np.uint8]) -> None: ...
-    def will_need(self, tensor: SourceTensor, start: int, nbytes: int) -> None: ...
 
 
 class Checkpoint:
@@ -67,6 +60,8 @@ class Checkpoint:
         self.path = path
         self.config = config
         self.lacks, self.note = lacks, note
+        self.commit = ""
+        """of the repository on the Hub that it was opened at"""
         self._absent = absent or {}
         self._scheme = read_scheme(path, config, _modelopt(path))
         self.block, self.scales, self.tensors = sorted_out(self._scheme, tensors)

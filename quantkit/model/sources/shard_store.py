@@ -59,13 +59,16 @@ class Bringing(Protocol):
 
 
 class ShardStore:
-    """A reader of tensors (safetensors_dir.Reader) whose shards come and go. Safe for threads."""
+    """A reader of tensors (files.Reader) whose shards come and go. Safe for threads."""
 
-    def __init__(self, repo: Repo, folder: Path) -> None:
-        """`folder` is where tensors say that their shards are; nothing is read there."""
+    def __init__(self, repo: Repo, folder: Path, shards: Iterable[str] | None = None) -> None:
+        """`folder` is where tensors say that their shards are; nothing is read there. `shards` are their paths in the
+        repository, else all safetensors."""
         self.repo = repo
         self._said = folder
-        self._shards = sorted(path for path in repo.files if path.endswith(".safetensors"))
+        self._shards = sorted(
+            (path for path in repo.files if path.endswith(".safetensors")) if shards is None else shards
+        )
         self._numbers = {path: i for i, path in enumerate(self._shards)}
         self.by_range = False
         """bytes of shards that are not here are read by HTTP range: a few of them, and not held against any hash"""
