@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "codebooks.h"
+#include "feedback.h"
 #include "kernels.h"
 #include "rows.h"
 
@@ -108,6 +109,7 @@ quantkit::Stored stored_of(const std::string& dtype) {
 
 // codebook: int8 values [n_rows, n_cols] -> nothing
 // quantize: float rows, importance if it has one -> blocks
+// feedback, feedback search: float rows, u [n_cols, n_cols], importance, by the set that `dtype` names -> blocks
 // rows:     uint64 first rows, stored rows, float scales, importance if it has one
 //           -> float rows, and the uint64 index of the first that is NaN or Inf, when there is no type;
 //              else uint64 1 and the blocks when done, or uint64 0
@@ -116,6 +118,20 @@ void run(const Head& head, const quantkit::KernelSet& set, Reader& in, Results& 
     const size_t n = head.n_rows * head.n_cols;
     if (op == "codebook") {
         quantkit::set_codebook(head.type, in.next<int8_t>(n).data(), head.n_rows, head.n_cols);
+        return;
+    }
+    if (op == "feedback" || op == "feedback search") {
+        const quantkit::FeedbackSet* by = quantkit::find_feedback_set(head.dtype);
+        const quantkit::FeedbackKernel* kernel = by ? quantkit::find_feedback_kernel(*by, head.type) : nullptr;
+        if (!kernel) fail(std::string("no error feedback for ") + head.type + " by " + head.dtype);
+        const std::vector<float> x = in.next<float>(n);
+        const std::vector<float> u = in.next<float>(head.n_cols * head.n_cols);
+        const std::vector<float> w = in.next<float>(head.n_cols);
+        Guarded room(n / kernel->block * kernel->block_bytes);
+        if (!by->quantize(*kernel, {x.data(), head.n_rows, head.n_cols, u.data(), w.data()}, op != "feedback", room.out()))
+            fail(std::string("the errors of ") + head.type + " grew beyond float32");
+        room.check(head);
+        results.put(room.out(), n / kernel->block * kernel->block_bytes);
         return;
     }
     const quantkit::Kernel* kernel = *head.type ? quantkit::find_kernel(set, head.type) : nullptr;

@@ -5,7 +5,8 @@
 Builds native/ for aarch64 with neon.cpp in place of the Python module, by the same CMakeLists.txt, and gives it
 under qemu-aarch64 what tests/tools/laws.py draws (every law of weights under every importance), the cases of
 tests/tools/fuzz_kernels.py (random bits; as float32, and as stored rows, decoded and in one pass), and every code and
-pattern of E4M3, BF16 and F16. ggml makes what is expected, on this machine; numpy what the stored rows are.
+pattern of E4M3, BF16 and F16. ggml makes what is expected, on this machine; numpy what the stored rows are. Error
+feedback, by the sets `neon` and `plain`, with and without search, is compared with the best set of this machine.
 
 First a control: one bit turned over in a result must be reported. Prints a line a type. Exits 1 when anything differs,
 2 where a program is missing. An emulator shows the arithmetic of the kernels, not their speed.
@@ -32,7 +33,7 @@ import laws
 import numpy as np
 import numpy.typing as npt
 
-from quantkit import kernels
+from quantkit import kernels, rounding
 from quantkit.base.errors import QuantkitError
 from quantkit.gguf.types import ABORT_WITHOUT_IMATRIX, QTYPES
 from quantkit.kernels import F32, U8
@@ -72,9 +73,9 @@ class Tally:
 
 def record(
     op: str, name: str, shape: tuple[int, int], *payload: npt.NDArray[Any] | None, weighted: bool = False,
-    rows: kernels.StoredRows | None = None, limits: tuple[float, float] = (0, 0),
+    rows: kernels.StoredRows | None = None, limits: tuple[float, float] = (0, 0), dtype: str = "",
 ) -> bytes:  # fmt: skip
-    dtype, stored = "", (0, 0, 0, 1, 1)
+    stored = (0, 0, 0, 1, 1)
     if rows is not None:
         scale_rows = 0 if rows.scale is None else len(rows.scale)
         dtype, stored = rows.dtype, (int(rows.round_bf16), len(rows.first_rows), scale_rows, *rows.block)
@@ -140,6 +141,26 @@ def one_pass(name: str, what: str, case: fuzz_kernels.Case) -> Iterator[Job]:
     yield Job(name, True, what, data, expected, done)
 
 
+def feedback(name: str, seed: int) -> Iterator[Job]:
+    """Rows of all sizes, zeros and long tails under inputs of which few directions carry most."""
+    n, rng = 512, np.random.default_rng([seed, *name.encode()])
+    inputs = rng.standard_normal((2 * n, 40)) @ rng.standard_normal((40, n)) + rng.standard_normal((2 * n, n))
+    h = (inputs.T @ inputs / len(inputs)).astype(np.float32)
+    f = rounding.factor(np.asarray(np.tril(h) + np.tril(h, -1).T))
+    x = (0.02 * rng.standard_normal((37, n))).astype(np.float32)
+    x[:10] *= np.logspace(-12, 3, 10, dtype=np.float32)[:, None]
+    x[10:20] *= np.exp(rng.standard_normal((10, n)).astype(np.float32))
+    x[20, :300] = 0
+    x[21] = 0
+    for search in (False, True):
+        expected = kernels.feedback_quantize(x, QTYPES[name], f.u, f.importance, search)
+        for by in ("neon", "plain"):
+            op = "feedback search" if search else "feedback"
+            data = record(op, name, (len(x), n), x, f.u, f.importance, dtype=by)
+            blocks = expected.reshape(-1, QTYPES[name].block_bytes)
+            yield Job(f"{name}, feedback", False, f"{op} by {by}, seed {seed}", data, blocks)
+
+
 def jobs_of(name: str, n_weights: int, n_fuzz: int, seed: int) -> Iterator[Job]:
     rng = np.random.default_rng([seed, *name.encode()])
     n_rows = -(-n_weights // (len(laws.WEIGHTS) * len(laws.IMPORTANCE) * N_COLS))
@@ -152,6 +173,8 @@ def jobs_of(name: str, n_weights: int, n_fuzz: int, seed: int) -> Iterator[Job]:
         yield from quantize(name, what, case.x, case.importance)
         yield from one_pass(name, what, case)
         yield decode(what, case.rows, case.x)
+    if name in kernels.FEEDBACK["plain"]:
+        yield from feedback(name, seed)
 
 
 def every_pattern(seed: int) -> Iterator[Job]:
@@ -288,7 +311,7 @@ def main() -> None:
             jobs = list(jobs_of(name, int(options.weights), options.fuzz, options.seed) if name else every_pattern(1))
             for job, different in compare(program, Path(temporary), name, jobs):
                 tally = tallies[job.line]
-                values = len(job.expected) * (QTYPES[job.line].block if job.line in QTYPES else 1)
+                values = len(job.expected) * (QTYPES[name].block if name and job.expected.ndim == 2 else 1)
                 tally.weights[job.one_pass] += values if job.done is not False else 0
                 tally.blocks[job.one_pass] += len(job.expected) if job.done is not False else 0
                 tally.different[job.one_pass] += different
