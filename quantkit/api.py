@@ -256,6 +256,7 @@ def verify(
     from .rounding.rounder import Rounder
     from .verifying import against_plan
     from .verifying.ggml import Ggml
+    from .verifying.on_device import counted
     from .verifying.rederive import RowCheck, check_source, parse_sample
     from .verifying.rounding import headers, recorded, settled
     from .verifying.run import Request
@@ -276,6 +277,7 @@ def verify(
             seed,
             rounding,
             None if covariance is None else Rounder(covariance),
+            counted(rounding),
         )
     expected = None if plan is None else against_plan.expected_of(plan)
     weights = None if plan is None else _imatrix_of(plan)

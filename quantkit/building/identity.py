@@ -104,11 +104,12 @@ def _rounding(plan: Plan) -> dict[str, str]:
     if not listed:
         return {}
     policy = "" if rounding.policy is None else f", policy {rounding.policy.name} ({rounding.policy.digest})"
+    on = "" if rounding.device is None else f", on {rounding.device.text}"
     weights = f", weights {covariance.weighting}" if covariance.weighting else ""
     judge = "" if covariance.held_out is None else f", held-out {covariance.held_out.digest[:12]}"
     said = covariance.name if rounding.in_pass else f"{covariance.n_tokens:,} tokens"
     return {
-        "rounding": f"{rounding.options}{policy} (method {ROUNDING_VERSION}, tensors {short(*listed)})",
+        "rounding": f"{rounding.options}{policy}{on} (method {ROUNDING_VERSION}, tensors {short(*listed)})",
         "covariance": f"{said}{weights} (sha256 {covariance.digest[:12]}{judge})",
     }
 

@@ -24,6 +24,7 @@ from .options import (
     threads_option,
     with_covariance,
 )
+from .rounding_device import a_device, device_called
 from .second_moments import pass_asked, pass_options, with_pass
 from .terminal import width
 
@@ -62,6 +63,15 @@ if TYPE_CHECKING:
     type=TOOL,
     metavar="PATH",
     help="The binary to drive (else PATH, else the toolchain's).",
+)
+@click.option(
+    "--rounding-device",
+    default="cpu",
+    show_default=True,
+    metavar="NAME",
+    callback=a_device,
+    help="Where --rounding's rows are rounded: cpu, whose bytes are the reference, cuda, cuda:1, auto (cuda if there "
+    "is one), or torch (by torch on the CPU, to try it).",
 )
 @threads_option
 @click.option("--allow-requantize", is_flag=True, help="Allow a source that is already quantized.")
@@ -123,6 +133,7 @@ def build(
     output: Path,
     engine: str,
     binary: str | None,
+    rounding_device: str,
     threads: int | None,
     allow_requantize: bool,
     attest: Path | None,
@@ -163,12 +174,14 @@ def build(
     from quantkit.model.open import open_model
     from quantkit.model.sources.shard_store import Limits
     from quantkit.planning.plan import make_plan
+    from quantkit.planning.rounding import with_device
 
     ready_kernels()
     rules = rounded(recipe_of(recipe, sets), rounding, rounding_policy)
     weights = imatrix_of(imatrix, policy)
     model = with_weights(open_model(source, conversion(layout, pre, pad_token)))
     made = make_plan(model, rules, weights, mixture_version, policy)
+    made = with_device(made, device_called(rounding_device))
     made = with_covariance(made, covariance) if asked_pass is None else with_pass(made, asked_pass, threads)
     chosen = make_engine(engine, binary, Limits(keep, disk))
     ready = prepare(made, output, weights, split_max_size, force, allow_requantize, chosen, resume)
@@ -203,7 +216,7 @@ def build(
             recipe, rules.text, parse_sets(sets), mixture_version, layout, pre, pad_token, split_max_size,
             allow_requantize, engine, rules.base_text, None if policy is None else policy.text,
             changes().to_json(),
-            _asked_rounding(ready.plan, rounding, rounding_policy),
+            _asked_rounding(ready.plan, rounding, rounding_policy), _device_text(ready.plan),
         )  # fmt: skip
         write_attestation(attest, ready, asked, evidence, hash_source, force, quiet)
 
@@ -247,6 +260,11 @@ def _asked_rounding(plan: Plan, method: str | None, policy: str | None) -> Asked
         return None
     text = None if used is None else (used.text, used.name)
     return AskedRounding(method or "", text, method is not None or policy is not None)
+
+
+def _device_text(plan: Plan) -> str | None:
+    """What a file says of the device that rounded its rows."""
+    return None if plan.rounding is None or plan.rounding.device is None else plan.rounding.device.text
 
 
 def gather_evidence(ready: Build, quiet: bool) -> Evidence:

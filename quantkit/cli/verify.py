@@ -135,6 +135,7 @@ def verify(
     from quantkit.rounding.rounder import Rounder
     from quantkit.verifying import against_plan, attestation
     from quantkit.verifying import manifest as manifests
+    from quantkit.verifying.on_device import counted
     from quantkit.verifying.rounding import headers, recorded, settled
     from quantkit.verifying.run import Request
     from quantkit.verifying.run import verify as run
@@ -171,7 +172,9 @@ def verify(
     expected = against_plan.read_plan(plan_file) if plan_file else against_plan.expected_of(made) if made else None
     rows = _rows(model, weights, sample, seed, None if chosen is None else chosen.policy)
     if rows is not None and how is not None:
-        rows = replace(rows, rounding=how, rounder=None if moments is None else Rounder(moments))
+        rows = replace(
+            rows, rounding=how, rounder=None if moments is None else Rounder(moments), on_device=counted(how)
+        )
     request = Request(
         output, expected, made, weights, ignored, rows, given, attested, hash_source, write_manifest is not None,
         threads or default_threads(), said,

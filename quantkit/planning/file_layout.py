@@ -99,6 +99,8 @@ def rounding_kvs(plan: Plan) -> list[KV]:
     said = {"options": rounding.options}
     if rounding.policy_text:
         said["policy"] = rounding.policy_text
+    if rounding.device is not None:
+        said["device"] = rounding.device.text
     covariance = rounding.covariance
     name, digest = rounding.digest()
     said[name] = digest

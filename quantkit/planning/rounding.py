@@ -15,6 +15,7 @@ from ..recipe.load import Recipe
 from ..recipe.load import Rounding as Wanted
 from ..rounding.covariance import HOW_TO_MAKE, CovarianceSource, Standing, is_by_layer, standing
 from ..rounding.options import VERSION as ROUNDING_VERSION
+from ..rounding.options import Device
 from ..rounding.policy import Choice, Policy, feasible, load, parse
 
 if TYPE_CHECKING:
@@ -38,6 +39,8 @@ class Rounding:
     in_pass: bool = False
     """the second moments come from a pass within the build, so the file does not record for which matrices they are
     too thin"""
+    device: Device | None = None
+    """where torch rounds rows; None for the CPU's own kernels"""
 
     @property
     def policy_text(self) -> str:
@@ -79,7 +82,8 @@ class Rounding:
             return ""
         judge = None if covariance.held_out is None else covariance.held_out.digest
         thin = sorted(self.standings[name].thin)
-        return repr((ROUNDING_VERSION, name, choice._replace(why=""), thin, covariance.digest, judge))
+        on = () if self.device is None else (self.device.text,)
+        return repr((ROUNDING_VERSION, name, choice._replace(why=""), thin, covariance.digest, judge, *on))
 
     def listed(self) -> list[str]:
         """Describe in a few lines what rounds which tensors, as recorded in the file's metadata: 'feedback
@@ -184,6 +188,18 @@ def with_covariance(plan: Plan, covariance: CovarianceSource | None) -> Plan:
     return replace(plan, rounding=replace(rounding, covariance=covariance, standings=found, in_pass=in_pass))
 
 
+def with_device(plan: Plan, device: Device | None) -> Plan:
+    """The plan with rows rounded on a device of torch. Raises RecipeError for a plan that rounds nothing."""
+    if device is None:
+        return plan
+    if plan.rounding is None:
+        raise RecipeError(
+            "--rounding-device needs a rounding to use it: give --rounding feedback, --rounding-policy, or a recipe "
+            "that says how to round"
+        )
+    return replace(plan, rounding=replace(plan.rounding, device=device))
+
+
 def check_covariance(plan: Plan) -> None:
     """Raise SourceError if a build of the plan would lack a covariance that it must have."""
     if plan.rounding is None or plan.rounding.covariance is not None:
@@ -209,6 +225,13 @@ def rounding_notes(plan: Plan) -> Iterator[str]:
     by = f" by the policy {rounding.policy.name}" if rounding.policy is not None else ""
     said = ", ".join(f"{n} tensor{'s' * (n != 1)} by {method}" for method, n in sorted(counts.items())) or "nothing"
     yield f"rounded otherwise than by ggml{by}: {said} ({rounding.options})"
+    if rounding.device is not None:
+        n = counts["coarse"]
+        but = f"; the {n} by coarse on the CPU, which alone has it" if n else ""
+        yield (
+            f"rows are rounded on {rounding.device.text}, so that some bytes are others than the CPU's, and about as "
+            f"good{but}"
+        )
     if rounding.covariance is None:
         yield (
             "no covariance was given, so what falls back to ggml's rounding is not known, and the header may have some "

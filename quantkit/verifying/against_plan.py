@@ -167,6 +167,8 @@ def _expected_keys(plan: Plan, imatrix: Imatrix | None) -> dict[str, tuple[int, 
         said = rounding.recorded_policy if policy is None else f"{policy.name} (sha256 {policy.digest})"
         if said:
             put(PREFIX + "policy", _STR, _text(said.encode()))
+        if rounding.device is not None:
+            put(PREFIX + "device", _STR, _text(rounding.device.text.encode()))
         if rounding.covariance is not None:
             name, digest = rounding.digest()
             put(PREFIX + name, _STR, _text(digest.encode()))

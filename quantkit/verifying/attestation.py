@@ -73,6 +73,8 @@ class Asked:
     """what --type and the like changed in the recipe (quantkit.recipe.changes)"""
     rounding: AskedRounding | None = None
     """None where ggml rounds all, or only the recipe's own words say otherwise"""
+    rounding_device: str | None = None
+    """where torch rounded rows, as the file says it; None for the CPU's own kernels"""
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -91,6 +93,7 @@ class Asked:
             "engine": self.engine,
             "imatrixPolicy": self.imatrix_policy,
             **({} if self.rounding is None else {"rounding": self.rounding.to_json()}),
+            **({} if self.rounding_device is None else {"roundingDevice": self.rounding_device}),
         }
 
 
@@ -188,6 +191,7 @@ def read(path: Path) -> Attested:
                 _text(outside.get("imatrixPolicy")),  # older statements have none
                 Changes.from_json(recipe.get("changes", {})).to_json(),
                 _asked_rounding(outside.get("rounding")),
+                _text(outside.get("roundingDevice")),
             ),
             str(definition["internalParameters"]["planSha256"]),
             [

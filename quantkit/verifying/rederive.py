@@ -28,6 +28,7 @@ from ..rounding.policy import Choice
 from .derive import F32, I64, U8, Deriver
 from .ggml import NOT_IN_WHEEL, Ggml
 from .gguf import Gguf, Info, read_into
+from .on_device import MARGIN, OnDevice
 from .rounding import Rounder
 from .verdict import KEPT_EACH, Finding, Findings, Progress
 
@@ -106,6 +107,8 @@ class RowCheck:
     """how tensors were rounded that ggml did not round"""
     rounder: Rounder | None = None
     """makes the rows of those tensors again; without it they are left out"""
+    on_device: OnDevice | None = None
+    """counts how rows that a device rounded differ from the CPU's; None if none did"""
 
     def by_rounder(self, name: str, mat: int) -> Choice | None:
         """The rounding of a matrix; None if ggml rounds it."""
@@ -232,9 +235,35 @@ class _Worker:
             return
         there = _stored(batch, due.shape[1])
         bad = np.flatnonzero((there != due).any(axis=1))
+        choice = self.rows.by_rounder(batch.tensor.name, batch.mat)
+        if self.rows.on_device is not None and choice is not None:
+            self.rows.on_device.add(len(due), due.shape[1] // info.type.block_bytes)
+            bad = bad[self._no_better(batch, bad, due[bad], there[bad], choice, self.rows.on_device)]
         for nth, i in enumerate(bad[: KEPT_EACH + 1]):  # the last one stands for all that are not kept
             times = 1 if nth < KEPT_EACH else len(bad) - KEPT_EACH
             self._differs(batch, int(batch.rows[i]), due[i], there[i], times)
+
+    def _no_better(
+        self, batch: _Batch, numbers: I64, due: U8, there: U8, choice: Choice, counts: OnDevice
+    ) -> npt.NDArray[np.bool_]:
+        """Of rows of the batch that are not the CPU's, which are no better than ggml's, so that no build keeps them.
+        The others are counted."""
+        if not len(numbers) or self.rows.rounder is None:
+            return np.ones(len(numbers), np.bool_)
+        type_ = batch.info.type.name
+        values = self.deriver.rows(batch.tensor, batch.rows[numbers])
+        stock = self.rows.ggml.quantize(values, type_, self._weights(batch))
+        assert not isinstance(stock, str)  # it made them before
+        matrix = (batch.tensor.name, batch.mat)
+        of_file, of_cpu, of_ggml = (
+            self.rows.rounder.output_errors(values, np.ascontiguousarray(b), type_, matrix, choice)
+            for b in (there, due, stock)
+        )
+        kept = (there == stock).all(axis=1) | (of_file < of_ggml * (1 + MARGIN))
+        n_blocks = (due != there).reshape(len(due), -1, batch.info.type.block_bytes).any(-1).sum(-1)
+        counts.add_others(int(kept.sum()), int(n_blocks[kept].sum()), of_file[kept].sum(), of_cpu[kept].sum())
+        no_better: npt.NDArray[np.bool_] = ~kept
+        return no_better
 
     def _due(self, batch: _Batch) -> U8 | str:
         """The bytes that the rows must have, or the reason they cannot be derived."""

@@ -22,6 +22,7 @@ from ..planning.rounding import Rounding
 from ..recipe.schema import ROUNDINGS
 from ..rounding.covariance import CovarianceSource, Standing
 from ..rounding.options import VERSION as ROUNDING_VERSION
+from ..rounding.options import Device
 from ..rounding.policy import Choice
 from .gguf import Gguf, Info, read
 from .structure import paths_of
@@ -30,6 +31,7 @@ from .verdict import Findings
 PREFIX = "quantkit.rounding."
 _ARR, _STR = 9, 8
 _MAX_NUMBER = 1 << 20
+_MOST_DEVICE = 200
 _LINE = re.compile(r"(\S{1,40}) (\S{1,300})(?: but ([0-9,-]{1,100000}))?")
 _LAYERS = re.compile(r"blk\.\{([0-9,-]{1,10000})\}\.(.+)")
 _OPTIONS = re.compile(r"damp ([0-9.e+-]{1,30})(, search)?")
@@ -42,6 +44,11 @@ class Rounder(Protocol):
         self, rows: npt.NDArray[np.float32], blocks: npt.NDArray[np.uint8], type_: str, matrix: tuple[str, int],
         choice: Choice,
     ) -> int: ...  # fmt: skip
+
+    def output_errors(
+        self, rows: npt.NDArray[np.float32], blocks: npt.NDArray[np.uint8], type_: str, matrix: tuple[str, int],
+        choice: Choice,
+    ) -> npt.NDArray[np.float64]: ...  # fmt: skip
 
 
 class Recorded(NamedTuple):
@@ -95,7 +102,10 @@ def _read(g: Gguf) -> Recorded:
         raise ValueError("no tensors")
     held_out, policy = (g.keys[key].text() if key in g.keys else "" for key in (PREFIX + "held_out", PREFIX + "policy"))
     in_pass = PREFIX + "pass" in g.keys
-    rounding = Rounding(choices, standings=standings, recorded_policy=policy, in_pass=in_pass)
+    device = Device("", g.keys[PREFIX + "device"].text()) if PREFIX + "device" in g.keys else None
+    if device is not None and not (device.text.isprintable() and 0 < len(device.text) <= _MOST_DEVICE):
+        raise ValueError("device")
+    rounding = Rounding(choices, standings=standings, recorded_policy=policy, in_pass=in_pass, device=device)
     return Recorded(rounding, g.keys[PREFIX + ("pass" if in_pass else "covariance")].text(), held_out)
 
 
@@ -166,7 +176,9 @@ def settled(
     require_covariance(said, covariance)
     if plan is not None and _says(plan):
         if plan.rounding is not None and said is not None:
-            plan = replace(plan, rounding=replace(plan.rounding, in_pass=said.rounding.in_pass))
+            # both are the build's, and no plan's
+            of_build = replace(plan.rounding, in_pass=said.rounding.in_pass, device=said.rounding.device)
+            plan = replace(plan, rounding=of_build)
         return plan, plan.rounding, []
     if said is None:
         return plan, None, []

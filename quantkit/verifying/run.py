@@ -90,6 +90,8 @@ def verify(request: Request, progress: Progress) -> Outcome:
         done, total, left_out = rederive(found.files, types, rows, findings, request.n_threads, progress)
         if left_out:
             verdict.notes.append(rounding.not_compared(left_out))
+        if rows.on_device is not None:
+            verdict.notes += rows.on_device.notes()
         of = f"all {total:,} rows" if done == total else f"{done:,} of {total:,} rows (seed {rows.seed})"
         verdict.checked.append(of)
     if request.manifest is not None:

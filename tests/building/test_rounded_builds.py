@@ -4,6 +4,7 @@ and no mix-up with other builds."""
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -34,9 +35,10 @@ from quantkit.imatrix.matrix import open_imatrix
 from quantkit.model.catalogue import Tensor
 from quantkit.planning.file_layout import ROUNDING_PREFIX, output_kvs
 from quantkit.planning.plan import Plan
-from quantkit.planning.rounding import with_covariance
+from quantkit.planning.rounding import with_covariance, with_device
 from quantkit.recipe.load import Rounding, parse
 from quantkit.rounding.covariance import Covariances, Moments
+from quantkit.rounding.on_torch import devices
 from quantkit.weights.rows import RowReader
 
 RECIPE = """\
@@ -261,6 +263,21 @@ def test_other_rounding_is_another_build(
         builds.prepare(plan(tiny_v3, tiny_imatrix, None), out, open_imatrix(str(tiny_imatrix)))
     assert "rounding was damp 0.01, search" in str(e.value)
     assert "is absent" in str(e.value)
+
+
+def test_rounding_on_a_device_is_another_build(made: Plan, rounded: Path, tiny_imatrix: Path, tmp_path: Path) -> None:
+    device = devices.find("torch")
+    assert device is not None
+    there, out = with_device(made, device), tmp_path / "m.gguf"
+    stopped(made, out, tiny_imatrix, N // 3)
+    with pytest.raises(ResumeError, match=re.escape(f"search, on {device.text} (method 1, tensors ")):
+        builds.prepare(there, out, open_imatrix(str(tiny_imatrix)))
+    assert with_device(made, None) is made
+    n_rounded = sum(1 for t in made.tensors if made.rounding and made.rounding.of(t.tensor.name))
+    first, second = (Cache(tmp_path / "cache", 1 << 30) for _ in range(2))
+    assert build(made, tmp_path / "a.gguf", tiny_imatrix, first) == rounded.read_bytes()
+    build(there, tmp_path / "b.gguf", tiny_imatrix, second, slab=1 << 20)
+    assert second.n_found == len(made.tensors) - n_rounded
 
 
 def test_killed_and_gone_on_with(

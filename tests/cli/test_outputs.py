@@ -184,7 +184,7 @@ NO_FILES = {
     "sets", "pre", "pad_token", "sample", "ignored", "device", "name", "file_type", "maps", "tensor", "part", "probes",
     "changed_types", "changed_tensor_types", "changed_output_type", "changed_embedding_type", "changed_metadata",
     "changed_name", "noise", "types", "target", "fit", "locks", "minimum", "llama_args", "study", "repo", "license_",
-    "base_model", "revision", "quant", "include", "exclude",
+    "base_model", "revision", "quant", "include", "exclude", "rounding_device",
 }  # fmt: skip
 
 

@@ -9,8 +9,9 @@ tensor's size. Rows are independent, so results do not depend on slab size or th
 
 If the plan asks for a rounding other than ggml's, the slab's rows are rounded again under their covariance
 (quantkit.rounding.rounder), and replace ggml's where their output error is lower. Workers share the factors of the
-covariance, which are dropped when others need the room. If the covariance is computed during the build, a layer at a
-time, the tensors that need it are made layer by layer, after all others.
+covariance, which are dropped when others need the room. If a device rounds them, slabs are larger, and workers take
+turns on it. If the covariance is computed during the build, a layer at a time, the tensors that need it are made layer
+by layer, after all others.
 
 If the source is on the Hub, slabs come in the order of its shards, which are kept only while they are needed
 (quantkit.building.window).
@@ -35,7 +36,7 @@ from ...model.sources.shard_store import Limits, ShardStore, store_of
 from ...planning.plan import ImatrixStatus, Plan, Planned
 from ...planning.rounding import Rounding
 from ...rounding.covariance import LayerSource, is_by_layer
-from ...rounding.rounder import Rounder
+from ...rounding.rounder import Rounder, rounder_on
 from ...weights.rows import RowReader
 from ..shard_order import Piece, pieces_of
 from ..shards_told import Telling
@@ -45,6 +46,8 @@ from . import Work
 
 #: values per slab: 4 MiB as float32, which suits L2/L3 and makes the overhead of a call small
 SLAB_VALUES = 1 << 20
+#: values per slab if a device rounds them, which needs many rows at a time
+DEVICE_SLAB_VALUES = 1 << 24
 #: stored bytes requested ahead of the current slab; always at least one slab per worker
 AHEAD_BYTES = 64 << 20
 
@@ -167,8 +170,9 @@ class NativeEngine:
     name = "native"
     rounds = True
 
-    def __init__(self, slab_values: int = SLAB_VALUES, limits: Limits | None = None) -> None:
-        self.slab_values, self.limits = slab_values, limits or Limits()
+    def __init__(self, slab_values: int | None = None, limits: Limits | None = None) -> None:
+        self._slab_values, self.limits = slab_values, limits or Limits()
+        self.slab_values = slab_values or SLAB_VALUES
 
     def scratch_bytes(self, plan: Plan) -> int:
         covariance = None if plan.rounding is None else plan.rounding.covariance
@@ -176,6 +180,8 @@ class NativeEngine:
 
     def run(self, work: Work) -> None:
         rounding = work.plan.rounding
+        if rounding is not None and rounding.device is not None:
+            self.slab_values = self._slab_values or DEVICE_SLAB_VALUES
         if rounding is None or not is_by_layer(rounding.covariance):
             self._make(work, work.plan.tensors, rounding)
             return
@@ -198,7 +204,7 @@ class NativeEngine:
     def _make(self, work: Work, some: Iterable[Planned], rounding: Rounding | None) -> None:
         """Quantize the missing rows of these tensors."""
         covariance = None if rounding is None else rounding.covariance
-        rounder = None if covariance is None else Rounder(covariance)
+        rounder = None if rounding is None or covariance is None else rounder_on(rounding.device, covariance)
 
         def worker() -> Callable[[Slab], None]:
             return _Worker(work, rounder, rounding).do
