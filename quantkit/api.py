@@ -136,8 +136,9 @@ def plan(
 
     `rounding` says how to round, whatever the recipe says: "ggml", "coarse", "feedback", "feedback+gain", or the name
     or the path (ending in .yaml) of a policy. All but ggml's needs the `covariance` of the inputs, a folder of
-    `quantkit imatrix make --covariance` or what `second_moments` gives, to be built. Raises RecipeError, ImatrixError,
-    SourceError, UnsupportedError, and ValueError for a policy of the importance matrix that is none.
+    `quantkit imatrix make --covariance` or what `second_moments` gives, to be built; that gives the importance too,
+    where some is needed and there is no `imatrix`. Raises RecipeError, ImatrixError, SourceError, UnsupportedError, and
+    ValueError for a policy of the importance matrix that is none.
 
     >>> import quantkit as qk
     >>> made = qk.plan("deepseek-r1", "UD-IQ1_S")
@@ -147,8 +148,7 @@ def plan(
     from .imatrix.matrix import Imatrix
     from .imatrix.policies import parse_policy
     from .model.catalogue import Catalogue
-    from .planning.plan import make_plan, with_values
-    from .planning.rounding import with_covariance
+    from .planning.plan import make_plan, with_moments, with_values
     from .recipe.load import Recipe
     from .rounding.covariance import Covariances
 
@@ -161,7 +161,7 @@ def plan(
     made = make_plan(tensors, rules, weights, mixture_version, policy)
     if covariance is not None:
         source = Covariances(Path(covariance)) if isinstance(covariance, str | os.PathLike) else covariance
-        made = with_covariance(made, source)
+        made = with_moments(made, source)
     return made if weights is None else with_values(made, weights)
 
 

@@ -89,7 +89,7 @@ class Cache:
         keys: dict[str, str] = {}
 
         def make(t: Planned) -> None:
-            keys[t.tensor.name] = _key(t, source.block, digests, weights, plan.rounding)
+            keys[t.tensor.name] = _key(t, source.block, digests, weights, plan.rounding, plan.weights_in_pass)
 
         share_out(tensors, n_threads, lambda: make)
         return keys
@@ -318,14 +318,18 @@ class Cache:
 
 def _key(
     planned: Planned, block: tuple[int, int], digests: dict[str, str], weights: ImportanceValues | None,
-    rounding: Rounding | None,
+    rounding: Rounding | None, in_pass: bool,
 ) -> str:  # fmt: skip
+    """`in_pass`: the weights, where it has some, are of the covariance's pass."""
     t = planned.tensor
     h = hashlib.sha256()
     made_of: list[Any] = [kernels.version(), planned.type, t.source_type, t.quantizable, t.shape, block]
     made_of += [(digests[p.source], p[1:]) for p in t.parts]
     if rounding is not None and (said := rounding.identity(t.name)):
         made_of.append(said)
+    if in_pass and planned.imatrix_status == ImatrixStatus.USED:
+        assert rounding is not None
+        made_of.append(("weights", rounding.digest()))
     h.update(repr(made_of).encode())
     if weights is not None and planned.imatrix_status == ImatrixStatus.USED:
         for mat in range(t.shape[2] if len(t.shape) > 2 else 1):

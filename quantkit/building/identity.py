@@ -79,7 +79,9 @@ def identity_of(plan: Plan, kvs: Iterable[KV], split_max_size: int | None, imatr
         "metadata": short(*(b"%s %d %s" % (i.key.encode(), i.type, i.payload) for i in items)),
         "layout": f"{catalogue.layout}, "
         + ("one file" if split_max_size is None else f"shards of at most {split_max_size:,} bytes"),
-        "imatrix": "none" if imatrix is None else f"{imatrix.name} (sha256 {file_sha256(imatrix)[:12]}){policy}",
+        "imatrix": ("of the pass" if plan.weights_in_pass else "none")
+        if imatrix is None
+        else f"{imatrix.name} (sha256 {file_sha256(imatrix)[:12]}){policy}",
         "kernels": kernels.version(),
         **_rounding(plan),
     }

@@ -184,6 +184,8 @@ def build(
     made = with_device(made, device_called(rounding_device))
     made = with_covariance(made, covariance) if asked_pass is None else with_pass(made, asked_pass, threads)
     chosen = make_engine(engine, binary, Limits(keep, disk))
+    if attest is not None and made.weights_in_pass:
+        raise click.UsageError("--attest needs --imatrix FILE here: the statement names the importance matrix")
     ready = prepare(made, output, weights, split_max_size, force, allow_requantize, chosen, resume)
     _check_hub_options(ready, attest, cache_dir, asked_pass is not None)
     will_write(*(Output(name, "--output", is_later=True) for name, _ in ready.files))

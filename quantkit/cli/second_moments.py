@@ -27,8 +27,9 @@ pass_options = together(
         multiple=True,
         type=TEXT,
         help="In place of --covariance: compute the model over this text (a file, a folder, a .jsonl file) while it is "
-        "built, layer by layer, for the second moments that the rounding needs. One layer of them is on the disk at a "
-        "time; the costs are those of `quantkit imatrix make`. Can be repeated.",
+        "built, layer by layer, for the second moments that the rounding needs, and without --imatrix for the "
+        "importance that the recipe needs. One layer of them is on the disk at a time; the costs are those of "
+        "`quantkit imatrix make`. Can be repeated.",
     ),
     click.option("--chat", is_flag=True, help="With --text: apply the model's chat template to .jsonl `messages`."),
     click.option("--parse-special", is_flag=True, help="With --text: control tokens (<|im_start|>) are tokens."),
@@ -77,7 +78,7 @@ def with_pass(plan: Plan, asked: PassAsked, n_threads: int | None) -> Plan:
         )
     from quantkit.base.errors import SourceError
     from quantkit.lab import require_torch
-    from quantkit.planning.rounding import with_covariance
+    from quantkit.planning.plan import with_moments
 
     if plan.catalogue.source is None:
         raise SourceError(f"{plan.catalogue.model}: there are no weights to compute; give a checkpoint or a GGUF")
@@ -88,4 +89,4 @@ def with_pass(plan: Plan, asked: PassAsked, n_threads: int | None) -> Plan:
     chunks = read_chunks(plan.catalogue, asked.texts, asked.n_ctx, asked.n_chunks, asked.chat, asked.parse_special)
     forward = Options(asked.device, asked.dtype, n_threads or 0, asked.memory)
     files = [path for text in asked.texts if (path := Path(text)).is_file()]
-    return with_covariance(plan, Streamed(plan.catalogue, chunks.tokens, files, forward))
+    return with_moments(plan, Streamed(plan.catalogue, chunks.tokens, files, forward))

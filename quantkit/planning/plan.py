@@ -18,6 +18,7 @@ from ..imatrix.matrix import Imatrix
 from ..imatrix.policies import FAIL, OUTSIDE_LAYERS, UNSEEN, Completed, Origin, Policy, parse_policy
 from ..model.catalogue import Catalogue, Role, Tensor, family_of
 from ..recipe.load import Recipe
+from ..rounding.covariance import CovarianceSource, is_by_layer
 from .gaps import (
     Gap,
     about_kv_b,
@@ -133,6 +134,11 @@ class Plan:
     def applied(self) -> str:
         """What the policy changed, as recorded in the file's metadata; '' if nothing."""
         return applied(self.policy, self.origins, self.raised)
+
+    @property
+    def weights_in_pass(self) -> bool:
+        """Whether the importance is computed while it is built, a layer at a time, with the second moments."""
+        return hasattr(self.imatrix, "layers")
 
     @property
     def tensor_bytes(self) -> int:
@@ -265,6 +271,15 @@ def make_plan(
     )  # fmt: skip
 
 
+def with_moments(plan: Plan, covariance: CovarianceSource | None) -> Plan:
+    """The plan with a covariance (quantkit.planning.rounding.with_covariance). One that is computed in the build gives
+    the importance too, where the plan needs some and has none. Raises SourceError."""
+    needs = plan.recipe.imatrix == "required" or any(t.imatrix_status == ImatrixStatus.REQUIRED for t in plan.tensors)
+    if needs and plan.imatrix is None and plan.rounding is not None and plan.policy == FAIL and is_by_layer(covariance):
+        plan = make_plan(plan.catalogue, plan.recipe, covariance, plan.mixture_version, plan.policy)
+    return with_covariance(plan, covariance)
+
+
 def policy_of(recipe: Recipe, given: Policy | None, default: Policy = FAIL) -> Policy:
     """Return the policy for missing data: the given one, else the recipe's, else the default."""
     if given is not None:
@@ -362,12 +377,21 @@ def with_values(plan: Plan, imatrix: Imatrix | None) -> Plan:
     """Make all checks that a build makes of an importance matrix, reading every value, and return the completed plan.
     `weights` is the matrix as completed by the plan's policy, `origins` what the policy changed, and `gaps` what is
     still missing. Raises ImatrixError, including for experts never seen to which the policy gives no data."""
-    check_imatrix(plan, imatrix is not None)
-    if imatrix is None:
-        return plan
+    check_imatrix(plan, imatrix is not None or plan.weights_in_pass)
+    return plan if imatrix is None else _with_values(plan, imatrix, plan.tensors)
+
+
+def values_of(plan: Plan, imatrix: Imatrix, tensors: Iterable[Planned]) -> Completed:
+    """Return the weights of some tensors of a plan, checked as `with_values` does. Raises ImatrixError."""
+    weights = _with_values(plan, imatrix, tensors).weights
+    assert weights is not None
+    return weights
+
+
+def _with_values(plan: Plan, imatrix: Imatrix, tensors: Iterable[Planned]) -> Plan:
     found = imatrix.check()
     weights = completed(plan.catalogue, imatrix, plan.policy)
-    used = [t for t in plan.tensors if t.imatrix_status == ImatrixStatus.USED]
+    used = [t for t in tensors if t.imatrix_status == ImatrixStatus.USED]
     every = {t.tensor.name: weights.origin(t.tensor.name) for t in used}
     gaps = [gap for t in used if (gap := gap_of(t.tensor, t.type, every[t.tensor.name], found.get(t.tensor.name)))]
     left = [gap for gap in gaps if UNSEEN in every[gap.tensor].sources]

@@ -239,8 +239,9 @@ def rounding_notes(plan: Plan) -> Iterator[str]:
         )
     elif is_by_layer(rounding.covariance):
         yield (
-            f"their second moments are computed in the build, over {rounding.covariance.n_tokens:,} tokens, a layer at "
-            f"a time: at most {size(rounding.covariance.scratch_bytes)} beside the output; which experts see too few "
+            f"their second moments {'and all importance ' * plan.weights_in_pass}are computed in the build, over "
+            f"{rounding.covariance.n_tokens:,} tokens, a layer at a time: at most "
+            f"{size(rounding.covariance.scratch_bytes)} beside the output; which experts see too few "
             "of them, and stay as ggml rounds them, is known when their layer is"
         )
 

@@ -101,7 +101,16 @@ class LayerSource(CovarianceSource, Protocol):
     def scratch_bytes(self) -> int:
         """The most that it takes on the disk while it runs."""
 
-    def layers(self, folder: Path, names: Collection[str], tell: Callable[[str], None]) -> Generator[int, None, None]:
+    def fits(self, name: str, n_cols: int, n_mats: int) -> bool:
+        """Whether an importance matrix of it has a value for each column of each matrix."""
+
+    @property
+    def importance(self) -> Path:
+        """Of the layer that is there: its importance matrix, as `quantkit imatrix make` writes it."""
+
+    def layers(
+        self, folder: Path, names: Collection[str], tell: Callable[[str], None], with_importance: bool = False
+    ) -> Generator[int, None, None]:
         """Numbers of the layers that these tensors are in, ascending: `matrix` has the layer that was given last, until
         the next is asked for. What is asked for again in the same `folder` goes on with the layer that was given last,
         so all that is made of a layer must be on the disk before the next is asked for. `tell` is called with what it

@@ -181,6 +181,72 @@ def test_another_text_or_other_threads_are_another_build(world: World, tmp_path:
     assert "is the pass over 768 tokens on 2 threads (sha256 " in done.stderr
 
 
+LOW = """\
+name: low
+arch: [deepseek2]
+file_type: IQ1_S
+rounding: feedback
+rules:
+  - {match: "*_exps.weight", type: IQ1_S, why: t}
+  - {match: "*shexp.weight", type: IQ2_XXS, rounding: ggml, why: t}
+  - {match: "*", type: Q4_K, why: t}
+"""
+
+
+@pytest.fixture(scope="module")
+def low(world: World) -> Path:
+    """By the two commands: types that need importance, and tensors that ggml rounds."""
+    plan = with_covariance(plan_of(world.v3, parse(LOW, "low.yaml"), world.imatrix), Covariances(world.covariance))
+    build(plan, world.folder / "low.gguf", world.imatrix)
+    return world.folder / "low.gguf"
+
+
+def low_command(world: World, folder: Path, out: Path, *more: object) -> list[str]:
+    (folder / "low.yaml").write_text(LOW)
+    words = world.command(out, *more)
+    at = words.index("--imatrix")
+    words[words.index("-r") + 1] = str(folder / "low.yaml")
+    return words[:at] + words[at + 2 :]
+
+
+def test_importance_of_the_same_pass(world: World, low: Path, tmp_path: Path, quantkit: Run) -> None:
+    """Without --imatrix: the bytes of the two commands, from a cache too."""
+    for name in ("one.gguf", "cached.gguf"):
+        done = quantkit(*low_command(world, tmp_path, tmp_path / name, "--cache", tmp_path / "cache")[3:])
+        assert done.returncode == 0, done.stderr
+        assert data(tmp_path / name) == data(low)
+    model = qk.open_model(world.v3, pre="deepseek-v3")
+    moments = qk.second_moments(model, world.text, making.CTX, N_CHUNKS, options=THREADS)
+    qk.build(qk.plan(model, tmp_path / "low.yaml", covariance=moments), tmp_path / "m.gguf", threads=2)
+    assert data(tmp_path / "m.gguf") == data(low)
+    done = quantkit(*low_command(world, tmp_path, tmp_path / "a.gguf", "--attest", tmp_path / "a.json")[3:])
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (
+        2, "Error: --attest needs --imatrix FILE here: the statement names the importance matrix"
+    )  # fmt: skip
+
+
+def test_killed_while_importance_is_there(world: World, low: Path, tmp_path: Path) -> None:
+    out = tmp_path / "m.gguf"
+    layers = tmp_path / "m.gguf.partial" / "pass" / "layers"
+    env = os.environ | {"QUANTKIT_COMMIT_SECONDS": "0.01", "QUANTKIT_KERNELS": "ggml"}
+    process = subprocess.Popen(low_command(world, tmp_path, out), env=env, cwd=tempfile.gettempdir())
+    while process.poll() is None and not (layers / "layer-00001.json").exists():
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    subprocess.run(low_command(world, tmp_path, out, "--resume"), cwd=tempfile.gettempdir(), check=True)
+    assert data(out) == data(low)
+
+
+def test_an_expert_that_the_text_never_reaches(world: World, tmp_path: Path, quantkit: Run) -> None:
+    words = low_command(world, tmp_path, tmp_path / "m.gguf")[3:]
+    words[words.index("--chunks") + 1] = "1"
+    words[words.index("-c") + 1] = "2"
+    done = quantkit(*words)
+    assert done.returncode == 6, done.stderr
+    assert "or make the matrix from more text; and give it with --imatrix FILE" in done.stderr
+
+
 def test_verified_with_a_covariance_of_the_same_text(world: World, one_pass: Path, quantkit: Run) -> None:
     given = ("-s", world.v3, "--pre", "deepseek-v3", "--imatrix", world.imatrix, "-q", "-r", world.recipe)
     done = quantkit("verify", one_pass, *given, "--covariance", world.covariance, "--sample", "all")

@@ -22,18 +22,20 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from ... import kernels
-from ...base.errors import WeightError
+from ...base.errors import ImatrixError, WeightError
 from ...base.workers import share_out
 from ...gguf.types import QTYPES
+from ...imatrix.matrix import open_imatrix
 from ...model.catalogue import Part
 from ...model.sources.shard_store import Limits, ShardStore, store_of
-from ...planning.plan import ImatrixStatus, Plan, Planned
+from ...planning.plan import ImatrixStatus, Plan, Planned, values_of
 from ...planning.rounding import Rounding
 from ...rounding.covariance import LayerSource, is_by_layer
 from ...rounding.rounder import Rounder, rounder_on
@@ -185,8 +187,11 @@ class NativeEngine:
         if rounding is None or not is_by_layer(rounding.covariance):
             self._make(work, work.plan.tensors, rounding)
             return
+        used = ImatrixStatus.USED if work.plan.weights_in_pass else None
         later = {
-            t.tensor.name: t for t in work.plan.tensors if rounding.of(t.tensor.name) and self._is_missing([t], work)
+            t.tensor.name: t
+            for t in work.plan.tensors
+            if (rounding.of(t.tensor.name) or t.imatrix_status == used) and self._is_missing([t], work)
         }
         self._make(work, [t for t in work.plan.tensors if t.tensor.name not in later], rounding)
         if later:
@@ -194,11 +199,20 @@ class NativeEngine:
 
     def _by_layer(self, work: Work, rounding: Rounding, source: LayerSource, later: dict[str, Planned]) -> None:
         """Make tensors whose second moments are computed during the build, a layer at a time."""
-        tensors = {name: t.tensor for name, t in later.items()}
-        with closing(source.layers(work.lasting(), tuple(later), lambda what: work.progress(what, 0))) as layers:
+        tensors, plan = {name: t.tensor for name, t in later.items()}, work.plan
+        steps = source.layers(
+            work.lasting(), tuple(later), lambda what: work.progress(what, 0), plan.weights_in_pass
+        )  # fmt: skip
+        with closing(steps) as layers:
             for number in layers:
                 some = {name: t for name, t in later.items() if t.tensor.layer == number}
-                self._make(work, some.values(), rounding.seen(some, tensors))
+                if plan.weights_in_pass:
+                    try:
+                        weights = values_of(plan, open_imatrix(str(source.importance)), some.values())
+                    except ImatrixError as e:
+                        raise ImatrixError(f"{e}; and give it with --imatrix FILE") from None
+                    work = replace(work, imatrix=weights)
+                self._make(work, some.values(), rounding.seen(rounding.choices.keys() & some.keys(), tensors))
                 work.sink.commit()
 
     def _make(self, work: Work, some: Iterable[Planned], rounding: Rounding | None) -> None:

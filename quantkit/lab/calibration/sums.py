@@ -127,11 +127,11 @@ def save_arrays(path: Path, inputs: Mapping[str, tuple[tuple[str, ...], Mapping[
 class Saved:
     """The files of sums of one or more rounds of a run, added up."""
 
-    def __init__(self, folders: Sequence[Path]) -> None:
+    def __init__(self, folders: Sequence[Path], which: str = "sums-*.safetensors") -> None:
         self._where: dict[str, list[tuple[Path, str]]] = {}
         self._shapes: dict[str, Shape] = {}
         for folder in folders:
-            for path in sorted(folder.glob("sums-*.safetensors")):
+            for path in sorted(folder.glob(which)):
                 self._index(path)
 
     def _index(self, path: Path) -> None:
