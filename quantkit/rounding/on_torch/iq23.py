@@ -13,7 +13,7 @@ from ...kernels import F32, U8
 from .beam import Beam, Groups, Paths
 from .grids import Grid, iq2_s, iq2_xs, iq2_xxs, iq3_s, iq3_xxs
 from .halves import half_bytes, halves_at, steps, word_bytes
-from .signed import SIGNS_AT, Coder, least
+from .signed import SIGNS_AT, Coder, Halves, least, number_of, numbered
 
 
 def _bits(grid: Grid) -> int:
@@ -28,8 +28,7 @@ class Eights:
         self.points = torch.from_numpy(grid.points).to(device)
         self.of_size = torch.from_numpy(grid.sizes).to(device)
         place = 3 ** np.arange(4)
-        self.low = torch.from_numpy(grid.levels[:, :4] @ place).to(device)
-        self.high = torch.from_numpy(grid.levels[:, 4:] @ place).to(device)
+        self.halves = Halves(grid.levels[:, :4] @ place, grid.levels[:, 4:] @ place, 7, device)
 
     def sizes(self, code: Tensor) -> Tensor:
         return self.points[code & (len(self.points) - 1)].movedim(-1, 0)
@@ -47,9 +46,13 @@ class Eights:
                 f = torch.minimum(f, flip[:, i, None]).flatten(0, 1)
             halves.append(c)
             flips.append(f)
-        total = halves[0][self.low] + halves[1][self.high]
-        total += torch.minimum(flips[0][self.low], flips[1][self.high])
-        return least(total, 4, self.bits)
+        best = self.halves.best(numbered(halves[1], 7))
+        flipped = self.halves.best(numbered(halves[1] + flips[1], 7))
+        # one sign is flipped: in this half or in the other
+        here = best + flips[0][: len(best)]
+        second = number_of(torch.where(here < flipped, best, flipped), 7)
+        found = least(halves[0][: len(best)] + torch.minimum(here, flipped), 4, 7)
+        return self.halves.points(found, second.gather(0, found))
 
 
 class Fours:
@@ -59,8 +62,7 @@ class Fours:
         self.bits = _bits(grid)
         self.points = torch.from_numpy(grid.points).to(device)
         self.of_size = torch.from_numpy(grid.sizes).to(device)
-        self.low = torch.from_numpy(grid.levels[:, 0] + 8 * grid.levels[:, 1]).to(device)
-        self.high = torch.from_numpy(grid.levels[:, 2] + 8 * grid.levels[:, 3]).to(device)
+        self.halves = Halves(grid.levels[:, :2] @ (1, 8), grid.levels[:, 2:] @ (1, 8), 6, device)
 
     def sizes(self, code: Tensor) -> Tensor:
         last = len(self.points) - 1
@@ -72,7 +74,9 @@ class Fours:
         found = []
         for first in (0, 4):
             pair = [(cost[:, at] + cost[:, at + 1, None]).flatten(0, 1) for at in (first, first + 2)]
-            found.append(least(pair[0][self.low] + pair[1][self.high], 3, self.bits))
+            best = self.halves.best(numbered(pair[1], 6))
+            low = least(pair[0][: len(best)] + best, 3, 6)
+            found.append(self.halves.points(low, number_of(best, 6).gather(0, low)))
         return torch.stack(
             [found[0][i] | found[1][j] << self.bits for i in range(3) for j in range(3) if i * j <= 2]  # not both far
         )

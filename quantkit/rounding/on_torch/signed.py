@@ -1,18 +1,23 @@
 """Codes of the types whose groups are sizes from a grid, times signs, of which some want an even number; see
 native/feedback_grid.h.
 
-There are too many codes for a metric that is not diagonal. So the best few under its diagonal, with x's signs, are
-scored under it; then the best of these has the one or two signs turned that help most.
+There are too many codes for a metric that is not diagonal. So a few that are good under its diagonal, with x's signs,
+are scored under it: of points with the same first half the best one, and of these the best few. Then the best of these
+has the one or two signs turned that help most.
 """
 
 from __future__ import annotations
 
 from typing import Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from .beam import Coded, Groups
+
+I64 = npt.NDArray[np.int64]
 
 GROUP = 8
 #: columns of scores at a time, each of all points
@@ -84,13 +89,43 @@ class Coder:
         return torch.where(only, torch.zeros_like(out).scatter(0, one[None], only[None]), out)
 
 
-def least(cost: Tensor, k: int, bits: int) -> Tensor:
-    """Numbers int64 [k, n] of the `k` least of costs [n_points, n], none negative, the least first. A cost's last
-    `bits` bits are its number, as on the CPU, so that no two are equal."""
+def numbered(cost: Tensor, bits: int) -> Tensor:
+    """Costs float32 [m, n], none negative, whose last `bits` bits are their number, as on the CPU, so that no two of a
+    column are equal."""
     numbers = torch.arange(len(cost), dtype=torch.int32, device=cost.device)[:, None]
-    scores = cost.contiguous().view(torch.int32) & ~((1 << bits) - 1) | numbers
+    return (cost.contiguous().view(torch.int32) & ~((1 << bits) - 1) | numbers).view(torch.float32)
+
+
+def number_of(cost: Tensor, bits: int) -> Tensor:
+    """The numbers, int64, that `numbered` put there."""
+    return (cost.view(torch.int32) & ((1 << bits) - 1)).to(torch.int64)
+
+
+def least(cost: Tensor, k: int, bits: int) -> Tensor:
+    """Numbers int64 [k, n] of the `k` least of costs [m, n], none negative, the least first."""
+    scores = numbered(cost, bits).view(torch.int32)
     out = [scores.amin(0)]
     for _ in range(k - 1):
         scores = torch.where(scores > out[-1], scores, torch.iinfo(torch.int32).max)
         out.append(scores.amin(0))
     return torch.stack(out).to(torch.int64) & ((1 << bits) - 1)
+
+
+class Halves:
+    """The points of a grid by the numbers of their two halves."""
+
+    def __init__(self, low: I64, high: I64, bits: int, device: torch.device) -> None:
+        """Numbers [n_points], below 2^bits."""
+        self.bits, self.n = bits, int(low.max()) + 1
+        place = np.zeros((1 << bits, 1 << bits), np.int64)
+        place[high, low] = np.arange(len(low))
+        self.low, self.high, self.place = (torch.from_numpy(v).to(device) for v in (low, high, place))
+
+    def best(self, cost: Tensor) -> Tensor:
+        """Costs [n_halves, n] of second halves, numbered: the least for each first half, [n_firsts, n]."""
+        out = cost.new_full((self.n, cost.shape[1]), torch.inf)
+        return out.scatter_reduce_(0, self.low[:, None].expand(-1, cost.shape[1]), cost[self.high], "amin")
+
+    def points(self, first: Tensor, second: Tensor) -> Tensor:
+        """Numbers of points, of numbers of halves."""
+        return self.place[second, first]

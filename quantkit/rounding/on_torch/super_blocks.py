@@ -110,12 +110,18 @@ class SuperBlock:
         for g in range(COLUMNS // self.n):
             here = slice(g * self.n, (g + 1) * self.n)
             later = slice((g + 1) * self.n, COLUMNS)
-            for of_minimum in of_minima:
-                ss = s[g] + still if of_minimum else (s[g] + around).clamp_(self.low, self.high)
-                mm = (m[g] + around).clamp_(0, self.most_minimum) if of_minimum else m[g] + still
+            start = s[g].clone()
+            for turn, of_minimum in enumerate(of_minima):
+                if turn and not self.most_minimum:  # the way that was better, on
+                    away = torch.sign(s[g] - start)
+                    on = (start + step * away for step in (3, 4))
+                    ss = torch.stack([s[g], *(v.clamp(self.low, self.high) for v in on)])
+                else:
+                    ss = s[g] + still if of_minimum else (s[g] + around).clamp_(self.low, self.high)
+                mm = (m[g] + around).clamp_(0, self.most_minimum) if of_minimum else m[g] + still[: len(ss)]
                 way, made = feed(
                     x[here], block.u[here, here], block.reciprocal[here],
-                    self.round(scales.d * ss, scales.dm * mm), len(around),
+                    self.round(scales.d * ss, scales.dm * mm), len(ss),
                 ).least()  # fmt: skip
                 s[g], m[g] = ss.gather(0, way[None])[0], mm.gather(0, way[None])[0]
             level[here], e[here] = made.level, made.e
