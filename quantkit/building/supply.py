@@ -11,6 +11,7 @@ from ..base.text import short_size
 from ..model.catalogue import SourceTensor
 from ..model.sources.shard_store import Limits, ShardStore, store_of
 from ..planning.plan import Plan
+from ..rounding.covariance import is_by_layer
 from .journal import ToldBuild, rows_of
 from .shard_order import Piece, Visit, most_held, pieces_of, visits
 
@@ -32,14 +33,17 @@ class Supply(NamedTuple):
     """bytes in memory at a time, of weights whose scales are in another shard"""
     n_again: int
     """shards that are fetched a second time"""
+    with_pass: bool = False
+    """the model is computed meanwhile, and shards may come again"""
 
     def text(self, file_bytes: int) -> str:
         """For people, a line. `file_bytes`: of the output."""
         held = f", and {short_size(self.held)} in memory" if self.held else ""
+        least = "at least " if self.with_pass else ""
         again = f" ({self.n_again} of them twice)" if self.n_again else ""
         return (
-            f"{short_size(self.nbytes)} in {self.n_shards} shard{'s' * (self.n_shards != 1)}{again} from {self.where}; "
-            f"at most {short_size(self.most)} of it on the disk at a time, "
+            f"{least}{short_size(self.nbytes)} in {self.n_shards} shard{'s' * (self.n_shards != 1)}{again} from "
+            f"{self.where}; at most {short_size(self.most)} of it on the disk at a time, "
             f"{short_size(self.most + file_bytes)} with the output{held}"
         )
 
@@ -68,10 +72,16 @@ def supply_of(plan: Plan, limits: Limits, begun: ToldBuild | None = None) -> Sup
             f"{store.repo.where(largest)}: has {max(sizes):,} bytes, more than the {limits.disk:,} of --disk; give "
             f"--disk {-(-max(sizes) // 10**9)}GB or more"
         )
+    where = f"{store.repo.where()} at commit {store.repo.commit[:12]}"
+    if plan.rounding is not None and is_by_layer(plan.rounding.covariance):
+        once = sorted((store.size(shard) for shard in {visit.shard for visit in order}), reverse=True)
+        most = sum(once[: limits.keep])
+        most = most if limits.disk is None else min(most, limits.disk)
+        return Supply(where, len(once), sum(once), most, 0, 0, with_pass=True)
     nbytes = {t.name: t.nbytes for visit in order for t in visit.hold}
     n_again = len(order) - len({visit.shard for visit in order})
     return Supply(
-        f"{store.repo.where()} at commit {store.repo.commit[:12]}", len(order), sum(sizes), limits.most(sizes),
+        where, len(order), sum(sizes), limits.most(sizes),
         most_held(order, nbytes.__getitem__), n_again,
     )  # fmt: skip
 

@@ -187,7 +187,7 @@ def build(
     if attest is not None and made.weights_in_pass:
         raise click.UsageError("--attest needs --imatrix FILE here: the statement names the importance matrix")
     ready = prepare(made, output, weights, split_max_size, force, allow_requantize, chosen, resume)
-    _check_hub_options(ready, attest, cache_dir, asked_pass is not None)
+    _check_hub_options(ready, attest, cache_dir)
     will_write(*(Output(name, "--output", is_later=True) for name, _ in ready.files))
     show_plan(ready, verbose, quiet)
     if ready.begun is not None and not quiet:
@@ -241,11 +241,11 @@ def show_plan(ready: Build, verbose: bool, quiet: bool) -> None:
         click.echo(wrapped(f"{'download':10}{ready.supply.text(ready.file_bytes)}", width(), " " * 10) + "\n")
 
 
-def _check_hub_options(ready: Build, attest: Path | None, cache: Path | None, has_pass: bool) -> None:
+def _check_hub_options(ready: Build, attest: Path | None, cache: Path | None) -> None:
     """Raises UnsupportedError for what needs all of a source at hand, where it comes from the Hub by shards."""
     from quantkit.base.errors import UnsupportedError
 
-    given = "--attest" if attest is not None else "--cache" if cache is not None else "--text" if has_pass else ""
+    given = "--attest" if attest is not None else "--cache" if cache is not None else ""
     if ready.supply is not None and given:
         raise UnsupportedError(
             f"{ready.supply.where}: {given} needs all of the source at hand, and it is fetched shard by shard; leave "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby, zip_longest
+from itertools import chain, groupby, zip_longest
 from math import prod
 from typing import Protocol, runtime_checkable
 
@@ -46,12 +46,12 @@ class Reader:
         self.bytes_read = 0
         """stored bytes of all that was read, scales aside"""
 
-    def expect(self, names: Iterable[str], side_by_side: bool = True) -> None:
-        """Tensors of these names are read from now on, in this order, or experts of a layer `side_by_side`: of a source
-        on the Hub the next shards are fetched meanwhile."""
+    def expect(self, *runs: Iterable[str], side_by_side: bool = True) -> None:
+        """Tensors of these names are read from now on, one run after the other, in this order, or experts of a layer
+        `side_by_side`: of a source on the Hub the next shards are fetched meanwhile."""
         brings = on_demand(self.source)
         if brings is not None:
-            brings.expect(self._parts(names, side_by_side))
+            brings.expect(chain.from_iterable(self._parts(names, side_by_side) for names in runs))
 
     def abandon(self) -> None:
         """Nobody reads any more for now: who waits for a shard stops."""

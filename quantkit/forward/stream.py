@@ -7,7 +7,7 @@ Models that have been the same so far, and are in this layer, are computed once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Hashable, Iterator, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -103,6 +103,8 @@ class Pass:
     """the first position of each chunk whose logits are asked for"""
     progress: Progress = lambda what, n_done, n_total: None
     on_hidden: HiddenStates | None = None
+    read_again: Callable[[int], Sequence[str]] = lambda number: ()
+    """the tensors that somebody else reads when a layer is done, by name"""
 
     def __post_init__(self) -> None:
         if not self.models:
@@ -211,18 +213,20 @@ class Pass:
     def _expect(self, layer: int) -> None:
         """Say what will be read from this layer on."""
         first = self.models[0].family
-        names = [] if layer else ["token_embd.weight"]
-        names += [key.name for number in range(layer, self.n_layers) for key in first.keys(number)]
-        names += ["output_norm.weight", *([first.output] if self.on_logits is not None else [])]
+        runs: list[Iterable[str]] = [[] if layer else ["token_embd.weight"]]
+        for number in range(layer, self.n_layers):
+            runs += [[key.name for key in first.keys(number)], self.read_again(number)]
+        runs += [["output_norm.weight", *([first.output] if self.on_logits is not None else [])]]
         for reader in self._readers():
             models = [m for m in self.models if m.weights is reader]
-            reader.expect(n for n in names if n in reader.tensors and not all(m.is_ready(n) for m in models))
+            reader.expect(*([n for n in run if n in reader.tensors and not all(m.is_ready(n) for m in models)]
+                            for run in runs))  # fmt: skip
 
     def _readers(self) -> list[Reader]:
         return list({id(m.weights): m.weights for m in self.models}.values())
 
     def _ended(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None:
+        if kind is not None and kind is not GeneratorExit:  # between layers nothing is waited for
             for reader in self._readers():
                 reader.abandon()
 

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from conftest import Run
 from hub_server import TOKEN, Fault, Hub
+from making import some_text
 from reshard import reshard
 
 import quantkit as qk
@@ -251,6 +252,32 @@ def test_status_says_what_has_come_and_what_is_left(builds: Builds, in_order: Pa
     text = quantkit("status", builds.out).stdout
     assert re.search(rf"shards of the source: {n} fetched \(.*\), [01] kept \(.*\), {5 - n} left \(.*\)", text)
     assert builds.run("--keep", "1").returncode == 0
+    assert os.listdir(builds.folder) == ["m.gguf"]
+
+
+@pytest.mark.parametrize("keep", [1, 3])
+def test_second_moments_are_computed_meanwhile(
+    builds: Builds, keep: int, in_order: Path, quantkit: Run, tmp_path: Path
+) -> None:
+    """Rounded by feedback, the model computed from the same shards layer by layer: the file that is built here."""
+    text = some_text(tmp_path / "text.txt", 1200)
+    env = {"OMP_NUM_THREADS": "1"}
+    more = ("--rounding", "feedback", "--text", text, "-c", "32", "--chunks", "40", "-t", "1")
+    here = quantkit("build", in_order, "-o", tmp_path / "here.gguf", *builds.options, *more, env=env)
+    assert here.returncode == 0, here.stderr
+    builds.hub.fail(Fault("*.safetensors", host="cdn", times=9999, do=builds.look))
+    how = ("build", "hf://me/Tiny-V3", "-o", builds.out, *builds.options, *more, "--keep", str(keep))
+    if keep == 1:
+        builds.hub.fail(builds.shards(4, wrong=30_000, times=2, after=3))
+        refused = quantkit(*how, env=env, cwd=builds.folder)
+        assert (refused.returncode, "what came twice is not" in refused.stderr) == (4, True), refused.stderr
+        assert "are kept in" in refused.stderr
+    ran = quantkit(*how, env=env, cwd=builds.folder)
+    assert ran.returncode == 0, ran.stderr
+    assert builds.out.read_bytes() == (tmp_path / "here.gguf").read_bytes()
+    assert 1 <= builds.most_files <= keep
+    if keep == 3:
+        assert re.search(r"download +at least .* in 5 shards from", " ".join(ran.stdout.split()))
     assert os.listdir(builds.folder) == ["m.gguf"]
 
 

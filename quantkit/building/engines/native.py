@@ -14,14 +14,15 @@ turns on it. If the covariance is computed during the build, a layer at a time, 
 by layer, after all others.
 
 If the source is on the Hub, slabs come in the order of its shards, which are kept only while they are needed
-(quantkit.building.window).
+(quantkit.building.window); if second moments are computed too, in the order of layers
+(quantkit.model.sources.on_demand).
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -34,6 +35,8 @@ from ...base.workers import share_out
 from ...gguf.types import QTYPES
 from ...imatrix.matrix import open_imatrix
 from ...model.catalogue import Part
+from ...model.sources.on_demand import OnDemand, on_demand
+from ...model.sources.safetensors_dir import Checkpoint
 from ...model.sources.shard_store import Limits, ShardStore, store_of
 from ...planning.plan import ImatrixStatus, Plan, Planned, values_of
 from ...planning.rounding import Rounding
@@ -193,12 +196,35 @@ class NativeEngine:
             for t in work.plan.tensors
             if (rounding.of(t.tensor.name) or t.imatrix_status == used) and self._is_missing([t], work)
         }
-        self._make(work, [t for t in work.plan.tensors if t.tensor.name not in later], rounding)
-        if later:
-            self._by_layer(work, rounding, rounding.covariance, later)
+        others = [t for t in work.plan.tensors if t.tensor.name not in later]
+        with self._shards(work) as brings:
+            if brings is None:
+                self._make(work, others, rounding)
+            if later:
+                self._by_layer(work, rounding, rounding.covariance, later, [] if brings is None else others)
+            if brings is not None:
+                self._make(work, others, rounding)
 
-    def _by_layer(self, work: Work, rounding: Rounding, source: LayerSource, later: dict[str, Planned]) -> None:
-        """Make tensors whose second moments are computed during the build, a layer at a time."""
+    @contextmanager
+    def _shards(self, work: Work) -> Iterator[OnDemand | None]:
+        """For a source on the Hub, what brings the shards of a layer, for the pass and for what is made after it."""
+        source = work.plan.catalogue.source
+        store = None if source is None else store_of(source)
+        if store is None or not isinstance(source, Checkpoint):
+            yield None
+            return
+
+        def tell(shard: str, done: int, total: int) -> None:
+            work.progress(f"fetching {shard}: {100 * done // max(1, total)} %", 0)
+
+        with OnDemand(source, store, store.folder, self.limits, tell) as brings:
+            yield brings
+
+    def _by_layer(
+        self, work: Work, rounding: Rounding, source: LayerSource, later: dict[str, Planned], others: list[Planned]
+    ) -> None:
+        """Make tensors whose second moments are computed during the build, a layer at a time, with `others` of that
+        layer."""
         tensors, plan = {name: t.tensor for name, t in later.items()}, work.plan
         steps = source.layers(
             work.lasting(), tuple(later), lambda what: work.progress(what, 0), plan.weights_in_pass
@@ -212,6 +238,7 @@ class NativeEngine:
                     except ImatrixError as e:
                         raise ImatrixError(f"{e}; and give it with --imatrix FILE") from None
                     work = replace(work, imatrix=weights)
+                self._make(work, [t for t in others if t.tensor.layer == number], rounding)
                 self._make(work, some.values(), rounding.seen(rounding.choices.keys() & some.keys(), tensors))
                 work.sink.commit()
 
@@ -226,8 +253,14 @@ class NativeEngine:
         pieces = list(pieces_of(some))
         assert work.plan.catalogue.source is not None
         store = store_of(work.plan.catalogue.source)
+        brings = on_demand(work.plan.catalogue.source)
         if store is None:
             share_out(_announced(self._missing(pieces, work), work), work.n_threads, worker)
+        elif brings is not None:
+            source = work.plan.catalogue.source
+            pieces.sort(key=lambda p: store.shard(source.tensor(p.planned.tensor.parts[p.part].source)))
+            share_out(_announced(self._missing(pieces, work), work), work.n_threads, worker, brings.abandon)
+            brings.go_on()
         else:
             self._by_shard(store, pieces, work, worker)
 

@@ -190,7 +190,12 @@ class Streamed:
             if said != (said := f"second moments, {what}, {100 * n_done // max(1, n_total)} %"):
                 tell(said)
 
-        yield from Pass([model], self.tokens, options, [watch], progress=progress).steps()
+        again: dict[int | None, list[str]] = {}
+        for name in names:
+            again.setdefault(layer_of(name), []).append(name)
+        yield from Pass(
+            [model], self.tokens, options, [watch], progress=progress, read_again=lambda number: again.get(number, [])
+        ).steps()
 
 
 def _json(files: Path, number: int) -> Path:

@@ -130,6 +130,11 @@ class OnDemand:
             self._waited.clear()
             self._changed.notify_all()
 
+    def go_on(self) -> None:
+        """After `abandon`: shards are waited for again."""
+        with self._changed:
+            self._is_abandoned = False
+
     # ------------------------------------------------------------ who reads
 
     def read(self, tensor: SourceTensor, start: int, out: U8) -> None:
