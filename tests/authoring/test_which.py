@@ -314,6 +314,9 @@ def test_repositories_that_do_not_help(repository: Hub, tmp_path: Path) -> None:
 def test_a_model_on_the_hub(hub: Hub, tiny_v3: Path) -> None:
     hub.add("me/Tiny-V3", tiny_v3)
     here, there = (answers(model, "--vram", "1", "--reserve", "0") for model in (str(tiny_v3), "hf://me/Tiny-V3"))
+    commit = there.pop("commit")
+    assert commit == hub.repos["me/Tiny-V3"].branches["main"][-1]
+    assert there["notes"].pop() == f"hf://me/Tiny-V3 was read on the Hub at commit {commit}"
     assert there == here
     assert there["best"] == "Q8_0"
 
