@@ -6,7 +6,7 @@ from enum import Enum
 from typing import NamedTuple
 
 #: of the method: raised by whatever makes other bytes of the same rows, factor, type and options
-VERSION = 1
+VERSION = 2
 #: the usual damping: this share of the mean of the covariance's diagonal is added to its diagonal
 DAMP = 0.01
 

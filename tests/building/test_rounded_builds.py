@@ -129,7 +129,7 @@ def test_the_tensors_have_the_stock_files_sizes_and_places(rounded: Path, stock:
 
 def test_what_the_file_says_of_itself(rounded: Path, tiny_covariance: Path) -> None:
     said = {item.key.removeprefix(ROUNDING_PREFIX): decode(item) for item in read_header(rounded).kvs}
-    assert (said["version"], said["options"], said["tokens"]) == (1, "damp 0.01, search", 600)
+    assert (said["version"], said["options"], said["tokens"]) == (2, "damp 0.01, search", 600)
     assert said["covariance"] == Covariances(tiny_covariance).digest
     assert [str(line) for line in GGUFReader(rounded).fields[ROUNDING_PREFIX + "tensors"].contents()] == [
         "feedback blk.{0-2}.attn_k_b.weight",
@@ -258,7 +258,7 @@ def test_other_rounding_is_another_build(
     text = RECIPE.replace("rounding: feedback\n", "rounding: feedback+gain\n")
     with pytest.raises(ResumeError) as e:
         builds.prepare(plan(tiny_v3, tiny_imatrix, tiny_covariance, text), out, open_imatrix(str(tiny_imatrix)))
-    assert ": rounding was damp 0.01, search (method 1, tensors " in str(e.value)
+    assert ": rounding was damp 0.01, search (method 2, tensors " in str(e.value)
     with pytest.raises(ResumeError) as e:
         builds.prepare(plan(tiny_v3, tiny_imatrix, None), out, open_imatrix(str(tiny_imatrix)))
     assert "rounding was damp 0.01, search" in str(e.value)

@@ -4,7 +4,7 @@
                                      [-- PYTEST OPTION …]
 
 Builds native/ with QUANTKIT_SANITIZE into a folder of its own (cmake, make, nanobind: what an install needs), puts the
-package beside it, and runs tests/kernels/ there. First a control: freed
+package beside it, and runs the tests of kernels there, and of error feedback. First a control: freed
 memory given to a kernel must be reported.
 Exits 1 on a report or a failed test.
 """
@@ -21,7 +21,10 @@ import time
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-TESTS = ("kernels/test_native_kernels.py", "kernels/test_kernels.py")
+TESTS = (
+    "kernels/test_native_kernels.py", "kernels/test_kernels.py",
+    "rounding/test_rounding.py", "rounding/test_iq.py", "rounding/test_factor.py",
+)  # fmt: skip
 #: what the compiler puts into an instrumented library
 TRACES = {"address": b"__asan_report_", "undefined": b"__ubsan_handle_"}
 #: the package beside the instrumented library, and not one that is installed to be edited
