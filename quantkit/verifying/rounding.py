@@ -168,6 +168,18 @@ def require_covariance(said: Recorded | None, covariance: CovarianceSource | Non
             )
 
 
+def _standings(rounding: Rounding, covariance: CovarianceSource) -> dict[str, Standing]:
+    """Which matrices are too thin, which the file of a pass does not say."""
+    out = dict(rounding.standings)
+    for name in rounding.standings.keys() & {n for n in rounding.choices if n in covariance}:
+        n_mats, n_cols = out[name].n_mats, covariance.n_cols(name)
+        counts = covariance.counts(name)
+        counts = counts if len(counts) > 1 else counts * n_mats
+        thin = frozenset(i for i, n in enumerate(counts) if n < n_cols)
+        out[name] = Standing(n_mats, thin, "they saw fewer tokens than columns" if len(thin) == n_mats else "")
+    return out
+
+
 def settled(
     plan: Plan | None, said: Recorded | None, covariance: CovarianceSource | None
 ) -> tuple[Plan | None, Rounding | None, list[str]]:
@@ -183,6 +195,8 @@ def settled(
     if said is None:
         return plan, None, []
     rounding = replace(said.rounding, covariance=covariance)
+    if rounding.in_pass and covariance is not None:
+        rounding = replace(rounding, standings=_standings(rounding, covariance))
     if plan is None:
         return None, rounding, []
     note = "what rounds which tensors was taken from the file itself: give --rounding or --rounding-policy to check it"

@@ -219,6 +219,9 @@ def test_importance_of_the_same_pass(world: World, low: Path, tmp_path: Path, qu
     moments = qk.second_moments(model, world.text, making.CTX, N_CHUNKS, options=THREADS)
     qk.build(qk.plan(model, tmp_path / "low.yaml", covariance=moments), tmp_path / "m.gguf", threads=2)
     assert data(tmp_path / "m.gguf") == data(low)
+    given = ("-s", world.v3, "--pre", "deepseek-v3", "--imatrix", world.imatrix, "--covariance", world.covariance, "-q")
+    done = quantkit("verify", tmp_path / "m.gguf", *given, "--sample", "all")
+    assert done.returncode == 0, done.stdout + done.stderr
     done = quantkit(*low_command(world, tmp_path, tmp_path / "a.gguf", "--attest", tmp_path / "a.json")[3:])
     assert (done.returncode, done.stderr.splitlines()[-1]) == (
         2, "Error: --attest needs --imatrix FILE here: the statement names the importance matrix"
