@@ -257,7 +257,9 @@ ROUNDING_POLICY = Read(error="RecipeError", name="policy")
 RUBRIC = Read(error="RecipeError", name="rubric")
 TEXT = Read(behind.of_text, error="TextError", name="text")
 LOCK = Read(behind.of_lock, unless_given=behind.DEFAULT_LOCK)
-#: a folder of which a command only tells
+#: a folder to put temporary files in
+PLACE = Read(as_path=True, error="OutputError")
+#: a folder that a command only mentions
 FOLDER = Read(behind.nothing, as_path=True)
 
 

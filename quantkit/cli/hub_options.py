@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .files import FOLDER
+from .files import PLACE
 from .options import F, Size, together
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def hub_options(where: str) -> Callable[[F], F]:
         ),
         click.option(
             "--shards",
-            type=FOLDER,
+            type=PLACE,
             metavar="DIR",
             help=f"With hf://…: the folder in which they lie meanwhile.  [default: {where}]",
         ),

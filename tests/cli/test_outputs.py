@@ -146,8 +146,8 @@ CASES = [
     Case(
         "optimize",
         "$v3 --target 1GB -s $known --text $text --choose-text $text --report-text $text --imatrix $imatrix "
-        "--shards $recipes -q",
-        "$v3/* $known $text $imatrix",
+        "--shards $recipes --rounding-policy $policy --covariance $cov -q",
+        "$v3/* $known $text $imatrix $policy $cov/layer-00001.json",
         {"output": "-o", "report": "--report"},
     ),
     Case(
