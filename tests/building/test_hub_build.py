@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from conftest import Run
-from hub_server import TOKEN, Fault, Hub
+from hub_server import TOKEN, Fault, Hub, passing_faults
 from making import some_text
 from reshard import reshard
 
@@ -143,14 +143,7 @@ def test_after_kill_9_the_same_command_goes_on(builds: Builds, keep: str, in_ord
 
 
 def test_what_passes_is_waited_for_and_nothing_is_lost(builds: Builds, expected: bytes) -> None:
-    now = {"Retry-After": "0"}
-    for n in range(1, 6):
-        builds.hub.fail(
-            builds.shards(n, status=429, headers=now, times=2),
-            builds.shards(n, cut=1000, after=3, times=2),
-            builds.shards(n, status=503, headers=now, after=5),
-            builds.shards(n, wrong=30_000, after=6),
-        )
+    builds.hub.fail(*passing_faults(builds.shards, 5))
     ran = builds.run("--keep", "2")
     assert ran.returncode == 0, ran.stderr
     assert builds.out.read_bytes() == expected

@@ -16,7 +16,7 @@ import making
 import numpy as np
 import pytest
 from conftest import Run
-from hub_server import TOKEN, Fault, Hub
+from hub_server import TOKEN, Fault, Hub, passing_faults
 from making import some_text
 from reshard import reshard
 from small_builds import OPTIONS
@@ -170,14 +170,7 @@ def test_a_covariance_too(runs: Runs, in_order: Path) -> None:
 
 
 def test_what_passes_is_waited_for(runs: Runs, expected: bytes) -> None:
-    now = {"Retry-After": "0"}
-    for n in range(1, N_SHARDS + 1):
-        runs.hub.fail(
-            runs.shards(n, status=429, headers=now, times=2),
-            runs.shards(n, cut=1000, after=3, times=2),
-            runs.shards(n, status=503, headers=now, after=5),
-            runs.shards(n, wrong=30_000, after=6),
-        )
+    runs.hub.fail(*passing_faults(runs.shards, N_SHARDS))
     ran = runs.make("--keep", "3")
     assert ran.returncode == 0, ran.stderr
     assert runs.out.read_bytes() == expected

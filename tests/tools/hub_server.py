@@ -107,6 +107,21 @@ class Fault:
         return fnmatchcase(path, self.path) and fnmatchcase(method, self.method) and fnmatchcase(host, self.host)
 
 
+def passing_faults(shard: Callable[..., Fault], n_shards: int) -> list[Fault]:
+    """Faults of each shard, numbered from 1, that pass when it is asked for again; `shard` makes one of a shard."""
+    now = {"Retry-After": "0"}
+    return [
+        fault
+        for n in range(1, n_shards + 1)
+        for fault in (
+            shard(n, status=429, headers=now, times=2),
+            shard(n, cut=1000, after=3, times=2),
+            shard(n, status=503, headers=now, after=5),
+            shard(n, wrong=30_000, after=6),
+        )
+    ]
+
+
 @dataclass
 class Logged:
     """A request that came, and what was sent."""
