@@ -107,6 +107,9 @@ from quantkit.lab.scripting import (
     evaluate as evaluate,
 )
 from quantkit.lab.scripting import (
+    fetched_weights as fetched_weights,
+)
+from quantkit.lab.scripting import (
     run_study as run_study,
 )
 from quantkit.lab.scripting import (

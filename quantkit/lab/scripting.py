@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,9 @@ from ..forward.model import Model
 from ..forward.stream import Options, Progress
 from ..imatrix.matrix import Imatrix
 from ..model.catalogue import Catalogue
+from ..model.hub import with_weights
 from ..model.open import open_model
+from ..model.sources.shard_store import Limits
 from ..planning.plan import Plan, with_values
 from ..rounding.covariance import Covariances
 from . import require_torch
@@ -27,6 +31,7 @@ from .evaluation.evaluate import Candidate, EvalOptions, of_file, of_plan
 from .evaluation.evaluate import evaluate as run
 from .evaluation.parts import part
 from .evaluation.scores import Evaluation, Point
+from .fetched import Fetching, fetched
 from .frames import frame
 from .rounding_policy.tuning import Tuned, TuneOptions, tune
 from .studies.ablate import AblateOptions, ablate
@@ -36,6 +41,22 @@ from .studies.results import Result, Results
 from .studies.study import Variant, load_study, parse_study, require_one, variants
 
 Name = str | os.PathLike[str]
+
+
+@contextmanager
+def fetched_weights(
+    model: Catalogue | Name, *, keep: int = 3, disk: int | None = None, folder: Name | None = None
+) -> Iterator[Catalogue]:
+    """In a `with`, a model on the Hub whose weights `qk.imatrix.make`, `evaluate`, `sensitivity` and the like can read.
+    Shards are fetched when a layer needs them, each checked by the repository's SHA-256; at most `keep` of them, or
+    `disk` bytes, are in `folder` (that of temporary files) at a time. A model that is here stays as it is.
+
+    Raises SourceError, and OutputError for a folder that cannot be used or has too little room."""
+    place = Path(tempfile.gettempdir() if folder is None else folder)
+    how = Fetching(place, Limits(keep, disk), tell=lambda shard, n_done, n_total: None)
+    catalogue = with_weights(_catalogue(model))
+    with fetched(catalogue, how):
+        yield catalogue
 
 
 def evaluate(

@@ -21,6 +21,7 @@ from making import some_text
 from reshard import reshard
 from small_builds import OPTIONS
 
+import quantkit as qk
 from quantkit.base.errors import ResumeError
 from quantkit.lab.fetched import Fetching, fetched
 from quantkit.lab.identity import of_model, of_run
@@ -378,3 +379,19 @@ def test_a_model_is_the_same_wherever_it_lies(hub: Hub, in_order: Path, dealt: P
     assert of_model(here) == of_model(there) == of_model(moved) != of_model(other)
     runs = {of_run(m.source, tokens, ()) for m in (here, there, moved, other) if m.source is not None}
     assert len(runs) == 4
+
+
+def test_from_python(hub: Hub, in_order: Path, text: Path, expected: bytes, tmp_path: Path) -> None:
+    """The same bytes; the folder of shards is gone afterwards; a model that is here is read where it is."""
+    hub.add("me/Tiny-V3", in_order)
+    options = qk.imatrix.ImatrixOptions(threads=1)
+    there = tmp_path / "shards"
+    found = qk.open_model(SOURCE, pre="deepseek-v3")
+    for keep, model in ((2, found), (1, qk.open_model(in_order, pre="deepseek-v3"))):
+        with qk.fetched_weights(model, keep=keep, folder=there) as readable:
+            out = tmp_path / f"{keep}.gguf"
+            qk.imatrix.make(readable, [text], out, 32, 4, options=options)
+        assert out.read_bytes() == expected
+    assert os.listdir(there) == []
+    with pytest.raises(qk.SourceError):
+        qk.imatrix.make(found, [text], tmp_path / "x.gguf", 32, 4, options=options)
