@@ -39,6 +39,7 @@ from quantkit.planning.rounding import with_covariance, with_device
 from quantkit.recipe.load import Rounding, parse
 from quantkit.rounding.covariance import Covariances, Moments
 from quantkit.rounding.on_torch import devices
+from quantkit.rounding.options import VERSION
 from quantkit.weights.rows import RowReader
 
 RECIPE = """\
@@ -270,7 +271,7 @@ def test_rounding_on_a_device_is_another_build(made: Plan, rounded: Path, tiny_i
     assert device is not None
     there, out = with_device(made, device), tmp_path / "m.gguf"
     stopped(made, out, tiny_imatrix, N // 3)
-    with pytest.raises(ResumeError, match=re.escape(f"search, on {device.text} (method 1, tensors ")):
+    with pytest.raises(ResumeError, match=re.escape(f"search, on {device.text} (method {VERSION}, tensors ")):
         builds.prepare(there, out, open_imatrix(str(tiny_imatrix)))
     assert with_device(made, None) is made
     n_rounded = sum(1 for t in made.tensors if made.rounding and made.rounding.of(t.tensor.name))
