@@ -113,13 +113,13 @@ def run(**given: Any) -> None:
     _check_usage(given)
     from quantkit.lab.studies import report as ablate_report
     from quantkit.lab.studies.study import load_study, require_one, variants
-    from quantkit.model.hub import with_weights
+    from quantkit.model.hub import with_layers
     from quantkit.model.open import open_model
 
     study = load_study(given["study_file"])
     catalogue = open_model(given["source"], conversion(given["layout"], given["pre"], given["pad_token"]))
     if not given["estimate"]:
-        catalogue = with_weights(catalogue)
+        catalogue = with_layers(catalogue)
         _check_hub_options(catalogue, given)
     estimate, method, rounding_policy = given["estimate"], given["rounding"], given["rounding_policy"]
     every = list(

@@ -126,7 +126,7 @@ def _native(catalogue: Catalogue, given: dict[str, Any]) -> Evaluation:
     from quantkit.forward.stream import Options
     from quantkit.lab.evaluation.evaluate import EvalOptions, about_reference, of_file, of_plan
     from quantkit.lab.evaluation.evaluate import evaluate as run
-    from quantkit.model.hub import with_weights
+    from quantkit.model.hub import with_layers
     from quantkit.model.open import open_model
     from quantkit.planning.plan import make_plan, with_values
     from quantkit.planning.rounding import with_covariance
@@ -134,7 +134,7 @@ def _native(catalogue: Catalogue, given: dict[str, Any]) -> Evaluation:
     chunks = read_chunks(
         catalogue, given["texts"], given["n_ctx"], given["n_chunks"], given["chat"], given["parse_special"]
     )
-    catalogue = with_weights(catalogue)
+    catalogue = with_layers(catalogue)
     reference = Model(catalogue, _name(given["reference"]))
     if (says := about_reference(reference)) is not None:
         print_notes([says])

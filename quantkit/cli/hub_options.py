@@ -65,10 +65,10 @@ def hub_options(where: str) -> Callable[[F], F]:
 
 def open_weights(source: str, options: Options | None) -> Catalogue:
     """The model that SOURCE names, with the weights of a repository too. Raises what `open_model` raises."""
-    from quantkit.model.hub import with_weights
+    from quantkit.model.hub import with_layers
     from quantkit.model.open import open_model
 
-    return with_weights(open_model(source, options))
+    return with_layers(open_model(source, options))
 
 
 def fetching(

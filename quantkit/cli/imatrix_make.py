@@ -165,10 +165,10 @@ def make(source: str, pre: str | None, pad_token: str | None, quiet: bool, **_: 
     model = open_model(source, conversion("k_b+v_b", pre, pad_token))
     if given.engine == NATIVE:
         from quantkit.lab import require_torch
-        from quantkit.model.hub import with_weights
+        from quantkit.model.hub import with_layers
 
         require_torch()
-        model = with_weights(model)
+        model = with_layers(model)
     start = time.monotonic()
     facts = (_make if given.engine == NATIVE else _drive)(model, given, quiet or given.as_json)
     assert given.output is not None

@@ -20,7 +20,7 @@ from ..forward.model import Model
 from ..forward.stream import Options, Progress
 from ..imatrix.matrix import Imatrix
 from ..model.catalogue import Catalogue
-from ..model.hub import with_weights
+from ..model.hub import with_layers
 from ..model.open import open_model
 from ..model.sources.shard_store import Limits
 from ..planning.plan import Plan, with_values
@@ -54,7 +54,7 @@ def fetched_weights(
     Raises SourceError, and OutputError for a folder that cannot be used or has too little room."""
     place = Path(tempfile.gettempdir() if folder is None else folder)
     how = Fetching(place, Limits(keep, disk), tell=lambda shard, n_done, n_total: None)
-    catalogue = with_weights(_catalogue(model))
+    catalogue = with_layers(_catalogue(model))
     with fetched(catalogue, how):
         yield catalogue
 

@@ -135,6 +135,12 @@ def with_weights(catalogue: Catalogue, by_range: bool = False) -> Catalogue:
     return catalogue if store is None else replace(catalogue, source=catalogue.headers, headers=None, lacks="")
 
 
+def with_layers(catalogue: Catalogue) -> Catalogue:
+    """`with_weights` for what is computed layer by layer, with shards on demand (sources.on_demand). A GGUF on the Hub
+    stays as it is: what needs its weights says that it must be downloaded."""
+    return with_weights(catalogue) if isinstance(catalogue.headers, Checkpoint) else catalogue
+
+
 def gguf_headers(source: str) -> GgufHeaders:
     """The headers of the GGUF that an address names. Raises SourceError for a checkpoint."""
     if not address.is_hub(source):

@@ -90,14 +90,6 @@ def test_on_the_command_line(hub: Hub, tiny_v3: Path, tiny_imatrix: Path, quantk
     assert found["notes"].pop() == f"read on the Hub at commit {commit}"
     assert local.pop("files")
     assert found == local
-    text = tmp_path / "text.txt"
-    text.write_text("The quick brown fox jumps over the lazy dog. " * 200)
-    for args in (
-        ("eval", "compare", there, "--recipe", "Q8_0", *pre, "--text", text),
-        ("imatrix", "make", there, *pre, "--text", text, "-o", tmp_path / "i.gguf"),
-    ):
-        done = quantkit(*args)
-        assert "this needs the weights" in done.stderr, args
 
 
 def test_what_is_in_the_cache_is_whole(hub: Hub, tiny_v3: Path, monkeypatch: pytest.MonkeyPatch) -> None:
