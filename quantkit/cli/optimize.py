@@ -188,7 +188,7 @@ def _rounding(given: dict[str, Any]) -> Rounding | None:
         return wanted
     if given["covariance"] is None:
         raise click.UsageError(
-            f"{wanted.said_by} needs --covariance DIR, by which the bytes of the file are known; make one with: "
+            f"{wanted.said_by} needs --covariance DIR, since the bytes of the file depend on it; make one with: "
             "quantkit imatrix make MODEL --text F -o imatrix.gguf --covariance DIR"
         )
     if wanted.policy and given["output"] is not None and Path(wanted.policy).suffix in (".yaml", ".yml"):

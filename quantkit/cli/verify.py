@@ -229,7 +229,7 @@ def _check_agrees(ctx: click.Context, asked: Asked) -> None:
         if ctx.get_parameter_source(name) is not ParameterSource.DEFAULT and given != was:
             option = f"--{name.replace('_', '-')}"
             raise click.UsageError(
-                f"{option} {given} contradicts the attestation, by which the build had "
+                f"{option} {given} contradicts the attestation, which records "
                 f"{'none' if was is None else f'{option} {was}'}; leave it out, or verify without --attestation"
             )
 
@@ -262,7 +262,7 @@ def _attested_rounding(asked: Asked, rules: Recipe, is_given: bool) -> Recipe:
         if not same:
             had = "none" if was is None or not was.by_option else f"--rounding {was.method or 'by a policy'}"
             raise click.UsageError(
-                f"{now.said_by} {now.method or now.policy} contradicts the attestation, by which the build had {had}; "
+                f"{now.said_by} {now.method or now.policy} contradicts the attestation, which records {had}; "
                 "leave it out, or verify without --attestation"
             )
         return rules
@@ -311,7 +311,7 @@ def _attested_policy(asked: Asked, given: Policy | None) -> Policy | None:
     if given is not None and given != was:
         had = "none" if was is None else f"--imatrix-policy {was.text}"
         raise click.UsageError(
-            f"--imatrix-policy {given.text} contradicts the attestation, by which the build had {had}; leave it out, "
+            f"--imatrix-policy {given.text} contradicts the attestation, which records {had}; leave it out, "
             "or verify without --attestation"
         )
     return was

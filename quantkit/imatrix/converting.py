@@ -25,7 +25,7 @@ def is_dat(out: Path, output_format: str | None = None) -> bool:
     """Whether the output is a .dat and not a GGUF. Raises OutputError if neither its name nor the option tells."""
     said = output_format or out.suffix.lower().removeprefix(".")
     if said not in ("gguf", "dat"):
-        raise OutputError(f"{out}: is to end in .gguf or .dat, or its format to be given: --output-format gguf")
+        raise OutputError(f"{out}: must end in .gguf or .dat; or give the format: --output-format gguf")
     return said == "dat"
 
 

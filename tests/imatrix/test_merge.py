@@ -310,7 +310,7 @@ def test_an_output_of_neither_format(tmp_path: Path) -> None:
     out = tmp_path / "c.bin"
     with pytest.raises(OutputError) as e:
         imatrix.merge([a, b], out)
-    assert str(e.value) == f"{out}: is to end in .gguf or .dat, or its format to be given: --output-format gguf"
+    assert str(e.value) == f"{out}: must end in .gguf or .dat; or give the format: --output-format gguf"
     imatrix.merge([a, b], out, output_format="dat")
     assert imatrix.read(out).is_dat
 

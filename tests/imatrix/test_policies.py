@@ -483,7 +483,7 @@ def test_from_the_command_line(quantkit: Run, tiny_v3: Path, gappy: Path, tmp_pa
     other = quantkit(*attested, "--imatrix-policy", "ones")
     assert other.returncode == 2
     assert (
-        "--imatrix-policy ones contradicts the attestation, by which the build had --imatrix-policy sibling,prior; "
+        "--imatrix-policy ones contradicts the attestation, which records --imatrix-policy sibling,prior; "
         "leave it out, or verify without --attestation"
     ) in " ".join(other.stderr.split())
     wrong = quantkit(*verify, "--sample", "none", "--imatrix-policy", "ones")

@@ -537,7 +537,7 @@ def test_a_rounded_recipe_end_to_end(
         assert out.stat().st_size == said["file_bytes"] <= target
     for given_, wrong in (
         (["--rounding", "feedback"],
-         "--rounding needs --covariance DIR, by which the bytes of the file are known; make one with: quantkit imatrix "
+         "--rounding needs --covariance DIR, since the bytes of the file depend on it; make one with: quantkit imatrix "
          "make MODEL --text F -o imatrix.gguf --covariance DIR"),
         (["--covariance", tiny_covariance],
          "--covariance needs a rounding to use it: give --rounding feedback, or --rounding-policy"),

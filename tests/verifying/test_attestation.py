@@ -340,7 +340,7 @@ def test_an_option_that_contradicts_the_attestation_is_refused(
     done = quantkit("verify", sound, "--attestation", file, "-q", option, value)
     assert done.returncode == 2
     assert done.stderr.endswith(
-        f"Error: {option} {value} contradicts the attestation, by which the build had {was}; leave it out, or verify "
+        f"Error: {option} {value} contradicts the attestation, which records {was}; leave it out, or verify "
         "without --attestation\n"
     )
     if was != "none":  # set to what it already is

@@ -232,7 +232,7 @@ def test_an_attestation_has_the_covariance(world: World, tiny_v3: Path, tmp_path
     code, lines = world.verify("--attestation", world.attestation, "--rounding", "coarse")
     assert code == 2
     assert lines[-1] == (
-        "Error: --rounding coarse contradicts the attestation, by which the build had --rounding feedback; leave it "
+        "Error: --rounding coarse contradicts the attestation, which records --rounding feedback; leave it "
         "out, or verify without --attestation"
     )
 
