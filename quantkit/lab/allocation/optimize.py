@@ -124,6 +124,11 @@ class Optimizer:
         self.notes = list(self.problem.notes)
         if not catalogue.kvs_complete:
             self.notes.append("the tokenizer is not known, so the bytes of the file lack it")
+        if self._rounds:
+            self.notes.append(
+                "predictions are for ggml's rounding, as the sensitivity was measured; measured figures are for the "
+                "recipe's rounding, and mostly lower"
+            )
         # bytes of a file beside its tensors' are the same for all types, unless it says how they were rounded
         some = self.problem.types_of(0 for _ in self.problem.choices)
         asked = self.problem.asked_of(0 for _ in self.problem.choices)
@@ -229,6 +234,11 @@ class Optimizer:
 
     # ------------------------------------------------------------ plans
 
+    @property
+    def _rounds(self) -> bool:
+        """Whether the recipe has tensors rounded otherwise than by ggml."""
+        return self.opts.rounding is not None and self.opts.rounding.method != GGML
+
     def plan_of(
         self, name: str, asked: Mapping[str, str], gamma: float, chosen: Sequence[int] | None = None,
         by_ggml: bool = False,
@@ -256,7 +266,8 @@ class Optimizer:
                     costs[t.name] = Cost(part * t.n_elements / n, padded(t, type_))
             description = (
                 f"{self.nbytes(chosen):,} bytes for {self.target.text}; predicted mean KLD "
-                f"{self.predicted(chosen, gamma):.4f} (exponent {gamma:.2f})."
+                f"{self.predicted(chosen, gamma):.4f} (exponent {gamma:.2f})"
+                + (", as ggml rounds." if self._rounds else ".")
             )
         head = {"name": name, "title": f"{self.catalogue.model}, optimized", "description": description}
         if (said := self.opts.rounding) is not None:
