@@ -5,8 +5,9 @@
 // left to right: column j of current weight x_j gets the value v_j, e_j = (x_j - v_j) / U_jj, and every later column
 // k gets x_k -= e_j * U_jk. The row's output error is then sum e_j^2.
 //
-// Contract, as of lanes.h: every set gives the same bytes. All sums have one order, and products are fused with sums only
-// where the source says so (fused.h), which every set then does, by instructions or a function; a row's bytes depend on nothing but the row, U and the importance: not on the rows beside it.
+// Contract, as of lanes.h: every set gives the same bytes. All sums have one order, and products are fused with sums
+// only where the source says so (fused.h), which every set then does, by instructions or a function; a row's bytes
+// depend on nothing but the row, U and the importance: not on the rows beside it.
 #pragma once
 #include <cstddef>
 #include <cstdint>

@@ -1,7 +1,7 @@
 // The factor of a covariance, in double and in one order of operations, so that it is the same on every machine.
 //
-// With both axes flipped, H = V V^T with V upper triangular is an ordinary Cholesky: R^T R of the flipped H with R upper
-// triangular, V[i][j] = R[n-1-j][n-1-i], and U = V^-1 has U[i][j] = R^-1[n-1-j][n-1-i].
+// With both axes flipped, H = V V^T with V upper triangular is an ordinary Cholesky: R^T R of the flipped H with R
+// upper triangular, V[i][j] = R[n-1-j][n-1-i], and U = V^-1 has U[i][j] = R^-1[n-1-j][n-1-i].
 #include "feedback_product.h"
 #include "feedback_tables.h"
 

@@ -1,8 +1,9 @@
 // What the error feedback of IQ2_XXS, IQ2_XS, IQ2_S, IQ3_XXS and IQ3_S shares: eight columns are sizes from a grid,
 // times signs, of which some types want an even number.
 //
-// There are too many codes for a metric M that is not diagonal. So a few that are good under M's diagonal, with x's signs,
-// are scored under M: of points with the same first half the one that is best, and of these the best few; then the best of these has the one or two signs turned that help most.
+// There are too many codes for a metric M that is not diagonal. So a few that are good under M's diagonal, with x's
+// signs, are scored under M: of points with the same first half the one that is best, and of these the best few; then
+// the best of these has the one or two signs turned that help most.
 #pragma once
 #include <stdexcept>
 #include <string>

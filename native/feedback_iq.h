@@ -66,8 +66,9 @@ QK_INLINE I look_up(const int32_t* table, I index) {
 }
 
 // One type T has: SUB (columns to a scale), LEVELS (scales), SHIFTS (2 where a sub-block has a shift of its own),
-// BYTES; WINDOW (how many levels to either side of the one nearest to ggml's scale are tried); `stock`, quantkit's quantizer; read and write of blocks; `scale` of a level, and the level nearest to a scale;
-// and `code`: the codes of a group of eight and their values.
+// BYTES; WINDOW (how many levels to either side of the one nearest to ggml's scale are tried); `stock`, quantkit's
+// quantizer; read and write of blocks; `scale` of a level, and the level nearest to a scale; and `code`: the codes of a
+// group of eight and their values.
 template <typename T>
 class Beam {
     static constexpr int SUB = T::SUB, SUBS = COLS / SUB, GROUPS = SUB / 8, OPTIONS = (2 * T::WINDOW + 1) * T::SHIFTS;

@@ -2,8 +2,9 @@
 // super-block's: Q2_K to Q6_K (layouts: k_quants.cpp) and IQ4_XS (iq4.cpp).
 //
 // Plain: ggml's scales of the current weights, then the levels, column by column. With search: the super-block's scale
-// and minimum times a few factors; for each the group's scale and minimum a few steps up and down, and on from where that
-// was best, with the errors passed on within the group. The least sum of e^2 of the group is kept, and at last that of the super-block.
+// and minimum times a few factors; for each the group's scale and minimum a few steps up and down, and on from where
+// that was best, with the errors passed on within the group. The least sum of e^2 of the group is kept, and at last
+// that of the super-block.
 #include <type_traits>
 
 #include "feedback_lanes.h"

@@ -1,5 +1,6 @@
 // c -= a b, the product under everything that error feedback does, in one order: each element of c has the products
-// of k = 0, 1, … taken from it one after the other, each rounded once (fused.h), whatever the tiles, so every set makes the same numbers.
+// of k = 0, 1, … taken from it one after the other, each rounded once (fused.h), whatever the tiles, so every set makes
+// the same numbers.
 #pragma once
 #include <algorithm>
 #include <memory>

@@ -156,13 +156,13 @@ def test_coarse_passes_each_slab_on(name: str) -> None:
 
 @pytest.mark.parametrize("name", [*TYPES, "TQ2_0"])
 def test_gain_brings_the_output_to_its_size(name: str) -> None:
-    f, rows = factor_of(512), weights(40, 512, 10)
+    f, rows = factor_of(512), 100 * weights(40, 512, 10)  # large enough that scales are normal half-precision numbers
     options = SEARCH if supported(name) is Method.FEEDBACK else COARSE
     without, with_gain = (quantize(rows, name, f, options._replace(gain=gain)) for gain in (False, True))
     before, after = (row_gains(rows, dequantize(b, name, 512), f) for b in (without, with_gain))
     inside = (before > 0.7) & (before < 1.6)
     assert inside.mean() > 0.5
-    assert np.abs(after[inside] - 1).max() < 0.003  # a half of 1e-5, as scales are here, has steps of 6e-8
+    assert np.abs(after[inside] - 1).max() < 0.002
     # the levels stay
     changed = np.mean((without != with_gain).any(axis=0))
     assert changed <= (8 if name == "IQ1_M" else 4) / QTYPES[name].block_bytes
